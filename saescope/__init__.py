@@ -1,0 +1,8 @@
+"""The common ground of saescope: errors, configuration, artefacts, progress, packaged assets."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("saescope")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+uninstalled"

@@ -1,0 +1,152 @@
+"""The command line: `saescope COMMAND [CONFIG.toml] [--field value ...]`.
+
+A command's module is imported when it is called, so that help is instant.
+"""
+
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from saescope import config, progress
+from saescope.errors import SaescopeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Where a command lives, and what its help says."""
+
+    module: str
+    config: str
+    function: str
+    summary: str
+    examples: tuple[str, ...]
+    positional: str | None = None
+    resumes: bool = False
+
+
+COMMANDS = {
+    "harvest": Command(
+        module="activations.harvest",
+        config="HarvestConfig",
+        function="harvest",
+        summary="Run a model over text and store activations.",
+        examples=(
+            "saescope harvest configs/harvest/smollm2-135m-wikipedia.toml",
+            "saescope harvest configs/harvest/smollm2-135m-wikipedia.toml "
+            "--sites 'blocks.4-9.hook_resid_post' --out data/six-layers",
+        ),
+        resumes=True,
+    ),
+    "train": Command(
+        module="sae.training.command",
+        config="TrainConfig",
+        function="train",
+        summary="Train a sparse autoencoder on a harvest.",
+        examples=(
+            "saescope train configs/train/topk.toml",
+            "saescope train configs/train/topk.toml --sae.k 64 --out runs/topk-64",
+        ),
+        resumes=True,
+    ),
+    "eval": Command(
+        module="sae.evaluation.command",
+        config="EvaluateConfig",
+        function="evaluate",
+        summary="Measure an SAE on held-out text: L0, FVU, cosine, dead features, delta CE, KL.",
+        examples=(
+            "saescope eval runs/smollm2-135m-topk",
+            "saescope eval --run runs/x --tokens 65536",
+        ),
+        positional="run",
+    ),
+    "index": Command(
+        module="sae.indexing",
+        config="IndexConfig",
+        function="index",
+        summary="Encode a harvest with an SAE into a feature store.",
+        examples=("saescope index runs/smollm2-135m-topk --out stores/smollm2-135m-topk",),
+        positional="run",
+    ),
+    "explore": Command(
+        module="dashboards.launch",
+        config="ExploreConfig",
+        function="explore",
+        summary="Open the feature explorer on a store, or on a folder of stores.",
+        examples=(
+            "saescope explore stores",
+            "saescope explore stores/smollm2-135m-topk --port 8600",
+        ),
+        positional="store",
+    ),
+    "steer": Command(
+        module="sae.steer_command",
+        config="SteerConfig",
+        function="steer_text",
+        summary="Continue a prompt with and without an edit of features.",
+        examples=("saescope steer runs/smollm2-135m-topk --prompt 'The weather' --add 123=8",),
+        positional="run",
+    ),
+}
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [
+        "usage: saescope COMMAND [CONFIG.toml] [--field value ...]",
+        "",
+        "Take neural networks apart with sparse autoencoders.",
+        "",
+        "commands:",
+        *(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()),
+        "",
+        "saescope COMMAND --help shows every field of a command, with examples.",
+    ]
+    return "\n".join(lines)
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code (0 done, 2 wrong input, 130 interrupted)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        progress.say(_overview())
+        return 0
+    if words[0] == "--version":
+        from saescope import __version__
+
+        progress.say(f"saescope {__version__}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        sys.stderr.write(f"saescope: no such command: {name} (commands: {', '.join(COMMANDS)})\n")
+        return 2
+    command = COMMANDS[name]
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        module = importlib.import_module(command.module)
+        chosen = config.parse(
+            getattr(module, command.config),
+            rest,
+            program=f"saescope {name}",
+            description="\n".join(
+                (command.summary, "", "Examples:", *(f"  {e}" for e in command.examples))
+            ),
+            positional=command.positional,
+        )
+        getattr(module, command.function)(chosen)
+    except SaescopeError as error:
+        return config.fail(error)
+    except KeyboardInterrupt:
+        hint = "; run the same command again to go on" if command.resumes else ""
+        sys.stderr.write(f"\nsaescope: interrupted{hint}\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

