@@ -1,0 +1,108 @@
+"""Sparse feature activations: which features fire on each row, and how strongly."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from saescope.errors import InputError
+
+
+@dataclass(frozen=True)
+class SparseCodes:
+    """Codes of a batch in CSR form, for architectures with a fixed or a varying number of features.
+
+    Row r holds entries row_ptr[r] to row_ptr[r+1]. A stored value may be 0 (TopK with fewer than k
+    positive pre-activations); `compact` drops those.
+
+    >>> codes = SparseCodes.from_dense(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 3.0]]))
+    >>> codes.index.tolist(), codes.value.tolist(), codes.l0().tolist()
+    ([1, 0, 2], [2.0, 1.0, 3.0], [1, 2])
+    """
+
+    row_ptr: Tensor
+    """int64 [batch + 1]"""
+    index: Tensor
+    """int64 [entries], feature of each entry"""
+    value: Tensor
+    """[entries], activation of each entry"""
+    d_sae: int
+    """width of the dictionary"""
+
+    @classmethod
+    def from_fixed(cls, index: Tensor, value: Tensor, d_sae: int) -> Self:
+        """From index and value of shape [batch, k]."""
+        batch, k = index.shape
+        row_ptr = (
+            torch.arange(0, batch * k + 1, k, device=index.device)
+            if k
+            else (torch.zeros(batch + 1, dtype=torch.int64, device=index.device))
+        )
+        return cls(row_ptr, index.reshape(-1), value.reshape(-1), d_sae)
+
+    @classmethod
+    def from_dense(cls, dense: Tensor) -> Self:
+        """From dense activations [batch, d_sae]; zeros are not stored."""
+        active = dense != 0
+        row_ptr = torch.zeros(len(dense) + 1, dtype=torch.int64, device=dense.device)
+        torch.cumsum(active.sum(1), 0, out=row_ptr[1:])
+        index = active.nonzero()[:, 1]
+        return cls(row_ptr, index, dense[active], dense.shape[1])
+
+    @classmethod
+    def concatenate(cls, parts: list[Self]) -> Self:
+        """Codes of consecutive chunks of one batch, as one."""
+        if not parts:
+            raise InputError("no codes to join", where="SparseCodes.concatenate", given=[])
+        counts = torch.cat([part.row_ptr.diff() for part in parts])
+        row_ptr = torch.zeros(len(counts) + 1, dtype=torch.int64, device=counts.device)
+        torch.cumsum(counts, 0, out=row_ptr[1:])
+        return cls(
+            row_ptr,
+            torch.cat([part.index for part in parts]),
+            torch.cat([part.value for part in parts]),
+            parts[0].d_sae,
+        )
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return len(self.row_ptr) - 1
+
+    def rows(self) -> Tensor:
+        """Row of each entry, int64 [entries]."""
+        counts = self.row_ptr.diff()
+        return torch.repeat_interleave(torch.arange(self.batch, device=counts.device), counts)
+
+    def l0(self) -> Tensor:
+        """Number of non-zero activations of each row, int64 [batch]."""
+        active = (self.value != 0).to(torch.int64)
+        return torch.zeros_like(self.row_ptr[1:]).index_add_(0, self.rows(), active)
+
+    def compact(self) -> "SparseCodes":
+        """The same codes without stored zeros."""
+        keep = self.value != 0
+        counts = self.l0()
+        row_ptr = torch.zeros_like(self.row_ptr)
+        torch.cumsum(counts, 0, out=row_ptr[1:])
+        return SparseCodes(row_ptr, self.index[keep], self.value[keep], self.d_sae)
+
+    def scale(self, factor: Tensor | float) -> "SparseCodes":
+        """The same codes with every activation multiplied by a factor."""
+        return SparseCodes(self.row_ptr, self.index, self.value * factor, self.d_sae)
+
+    def dense(self) -> Tensor:
+        """Dense activations [batch, d_sae]."""
+        out = self.value.new_zeros(self.batch, self.d_sae)
+        return out.index_put((self.rows(), self.index), self.value, accumulate=True)
+
+    def columns(self, features: Tensor) -> Tensor:
+        """Dense activations of a few distinct features [batch, features], in the order given."""
+        place = torch.full((self.d_sae,), -1, dtype=torch.int64, device=self.index.device)
+        place[features] = torch.arange(len(features), device=self.index.device)
+        column = place[self.index]
+        wanted = column >= 0
+        out = self.value.new_zeros(self.batch, len(features))
+        where = (self.rows()[wanted], column[wanted])
+        return out.index_put(where, self.value[wanted], accumulate=True)

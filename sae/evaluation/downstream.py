@@ -1,0 +1,155 @@
+"""What replacing activations does to the model: delta CE, KL, CE recovered.
+
+At kept positions of held-out sequences the site's activation is replaced by the SAE's
+reconstruction, by zero, or by the mean activation; other positions are left alone. Cross-entropy
+and KL are averaged over kept source positions that have a next token.
+    delta CE     = CE_sae - CE_clean
+    CE recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean)
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from activations import Model
+from saescope.errors import InputError
+from saescope.progress import Progress
+
+Replacement = Callable[[Tensor], Tensor]
+"""Activations [rows, d_in] float32 to what stands in for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Downstream:
+    """Nats a token; an interval is half of a 95% one, over sequences."""
+
+    tokens: int
+    """kept source positions averaged over"""
+    ce_clean: float
+    """cross-entropy of the untouched model"""
+    ce: float
+    """cross-entropy with the SAE in place"""
+    delta_ce: float
+    """ce - ce_clean"""
+    delta_ce_interval: float
+    """half width of its 95% interval (paired, sequences as the unit)"""
+    kl: float
+    """KL(clean || with the SAE)"""
+    kl_interval: float
+    """half width of its 95% interval"""
+    ce_zero: float
+    """cross-entropy with zeros in place"""
+    ce_mean: float
+    """cross-entropy with the mean activation in place"""
+    recovered_zero: float | None
+    """CE recovered against zero-ablation; None if ablation does no harm"""
+    recovered_mean: float | None
+    """CE recovered against mean-ablation; None if ablation does no harm"""
+
+
+@torch.inference_mode()
+def measure_downstream(
+    model: Model,
+    site: str,
+    sae: Replacement,
+    mean: Tensor,
+    tokens: Tensor,
+    keep: Tensor,
+    *,
+    batch: int = 4,
+) -> Downstream:
+    """Measure on sequences tokens int64 [sequence, position] with keep bool of the same shape.
+
+    Args: sae maps activations to reconstructions [rows, d_in]; mean [d_in] is the ablation's
+    constant.
+    Raises InputError if no position is kept.
+    """
+    replacements: Mapping[str, Replacement] = {
+        "sae": sae,
+        "zero": torch.zeros_like,
+        "mean": lambda x: mean.to(x).expand_as(x),
+    }
+    sums: dict[str, list[Tensor]] = {name: [] for name in ("clean", "kl", *replacements)}
+    counts: list[Tensor] = []
+    with Progress("measuring the model's loss", len(tokens), "sequences") as progress:
+        for start in range(0, len(tokens), batch):
+            part, kept = tokens[start : start + batch], keep[start : start + batch]
+            _measure_batch(model, site, replacements, part, kept, sums)
+            counts.append(kept[:, :-1].sum(1).double())
+            progress.advance(len(part))
+    weights = torch.cat(counts)
+    if weights.sum() == 0:
+        raise InputError("no kept positions to evaluate on", where="measure_downstream", given=0)
+    return _summarise({name: torch.cat(values) for name, values in sums.items()}, weights)
+
+
+def _measure_batch(
+    model: Model,
+    site: str,
+    replacements: Mapping[str, Replacement],
+    tokens: Tensor,
+    keep: Tensor,
+    sums: dict[str, list[Tensor]],
+) -> None:
+    counted = keep[:, :-1]
+    targets = tokens[:, 1:, None]
+
+    def log_probabilities() -> Tensor:
+        return model.logits(tokens)[:, :-1].float().log_softmax(-1)
+
+    def cross_entropy(log_p: Tensor) -> Tensor:
+        losses = -log_p.gather(-1, targets)[..., 0]
+        return (losses.double() * counted).sum(1)
+
+    clean = log_probabilities()
+    sums["clean"].append(cross_entropy(clean))
+    for name, replacement in replacements.items():
+        with model.edit({site: _replace_kept(replacement, keep)}):
+            log_p = log_probabilities()
+        sums[name].append(cross_entropy(log_p))
+        if name == "sae":
+            kl = (clean.exp() * (clean - log_p)).sum(-1)
+            sums["kl"].append((kl.double() * counted).sum(1))
+
+
+def _replace_kept(replacement: Replacement, keep: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def edit(h: Tensor, _: Tensor) -> Tensor:
+        out = h.clone()
+        out[keep] = replacement(h[keep].float()).to(h.dtype)
+        return out
+
+    return edit
+
+
+def _summarise(sums: Mapping[str, Tensor], weights: Tensor) -> Downstream:
+    total = weights.sum()
+
+    def mean(name: str) -> float:
+        return float(sums[name].sum() / total)
+
+    def interval(values: Tensor) -> float:
+        # ratio estimator over sequences: sum of values over sum of weights
+        ratio = values.sum() / total
+        return float(1.96 * (values - ratio * weights).square().sum().sqrt() / total)
+
+    clean, ce = mean("clean"), mean("sae")
+
+    def recovered(ablated: float) -> float | None:
+        harm = ablated - clean
+        return (ablated - ce) / harm if harm > 0 else None
+
+    return Downstream(
+        tokens=int(total),
+        ce_clean=clean,
+        ce=ce,
+        delta_ce=ce - clean,
+        delta_ce_interval=interval(sums["sae"] - sums["clean"]),
+        kl=mean("kl"),
+        kl_interval=interval(sums["kl"]),
+        ce_zero=mean("zero"),
+        ce_mean=mean("mean"),
+        recovered_zero=recovered(mean("zero")),
+        recovered_mean=recovered(mean("mean")),
+    )

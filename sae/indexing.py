@@ -1,0 +1,203 @@
+"""`saescope index`: encode a whole harvest with an SAE, and write a feature store.
+
+Rows are encoded a chunk at a time and handed on sparse: nothing of size [tokens, d_sae] exists.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from activations import ActivationStore, Model, load_model
+from sae.base import SparseAutoencoder, kind_of
+from sae.evaluation.command import EVALUATION_FILE, open_harvest
+from sae.loading import load
+from sae.training.command import choose_site
+from saescope.artefact import disk_full, read_json
+from saescope.config import Config, to_dict
+from saescope.errors import InputError, check_range
+from saescope.progress import Progress, say
+from store import StoreWriter
+
+STORE_FILE = "features.duckdb"
+_SEQUENCES = 4096
+_FEATURES = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig(Config):
+    """Build the feature store of an SAE."""
+
+    run: str
+    """Folder of a trained run or of an SAE."""
+    out: str
+    """Folder of the store to write; its name is the SAE's name in the explorer."""
+    harvest: str | None = None
+    """Folder of the harvest to encode; the one it was trained on if not given."""
+    logits: int = 10
+    """Most raised and most lowered tokens kept of each feature."""
+    neighbours: int = 10
+    """Nearest decoder directions kept of each feature."""
+    replace: bool = False
+    """Build anew even if the store is there already."""
+
+    def __post_init__(self) -> None:
+        check_range("logits", self.logits, low=1)
+        check_range("neighbours", self.neighbours, low=1)
+
+
+def index(config: IndexConfig) -> Path:
+    """Build the store; the path of its file. A store that is there already is left as it is.
+
+    Raises InputError if the harvest does not fit the SAE, ArtefactError if either cannot be read
+    or the disk is full; an interrupted build leaves nothing behind.
+    """
+    path = Path(config.out) / STORE_FILE
+    if path.exists() and not config.replace:
+        say(f"{path}: already built (--replace builds it anew)")
+        return path
+    sae = load(config.run)
+    harvest = open_harvest(sae, config.harvest)
+    site = choose_site(harvest, sae.metadata.get("site"))
+    facts = harvest.manifest["model"]
+    model = load_model(facts["spec"], dtype="float32")
+    if model.weights_hash != facts["weights_hash"]:
+        raise InputError("is not the model that was harvested", where=facts["spec"])
+    meta = _meta(config, sae, harvest, site)
+    with (
+        disk_full(str(path)),
+        torch.inference_mode(),
+        StoreWriter(path, meta=meta, d_sae=sae.d_sae, context=harvest.context) as writer,
+    ):
+        writer.add_vocabulary(model.vocabulary())
+        writer.add_documents(harvest.document_table())
+        _add_sequences(writer, harvest)
+        _add_activations(writer, sae, harvest, site)
+        writer.add_features(_feature_columns(sae))
+        _add_logits(writer, sae, model, config.logits)
+        _add_neighbours(writer, sae, config.neighbours)
+        rows = writer.finish()
+    say(
+        f"{path}: {sae.d_sae:,} features, {rows['activation_by_feature']:,} activations, "
+        f"{path.stat().st_size / 1e6:,.0f} MB"
+    )
+    return path
+
+
+def _meta(
+    config: IndexConfig, sae: SparseAutoencoder, harvest: ActivationStore, site: str
+) -> dict[str, Any]:
+    evaluation = Path(config.run) / EVALUATION_FILE
+    measured = read_json(evaluation) if evaluation.exists() else {}
+    metrics = {**(measured.get("reconstruction") or {}), **(measured.get("downstream") or {})}
+    return {
+        "name": Path(config.out).resolve().name,
+        "model": harvest.manifest["model"]["name"],
+        "model_spec": harvest.manifest["model"]["spec"],
+        "site": site,
+        "architecture": kind_of(sae.config),
+        "sae_config": to_dict(sae.config),
+        "d_in": sae.d_in,
+        "sae_path": str(Path(config.run).resolve()),
+        "harvest": harvest.hash,
+        "harvest_path": str(harvest.path.resolve()),
+        "corpus": harvest.manifest["config"]["corpus"],
+        "tokens_trained": sae.metadata.get("tokens_trained"),
+        "metrics": metrics,
+        "protocol": measured.get("protocol_hash"),
+    }
+
+
+def _add_sequences(writer: StoreWriter, harvest: ActivationStore) -> None:
+    for first in range(0, harvest.n_sequences, _SEQUENCES):
+        part = slice(first, min(first + _SEQUENCES, harvest.n_sequences))
+        writer.add_sequences(
+            first,
+            harvest.tokens[part],
+            harvest.document[part],
+            harvest.keep[part],
+            harvest.split[part],
+        )
+
+
+def _add_activations(
+    writer: StoreWriter, sae: SparseAutoencoder, harvest: ActivationStore, site: str
+) -> None:
+    chunks = [*harvest.chunks("train"), *harvest.chunks("held_out")]
+    with Progress("encoding", sum(chunk.rows for chunk in chunks), "tokens") as progress:
+        for chunk in chunks:
+            x, row_token = harvest.read_chunk(site, chunk.index)
+            codes = sae.encode_sparse(x.float()).compact()
+            position = torch.as_tensor(row_token)[codes.rows()]
+            writer.add_activations(
+                position.numpy(), codes.index.to(torch.int32).numpy(), codes.value.numpy()
+            )
+            progress.advance(chunk.rows)
+
+
+def _feature_columns(sae: SparseAutoencoder) -> dict[str, Any]:
+    encoder, decoder = sae.W_enc_T.double(), sae.W_dec.double()
+    norms = encoder.norm(dim=1), decoder.norm(dim=1)
+    cosine = (encoder * decoder).sum(1) / (norms[0] * norms[1]).clamp_min(1e-30)
+    return {
+        "encoder_norm": norms[0].float().numpy(),
+        "decoder_norm": norms[1].float().numpy(),
+        "encoder_decoder_cosine": cosine.float().numpy(),
+        "encoder_bias": (sae.b_enc / sae.normaliser.scale).float().numpy(),
+    }
+
+
+def direct_logits(directions: Tensor, W_U: Tensor, norm_weight: Tensor | None) -> Tensor:
+    """Effect of directions [n, d_model] on the logits [n, d_vocab], through the final norm's
+    weight.
+
+    What the direction adds to each logit up to the final norm's positive scale, relative to the
+    mean over the vocabulary (a constant shift changes no probability).
+    """
+    scaled = directions if norm_weight is None else directions * norm_weight
+    effect = scaled @ W_U
+    return effect - effect.mean(-1, keepdim=True)
+
+
+def _add_logits(writer: StoreWriter, sae: SparseAutoencoder, model: Model, count: int) -> None:
+    if sae.d_in != model.d_model:
+        say("logit effects: left out, because the site is not as wide as the residual stream")
+        return
+    W_U, norm_weight = model.unembedding()
+    with Progress("effects on logits", sae.d_sae, "features") as progress:
+        for first in range(0, sae.d_sae, _FEATURES):
+            rows = sae.W_dec[first : first + _FEATURES]
+            effect = direct_logits(rows, W_U, norm_weight)
+            for sign in (1, -1):
+                value, token = (sign * effect).topk(min(count, effect.shape[1]), dim=1)
+                feature, rank = _grid(first, value)
+                writer.add_logits(
+                    feature, torch.full_like(rank, sign).numpy(), rank.numpy(),
+                    token.flatten().numpy(), (sign * value).flatten().numpy(),
+                )  # fmt: skip
+            progress.advance(len(rows))
+
+
+def _add_neighbours(writer: StoreWriter, sae: SparseAutoencoder, count: int) -> None:
+    count = min(count, sae.d_sae - 1)
+    if count == 0:
+        return
+    unit = torch.nn.functional.normalize(sae.W_dec, dim=1)
+    for first in range(0, sae.d_sae, _FEATURES):
+        cosine = unit[first : first + _FEATURES] @ unit.T
+        itself = torch.arange(len(cosine))
+        cosine[itself, itself + first] = -torch.inf
+        value, other = cosine.topk(count, dim=1)
+        feature, rank = _grid(first, value)
+        writer.add_neighbours(
+            feature, rank.numpy(), other.flatten().numpy(), value.flatten().numpy()
+        )
+
+
+def _grid(first: int, values: Tensor) -> tuple[Any, Tensor]:
+    """Feature and rank of each entry of a [features, ranks] block, flat."""
+    n, ranks = values.shape
+    feature = torch.arange(first, first + n).repeat_interleave(ranks)
+    return feature.numpy(), torch.arange(ranks).repeat(n)

@@ -1,0 +1,95 @@
+"""Sparse kernels from torch's embedding-bag operators: no compiler, any device.
+
+A code is a bag of decoder rows with weights. Each backward pass touches only the entries that
+fired: the cost is batch * k * d_in, where a dense one pays batch * d_sae * d_in.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+_CHUNK_ELEMENTS = 2**22
+"""Pre-activations held at a time: [rows, d_sae] never exists for a whole batch."""
+
+
+def _topk_by_chunks(x: Tensor, W_enc_T: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    index = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    value = torch.empty(len(x), k, dtype=x.dtype, device=x.device)
+    rows = max(1, _CHUNK_ELEMENTS // W_enc_T.shape[0])
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        pre = functional.linear(x[part], W_enc_T, b_enc)
+        value[part], index[part] = pre.topk(k, dim=-1, sorted=False)
+    return index, value
+
+
+class _EncodeTopK(Function):
+    """Dense forward by chunks, sparse backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W_enc_T: Tensor, b_enc: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        index, value = _topk_by_chunks(x, W_enc_T, b_enc, k)
+        value.relu_()
+        ctx.mark_non_differentiable(index)
+        ctx.save_for_backward(x, W_enc_T, index, value)
+        return index, value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, W_enc_T, index, value = ctx.saved_tensors
+        d_pre = torch.where(value > 0, gradients[1], 0.0)
+        flat = index.reshape(-1)
+        batch, k = index.shape
+        row_ptr = torch.arange(0, batch * k + 1, k, device=x.device)
+        d_x = d_W = d_b = None
+        if ctx.needs_input_grad[0]:
+            d_x = decode(row_ptr, flat, d_pre.reshape(-1), W_enc_T)
+        if ctx.needs_input_grad[1]:
+            d_W = weight_gradient(row_ptr, flat, d_pre.reshape(-1), x, W_enc_T.shape[0])
+        if ctx.needs_input_grad[2]:
+            d_b = torch.zeros(W_enc_T.shape[0], dtype=x.dtype, device=x.device)
+            d_b.index_add_(0, flat, d_pre.reshape(-1))
+        return d_x, d_W, d_b, None
+
+
+def encode_topk(x: Tensor, W_enc_T: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest pre-activations of each row, rectified: (index, value), both [batch, k]."""
+    index, value = _EncodeTopK.apply(x, W_enc_T, b_enc, k)  # type: ignore[misc]
+    return index, value
+
+
+def decode(row_ptr: Tensor, index: Tensor, value: Tensor, W_dec: Tensor) -> Tensor:
+    """Sum of value times decoder row over each row's entries: [batch, d_in]."""
+    return functional.embedding_bag(
+        index,
+        W_dec,
+        row_ptr,
+        mode="sum",
+        per_sample_weights=value,
+        include_last_offset=True,
+    )
+
+
+def weight_gradient(
+    row_ptr: Tensor, index: Tensor, value: Tensor, rows: Tensor, d_sae: int
+) -> Tensor:
+    """For each feature the sum of value times its token's row: [d_sae, d_in].
+
+    The gradient of W_dec (rows: dL/dx_hat) and of W_enc (rows: the encoder's input) alike.
+    """
+    order = torch.argsort(index, stable=True)
+    counts = torch.bincount(index, minlength=d_sae)
+    tokens = torch.repeat_interleave(
+        torch.arange(len(row_ptr) - 1, device=index.device), row_ptr.diff()
+    )
+    feature_ptr = torch.zeros(d_sae + 1, dtype=torch.int64, device=index.device)
+    torch.cumsum(counts, 0, out=feature_ptr[1:])
+    # transposed codes: bag = feature, entries = tokens, so the sum over tokens is a decode
+    return decode(feature_ptr, tokens[order], value[order], rows)

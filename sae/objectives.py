@@ -1,0 +1,70 @@
+"""The named loss terms that architectures are composed of.
+
+y, y_hat [batch, d_in] are at the normaliser's scale; `variance` is E||y - E y||^2 over the
+training rows, so that a reconstruction loss of 1 is what predicting the mean costs.
+"""
+
+import torch
+from torch import Tensor
+
+from sae import kernels
+
+
+def reconstruction(y: Tensor, y_hat: Tensor, variance: float) -> Tensor:
+    """Mean over the batch of ||y - y_hat||^2, over the variance of the data (an FVU)."""
+    return (y - y_hat).square().sum(-1).mean() / variance
+
+
+def l1(activations: Tensor, decoder_norm: Tensor | None = None) -> Tensor:
+    """Mean over the batch of the sum of activations [batch, d_sae], weighted by decoder norms if
+    given.
+
+    Bricken et al. 2023 (plain); Anthropic's April 2024 update (weighted).
+    """
+    weighted = activations if decoder_norm is None else activations * decoder_norm
+    return weighted.sum(-1).mean()
+
+
+def auxk(
+    residual: Tensor,
+    centred: Tensor,
+    W_enc_T: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    dead: Tensor,
+    k_aux: int,
+) -> Tensor:
+    """AuxK: let the k_aux strongest dead features reconstruct what the living ones left over.
+
+    ||e - e_hat||^2 / ||e - mean e||^2 over the batch, with e = y - y_hat detached and e_hat
+    without bias (Gao et al. 2024, appendix A.2); 0 where there is no dead feature or nothing left.
+
+    Args: residual, centred (y - b_dec) [batch, d_in]; dead bool [d_sae].
+    """
+    rows = dead.nonzero()[:, 0]
+    if len(rows) == 0 or k_aux == 0:
+        return residual.new_zeros(())
+    target = residual.detach()
+    index, value = kernels.encode_topk(
+        centred, W_enc_T.index_select(0, rows), b_enc.index_select(0, rows), min(k_aux, len(rows))
+    )
+    k = index.shape[1]
+    row_ptr = torch.arange(0, len(residual) * k + 1, k, device=residual.device)
+    e_hat = kernels.decode(
+        row_ptr, index.reshape(-1), value.reshape(-1), W_dec.index_select(0, rows)
+    )
+    left = (target - e_hat).square().sum()
+    total = (target - target.mean(0)).square().sum()
+    return torch.where(total > 0, left / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
+
+
+def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point [d_in] of least summed distance to points [rows, d_in] (Weiszfeld's iteration)."""
+    guess = points.mean(0)
+    for _ in range(iterations):
+        weight = 1 / (points - guess).norm(dim=1, keepdim=True).clamp_min(1e-12)
+        moved = (points * weight).sum(0) / weight.sum()
+        if (moved - guess).norm() <= tolerance * guess.norm():
+            return moved
+        guess = moved
+    return guess

@@ -1,0 +1,125 @@
+"""`saescope steer`: continue a prompt with and without an edit of features."""
+
+from dataclasses import dataclass
+
+from activations import load_model
+from sae.loading import load
+from sae.steering import steer
+from saescope.config import Config
+from saescope.errors import InputError, check_range
+from saescope.progress import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerConfig(Config):
+    """Continue a prompt, untouched and steered; edits are written FEATURE=NUMBER."""
+
+    run: str
+    """Folder of a trained run or of an SAE."""
+    prompt: str = "The weather today"
+    """Text to continue."""
+    add: tuple[str, ...] = ()
+    """Add a multiple of a feature's decoder direction, e.g. 123=8."""
+    clamp: tuple[str, ...] = ()
+    """Hold a feature's activation at a value, e.g. 123=20."""
+    scale: tuple[str, ...] = ()
+    """Multiply a feature's activation, e.g. 123=0.5."""
+    ablate: tuple[int, ...] = ()
+    """Features to switch off."""
+    store: str | None = None
+    """A feature store to choose a feature from, if no edit is given."""
+    strength: float = 2.0
+    """Strength for a chosen feature, in units of its largest activation."""
+    max_new_tokens: int = 40
+    """Tokens to generate."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    seed: int = 0
+    """Seed of the sampling, where temperature is above 0."""
+
+    def __post_init__(self) -> None:
+        check_range("max_new_tokens", self.max_new_tokens, low=1)
+        check_range("temperature", self.temperature, low=0)
+
+
+def parse_edits(name: str, words: tuple[str, ...]) -> dict[int, float]:
+    """Edits from FEATURE=NUMBER words; InputError for anything else.
+
+    >>> parse_edits("add", ("123=8", "7=-0.5"))
+    {123: 8.0, 7: -0.5}
+    """
+    edits: dict[int, float] = {}
+    for word in words:
+        feature, equals, number = word.partition("=")
+        try:
+            if not equals:
+                raise ValueError
+            key, value = int(feature), float(number)
+        except ValueError:
+            raise InputError(
+                "not an edit", where=name, given=word, allowed="FEATURE=NUMBER"
+            ) from None
+        if key in edits:
+            raise InputError("feature given twice", where=name, given=key)
+        edits[key] = value
+    return edits
+
+
+def suggest(store_path: str) -> tuple[int, float, list[str]]:
+    """A feature whose direction is the most decided about the next token, its maximum, its top
+    tokens.
+
+    Among features that fire on 0.01% to 1% of tokens: the one with the highest mean effect on its
+    most raised tokens. Raises InputError if the store has none such.
+    """
+    from store import FeatureStore
+
+    with FeatureStore.open(store_path) as features:
+        feature = features.most_decided(low=1e-4, high=1e-2)
+        if feature is None:
+            raise InputError("no feature to suggest; give --add FEATURE=STRENGTH", where=store_path)
+        raised = [effect.text for effect in features.logits(feature).raised[:5]]
+        return feature, features.feature(feature).max, raised
+
+
+def steer_text(config: SteerConfig) -> dict[str, str]:
+    """Print and return both continuations.
+
+    Raises InputError for wrong edits or an SAE that does not fit its model.
+    """
+    sae = load(config.run)
+    add, clamp = parse_edits("add", config.add), parse_edits("clamp", config.clamp)
+    scale = parse_edits("scale", config.scale)
+    if not (add or clamp or scale or config.ablate):
+        if config.store is None:
+            raise InputError(
+                "nothing to do",
+                where="steer",
+                allowed="--add, --clamp, --scale, --ablate or --store",
+            )
+        feature, largest, raised = suggest(config.store)
+        add = {feature: config.strength * largest}
+        say(f"feature {feature}: its direction raises {', '.join(map(repr, raised))}")
+    spec = sae.metadata.get("model_spec")
+    if spec is None:
+        raise InputError("this SAE does not name its model", where=config.run)
+    model = load_model(spec)
+
+    def generate() -> str:
+        return model.generate(
+            config.prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+        )
+
+    plain = generate()
+    with steer(model, sae, add=add, clamp=clamp, scale=scale, ablate=config.ablate):
+        steered = generate()
+    described = {
+        "add": add, "clamp": clamp, "scale": scale, "ablate": list(config.ablate) or None
+    }  # fmt: skip
+    edits = ", ".join(f"{name} {value}" for name, value in described.items() if value)
+    say(f"untouched: {plain}")
+    say(f"steered ({edits}): {steered}")
+    return {"untouched": plain, "steered": steered}

@@ -1,0 +1,68 @@
+"""Checkpoints: all that a run needs to go on with the same bits; tensors and JSON, no pickle."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saescope.artefact import atomic_path, disk_full, read_json, write_json
+from saescope.errors import ArtefactError
+
+SCHEMA = 1
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors, "<parameter>.<name>"."""
+    state = optimiser.state_dict()["state"]
+    return {
+        f"{parameter}.{name}": torch.as_tensor(value)
+        for parameter, entries in state.items()
+        for name, value in entries.items()
+    }
+
+
+def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimiser_tensors` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        parameter, _, name = key.partition(".")
+        state.setdefault(int(parameter), {})[name] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+
+
+def save(folder: Path, *, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write a checkpoint (groups of named tensors, and JSON-able state), replacing the one there.
+
+    Raises ArtefactError if the disk is full; the previous checkpoint is then still there.
+    """
+    with disk_full(str(folder)), atomic_path(folder) as temporary:
+        temporary.mkdir()
+        flat = {
+            f"{group}/{name}": value.detach().contiguous()
+            for group, members in tensors.items()
+            for name, value in members.items()
+        }
+        save_file(flat, temporary / "tensors.safetensors")
+        write_json(temporary / "state.json", {"schema": SCHEMA, **state})
+
+
+def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read a checkpoint; ArtefactError if it is damaged or of another schema."""
+    state = read_json(folder / "state.json")
+    if state.get("schema") != SCHEMA:
+        raise ArtefactError(
+            "checkpoint of another version", where=str(folder), given=state.get("schema"),
+            allowed=str(SCHEMA),
+        )  # fmt: skip
+    try:
+        flat = load_file(folder / "tensors.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError(f"damaged checkpoint: {error}", where=str(folder)) from error
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        group, _, name = key.partition("/")
+        groups.setdefault(group, {})[name] = value
+    return groups, state
