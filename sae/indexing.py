@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from activations import ActivationStore, Model, load_model
+from activations import ActivationStore, Model
 from sae.base import SparseAutoencoder, kind_of
-from sae.evaluation.command import EVALUATION_FILE, open_harvest
+from sae.evaluation.command import EVALUATION_FILE, load_harvested_model, open_harvest
 from sae.loading import load
 from sae.training.command import choose_site
 from saescope.artefact import disk_full, read_json
 from saescope.config import Config, to_dict
-from saescope.errors import InputError, check_range
+from saescope.errors import check_range
 from saescope.progress import Progress, say
 from store import StoreWriter
 
 STORE_FILE = "features.duckdb"
+LARGEST_LOGIT = "largest_logit_effect"
 _SEQUENCES = 4096
 _FEATURES = 512
 
@@ -61,10 +62,7 @@ def index(config: IndexConfig) -> Path:
     sae = load(config.run)
     harvest = open_harvest(sae, config.harvest)
     site = choose_site(harvest, sae.metadata.get("site"))
-    facts = harvest.manifest["model"]
-    model = load_model(facts["spec"], dtype="float32")
-    if model.weights_hash != facts["weights_hash"]:
-        raise InputError("is not the model that was harvested", where=facts["spec"])
+    model = load_harvested_model(harvest, "float32")
     meta = _meta(config, sae, harvest, site)
     with (
         disk_full(str(path)),
@@ -75,8 +73,8 @@ def index(config: IndexConfig) -> Path:
         writer.add_documents(harvest.document_table())
         _add_sequences(writer, harvest)
         _add_activations(writer, sae, harvest, site)
-        writer.add_features(_feature_columns(sae))
-        _add_logits(writer, sae, model, config.logits)
+        decided = _add_logits(writer, sae, model, config.logits)
+        writer.add_features({**_feature_columns(sae), **decided})
         _add_neighbours(writer, sae, config.neighbours)
         rows = writer.finish()
     say(
@@ -161,23 +159,32 @@ def direct_logits(directions: Tensor, W_U: Tensor, norm_weight: Tensor | None) -
     return effect - effect.mean(-1, keepdim=True)
 
 
-def _add_logits(writer: StoreWriter, sae: SparseAutoencoder, model: Model, count: int) -> None:
+def _add_logits(
+    writer: StoreWriter, sae: SparseAutoencoder, model: Model, count: int
+) -> dict[str, Any]:
+    """Write each feature's most raised and lowered tokens; the largest effect, as a column."""
     if sae.d_in != model.d_model:
         say("logit effects: left out, because the site is not as wide as the residual stream")
-        return
+        return {}
     W_U, norm_weight = model.unembedding()
+    largest = []
     with Progress("effects on logits", sae.d_sae, "features") as progress:
         for first in range(0, sae.d_sae, _FEATURES):
             rows = sae.W_dec[first : first + _FEATURES]
             effect = direct_logits(rows, W_U, norm_weight)
+            largest.append(effect.amax(1))
             for sign in (1, -1):
                 value, token = (sign * effect).topk(min(count, effect.shape[1]), dim=1)
                 feature, rank = _grid(first, value)
                 writer.add_logits(
-                    feature, torch.full_like(rank, sign).numpy(), rank.numpy(),
-                    token.flatten().numpy(), (sign * value).flatten().numpy(),
-                )  # fmt: skip
+                    feature,
+                    torch.full_like(rank, sign).numpy(),
+                    rank.numpy(),
+                    token.flatten().numpy(),
+                    (sign * value).flatten().numpy(),
+                )
             progress.advance(len(rows))
+    return {LARGEST_LOGIT: torch.cat(largest).numpy()}
 
 
 def _add_neighbours(writer: StoreWriter, sae: SparseAutoencoder, count: int) -> None:

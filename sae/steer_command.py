@@ -1,13 +1,16 @@
 """`saescope steer`: continue a prompt with and without an edit of features."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from activations import load_model
+from sae.indexing import LARGEST_LOGIT, STORE_FILE
 from sae.loading import load
 from sae.steering import steer
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 from saescope.progress import say
+from store import FeatureFilter, FeatureStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +69,22 @@ def parse_edits(name: str, words: tuple[str, ...]) -> dict[int, float]:
 
 
 def suggest(store_path: str) -> tuple[int, float, list[str]]:
-    """A feature whose direction is the most decided about the next token, its maximum, its top
-    tokens.
+    """A feature whose direction is decided about the next token: its number, maximum, top tokens.
 
-    Among features that fire on 0.01% to 1% of tokens: the one with the highest mean effect on its
-    most raised tokens. Raises InputError if the store has none such.
+    Among the features that fire on 0.01% to 1% of tokens, the one that raises a token most. Raises
+    InputError if the store has none such.
     """
-    from store import FeatureStore
-
-    with FeatureStore.open(store_path) as features:
-        feature = features.most_decided(low=1e-4, high=1e-2)
-        if feature is None:
+    path = Path(store_path)
+    with FeatureStore.open(path / STORE_FILE if path.is_dir() else path) as features:
+        if LARGEST_LOGIT not in features.columns:
+            raise InputError("has no logit effects; give --add FEATURE=STRENGTH", where=store_path)
+        wanted = FeatureFilter(density_min=1e-4, density_max=1e-2)
+        page = features.features(wanted, sort=LARGEST_LOGIT, descending=True, limit=1)
+        if page.total == 0:
             raise InputError("no feature to suggest; give --add FEATURE=STRENGTH", where=store_path)
-        raised = [effect.text for effect in features.logits(feature).raised[:5]]
-        return feature, features.feature(feature).max, raised
+        row = page.rows.to_pylist()[0]
+        tokens = features.top_tokens([row["feature"]])[row["feature"]]
+    return row["feature"], row["max"], tokens
 
 
 def steer_text(config: SteerConfig) -> dict[str, str]:
@@ -103,7 +108,7 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
     spec = sae.metadata.get("model_spec")
     if spec is None:
         raise InputError("this SAE does not name its model", where=config.run)
-    model = load_model(spec)
+    model = load_model(spec, revision=sae.metadata.get("model_revision"))
 
     def generate() -> str:
         return model.generate(

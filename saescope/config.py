@@ -7,7 +7,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -75,6 +75,8 @@ def _explain(problems: Sequence[Any], cls: type, values: Mapping[str, Any]) -> s
             known = _known_fields(cls, values, problem["loc"][:-1])
             if known:
                 line += f"; known here: {', '.join(known)}"
+        elif kind in ("missing", "missing_argument"):
+            line = f"{path} is required"
         elif kind == "value_error":
             line = str(problem["ctx"]["error"])
         else:
@@ -142,28 +144,30 @@ def parse(
             raise InputError(
                 "not a configuration file", where=program, given=first, allowed="*.toml"
             )
-    for selector in cls.SELECTORS:
-        _select(values, selector, words)
-    # Fields without a default stay missing unless the file has them; tyro then asks for them.
-    try:
-        default: Any = from_dict(cls, values, where)
-    except InputError:
-        if values:
-            raise
-        default = tyro.MISSING
+    for name in (*cls.SELECTORS, *_required(cls)):
+        _select(values, name, words)
+    asks_for_help = "--help" in words or "-h" in words
+    default = tyro.MISSING if asks_for_help and not values else from_dict(cls, values, where)
     concrete: Any = cls.specialise(values)
+    options: dict[str, Any] = {} if default is tyro.MISSING else {"default": default}
     chosen = tyro.cli(
         tyro.conf.AvoidSubcommands[concrete],  # type: ignore[valid-type]
         args=words,
         prog=program,
         description=description,
-        **({} if default is tyro.MISSING else {"default": default}),
+        **options,
     )
     return from_dict(cls, to_dict(chosen), where)
 
 
+def _required(cls: type[Config]) -> list[str]:
+    """Names of the fields without a default; all of ours are strings."""
+    found = fields(cls)  # type: ignore[arg-type]
+    return [f.name for f in found if f.default is MISSING and f.default_factory is MISSING]
+
+
 def _select(values: dict[str, Any], selector: str, words: list[str]) -> None:
-    """Move `--a.kind value` from the words into the raw values, before the class is chosen."""
+    """Move `--a.kind value` from the words into the raw values, before they are checked."""
     for index, word in enumerate(words):
         name, _, inline = word.partition("=")
         if name != f"--{selector}":

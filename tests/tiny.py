@@ -123,7 +123,7 @@ def make_tiny_harvest(
     documents: int = 60,
     **fields: Any,
 ) -> Path:
-    """Harvest a tiny model over a tiny corpus (context 16, chunks of 64 rows); the store's folder.
+    """Harvest a tiny model over a tiny corpus (context 16, chunks of 128 rows); the store's folder.
 
     `fields` are further fields of HarvestConfig.
     """
@@ -131,7 +131,7 @@ def make_tiny_harvest(
 
     folder = Path(folder)
     settings: dict[str, Any] = {
-        "context": 16, "chunk_rows": 64, "window_chunks": 4, "batch_sequences": 4,
+        "context": 16, "chunk_rows": 128, "window_chunks": 8, "batch_sequences": 16,
         "held_out_fraction": 0.2, **fields,
     }  # fmt: skip
     config = HarvestConfig(

@@ -35,7 +35,7 @@ def architectures() -> dict[str, type[SparseAutoencoder]]:
     """
     for found in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{found.name}")
-    return dict(_REGISTRY)
+    return dict(sorted(_REGISTRY.items()))
 
 
 def architecture(kind: str) -> type[SparseAutoencoder]:

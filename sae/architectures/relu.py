@@ -26,7 +26,7 @@ class ReLUConfig(SAEConfig):
 
     kind: Literal["relu"] = "relu"
     """Name of the architecture."""
-    l1_coefficient: float = 0.05
+    l1_coefficient: float = 0.1
     """Weight of the L1 penalty, beside an FVU of at most about 1."""
     l1_warmup_fraction: float = 0.05
     """Part of training over which the penalty grows from 0 to its weight."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from activations import ActivationStore, load_model
+from activations import ActivationStore, Model, load_model
 from sae.base import SparseAutoencoder
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.reconstruction import measure_reconstruction
@@ -30,7 +30,7 @@ class EvaluateConfig(Config):
     """Folder of the harvest to measure on; the one it was trained on if not given."""
     rows: int | None = None
     """Held-out activation rows for L0, FVU and the like; all of them if not given."""
-    tokens: int = 32768
+    tokens: int = 8192
     """Held-out tokens that the model is run on for delta CE and KL; 0 leaves these out."""
     batch: int = 4
     """Sequences a run of the model."""
@@ -100,13 +100,19 @@ def open_harvest(sae: SparseAutoencoder, path: str | None) -> ActivationStore:
     return harvest
 
 
+def load_harvested_model(harvest: ActivationStore, dtype: str) -> Model:
+    """The model of a harvest; InputError if what its name stands for has other weights by now."""
+    facts = harvest.manifest["model"]
+    model = load_model(facts["spec"], dtype=dtype, revision=facts["revision"])
+    if model.weights_hash != facts["weights_hash"]:
+        raise InputError("is not the model that was harvested", where=facts["spec"])
+    return model
+
+
 def _downstream(
     sae: SparseAutoencoder, harvest: ActivationStore, site: str, config: EvaluateConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    facts = harvest.manifest["model"]
-    model = load_model(facts["spec"], dtype=facts["dtype"])
-    if model.weights_hash != facts["weights_hash"]:
-        raise InputError("is not the model that was harvested", where=facts["spec"])
+    model = load_harvested_model(harvest, harvest.manifest["model"]["dtype"])
     held_out = torch.from_numpy(harvest.split == 1).nonzero()[:, 0]
     chosen = held_out[: max(1, config.tokens // harvest.context)].numpy()
     tokens = torch.from_numpy(harvest.tokens[chosen]).long()

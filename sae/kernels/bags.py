@@ -12,6 +12,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+_SUM = 0
+"""the operators' number for mode="sum\""""
+_GROUP = 16
+"""entries a group in `topk_by_groups`"""
 _CHUNK_ELEMENTS = 2**22
 """Pre-activations held at a time: [rows, d_sae] never exists for a whole batch."""
 
@@ -23,8 +27,25 @@ def _topk_by_chunks(x: Tensor, W_enc_T: Tensor, b_enc: Tensor, k: int) -> tuple[
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         pre = functional.linear(x[part], W_enc_T, b_enc)
-        value[part], index[part] = pre.topk(k, dim=-1, sorted=False)
+        value[part], index[part] = topk_by_groups(pre, k)
     return index, value
+
+
+def topk_by_groups(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row (value, index), unsorted; exact, and faster than `topk` alone.
+
+    Deal a row into groups. An entry among the k largest is in one of the k groups with the largest
+    maxima: otherwise k other groups would each hold a larger one. So only those are searched.
+    """
+    rows, width = pre.shape
+    groups = width // _GROUP
+    if width % _GROUP or groups < 4 * k:
+        return pre.topk(k, dim=-1, sorted=False)
+    dealt = pre.view(rows, _GROUP, groups)
+    chosen = dealt.amax(1).topk(k, dim=-1, sorted=False).indices
+    candidates = dealt.gather(2, chosen[:, None].expand(rows, _GROUP, k)).view(rows, -1)
+    value, at = candidates.topk(k, dim=-1, sorted=False)
+    return value, at // k * groups + chosen.gather(1, at % k)
 
 
 class _EncodeTopK(Function):
@@ -50,7 +71,7 @@ class _EncodeTopK(Function):
         row_ptr = torch.arange(0, batch * k + 1, k, device=x.device)
         d_x = d_W = d_b = None
         if ctx.needs_input_grad[0]:
-            d_x = decode(row_ptr, flat, d_pre.reshape(-1), W_enc_T)
+            d_x = _bag_sum(row_ptr, flat, d_pre.reshape(-1), W_enc_T)
         if ctx.needs_input_grad[1]:
             d_W = weight_gradient(row_ptr, flat, d_pre.reshape(-1), x, W_enc_T.shape[0])
         if ctx.needs_input_grad[2]:
@@ -65,16 +86,33 @@ def encode_topk(x: Tensor, W_enc_T: Tensor, b_enc: Tensor, k: int) -> tuple[Tens
     return index, value
 
 
+class _Decode(Function):
+    """A weighted sum of rows; each gradient touches only the entries there are."""
+
+    @staticmethod
+    def forward(ctx: Any, row_ptr: Tensor, index: Tensor, value: Tensor, W_dec: Tensor) -> Tensor:
+        ctx.save_for_backward(row_ptr, index, value, W_dec)
+        return _bag_sum(row_ptr, index, value, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        row_ptr, index, value, W_dec = ctx.saved_tensors
+        d_x_hat = gradients[0].contiguous()
+        d_value = d_W = None
+        if ctx.needs_input_grad[2]:
+            bag = _bag_of_entry(row_ptr)
+            d_value = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                d_x_hat, W_dec, index, row_ptr[:-1].contiguous(), bag, _SUM, -1
+            )
+        if ctx.needs_input_grad[3]:
+            d_W = weight_gradient(row_ptr, index, value, d_x_hat, W_dec.shape[0])
+        return None, None, d_value, d_W
+
+
 def decode(row_ptr: Tensor, index: Tensor, value: Tensor, W_dec: Tensor) -> Tensor:
     """Sum of value times decoder row over each row's entries: [batch, d_in]."""
-    return functional.embedding_bag(
-        index,
-        W_dec,
-        row_ptr,
-        mode="sum",
-        per_sample_weights=value,
-        include_last_offset=True,
-    )
+    return _Decode.apply(row_ptr, index, value, W_dec)  # type: ignore[return-value]
 
 
 def weight_gradient(
@@ -85,11 +123,19 @@ def weight_gradient(
     The gradient of W_dec (rows: dL/dx_hat) and of W_enc (rows: the encoder's input) alike.
     """
     order = torch.argsort(index, stable=True)
-    counts = torch.bincount(index, minlength=d_sae)
-    tokens = torch.repeat_interleave(
-        torch.arange(len(row_ptr) - 1, device=index.device), row_ptr.diff()
-    )
     feature_ptr = torch.zeros(d_sae + 1, dtype=torch.int64, device=index.device)
-    torch.cumsum(counts, 0, out=feature_ptr[1:])
-    # transposed codes: bag = feature, entries = tokens, so the sum over tokens is a decode
-    return decode(feature_ptr, tokens[order], value[order], rows)
+    torch.cumsum(torch.bincount(index, minlength=d_sae), 0, out=feature_ptr[1:])
+    # transposed codes: bag = feature, entries = tokens; faster than the operator's own backward
+    return _bag_sum(feature_ptr, _bag_of_entry(row_ptr)[order], value[order], rows)
+
+
+def _bag_sum(row_ptr: Tensor, index: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+    return functional.embedding_bag(
+        index, rows, row_ptr, mode="sum", per_sample_weights=value, include_last_offset=True
+    )
+
+
+def _bag_of_entry(row_ptr: Tensor) -> Tensor:
+    return torch.repeat_interleave(
+        torch.arange(len(row_ptr) - 1, device=row_ptr.device), row_ptr.diff()
+    )

@@ -46,7 +46,7 @@ class TrainConfig(Config):
     """Seed of the initial weights and of the order of the batches."""
     normaliser: NormaliserKind = "unit_mean_square"
     """Scale to train at: none, unit_mean_square (E||x||^2 = 1), or centred (same, mean removed)."""
-    evaluation_rows: int = 16384
+    evaluation_rows: int = 8192
     """Held-out rows measured during training."""
     sae: SAEConfig = dataclasses.field(default_factory=TopKConfig)
     """The architecture and its size."""
@@ -97,12 +97,13 @@ def train(config: TrainConfig) -> SparseAutoencoder:
         if (folder / SAE_FOLDER).exists():
             say(f"{folder}: already trained")
             return load(folder)
-    else:
+    # made before anything is written, so that wrong input leaves no folder behind
+    trainer = _prepare(config, harvest, site, tag)
+    if not (folder / MANIFEST).exists():
         more = {"tag": tag, "site": site}
         write_manifest(
             folder, kind="run", schema=RUN_SCHEMA, config=settings, parent=harvest.hash, **more
         )
-    trainer = _prepare(config, harvest, site, tag)
     sae = trainer.run()
     last = trainer.last_held_out
     sae.save(folder / SAE_FOLDER, held_out_during_training=last)
@@ -184,6 +185,7 @@ def _prepare(config: TrainConfig, harvest: ActivationStore, site: str, tag: str)
         "site": site,
         "model": model["name"],
         "model_spec": model["spec"],
+        "model_revision": model["revision"],
         "weights_hash": model["weights_hash"],
         "harvest": str(config.harvest),
         "harvest_hash": harvest.hash,

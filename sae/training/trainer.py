@@ -1,6 +1,6 @@
 """The training loop: batches in, a trained SAE and its metrics out; it knows of no store."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ METRICS = "metrics.jsonl"
 class BatchSource(Protocol):
     """An endless stream of activations [batch, d_in] whose place can be saved (JSON-able state)."""
 
-    def __next__(self) -> Tensor: ...
+    def __iter__(self) -> Iterator[Tensor]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -53,7 +53,7 @@ class TrainerConfig(Config):
     """Largest norm of the whole gradient; 0 turns clipping off."""
     dead_after_tokens: int = 10_000_000
     """A feature is dead when it has not fired for this many tokens."""
-    evaluate_every: int = 100
+    evaluate_every: int = 250
     """Steps between held-out evaluations."""
     checkpoint_every: int = 250
     """Steps between checkpoints."""
@@ -111,8 +111,9 @@ class Trainer:
         """Train to the last step; the SAE, in evaluation mode."""
         config = self.config
         with Progress("training", self.total_steps, "steps", done=self.step) as progress:
+            batches = iter(self.batches)
             while self.step < self.total_steps:
-                terms = self.train_step(next(self.batches))
+                terms = self.train_step(next(batches))
                 note = ""
                 if self.step % config.evaluate_every == 0 or self.step == self.total_steps:
                     note = self._evaluate(terms)

@@ -25,9 +25,7 @@ def test_forward_by_hand() -> None:
     x = torch.tensor([[3.0, 1.0], [1.0, 1.0], [0.0, -4.0]])
     # x - b_dec = (2,1), (0,1), (-1,-4); pre = (2, 1.5, -3), (0, 1.5, -1), (-1, -3.5, 5)
     assert sae.encode(x).tolist() == [[2, 0, 0], [0, 1.5, 0], [0, 0, 5]]
-    torch.testing.assert_close(
-        sae(x).x_hat, torch.tensor([[3.0, 0.0], [1.0, 1.5], [-2.0, -4.0]])
-    )
+    torch.testing.assert_close(sae(x).x_hat, torch.tensor([[3.0, 0.0], [1.0, 1.5], [-2.0, -4.0]]))
 
 
 def test_loss_by_hand() -> None:
@@ -125,10 +123,12 @@ def test_auxk_of_nothing_is_zero() -> None:
 def test_decoder_gradient_has_no_part_along_its_rows() -> None:
     torch.manual_seed(0)
     sae = TopKSAE(TopKConfig(d_sae=16, k=3), 5)
-    sae.training_output(torch.randn(20, 5), TrainingState(dead=torch.zeros(16).bool())).loss.backward()
+    sae.training_output(
+        torch.randn(20, 5), TrainingState(dead=torch.zeros(16).bool())
+    ).loss.backward()
+    assert sae.W_dec.grad is not None
     before = sae.W_dec.grad.clone()
     sae.before_step()
-    assert sae.W_dec.grad is not None
     along = (sae.W_dec.grad * sae.W_dec).sum(1)
     assert along.abs().max() < 1e-6
     # and only that part is gone

@@ -1,0 +1,70 @@
+# saescope: `make demo` goes from text to a steered model, `make test` runs the tests.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SAESCOPE := $(BIN)/saescope
+STAMP := $(VENV)/.installed
+
+HARVEST ?= configs/harvest/smollm2-135m-wikipedia.toml
+TRAIN ?= configs/train/topk.toml
+RUN ?= runs/smollm2-135m-topk
+STORE ?= stores/smollm2-135m-topk
+PORT ?= 8501
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# threads that wait must sleep: busy waiting starves other work on small machines
+export OMP_WAIT_POLICY ?= passive
+
+.DEFAULT_GOAL := help
+.PHONY: help setup harvest train-sae eval index steer explore demo check test clean
+
+help: ## Show this list.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
+
+setup: $(STAMP) ## Make .venv with the locked versions.
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "saescope needs Python 3.11 or newer; set PYTHON=... to one"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (some minutes the first time)"
+	@$(BIN)/python -m pip install --quiet "$$(grep -m1 '^torch==' constraints.txt)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+harvest: $(STAMP) ## Run the default model over the default text; store activations in data/.
+	@$(SAESCOPE) harvest $(HARVEST)
+
+train-sae: $(STAMP) ## Train the default TopK SAE on the harvest; writes runs/.
+	@$(SAESCOPE) train $(TRAIN)
+
+eval: $(STAMP) ## Measure the trained SAE on held-out text.
+	@$(SAESCOPE) eval $(RUN)
+
+index: $(STAMP) ## Build the feature store; writes stores/.
+	@$(SAESCOPE) index $(RUN) --out $(STORE)
+
+steer: $(STAMP) ## Continue a prompt with and without a steered feature.
+	@$(SAESCOPE) steer $(RUN) --store $(STORE)
+
+explore: $(STAMP) ## Open the feature explorer on stores/.
+	@$(SAESCOPE) explore $(dir $(STORE)) --port $(PORT)
+
+demo: $(STAMP) ## All of the above: text, activations, an SAE, its features, a steered model.
+	@$(MAKE) --no-print-directory harvest train-sae eval index steer
+	@if [ -t 1 ]; then $(MAKE) --no-print-directory explore; \
+	else echo "explore the features: make explore, then open http://localhost:$(PORT)"; fi
+
+check: $(STAMP) ## Style, types, import rule.
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/basedpyright --level error
+	@$(BIN)/lint-imports --no-cache | tail -n 12
+
+test: $(STAMP) ## The default test suite.
+	@$(BIN)/python -m pytest
+
+clean: ## Remove caches (not data/, runs/, stores/).
+	@rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,382 @@
+"""The harvest: run a model over a corpus and store the activations of some sites.
+
+The main path, read downwards: `harvest` plans, `_harvest_split` goes through the windows of a
+split, `_run_window` runs the model over one. While a window is computed the one before is written.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from activations.corpora import CorpusConfig, Document, documents
+from activations.models import Model, ModelConfig, load_model
+from activations.packing import PackingCounts, Sequences, pack
+from activations.zarr_store import SPLITS, ActivationStore
+from activations.zarr_writer import HarvestWriter, SiteSums, WindowData
+from saescope.artefact import MANIFEST
+from saescope.config import Config, to_dict
+from saescope.errors import ArtefactError, InputError, check_range
+from saescope.progress import Progress, say
+
+_WINDOW_BYTES = 512 << 20
+"""A window is made smaller than asked for if its rows would take more memory than this; two are in
+memory at a time, one being filled and one being written."""
+_CHUNK_BYTES = 768 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestConfig(Config):
+    """Run a model over text and store the activations of some sites."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The language model."""
+
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """The texts."""
+
+    sites: tuple[str, ...] = ("blocks.9.hook_resid_post",)
+    """TransformerLens names, or patterns such as blocks.4-12.hook_mlp_out."""
+
+    out: str = "data/smollm2-135m-wikipedia"
+    """Folder of the store."""
+
+    context: int = 128
+    """Positions of a sequence."""
+
+    max_tokens: int | None = None
+    """Stop after this many tokens, both splits together; without it, the whole corpus."""
+
+    held_out_fraction: float = 0.05
+    """Share of documents kept out of training, chosen by a hash of their text."""
+
+    batch_sequences: int = 16
+    """Sequences in one forward pass."""
+
+    chunk_rows: int = 16384
+    """Rows (kept positions) of one chunk on disk."""
+
+    window_chunks: int = 8
+    """Chunks over which rows are shuffled, and that are committed together."""
+
+    seed: int = 0
+    """Decides the shuffling of rows."""
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise InputError("name at least one site", where="sites", given=self.sites)
+        if not self.out:
+            raise InputError("empty", where="out", given=self.out, allowed="a folder")
+        check_range("context", self.context, low=2)
+        check_range("held_out_fraction", self.held_out_fraction, low=0, below=1)
+        check_range("batch_sequences", self.batch_sequences, low=1)
+        check_range("chunk_rows", self.chunk_rows, low=1)
+        check_range("window_chunks", self.window_chunks, low=1)
+        check_range("seed", self.seed, low=0)
+        if self.max_tokens is not None:
+            check_range("max_tokens", self.max_tokens, low=self.context)
+
+
+def harvest(config: HarvestConfig) -> ActivationStore:
+    """Store the activations that a configuration asks for, and return the store.
+
+    An interrupted harvest goes on from its last committed window; a complete one returns at once.
+    Memory does not grow with the corpus.
+
+    Raises InputError for a model, site, corpus or context that cannot be used (before anything is
+    written), or if `out` holds a harvest of another configuration; ArtefactError if the disk is
+    full.
+
+    >>> config = HarvestConfig(sites=("blocks.4-9.hook_resid_post",), out="data/six")
+    >>> store = harvest(config)  # doctest: +SKIP
+    >>> store.n_rows("train"), store.d_in("blocks.9.hook_resid_post")  # doctest: +SKIP
+    (1031337, 576)
+    """
+    out = Path(config.out)
+    begun = _begun(config, out)
+    if begun is not None and begun.complete:
+        say(f"{out}: complete already, {begun.n_rows():,} rows")
+        return begun
+    dtype = config.model.dtype if begun is None else begun.manifest["model"]["dtype"]
+    model = load_model(
+        config.model.spec,
+        dtype=dtype,
+        device=config.model.device,
+        revision=config.model.revision,
+    )
+    if begun is None:
+        writer = HarvestWriter.create(out, _plan(config, model))
+    else:
+        _check_same_model(model, begun)
+        writer = HarvestWriter(out, begun.manifest)
+        writer.trim()
+    store = writer.store
+    total = sum(store.manifest["planned_sequences"].values()) * config.context
+    name = f"harvest of {len(store.sites)} site(s)" if len(store.sites) > 1 else "harvest"
+    with Progress(name, total, "tokens", done=store.n_tokens) as progress:
+        counts = {split: _harvest_split(split, config, model, writer, progress) for split in SPLITS}
+    writer.finish({split: _counted(count) for split, count in counts.items()})
+    store = writer.store
+    size = sum(store.n_rows() * store.d_in(site) * 2 for site in store.sites)
+    say(f"{out}: {store.n_rows():,} rows, {size / 1e9:.2f} GB")
+    return store
+
+
+def _begun(config: HarvestConfig, out: Path) -> ActivationStore | None:
+    """The harvest that `out` already holds, if any; it must be of this configuration."""
+    if not (out / MANIFEST).exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError("exists and holds no harvest; choose another folder", where=str(out))
+        return None
+    store = ActivationStore.open(out)
+    there, here = _flat(store.manifest["config"]), _flat(to_dict(config))
+    names = [n for n in {**there, **here} if n != "out" and there.get(n) != here.get(n)]
+    if names:
+        what = ", ".join(f"{n} is {there.get(n)!r} there and {here.get(n)!r} here" for n in names)
+        raise InputError(
+            f"holds a harvest of another configuration: {what}. Choose another out, or remove it",
+            where=str(out),
+        )
+    return store
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
+        flat |= {} if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _check_same_model(model: Model, begun: ActivationStore) -> None:
+    facts = begun.manifest["model"]
+    for name in ("weights_hash", "tokenizer_hash"):
+        if getattr(model, name) != facts[name]:
+            raise InputError(
+                f"the model is not the one this harvest began with ({name} differs)",
+                where=str(begun.path),
+            )
+
+
+def _plan(config: HarvestConfig, model: Model) -> dict[str, Any]:
+    """What the manifest says from the start; everything that can be wrong is found here."""
+    if config.context > model.n_ctx:
+        raise InputError(
+            f"longer than the context of {model.name}", where="context", given=config.context,
+            allowed=f"2 to {model.n_ctx}",
+        )  # fmt: skip
+    sites = {site: model.d_in(site) for site in model.resolve(config.sites)}
+    row_bytes = 2 * sum(sites.values())
+    if config.chunk_rows * row_bytes > _CHUNK_BYTES:
+        raise InputError(
+            "a chunk of all these sites does not fit in memory", where="chunk_rows",
+            given=config.chunk_rows, allowed=f"up to {_CHUNK_BYTES // row_bytes}",
+        )  # fmt: skip
+    fitting = max(1, _WINDOW_BYTES // (config.chunk_rows * row_bytes))
+    window_chunks = min(config.window_chunks, fitting)
+    sequences = window_chunks * config.chunk_rows // (config.context - 1)
+    if sequences == 0:
+        raise InputError(
+            "a window holds less than one sequence", where="chunk_rows", given=config.chunk_rows,
+            allowed=f"at least {-(-(config.context - 1) // window_chunks)}",
+        )  # fmt: skip
+    if sequences > config.batch_sequences:
+        sequences -= sequences % config.batch_sequences
+    return {
+        "config": to_dict(config),
+        "model": _model_facts(model),
+        "sites": sites,
+        "chunk_rows": config.chunk_rows,
+        "window_chunks": window_chunks,
+        "sequences_per_window": sequences,
+        "planned_sequences": _planned_sequences(config, model),
+    }
+
+
+def _model_facts(model: Model) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "spec": model.spec,
+        "revision": model.revision,
+        "weights_hash": model.weights_hash,
+        "tokenizer_hash": model.tokenizer_hash,
+        "dtype": model.dtype_name,
+        "bos_token_id": model.bos_token_id,
+        "eos_token_id": model.eos_token_id,
+        "special_token_ids": sorted(model.special_token_ids),
+        "n_ctx": model.n_ctx,
+        "n_layers": model.n_layers,
+        "d_model": model.d_model,
+        "d_vocab": model.d_vocab,
+    }
+
+
+def _planned_sequences(config: HarvestConfig, model: Model) -> dict[str, int]:
+    """How many sequences each split is to have (with max_tokens: at most).
+
+    Without max_tokens the corpus is read through once to count, which costs about 1/200 of what
+    running the model over it does, and finds a damaged record before hours of work.
+    """
+    if config.max_tokens is None:
+        say("counting the tokens of the corpus")
+        limits: dict[str, int | None] = dict.fromkeys(SPLITS)
+    else:
+        wanted = config.max_tokens // config.context
+        held_out = round(wanted * config.held_out_fraction)
+        limits = {"train": wanted - held_out, "held_out": held_out}
+    planned = {}
+    for split, limit in limits.items():
+        # with a limit it is enough to know that there is text for one sequence
+        read = min(limit, 1) if limit is not None else None
+        found = _packed(split, config, model, 64, PackingCounts(), read)
+        number = sum(len(group.tokens) for group in found)
+        planned[split] = number if limit is None else limit * min(number, 1)
+    if planned["train"] == 0:
+        raise InputError(
+            f"not enough text for one training sequence of {config.context} tokens",
+            where=config.corpus.source,
+        )
+    if planned["held_out"] == 0 and config.held_out_fraction > 0:
+        say("the corpus is too small for a held-out sequence: everything is for training")
+    return planned
+
+
+def _packed(
+    split: str,
+    config: HarvestConfig,
+    model: Model,
+    per_group: int,
+    counts: PackingCounts,
+    limit: int | None,
+) -> Iterator[Sequences]:
+    """Packed sequences of one split's documents, always the same ones."""
+
+    def chosen() -> Iterator[Document]:
+        held_out = split == "held_out"
+        for document in documents(config.corpus):
+            if document.is_held_out(config.held_out_fraction) == held_out:
+                yield document
+
+    if limit == 0:
+        return iter(())
+    return pack(
+        chosen(), model, context=config.context, per_group=per_group, counts=counts, limit=limit
+    )
+
+
+def _counted(counts: PackingCounts) -> dict[str, Any]:
+    return {
+        "documents": counts.documents,
+        "tokens": counts.tokens,
+        "dropped_tokens": counts.dropped_tokens,
+        "hash": counts.digest.hexdigest(),
+    }
+
+
+def _harvest_split(
+    split: str, config: HarvestConfig, model: Model, writer: HarvestWriter, progress: Progress
+) -> PackingCounts:
+    """Compute and commit the windows of a split that are not committed yet."""
+    begun = writer.store
+    committed = [window for window in begun.windows if window.split == split]
+    counts = PackingCounts()
+    limit = begun.manifest["planned_sequences"][split]
+    per_window = begun.manifest["sequences_per_window"]
+    groups = _packed(split, config, model, per_window, counts, limit)
+    with ThreadPoolExecutor(1, "harvest-writer") as pool:
+        writing: Future[None] | None = None
+        for number, group in enumerate(groups):
+            if number < len(committed):
+                _check_same_text(group, begun, committed[number].first_sequence)
+                continue
+            seed = (config.seed, SPLITS.index(split), number)
+            first = begun.n_sequences + per_window * (number - len(committed))
+            data = _run_window(split, group, first, model, begun.sites, config, seed, progress)
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(writer.write, data)
+        if writing is not None:
+            writing.result()
+    return counts
+
+
+def _check_same_text(group: Sequences, begun: ActivationStore, first: int) -> None:
+    if not np.array_equal(group.tokens, begun.tokens[first : first + len(group.tokens)]):
+        raise ArtefactError(
+            "the corpus has changed since this harvest began; remove it and begin anew",
+            where=str(begun.path),
+        )
+
+
+def _run_window(
+    split: str,
+    group: Sequences,
+    first_sequence: int,
+    model: Model,
+    sites: tuple[str, ...],
+    config: HarvestConfig,
+    seed: tuple[int, ...],
+    progress: Progress,
+) -> WindowData:
+    """Run the model over a window's sequences and keep the rows that count."""
+    tokens = torch.from_numpy(group.tokens)
+    keep = model.keep_mask(tokens)
+    kept = keep.flatten().nonzero()[:, 0]
+    if len(kept) == 0:
+        raise InputError("nothing but special tokens", where=config.corpus.source)
+    rows = {site: _SiteRows(site, len(kept), model.d_in(site)) for site in sites}
+    for start in range(0, len(tokens), config.batch_sequences):
+        batch = slice(start, start + config.batch_sequences)
+        found = model.capture(tokens[batch], sites)
+        chosen = keep[batch].flatten().nonzero()[:, 0].to(model.device)
+        for site, x in found.items():
+            rows[site].append(x.flatten(0, 1).index_select(0, chosen))
+        progress.advance(tokens[batch].numel())
+    return WindowData(
+        split=split,
+        tokens=group.tokens,
+        document=group.document,
+        keep=keep.numpy(),
+        described=group.described,
+        row_token=first_sequence * config.context + kept.numpy(),
+        rows={site: part.bits for site, part in rows.items()},
+        order=np.random.default_rng(seed).permutation(len(kept)),
+        sums={site: part.sums() for site, part in rows.items()},
+    )
+
+
+class _SiteRows:
+    """The rows of one site in one window, as bfloat16 bits, and their sums."""
+
+    def __init__(self, site: str, rows: int, d_in: int) -> None:
+        self._site = site
+        self._filled = 0
+        self._total = torch.zeros(d_in, dtype=torch.float64)
+        self._square = 0.0
+        self.bits: NDArray[np.uint16] = np.empty((rows, d_in), np.uint16)
+
+    def append(self, x: Tensor) -> None:
+        """Add rows [n, d_in]; the sums are of what is stored, after rounding to bfloat16."""
+        stored = x.to(torch.bfloat16)
+        rounded = stored.float()
+        total = rounded.sum(0, dtype=torch.float64).cpu()
+        square = float(rounded.flatten().square_().sum(dtype=torch.float64))
+        if not np.isfinite(square):
+            raise InputError(
+                "activations are not finite; try another model.dtype", where=self._site,
+                given=str(x.dtype).removeprefix("torch."),
+            )  # fmt: skip
+        self._total += total
+        self._square += square
+        last = self._filled + len(x)
+        self.bits[self._filled : last] = stored.cpu().view(torch.uint16).numpy()
+        self._filled = last
+
+    def sums(self) -> SiteSums:
+        return SiteSums(self._filled, self._total.numpy(), self._square)

@@ -1,0 +1,397 @@
+"""Language models: load one by name or folder, read and replace activations, generate text."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from activations import sites as vocabulary
+from activations.hooks import EditFunction, SiteMap, run_until_captured, splicing
+from activations.packaged import PACKAGED_MODELS, packaged_folder, quiet_transformers
+from activations.text import TextCodec
+from saescope.artefact import sha256_file, sha256_json
+from saescope.config import Config
+from saescope.errors import InputError, check_range
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """Which language model, in which precision, where."""
+
+    spec: str = "smollm2-135m"
+    """A packaged model (smollm2-135m), a folder with config.json, or a name on the hub."""
+
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: whichever of the first two is faster here."""
+
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise InputError(
+                "unknown precision", where="model.dtype", given=self.dtype,
+                allowed=("auto", *DTYPES),
+            )  # fmt: skip
+        if not self.spec:
+            raise InputError("empty", where="model.spec", given=self.spec, allowed=PACKAGED_MODELS)
+
+
+def load_model(
+    spec: str, *, dtype: str = "auto", device: str = "cpu", revision: str | None = None
+) -> "Model":
+    """Load a causal language model and its tokenizer.
+
+    `spec` is a packaged model ("smollm2-135m", needs no hub), a local Hugging Face folder, or a hub
+    name such as "gpt2" or "google/gemma-2-2b". dtype "auto" is the faster of float32 and bfloat16
+    by a short measurement on the CPU, bfloat16 on CUDA.
+
+    Raises InputError if there is no such model, device or precision.
+
+    >>> model = load_model("smollm2-135m")  # doctest: +SKIP
+    >>> model.generate("The capital of France is", max_new_tokens=2)  # doctest: +SKIP
+    'The capital of France is Paris.'
+    """
+    ModelConfig(spec=spec, dtype=dtype, device=device, revision=revision)
+    place = _device(device)
+    folder, commit = _folder(spec, revision)
+    precision = resolve_dtype(dtype, place)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with quiet_transformers():
+        try:
+            hf: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=DTYPES[precision], local_files_only=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().splitlines()
+            raise InputError(
+                f"cannot be loaded as a causal language model: {reason[0] if reason else error}",
+                where=spec,
+            ) from error
+    hf.requires_grad_(requires_grad=False)
+    return Model(hf.to(place).eval(), tokenizer, spec=spec, folder=folder, revision=commit)
+
+
+def _device(device: str) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(
+            "no such device", where="model.device", given=device, allowed="cpu, cuda, cuda:N"
+        ) from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "this machine has no usable CUDA device", where="model.device", given=device,
+            allowed="cpu",
+        )  # fmt: skip
+    return place
+
+
+def _folder(spec: str, revision: str | None) -> tuple[Path, str | None]:
+    """The local folder of a model, fetched from the hub if it is a hub name; and its commit."""
+    if spec in PACKAGED_MODELS:
+        return packaged_folder(spec), None
+    local = Path(spec).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").exists():
+            raise InputError("this folder holds no model: config.json is missing", where=spec)
+        return local, None
+    packaged = ", ".join(PACKAGED_MODELS)
+    if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise InputError(
+            "no such model folder", where=spec, allowed=f"{packaged}, a folder, a hub name"
+        )
+    return _fetch(spec, revision, packaged)
+
+
+def _fetch(spec: str, revision: str | None, packaged: str) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        found = snapshot_download(
+            spec, revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise InputError(
+            f"no such model: it is not packaged ({packaged} is), not a folder, and the hub gave "
+            f"{type(error).__name__}. A hub name needs the network or the hub's local cache, and a "
+            "gated model needs its licence accepted and HF_TOKEN set",
+            where=spec,
+        ) from error
+    folder = Path(found)
+    return folder, folder.name
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """The precision that "auto" stands for on this machine; any other as it is.
+
+    CPUs differ by a factor of ten in how fast their bfloat16 is against their float32, and no flag
+    tells which is faster, so a product of a small model's size is timed in both.
+    """
+    if dtype != "auto":
+        return dtype
+    if device.type != "cpu":
+        return "bfloat16"
+    from timeit import repeat
+
+    def seconds(kind: torch.dtype) -> float:
+        x, w = torch.ones(1024, 576, dtype=kind), torch.ones(1536, 576, dtype=kind)
+        return min(repeat(lambda: torch.nn.functional.linear(x, w), number=2, repeat=8))
+
+    return "bfloat16" if seconds(torch.bfloat16) < 0.9 * seconds(torch.float32) else "float32"
+
+
+class Model:
+    """A causal language model with its tokenizer, and the sites of its activations.
+
+    >>> model = load_model("smollm2-135m")  # doctest: +SKIP
+    >>> tokens = torch.tensor([model.tokenize("A sparse code")])  # doctest: +SKIP
+    >>> site = "blocks.9.hook_resid_post"
+    >>> model.capture(tokens, [site])[site].shape  # doctest: +SKIP
+    torch.Size([1, 4, 576])
+    """
+
+    def __init__(
+        self, hf: Any, tokenizer: Any, *, spec: str, folder: Path, revision: str | None = None
+    ) -> None:
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.name = Path(spec).name if Path(spec).is_dir() else spec
+        self.revision = revision
+        self.folder = folder
+        parameter = next(hf.parameters())
+        self.dtype: torch.dtype = parameter.dtype
+        self.device: torch.device = parameter.device
+        self._text = TextCodec(tokenizer)
+        self._sites = SiteMap(hf, spec)
+        self._widths: dict[str, int] = {}
+        config = hf.config.get_text_config()
+        self.n_layers = self._sites.n_layers
+        self.d_model = int(config.hidden_size)
+        self.d_vocab = int(hf.get_output_embeddings().weight.shape[0])
+        self.n_ctx = int(config.max_position_embeddings)
+        self.tokenizer_hash = self._text.hash
+        self.bos_token_id = self._text.bos_token_id
+        self.eos_token_id = self._text.eos_token_id
+        self.special_token_ids = self._text.special_token_ids
+        ends = hf.generation_config.eos_token_id
+        self._ends = {self.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+
+    @property
+    def dtype_name(self) -> str:
+        """The precision, named as in configuration."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """sha256 over the model's weight files, whatever precision they were loaded in."""
+        files = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("*.bin"))
+        return sha256_json([[file.name, sha256_file(file)] for file in files])
+
+    @cached_property
+    def bridge(self) -> Any:
+        """TransformerLens' TransformerBridge around the same weights, made on first use.
+
+        It costs about a second and no second copy of the weights. It runs eager attention and is
+        slower than `capture` (0.77 of its speed where measured): for what only it can do.
+        """
+        from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+        tensors = [*self.hf.parameters(), *self.hf.buffers()]
+        # the bridge replaces submodules in place: give it modules of its own, weights shared
+        modules = copy.deepcopy(self.hf, {id(tensor): tensor for tensor in tensors})
+        return build_bridge_from_module(
+            modules, type(self.hf).__name__, hf_config=modules.config,
+            tokenizer=copy.deepcopy(self.tokenizer), model_name=self.spec,
+        )  # fmt: skip
+
+    def sites(self, pattern: str = "*") -> list[str]:
+        """Names of the sites that match a pattern (see activations.sites), in the model's order."""
+        return [site for site in self._sites.names if vocabulary.matches(site, pattern)]
+
+    def resolve(self, site: str | Sequence[str]) -> list[str]:
+        """The sites that names or patterns stand for, each once.
+
+        Raises InputError for a site this model does not have, naming the nearest that it has.
+        """
+        chosen: list[str] = []
+        for item in [site] if isinstance(site, str) else site:
+            if vocabulary.is_pattern(item):
+                chosen += vocabulary.select([item], self._sites.names, where=self.spec)
+            else:
+                chosen.append(self._sites.target(item).site)
+        return list(dict.fromkeys(chosen))
+
+    def d_in(self, site: str) -> int:
+        """Width of a site, found by running one token up to it."""
+        if site not in self._widths:
+            token = torch.zeros(1, 1, dtype=torch.long)
+            self._widths[site] = int(self.capture(token, [site])[site].shape[-1])
+        return self._widths[site]
+
+    def capture(
+        self, tokens: Int[Tensor, "batch pos"], sites: Sequence[str]
+    ) -> dict[str, Float[Tensor, "batch pos d_in"]]:
+        """Activations at the sites, in the model's precision; nothing deeper is computed.
+
+        Raises InputError for an unknown site, or for more positions than the model has.
+        """
+        tokens = self._checked(tokens)
+        targets = [self._sites.target(site) for site in sites]
+        if not targets:
+            return {}
+        with torch.no_grad():
+            return run_until_captured(
+                targets, lambda: self.hf.base_model(input_ids=tokens, use_cache=False)
+            )
+
+    def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Next-token logits at every position. Raises InputError for too many positions."""
+        with torch.no_grad():
+            return self.hf(input_ids=self._checked(tokens), use_cache=False).logits
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise InputError(
+                "tokens must be [batch, position]", where="tokens", given=tuple(tokens.shape)
+            )
+        if tokens.shape[1] > self.n_ctx:
+            raise InputError(
+                "more positions than the model has", where=self.spec, given=tokens.shape[1],
+                allowed=f"up to {self.n_ctx}",
+            )  # fmt: skip
+        return tokens.to(self.device, torch.long)
+
+    @contextmanager
+    def edit(self, edits: Mapping[str, EditFunction]) -> Iterator[None]:
+        """Splice: while the context lasts, replace the activation at each site.
+
+        Each function gets the activation [batch, position, d_in] and the absolute positions
+        [position] (right under a KV cache too, in `generate` and in `hf.generate`), and returns the
+        replacement of the same shape, or None to leave the very tensor alone. Edits at one site
+        nest: an inner context sees what the outer one made.
+
+        Raises InputError for an unknown site or a replacement of another shape.
+
+        >>> with model.edit({site: lambda x, position: 0 * x}):  # doctest: +SKIP
+        ...     model.generate("The weather today")
+        """
+        targets = [(self._sites.target(site), function) for site, function in edits.items()]
+        with splicing(self.hf.base_model, targets):
+            yield
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, with BOS first where the model uses one."""
+        return self._text.encode(text)
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of many texts, without BOS."""
+        return self._text.encode_batch(texts)
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """Each token's piece of the text; joined they are the whole text.
+
+        A character spread over several tokens is shown by the last of them, the others show ''.
+        """
+        return self._text.pieces(ids)
+
+    def vocabulary(self) -> list[str]:
+        """The text of every token id, by itself (one that is part of a character: U+FFFD)."""
+        return self._text.vocabulary(self.d_vocab)
+
+    def keep_mask(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """Which positions count in statistics and training: not the first, and no special token."""
+        special = torch.tensor(sorted(self.special_token_ids), device=tokens.device)
+        keep = ~torch.isin(tokens, special.to(tokens.dtype))
+        keep[:, 0] = False
+        return keep
+
+    def unembedding(
+        self,
+    ) -> tuple[Float[Tensor, "d_model d_vocab"], Float[Tensor, " d_model"] | None]:
+        """W_U in float32, and the final norm's scale if it has one (Gemma's 1 + weight counted)."""
+        w_u = self.hf.get_output_embeddings().weight.detach().float().T
+        adapter = self._sites.adapter
+        norm = self.hf.get_submodule(adapter.get_component_mapping()["ln_final"].name)
+        weight: Any = getattr(norm, "weight", None)
+        if weight is None:
+            return w_u, None
+        offset = 1.0 if getattr(adapter.cfg, "rmsnorm_uses_offset", False) else 0.0
+        return w_u, weight.detach().float() + offset
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
+        """Continue a prompt; the text of prompt and continuation (options: see `generate_ids`).
+
+        >>> model.generate("The weather today", max_new_tokens=40)  # doctest: +SKIP
+        """
+        ids = self.generate_ids(prompt, **options)
+        return self._text.decode(ids[1:] if ids[0] == self.bos_token_id else ids)
+
+    def generate_ids(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int = 0,
+        use_cache: bool = True,
+        stop_at_eos: bool = True,
+    ) -> list[int]:
+        """Continue a prompt; the token ids of prompt and continuation.
+
+        temperature 0 takes the likeliest token; above, tokens are drawn, the same for one seed.
+        Raises InputError for an empty prompt or one that leaves no room for the new tokens.
+        """
+        check_range("temperature", temperature, low=0)
+        check_range("max_new_tokens", max_new_tokens, low=1)
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise InputError("the prompt has no tokens", where="generate", given=prompt)
+        if len(ids) + max_new_tokens > self.n_ctx:
+            raise InputError(
+                "prompt and continuation are longer than the model's context", where="generate",
+                given=len(ids) + max_new_tokens, allowed=f"up to {self.n_ctx}",
+            )  # fmt: skip
+        choose = _chooser(temperature, seed)
+        past, new = None, ids
+        ids = list(ids)
+        for _ in range(max_new_tokens):
+            inputs = torch.tensor([new if use_cache else ids], device=self.device)
+            with torch.no_grad():
+                out = self.hf(input_ids=inputs, past_key_values=past, use_cache=use_cache)
+            past = out.past_key_values if use_cache else None
+            new = [choose(out.logits[0, -1])]
+            if stop_at_eos and new[0] in self._ends:
+                break
+            ids += new
+        return ids
+
+
+def _chooser(temperature: float, seed: int) -> Callable[[Tensor], int]:
+    """The rule that picks the next token from the logits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: Tensor) -> int:
+        if temperature == 0:
+            return int(logits.argmax())
+        chances = (logits.float().cpu() / temperature).softmax(-1)
+        return int(torch.multinomial(chances, 1, generator=generator))
+
+    return choose

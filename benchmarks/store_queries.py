@@ -1,0 +1,219 @@
+"""Build and query times of a feature store with Zipf-like features: rows of results/store.csv.
+
+    python benchmarks/store_queries.py [--sequences 8192] [--d-sae 8192] [--active 23]
+
+The store is synthetic: features are drawn by a Zipf-Mandelbrot law, about `active` at each of
+sequences * 128 positions. Query times are warm, of random features and positions, one by one.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from saescope.artefact import git_commit, library_versions
+from saescope.progress import say
+from store import FeatureFilter, FeatureStore, StoreWriter
+
+CONTEXT = 128
+VOCABULARY = 49_152
+RESULTS = Path(__file__).parent / "results" / "store.csv"
+COLUMNS = (
+    "date", "op", "shape", "p50_ms", "p95_ms", "threads", "duckdb version", "cpu", "commit",
+)  # fmt: skip
+_PART = 512
+_WINDOW = 12
+
+
+def batches(
+    sequences: int, d_sae: int, active: int, seed: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Positions, features and activations: distinct features at each kept position."""
+    rng = np.random.default_rng(seed)
+    weight = 1 / (np.arange(d_sae) + 60.0)
+    cumulated = np.cumsum(weight) / weight.sum()
+    number = rng.permutation(d_sae).astype(np.int32)
+    for first in range(0, sequences, _PART):
+        count = min(_PART, sequences - first)
+        position = np.arange(first * CONTEXT, (first + count) * CONTEXT, dtype=np.int64)
+        uniform = rng.random((len(position), round(1.4 * active)), dtype=np.float32)
+        drawn = np.minimum(np.searchsorted(cumulated, uniform), d_sae - 1)
+        drawn.sort(axis=1)
+        distinct = np.ones(drawn.shape, dtype=bool)
+        distinct[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+        distinct[position % CONTEXT == 0] = False
+        row, column = distinct.nonzero()
+        feature = number[drawn[row, column]]
+        activation = rng.exponential(1.0, len(row)) * (1 + feature % 7) + 0.01
+        yield position[row], feature, activation.astype(np.float32)
+
+
+class PeakMemory(threading.Thread):
+    """Watches this process' memory while a block runs; MiB, all pages and private ones only."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.resident = self.private = 0.0
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        """Read /proc ten times a second."""
+        while not self._done.wait(0.1):
+            status = dict(
+                line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+            )
+            self.resident = max(self.resident, int(status["VmRSS"].split()[0]) / 1024)
+            self.private = max(self.private, int(status["RssAnon"].split()[0]) / 1024)
+
+    def stop(self) -> None:
+        """End the watch."""
+        self._done.set()
+        self.join()
+
+
+def build(path: Path, sequences: int, d_sae: int, active: int) -> tuple[int, float, PeakMemory]:
+    """Write the store; the number of activations, seconds in the writer, peak memory."""
+    rng = np.random.default_rng(1)
+    shape = (sequences, CONTEXT)
+    keep = np.ones(shape, dtype=bool)
+    keep[:, 0] = False
+    document = (np.arange(sequences * CONTEXT) // 190).astype(np.int32)
+    seconds = 0.0
+    memory = PeakMemory()
+    memory.start()
+    with StoreWriter(path, meta={"name": "benchmark"}, d_sae=d_sae, context=CONTEXT) as writer:
+        writer.add_vocabulary(f" token{i}" for i in range(VOCABULARY))
+        tokens = (rng.zipf(1.2, shape) % VOCABULARY).astype(np.int32)
+        split = np.zeros(sequences, dtype=np.int8)
+        writer.add_sequences(0, tokens, document.reshape(shape), keep, split)
+        numbers = np.arange(document[-1] + 1, dtype=np.int32)
+        titles = [f"Title {n}" for n in numbers]
+        table = {"document": numbers, "key": titles, "title": titles, "split": 0 * numbers}
+        writer.add_documents(pa.table(table))
+        for part in batches(sequences, d_sae, active):
+            began = time.perf_counter()
+            writer.add_activations(*part)
+            seconds += time.perf_counter() - began
+        _add_relatives(writer, d_sae, rng)
+        began = time.perf_counter()
+        writer.finish()
+        seconds += time.perf_counter() - began
+    memory.stop()
+    return writer.n_activations, seconds, memory
+
+
+def _add_relatives(writer: StoreWriter, d_sae: int, rng: np.random.Generator) -> None:
+    feature, rank = np.repeat(np.arange(d_sae), 10), np.tile(np.arange(10), d_sae)
+    for sign in (1, -1):
+        token = rng.integers(0, VOCABULARY, len(feature))
+        writer.add_logits(feature, np.full(len(feature), sign), rank, token, rng.random(len(rank)))
+    other = rng.integers(0, d_sae, len(feature))
+    writer.add_neighbours(feature, rank, other, rng.random(len(rank)))
+
+
+def queries(features: FeatureStore) -> dict[str, Callable[[int, int], object]]:
+    """What is timed: each takes a random feature and a random sequence."""
+
+    def page(feature: int, _: int) -> None:
+        features.feature(feature)
+        features.histogram(feature)
+        features.examples(feature, "top", _WINDOW)
+        features.examples(feature, "interval", _WINDOW)
+        features.logits(feature)
+        features.neighbours(feature)
+        features.coactivating(feature)
+        features.previous_live(feature)
+        features.next_live(feature)
+
+    by_density = FeatureFilter(density_min=1e-5, state="live")
+    return {
+        "top 20 examples with windows": lambda f, _: features.examples(f, "top", _WINDOW),
+        "interval examples with windows": lambda f, _: features.examples(f, "interval", _WINDOW),
+        "features of a token": lambda _, s: features.features_of_position(s, 64),
+        "features of a sequence": lambda _, s: features.features_of_sequence(s),
+        "histogram": lambda f, _: features.histogram(f),
+        "1000 strongest activations": lambda f, _: features.activations(f, 1000),
+        "page of the feature table": lambda f, _: features.features(
+            by_density, "density", descending=True, offset=f // 2
+        ),
+        "all queries of a feature page": page,
+    }
+
+
+def cpu() -> str:
+    """The processor's name and how many of them there are."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.machine()} x{os.cpu_count()}"
+
+
+def main() -> None:
+    """Build, measure, append the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--sequences", type=int, default=8192)
+    parser.add_argument("--d-sae", type=int, default=8192)
+    parser.add_argument("--active", type=int, default=23)
+    parser.add_argument("--repeats", type=int, default=300)
+    given = parser.parse_args()
+    facts = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "threads": 1,
+        "duckdb version": library_versions()["duckdb"],
+        "cpu": cpu(),
+        "commit": git_commit() or "",
+    }
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "features.duckdb"
+        n, seconds, memory = build(path, given.sequences, given.d_sae, given.active)
+        shape = f"{n} activations, d_sae {given.d_sae}, {given.sequences * CONTEXT} tokens"
+        size = path.stat().st_size / 1e6
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        about = f"{shape}; {size:.0f} MB, peak {peak:.0f} MiB ({memory.private:.0f} private)"
+        took = f"{1000 * seconds:.0f}"
+        threads = min(os.cpu_count() or 1, 8)
+        build_row = {"op": "build", "shape": about, "p50_ms": took, "p95_ms": took}
+        rows.append({**facts, **build_row, "threads": threads})
+        say(f"build: {seconds:.1f} s; {about}")
+        with FeatureStore.open(path) as features:
+            rows += [{**facts, "shape": shape, **row} for row in measure(features, given.repeats)]
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def measure(features: FeatureStore, repeats: int) -> Iterator[dict[str, str]]:
+    """Median and 95th percentile of each query, after a few to warm up."""
+    sequences = int(features.meta["n_sequences"])
+    for name, query in queries(features).items():
+        rng = np.random.default_rng(2)
+        times = []
+        for index in range(repeats + 10):
+            feature, sequence = rng.integers(features.d_sae), rng.integers(sequences)
+            began = time.perf_counter()
+            query(int(feature), int(sequence))
+            if index >= 10:
+                times.append(1000 * (time.perf_counter() - began))
+        p50, p95 = np.percentile(times, [50, 95])
+        say(f"{name}: p50 {p50:.2f} ms, p95 {p95:.2f} ms")
+        yield {"op": name, "p50_ms": f"{p50:.2f}", "p95_ms": f"{p95:.2f}"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The feature explorer: a Streamlit application over feature stores."""

@@ -1,0 +1,106 @@
+"""Plotly figures: one quiet look, legible on light and dark, axes with units."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from store.results import Histogram
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+BLUE = "#3d7ea6"
+_AXIS = "rgba(128,128,128,0.35)"
+_GRID = "rgba(128,128,128,0.16)"
+_FEW = 20
+CONFIG = {"displayModeBar": False, "scrollZoom": False}
+
+
+def _finish(figure: "Figure", x: str, y: str, height: int) -> "Figure":
+    figure.update_layout(
+        height=height,
+        margin={"l": 4, "r": 8, "t": 8, "b": 4},
+        bargap=0.06,
+        showlegend=False,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        hovermode="x",
+        dragmode=False,
+    )
+    figure.update_xaxes(
+        title={"text": x, "standoff": 6}, showgrid=False, zeroline=False, linecolor=_AXIS,
+        ticks="outside", tickcolor=_AXIS, ticklen=4, automargin=True, fixedrange=True,
+    )  # fmt: skip
+    figure.update_yaxes(
+        title={"text": y, "standoff": 6}, gridcolor=_GRID, zeroline=False, automargin=True,
+        fixedrange=True, nticks=5,
+    )  # fmt: skip
+    return figure
+
+
+def activation_histogram(histogram: Histogram, height: int = 210) -> "Figure":
+    """How many positions have which activation; many are counted on a logarithmic axis."""
+    from plotly.graph_objects import Bar, Figure
+
+    edges, counts = histogram.edges, histogram.counts
+    middle = (edges[:-1] + edges[1:]) / 2
+    text = [
+        f"{low:.2f} to {high:.2f}: {count:,} positions"
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+    bars = Bar(
+        x=middle, y=np.where(counts > 0, counts, np.nan), width=np.diff(edges) * 0.94,
+        marker={"color": BLUE, "line": {"width": 0}}, hovertext=text, hoverinfo="text",
+    )  # fmt: skip
+    figure = _finish(Figure(bars), "activation", "positions", height)
+    if counts.max() > _FEW:
+        top = np.log10(counts.max())
+        # starting below 1, so that a bin with a single position can be seen
+        figure.update_yaxes(type="log", range=[-0.3, top + 0.15], dtick=1 if top < 4 else 2)
+        figure.update_yaxes(title="positions (log scale)")
+    else:
+        figure.update_yaxes(rangemode="tozero", dtick=max(int(counts.max()) // 4, 1))
+    figure.update_xaxes(range=[0, float(edges[-1]) * 1.01])
+    return figure
+
+
+def density_histogram(densities: np.ndarray, height: int = 260) -> "Figure":
+    """How many live features fire how often, four bins a decade."""
+    from plotly.graph_objects import Bar, Figure
+
+    logs = np.log10(densities[densities > 0])
+    low = min(np.floor(logs.min(initial=-1.0)), -1.0)
+    bins = round(-4 * low)
+    edges = np.linspace(low, 0.0, bins + 1)
+    # a feature that always fires belongs to the last bin
+    counts = np.bincount(np.minimum((4 * (logs - low)).astype(int), bins - 1), minlength=bins)
+    text = [
+        f"{percent(10**a)} to {percent(10**b)} of positions: {count:,} features"
+        for a, b, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+    bars = Bar(
+        x=edges[:-1] + 0.125, y=counts, width=0.235, marker={"color": BLUE, "line": {"width": 0}},
+        hovertext=text, hoverinfo="text",
+    )  # fmt: skip
+    figure = _finish(
+        Figure(bars), "density (share of positions at which a feature fires)", "features", height
+    )
+    ticks = np.arange(low, 0.5)
+    figure.update_xaxes(
+        tickvals=ticks, ticktext=[percent(10.0**tick) for tick in ticks], range=[low - 0.05, 0.08]
+    )
+    return figure
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with two or three figures.
+
+    >>> percent(0.5), percent(0.0123), percent(0.00001), percent(0.0)
+    ('50 %', '1.23 %', '0.001 %', '0 %')
+    """
+    value = 100 * share
+    if value == 0:
+        return "0 %"
+    digits = max(2 - int(np.floor(np.log10(value))), 0)
+    text = f"{value:.{digits}f}"
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text} %"

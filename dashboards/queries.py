@@ -1,0 +1,141 @@
+"""What the pages ask of the stores: opened once a process, answers kept by plain values."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from dashboards.tokens import plain_visible
+from store import Annotations, FeatureFilter, FeatureStore
+from store.results import (
+    Coactivation,
+    Example,
+    Feature,
+    Histogram,
+    Logits,
+    Neighbour,
+    Overview,
+)
+
+Version = tuple[str, int, int, int]
+_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class FeatureData:
+    """Everything a feature page shows except its examples."""
+
+    feature: Feature
+    histogram: Histogram
+    logits: Logits
+    neighbours: list[Neighbour]
+    coactivating: list[Coactivation]
+    previous: int | None
+    next: int | None
+
+
+def version_of(path: Path) -> Version:
+    """What tells one build of a store from the next."""
+    facts = path.stat()
+    return str(path), facts.st_mtime_ns, facts.st_ino, facts.st_size
+
+
+@st.cache_resource(max_entries=16, show_spinner=False, on_release=lambda store: store.close())
+def _open(version: Version) -> FeatureStore:
+    return FeatureStore.open(version[0])
+
+
+def open_store(path: Path) -> FeatureStore:
+    """The open store, shared by all sessions; opened anew when its file has been replaced."""
+    return _open(version_of(path))
+
+
+@st.cache_resource(max_entries=16, show_spinner=False, on_release=lambda notes: notes.close())
+def _annotations(path: str, sae_hash: str) -> Annotations:
+    return Annotations.open(path, sae_hash=sae_hash)
+
+
+def annotations(store: FeatureStore) -> Annotations:
+    """People's labels and notes about the store's features."""
+    return _annotations(str(store.path), str(store.meta.get("sae_hash") or ""))
+
+
+@st.cache_data(max_entries=64, ttl=_DAY, show_spinner=False)
+def overview(_store: FeatureStore, version: Version) -> Overview:
+    """The store in numbers."""
+    return _store.overview()
+
+
+@st.cache_data(max_entries=64, ttl=_DAY, show_spinner=False)
+def densities(_store: FeatureStore, version: Version) -> np.ndarray:
+    """Every feature's density."""
+    return _store.densities()
+
+
+@st.cache_data(max_entries=512, ttl=_DAY, show_spinner=False)
+def feature(_store: FeatureStore, version: Version, number: int) -> FeatureData:
+    """A feature's page without its examples."""
+    return FeatureData(
+        feature=_store.feature(number),
+        histogram=_store.histogram(number),
+        logits=_store.logits(number),
+        neighbours=_store.neighbours(number),
+        coactivating=_store.coactivating(number),
+        previous=_store.previous_live(number),
+        next=_store.next_live(number),
+    )
+
+
+@st.cache_data(max_entries=256, ttl=_DAY, show_spinner=False)
+def examples(
+    _store: FeatureStore, version: Version, number: int, kind: str, window: int | None
+) -> list[Example]:
+    """A feature's examples."""
+    return _store.examples(number, kind, window)
+
+
+@st.cache_data(max_entries=256, ttl=_DAY, show_spinner=False)
+def _table(
+    _store: FeatureStore,
+    version: Version,
+    filters: FeatureFilter,
+    sort: str,
+    descending: bool,
+    limit: int,
+    offset: int,
+) -> tuple[pd.DataFrame, int]:
+    page = _store.features(filters, sort, descending, limit, offset)
+    frame = page.rows.to_pandas()
+    numbers = [int(number) for number in frame["feature"]]
+    tokens = _store.top_tokens(numbers, 5)
+    frame["tokens"] = ["  ".join(plain_visible(t) for t in tokens[n]) for n in numbers]
+    return frame, page.total
+
+
+def table(
+    store: FeatureStore,
+    notes: Annotations,
+    filters: FeatureFilter,
+    *,
+    sort: str,
+    descending: bool,
+    limit: int,
+    offset: int,
+) -> tuple[pd.DataFrame, int]:
+    """One page of the feature table with labels and commonest top tokens, and the total."""
+    version = version_of(store.path)
+    frame, total = _table(store, version, filters, sort, descending, limit, offset)
+    labels = notes.labels([int(number) for number in frame["feature"]])
+    return frame.assign(label=[labels.get(int(n), "") for n in frame["feature"]]), total
+
+
+def max_activations(store: FeatureStore, features: Sequence[int]) -> dict[int, float]:
+    """The features' strongest activations in the store."""
+    if not features:
+        return {}
+    page = store.features(FeatureFilter(ids=tuple(features)), limit=len(features))
+    columns = (page.rows.column("feature").to_pylist(), page.rows.column("max").to_pylist())
+    return dict(zip(*columns, strict=True))

@@ -1,0 +1,90 @@
+"""What every page begins with: which SAE, which store, which feature."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import streamlit as st
+
+from dashboards import places, queries
+from dashboards.parameters import choose_feature, choose_sae
+from dashboards.tokens import plain
+from store import Annotations, FeatureStore
+
+OVERVIEW = "views/overview.py"
+FEATURES = "views/features.py"
+FEATURE = "views/feature.py"
+TEXT = "views/text.py"
+
+
+@dataclass(frozen=True)
+class Session:
+    """The SAE a page is about."""
+
+    name: str
+    store: FeatureStore
+    notes: Annotations
+    version: queries.Version
+
+
+def begin(title: str, parameters: Collection[str] = ()) -> Session:
+    """Write the page's heading and the choice of SAE; open the chosen one's store.
+
+    parameters: what else the page reads from its address; all others are dropped from it.
+    """
+    stores = places.stores()
+    fallback = st.session_state.get("sae")
+    if fallback not in stores:
+        fallback = next(iter(stores))
+    chosen = choose_sae(st.query_params.get("sae"), stores, fallback)
+    name = chosen.value
+    if len(stores) > 1:
+        left, right = st.columns([3, 1], vertical_alignment="bottom")
+        st.session_state["sae_choice"] = name
+        right.selectbox("SAE", list(stores), key="sae_choice", on_change=_change_sae)
+    else:
+        left = st.container()
+    if title:
+        left.markdown(f"## {plain(title)}")
+    if chosen.problem:
+        st.warning(plain(chosen.problem), icon=":material/link_off:")
+    st.session_state["sae"] = name
+    for key in set(st.query_params) - {"sae", *parameters}:
+        del st.query_params[key]
+    st.query_params["sae"] = name
+    store = queries.open_store(stores[name])
+    return Session(name, store, queries.annotations(store), queries.version_of(stores[name]))
+
+
+def _change_sae() -> None:
+    st.session_state["sae"] = st.session_state["sae_choice"]
+    st.query_params.clear()
+    st.query_params["sae"] = st.session_state["sae"]
+
+
+def current_feature(session: Session) -> int:
+    """The feature the address asks for; else the one seen last, else the first live one."""
+    key = f"feature_of_{session.name}"
+    fallback = st.session_state.get(key)
+    if fallback is None or fallback >= session.store.d_sae:
+        fallback = session.store.next_live(-1) or 0
+    chosen = choose_feature(st.query_params.get("feature"), session.store.d_sae, fallback)
+    if chosen.problem:
+        st.warning(plain(chosen.problem), icon=":material/link_off:")
+    st.session_state[key] = chosen.value
+    st.query_params["feature"] = str(chosen.value)
+    return chosen.value
+
+
+def link(session: Session, feature: int, text: str, help: str | None = None) -> None:
+    """A link to a feature's page; text is shown as it is."""
+    st.page_link(
+        FEATURE,
+        label=plain(text),
+        help=help,
+        query_params={"sae": session.name, "feature": str(feature)},
+    )
+
+
+def open_feature(session: Session, feature: int) -> None:
+    """Go to a feature's page."""
+    st.switch_page(FEATURE, query_params={"sae": session.name, "feature": str(feature)})

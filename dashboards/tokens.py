@@ -1,0 +1,244 @@
+"""Tokens and examples as HTML: every text is escaped, invisible characters are made visible."""
+
+import html
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from urllib.parse import urlencode
+
+from store.results import Example
+
+HOT = (235, 122, 28)
+_JOINERS = "\u200c\u200d"  # scripts and emoji need these inside words
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>$:~&^=\"'])")
+_TITLE_LENGTH = 70
+
+STYLE = """<style>
+.stMainBlockContainer{padding:4.5rem 3rem 2rem;max-width:1760px}
+.stMainBlockContainer h2{font-size:1.65rem;padding:.5rem 0 .3rem}
+.stMainBlockContainer h5{font-size:1.02rem;padding:.5rem 0 .3rem}
+.stMainBlockContainer [data-testid=stMetricValue]{font-size:1.45rem}
+.stMainBlockContainer a[aria-label="Link to heading"]{display:none}
+.st-key-relatives,.st-key-marked{gap:.12rem}
+.st-key-relatives h5{padding:1rem 0 1.4rem}
+.st-key-relatives a,.st-key-marked a{background:none!important;padding:.1rem 0}
+.st-key-relatives a *,.st-key-marked a *{font-weight:400!important}
+.st-key-relatives a:hover *,.st-key-marked a:hover *{text-decoration:underline}
+.ss-ex{display:grid;grid-template-columns:3.2rem minmax(0,1fr) 8rem;gap:.8rem;align-items:baseline;
+padding:.42rem .2rem;border-bottom:1px solid rgba(128,128,128,.18)}
+.ss-ex:last-child{border-bottom:none}
+.ss-act{text-align:right;font-variant-numeric:tabular-nums;font-weight:600;font-size:.85rem}
+.ss-from{font-size:.76rem;opacity:.62;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
+.ss-text{font-size:.92rem;line-height:1.75;white-space:pre-wrap;overflow-wrap:anywhere}
+.ss-t{position:relative}
+.ss-lit{border-radius:3px;padding:.08em 0}
+.ss-peak .ss-lit{box-shadow:inset 0 -2px 0 rgb(235,122,28)}
+.ss-far{opacity:.42}
+.ss-mark{opacity:.55;font-size:.85em}
+.ss-t:hover{outline:1px solid rgba(128,128,128,.65)}
+.ss-t:hover::after{content:attr(data-tip);position:absolute;left:0;top:calc(100% + 3px);z-index:99;
+white-space:pre;width:max-content;max-width:22rem;overflow:hidden;text-overflow:ellipsis;
+background:#1d2330;color:#f4f5f7;font-size:.76rem;line-height:1.5;padding:.35rem .55rem;
+border-radius:5px;box-shadow:0 2px 8px rgba(0,0,0,.35);pointer-events:none}
+.ss-effects{display:grid;grid-template-columns:1fr 1fr;gap:0 1.6rem;font-size:.88rem}
+.ss-effects div.ss-row{display:flex;justify-content:space-between;gap:.5rem;padding:.14rem .4rem;
+border-radius:3px;margin:1px 0}
+.ss-effects b{font-weight:600;font-size:.78rem;opacity:.7;padding:.1rem .4rem}
+.ss-num{font-variant-numeric:tabular-nums;opacity:.8}
+.ss-tok{white-space:pre;overflow:hidden;text-overflow:ellipsis;
+font-family:ui-monospace,SFMono-Regular,Menlo,'DejaVu Sans Mono',monospace;font-size:.84rem}
+.ss-facts{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.22rem 1.2rem;
+font-size:.88rem}
+.ss-facts span:nth-child(odd){opacity:.65}
+.ss-facts span:nth-child(even){overflow-wrap:anywhere}
+.ss-per{display:grid;grid-template-columns:3rem minmax(5rem,11rem) minmax(0,1fr);gap:.1rem .9rem;
+font-size:.86rem;align-items:baseline}
+.ss-chips{display:flex;flex-wrap:wrap;gap:.15rem .4rem;padding:.12rem 0}
+.ss-chip,.ss-chip:visited{text-decoration:none!important;color:inherit!important;border-radius:4px;
+padding:.02rem .42rem;white-space:nowrap;max-width:17rem;overflow:hidden;text-overflow:ellipsis}
+.ss-chip:hover{outline:1px solid rgba(128,128,128,.7)}
+.ss-big .ss-text{font-size:1.02rem;line-height:2}
+</style>"""
+
+
+def visible(text: str) -> str:
+    """A text as escaped HTML in which nothing is invisible.
+
+    Newline is shown as ↵, tab as →, control, bidirectional and other invisible characters by their
+    numbers; an empty text (the rest of a character that began in the token before) as ·.
+
+    >>> visible("<b>\\n")
+    '&lt;b&gt;<span class="ss-mark">↵</span>'
+    """
+    if not text:
+        return _mark("·")
+    return "".join(_visible_character(c) for c in text)
+
+
+def _visible_character(character: str) -> str:
+    if character == "\n":
+        return _mark("↵")
+    if character == "\t":
+        return _mark("→")
+    invisible = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+    if invisible and character not in _JOINERS:
+        return _mark(f"[U+{ord(character):04X}]")
+    return html.escape(character, quote=True)
+
+
+def _mark(text: str) -> str:
+    return f'<span class="ss-mark">{text}</span>'
+
+
+def plain_visible(text: str) -> str:
+    """The same as plain text, for tables and charts, which show text as it is.
+
+    >>> plain_visible("a\\n")
+    'a↵'
+    """
+    return html.unescape(re.sub(r'<span class="ss-mark">|</span>', "", visible(text)))
+
+
+def plain(text: object) -> str:
+    """Any text, so that Streamlit's Markdown shows it as it is.
+
+    >>> plain("a*b")
+    'a\\\\*b'
+    """
+    return _MARKDOWN.sub(r"\\\1", plain_visible(str(text)).replace("↵", " "))
+
+
+def shade(strength: float) -> str:
+    """A background colour for 0 (none) to 1, readable under light and dark text."""
+    clamped = min(max(strength, 0.0), 1.0)
+    if clamped == 0.0:
+        return ""
+    return f"background:rgba({HOT[0]},{HOT[1]},{HOT[2]},{0.08 + 0.54 * clamped:.3f})"
+
+
+def token_html(
+    text: str, activation: float, scale: float, tip: str, *, peak: bool = False, far: bool = False
+) -> str:
+    """One token: shaded by activation / scale, with a tooltip; far ones are faded.
+
+    The space that a word begins with is left unshaded: it may end the line before.
+    """
+    classes = "ss-t" + (" ss-peak" if peak else "") + (" ss-far" if far else "")
+    style = shade(activation / scale if scale > 0 else 0.0)
+    lead = " " if text.startswith(" ") and text.strip(" ") else ""
+    shown = visible(text[len(lead) :])
+    if style or peak:
+        styled = f' style="{style}"' if style else ""
+        shown = f'<span class="ss-lit"{styled}>{shown}</span>'
+    return f'<span class="{classes}" data-tip="{html.escape(tip, quote=True)}">{lead}{shown}</span>'
+
+
+def _breaks(text: str, line_breaks: bool) -> str:
+    return "<br>" * text.count("\n") if line_breaks else ""
+
+
+def example_html(example: Example, scale: float, *, line_breaks: bool = False) -> str:
+    """One example: its activation, the tokens around it, the document's title."""
+    title = example.title or "untitled"
+    if len(title) > _TITLE_LENGTH:
+        title = f"{title[: _TITLE_LENGTH - 1]}…"
+    title = plain_visible(title)
+    spans = []
+    near = zip(example.tokens, example.activations, example.same_document, strict=True)
+    for index, (text, activation, same) in enumerate(near):
+        place = example.start + index
+        tip = (
+            f"{plain_visible(text)}\nactivation {activation:.3f}\n"
+            f"sequence {example.sequence:,}, position {place}\n"
+            f"{title if same else 'another document'}"
+        )
+        spans.append(
+            token_html(text, activation, scale, tip, peak=place == example.place, far=not same)
+            + _breaks(text, line_breaks)
+        )
+    return (
+        f'<div class="ss-ex"><div class="ss-act">{example.activation:.2f}</div>'
+        f'<div class="ss-text">{"".join(spans)}</div>'
+        f'<div class="ss-from">{html.escape(title)}</div></div>'
+    )
+
+
+def examples_html(examples: Iterable[Example], scale: float, *, line_breaks: bool = False) -> str:
+    """Examples under one another, all shaded on the same scale."""
+    return "".join(example_html(e, scale, line_breaks=line_breaks) for e in examples)
+
+
+def text_html(
+    texts: Sequence[str], activations: Sequence[float], scale: float, keep: Sequence[bool]
+) -> str:
+    """A whole text shaded by one feature; tokens the SAE does not see are faded."""
+    spans = []
+    for place, (text, activation, kept) in enumerate(zip(texts, activations, keep, strict=True)):
+        state = f"activation {activation:.3f}" if kept else "not seen by the SAE"
+        tip = f"{plain_visible(text)}\n{state}\nposition {place}"
+        spans.append(
+            token_html(text, activation, scale, tip, far=not kept) + _breaks(text, line_breaks=True)
+        )
+    return f'<div class="ss-big"><div class="ss-text">{"".join(spans)}</div></div>'
+
+
+def effects_html(top: Sequence[tuple[str, float]], bottom: Sequence[tuple[str, float]]) -> str:
+    """Raised and lowered tokens side by side, shaded by size."""
+    largest = max((abs(value) for _, value in [*top, *bottom]), default=0.0)
+    colours = {"top": (46, 134, 193), "bottom": (176, 80, 96)}
+
+    def row(effect: tuple[str, float] | None, side: str) -> str:
+        if effect is None:
+            return "<span></span>"
+        text, value = effect
+        red, green, blue = colours[side]
+        alpha = 0.34 * abs(value) / largest if largest else 0.0
+        return (
+            f'<div class="ss-row" style="background:rgba({red},{green},{blue},{alpha:.3f})">'
+            f'<span class="ss-tok">{visible(text)}</span>'
+            f'<span class="ss-num">{value:+.2f}</span></div>'
+        )
+
+    cells = ["<b>raised</b>", "<b>lowered</b>"]
+    for index in range(max(len(top), len(bottom))):
+        cells.append(row(top[index] if index < len(top) else None, "top"))
+        cells.append(row(bottom[index] if index < len(bottom) else None, "bottom"))
+    return f'<div class="ss-effects">{"".join(cells)}</div>'
+
+
+def facts_html(facts: Sequence[tuple[str, str]]) -> str:
+    """Names and values in two columns."""
+    cells = "".join(
+        f"<span>{html.escape(name)}</span><span>{visible(value)}</span>" for name, value in facts
+    )
+    return f'<div class="ss-facts">{cells}</div>'
+
+
+def feature_url(sae: str, feature: int) -> str:
+    """The address of a feature's page.
+
+    >>> feature_url("a b", 3)
+    'feature?sae=a+b&feature=3'
+    """
+    return f"feature?{urlencode({'sae': sae, 'feature': feature})}"
+
+
+def per_token_html(
+    rows: Sequence[tuple[int, str, Sequence[tuple[int, str, float, float]]]], sae: str
+) -> str:
+    """Each token with its strongest features: (feature, label, activation, strength 0 to 1)."""
+    cells = []
+    for place, text, features in rows:
+        chips = "".join(
+            f'<a class="ss-chip" target="_blank" style="{shade(strength)}" '
+            f'href="{html.escape(feature_url(sae, feature), quote=True)}" '
+            f'title="{html.escape(plain_visible(label or "no label"), quote=True)}">'
+            f"<b>{feature}</b>{' ' + visible(label) if label else ''} "
+            f'<span class="ss-num">{activation:.2f}</span></a>'
+            for feature, label, activation, strength in features
+        )
+        cells.append(
+            f'<span class="ss-num">{place}</span><span class="ss-tok">{visible(text)}</span>'
+            f'<span class="ss-chips">{chips}</span>'
+        )
+    return f'<div class="ss-per">{"".join(cells)}</div>'

@@ -1,0 +1,160 @@
+"""The table of all features: filtered, sorted and paged by the store."""
+
+import pandas as pd
+import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
+
+from dashboards import queries, session
+from dashboards.session import Session
+from store import FeatureFilter
+
+PAGE_ROWS = 50
+STATES = {"all": "All", "live": "Live", "dead": "Dead"}
+SORTS = {
+    "feature": "number",
+    "density": "density",
+    "max": "strongest activation",
+    "mean": "mean activation",
+    "n_documents": "documents",
+}
+_DENSITIES = [0.0, *(10.0**e * m for e in range(-6, 0) for m in (1, 3)), 1.0]
+COLUMNS = ("feature", "label", "tokens", "density", "max", "mean", "n_active", "n_documents")
+
+
+def page() -> None:
+    """Draw the page."""
+    here = session.begin("Features")
+    filters = _filters(here)
+    columns = st.columns([1.5, 1.7, 4.4], vertical_alignment="bottom")
+    sort, descending = _order(here, columns[0], columns[1])
+    total = here.store.features(filters, limit=1).total
+    if not total:
+        st.info("No feature fits these filters.", icon=":material/filter_alt_off:")
+        return
+    first = PAGE_ROWS * (_page_number(columns[2], total, (filters, sort, descending)) - 1)
+    frame, _ = queries.table(
+        here.store, here.notes, filters, sort=sort, descending=descending, limit=PAGE_ROWS,
+        offset=first,
+    )  # fmt: skip
+    _draw(here, frame)
+    st.caption(
+        f"{first + 1:,} to {first + len(frame):,} of {total:,} features. "
+        "Click a row to open the feature."
+    )
+
+
+def _page_number(column: DeltaGenerator, total: int, question: tuple[object, ...]) -> int:
+    """The page a reader is on; another question (filters, order) begins at page 1."""
+    pages = -(-total // PAGE_ROWS)
+    if pages == 1:
+        return 1
+    with column, st.container(horizontal=True, horizontal_alignment="right"):
+        return st.pagination(
+            pages, key=f"table_page_{hash(question)}_{pages}", max_visible_pages=7,
+            persist_state="session",
+        )  # fmt: skip
+
+
+def _filters(here: Session) -> FeatureFilter:
+    columns = st.columns([2.2, 1.3, 2.2, 1, 1], vertical_alignment="bottom")
+    text = columns[0].text_input(
+        "Search", key="table_text", type="search", icon=":material/search:", max_chars=200,
+        placeholder="words of a label or note, or a number", persist_state="session",
+    )  # fmt: skip
+    state = columns[1].segmented_control(
+        "Show", list(STATES), format_func=STATES.__getitem__, default="live", required=True,
+        key="table_state", persist_state="session",
+    )  # fmt: skip
+    low, high = columns[2].select_slider(
+        "Density", _DENSITIES, value=(0.0, 1.0), format_func=_density, key="table_density",
+        help="Share of the kept positions at which the feature fires.", persist_state="session",
+    )  # fmt: skip
+    weakest = columns[3].number_input(
+        "Strongest from", min_value=0.0, value=None, key="table_low", placeholder="any",
+        help="The feature's strongest activation.", persist_state="session",
+    )  # fmt: skip
+    strongest = columns[4].number_input(
+        "to",
+        min_value=0.0,
+        value=None,
+        key="table_high",
+        placeholder="any",
+        persist_state="session",
+    )
+    return FeatureFilter(
+        ids=_search(here, text or ""),
+        density_min=low or None,
+        density_max=high if high < 1 else None,
+        activation_min=weakest,
+        activation_max=strongest,
+        state=state or "all",
+    )
+
+
+def _density(value: float) -> str:
+    return f"{100 * value:.4f}".rstrip("0").rstrip(".") + " %"
+
+
+def _search(here: Session, text: str) -> tuple[int, ...] | None:
+    words = text.strip()
+    if not words:
+        return None
+    found = here.notes.search(words)
+    if words.isascii() and words.isdigit() and len(words) < 10:
+        found = [int(words), *found]
+    return tuple(found)
+
+
+def _order(here: Session, left: DeltaGenerator, right: DeltaGenerator) -> tuple[str, bool]:
+    extra = {name: name.replace("_", " ") for name in here.store.columns if name not in SORTS}
+    extra.pop("n_active", None)
+    names = {**SORTS, **extra}
+    sort = left.selectbox(
+        "Sort by",
+        list(names),
+        format_func=names.__getitem__,
+        key="table_sort",
+        persist_state="session",
+    )
+    order = right.segmented_control(
+        "Order", ["up", "down"], format_func={"up": "Ascending", "down": "Descending"}.__getitem__,
+        default="up", required=True, key="table_order", persist_state="session",
+    )  # fmt: skip
+    return sort or "feature", order == "down"
+
+
+def _draw(here: Session, frame: pd.DataFrame) -> None:
+    shown = frame[[name for name in COLUMNS if name in frame]].assign(
+        density=100 * frame["density"]
+    )
+    number = st.column_config.NumberColumn
+    words = st.column_config.TextColumn
+    event = st.dataframe(
+        shown,
+        key=f"table_{st.session_state.get('table_opened', 0)}",
+        hide_index=True,
+        height=35 * min(len(shown) + 1, 15) + 3,
+        on_select="rerun",
+        selection_mode="single-cell",
+        column_config={
+            "feature": number("feature", width=80, format="%d"),
+            "label": words("label", width="medium"),
+            "tokens": words(
+                "tokens", width="large", help="The commonest tokens of its strongest examples."
+            ),
+            "density": number(
+                "density", format="%.4f %%", help="Share of kept positions at which it fires."
+            ),
+            "max": number("strongest", format="%.2f", help="Its strongest activation."),
+            "mean": number("mean", format="%.2f", help="Mean over positions at which it fires."),
+            "n_active": number("positions", format="localized", help="Where it fires."),
+            "n_documents": number("documents", format="localized", help="In which it fires."),
+        },
+    )
+    if event.selection.cells:
+        # a new key, so that nothing is selected when the reader comes back
+        st.session_state["table_opened"] = st.session_state.get("table_opened", 0) + 1
+        session.open_feature(here, int(frame["feature"].iloc[event.selection.cells[0][0]]))
+
+
+page()

@@ -1,0 +1,196 @@
+"""A store at a glance: what was trained on what, how good it is, how its features fire."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import streamlit as st
+
+from dashboards import figures, queries, session
+from dashboards.session import Session
+from dashboards.tokens import facts_html, plain
+from store.results import Overview
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown."""
+
+    label: str
+    form: str
+    help: str
+
+
+METRICS = {
+    "l0": Metric("L0", "{:.1f}", "Mean number of features active at a position."),
+    "fvu": Metric(
+        "FVU",
+        "{:.3f}",
+        "Fraction of variance unexplained: squared error of the reconstruction over the variance "
+        "of the activations. 0 is perfect; always predicting the mean gives 1.",
+    ),
+    "delta_ce": Metric(
+        "ΔCE (nats)",
+        "{:+.3f}",
+        "How much the model's cross-entropy rises, in nats a token, when the reconstruction takes "
+        "the activation's place. 0 is perfect.",
+    ),
+    "recovered_mean": Metric(
+        "CE recovered (mean)",
+        "{:.1%}",
+        "How much of the damage done by replacing the activation with its mean is undone by "
+        "using the reconstruction instead.",
+    ),
+    "recovered_zero": Metric(
+        "CE recovered (zero)",
+        "{:.1%}",
+        "How much of the damage done by setting the activation to zero is undone by using the "
+        "reconstruction instead. Near 100 % for almost any SAE of the residual stream: read ΔCE.",
+    ),
+    "kl": Metric(
+        "KL (nats)",
+        "{:.3f}",
+        "Divergence of the next-token distribution with the reconstruction in place from the "
+        "model's own, in nats a token. 0 is perfect.",
+    ),
+    "cosine": Metric(
+        "cosine", "{:.3f}", "Mean cosine between an activation and its reconstruction."
+    ),
+    "norm_ratio": Metric(
+        "norm ratio",
+        "{:.3f}",
+        "Length of the reconstructions over length of the activations; below 1 is shrinkage.",
+    ),
+    "dead_fraction": Metric(
+        "dead, held out",
+        "{:.1%}",
+        "Share of the features that fire nowhere on the held-out text.",
+    ),
+}
+_FACTS = {
+    "model": "model",
+    "site": "site",
+    "architecture": "architecture",
+    "corpus": "corpus",
+    "tokens_trained": "trained on",
+    "harvest": "harvest",
+    "protocol": "metrics' protocol",
+    "sae_path": "SAE folder",
+    "created": "created",
+}
+
+
+def page() -> None:
+    """Draw the page."""
+    here = session.begin("")
+    facts = queries.overview(here.store, here.version)
+    st.markdown(f"## {plain(facts.name)}")
+    parts = [part for part in (facts.model, facts.site, facts.architecture) if part]
+    st.caption(" · ".join(plain(part) for part in parts))
+    _metrics(facts)
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        st.markdown("##### How often features fire")
+        _densities(here, facts)
+    with right:
+        st.markdown("##### Where it comes from")
+        st.html(facts_html(_facts(here.store.meta, facts)))
+    _links(here)
+
+
+def _metrics(facts: Overview) -> None:
+    shown = [
+        (
+            "live features",
+            f"{facts.d_sae - facts.n_dead:,}",
+            f"Features that fire at least once in this store, of {facts.d_sae:,}; "
+            f"{facts.n_dead:,} never do.",
+        ),
+    ]
+    for name, metric in METRICS.items():
+        value = facts.metrics.get(name)
+        if isinstance(value, int | float):
+            interval = facts.metrics.get(f"{name}_interval")
+            more = f" 95 % interval: ± {interval:.2g}." if isinstance(interval, float) else ""
+            shown.append((metric.label, metric.form.format(value), metric.help + more))
+    if not facts.metrics:
+        text = "Mean number of features active at a position, over this whole store."
+        shown.append(("L0 (store)", f"{facts.mean_active:.1f}", text))
+    for first in range(0, len(shown), 5):
+        columns = st.columns(5)
+        for column, (label, value, text) in zip(columns, shown[first : first + 5], strict=False):
+            column.metric(label, value, help=text, border=True)
+    if facts.metrics:
+        st.caption("Metrics are on held-out text; rest the pointer on ? to see what each means.")
+    else:
+        st.caption("No metrics were recorded: `saescope eval` measures them, indexing keeps them.")
+
+
+def _densities(here: Session, facts: Overview) -> None:
+    densities = queries.densities(here.store, here.version)
+    if facts.n_live:
+        st.plotly_chart(
+            figures.density_histogram(densities), config=figures.CONFIG, key="densities",
+            alt="Histogram of the features' densities",
+        )  # fmt: skip
+    dense = int((densities > 0.1).sum())
+    st.caption(
+        f"{facts.n_dead:,} dead features are not shown; {dense:,} fire at more than 10 % of "
+        f"positions. On average {facts.mean_active:.1f} features fire at a position."
+    )
+
+
+def _facts(meta: Mapping[str, Any], facts: Overview) -> list[tuple[str, str]]:
+    rows = []
+    for key, name in _FACTS.items():
+        value = meta.get(key)
+        if value in (None, ""):
+            continue
+        if key == "tokens_trained":
+            value = f"{value:,} tokens"
+        if key in ("harvest", "protocol"):
+            value = str(value)[:16]
+        if isinstance(value, dict):
+            value = value.get("source") or value
+        rows.append((name, str(value)))
+    rows += [
+        ("indexed", f"{facts.n_documents:,} documents, {facts.n_tokens:,} tokens"),
+        ("sequences", f"{facts.n_sequences:,} of {facts.context} tokens"),
+        ("positions seen", f"{facts.n_kept:,} (position 0 and special tokens are left out)"),
+        ("activations", f"{facts.n_activations:,} ({facts.bytes / 1e6:,.0f} MB)"),
+    ]
+    return rows
+
+
+def _links(here: Session) -> None:
+    st.markdown("##### Look around")
+    query = {"sae": here.name}
+    columns = st.columns([1, 1, 1, 3], vertical_alignment="center")
+    with columns[0]:
+        st.page_link(
+            session.FEATURES, label="All features", icon=":material/table_rows:", query_params=query
+        )
+    with columns[1]:
+        if st.button("Random feature", icon=":material/shuffle:", type="tertiary"):
+            number = here.store.random_live()
+            if number is not None:
+                session.open_feature(here, number)
+    with columns[2]:
+        st.page_link(
+            session.TEXT, label="Try your text", icon=":material/edit_note:", query_params=query
+        )
+    labels = here.notes.labels()
+    favourites = here.notes.members()
+    if not labels and not favourites:
+        return
+    st.markdown("##### Labelled and favourite features")
+    numbers = list(dict.fromkeys([*favourites, *labels]))[:24]
+    with st.container(key="marked"):
+        columns = st.columns(4)
+        for index, number in enumerate(numbers):
+            star = "★ " if number in favourites else ""
+            with columns[index % 4]:
+                session.link(here, number, f"{star}{number}  {labels.get(number, '')}")
+
+
+page()

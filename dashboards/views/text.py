@@ -1,0 +1,159 @@
+"""Try your text: which features fire on each token of a typed text."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from dashboards import live, queries, session
+from dashboards.session import Session
+from dashboards.tokens import per_token_html, plain, plain_visible, text_html
+from saescope.errors import SaescopeError
+
+if TYPE_CHECKING:
+    from sae import TextFeatures
+
+EXAMPLE = "The old harbour lay quiet under the snow until the first ferry of the year came in."
+LONGEST = 4000
+PER_TOKEN = 5
+_RANKS = {
+    "strength": "relative strength",
+    "activation": "activation",
+    "tokens": "number of tokens",
+}
+
+
+def page() -> None:
+    """Draw the page."""
+    here = session.begin("Try your text")
+    with st.form("text_form", border=False):
+        st.text_area(
+            "Text", value=EXAMPLE, key="text", max_chars=LONGEST, height=110,
+            persist_state="session",
+        )  # fmt: skip
+        sent = st.form_submit_button("Show features", type="primary")
+    key = f"text_result_{here.name}"
+    if sent:
+        _analyse(here, key)
+    kept = st.session_state.get(key)
+    if kept is None:
+        st.caption("The first text takes a while, because the model has to be loaded.")
+        return
+    version, result = kept
+    if version != here.version:
+        st.info("The store has changed since; show the features again.")
+        return
+    if not len(result.feature):
+        st.info("No feature fires on this text.", icon=":material/visibility_off:")
+        return
+    _result(here, result)
+
+
+def _analyse(here: Session, key: str) -> None:
+    text = st.session_state["text"] or ""
+    if not text.strip():
+        st.session_state.pop(key, None)
+        st.warning("Type some text first.", icon=":material/edit:")
+        return
+    try:
+        st.session_state[key] = (here.version, live.features_of_text(here.store, text))
+    except SaescopeError as error:
+        st.session_state.pop(key, None)
+        st.error(plain(error), icon=":material/error:")
+
+
+def _strengths(here: Session, result: "TextFeatures") -> dict[int, float]:
+    """Each feature's strongest activation in the store: what its activations here are held to."""
+    return queries.max_activations(here.store, np.unique(result.feature).tolist())
+
+
+def ranked(here: Session, result: "TextFeatures", by: str) -> pd.DataFrame:
+    """The text's features, best first: activation, strength (activation / strongest in the store),
+    tokens, and the token where it is strongest."""
+    strongest = _strengths(here, result)
+    frame = pd.DataFrame(
+        {"feature": result.feature, "activation": result.activation, "position": result.position}
+    )
+    best = frame.loc[frame.groupby("feature")["activation"].idxmax()].copy()
+    best["tokens"] = best["feature"].map(frame.groupby("feature").size())
+    # a feature that the store has never seen firing is as strong as can be
+    top = np.array([strongest.get(int(f), 0.0) for f in best["feature"]])
+    best["strength"] = np.divide(best["activation"], top, out=np.ones(len(best)), where=top > 0)
+    best["at"] = [plain_visible(result.tokens[p]) for p in best["position"]]
+    return best.sort_values([by, "feature"], ascending=[False, True]).reset_index(drop=True)
+
+
+def _result(here: Session, result: "TextFeatures") -> None:
+    left, right = st.columns([6, 7], gap="large")
+    with left:
+        by = st.segmented_control(
+            "Order by", list(_RANKS), format_func=_RANKS.__getitem__, default="strength",
+            required=True, key="text_order", persist_state="session",
+            help="Relative strength: the activation over the strongest one in the store.",
+        )  # fmt: skip
+        frame = ranked(here, result, by or "strength")
+        chosen = _table(here, frame)
+    with right:
+        _highlight(here, result, chosen)
+    st.markdown("##### Strongest features of each token", help="Links open in a new tab.")
+    st.html(per_token_html(_per_token(here, result), here.name))
+
+
+def _table(here: Session, frame: pd.DataFrame) -> int:
+    labels = here.notes.labels(frame["feature"].tolist())
+    shown = frame.assign(
+        label=[labels.get(int(f), "") for f in frame["feature"]],
+        strength=100 * np.minimum(frame["strength"], 9.99),
+    )[["feature", "label", "activation", "strength", "at", "tokens"]]
+    number = st.column_config.NumberColumn
+    event = st.dataframe(
+        shown,
+        key="text_features",
+        hide_index=True,
+        height=35 * min(len(shown) + 1, 10) + 3,
+        on_select="rerun",
+        selection_mode="single-cell",
+        column_config={
+            "feature": number("feature", width=75, format="%d"),
+            "activation": number("activation", format="%.2f"),
+            "strength": number("of strongest", format="%.0f %%"),
+            "at": st.column_config.TextColumn("at token"),
+            "tokens": number("tokens", width=65),
+        },
+    )
+    rows = [row for row, _ in event.selection.cells]
+    index = rows[0] if rows and rows[0] < len(frame) else 0
+    return int(frame["feature"].iloc[index])
+
+
+def _highlight(here: Session, result: "TextFeatures", feature: int) -> None:
+    mine = result.feature == feature
+    activations = np.zeros(len(result.tokens), dtype=np.float64)
+    activations[result.position[mine]] = result.activation[mine]
+    label = here.notes.get(feature).label
+    st.markdown(f"##### Feature {feature}{' · ' + plain(label) if label else ''}")
+    scale = max(_strengths(here, result).get(feature, 0.0), float(activations.max()))
+    st.html(text_html(result.tokens, activations.tolist(), scale, result.keep))
+    session.link(here, feature, f"Open feature {feature}")
+
+
+def _per_token(
+    here: Session, result: "TextFeatures"
+) -> list[tuple[int, str, list[tuple[int, str, float, float]]]]:
+    strongest = _strengths(here, result)
+    labels = here.notes.labels(list(strongest))
+    rows = []
+    for place, text in enumerate(result.tokens):
+        at = np.flatnonzero(result.position == place)
+        entries = []
+        for index in at:
+            number, value = int(result.feature[index]), float(result.activation[index])
+            top = strongest.get(number, 0.0)
+            entries.append((number, labels.get(number, ""), value, value / top if top else 1.0))
+        entries.sort(key=lambda entry: (-entry[3], entry[0]))
+        rows.append((place, text, entries[:PER_TOKEN]))
+    return rows
+
+
+page()

@@ -1,0 +1,8 @@
+"""The feature store: every activation of a dictionary over a corpus, in one read-only file."""
+
+from store.annotations import Annotations
+from store.feature_store import FeatureStore
+from store.results import FeatureFilter
+from store.writer import StoreWriter
+
+__all__ = ["Annotations", "FeatureFilter", "FeatureStore", "StoreWriter"]

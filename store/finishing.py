@@ -1,0 +1,342 @@
+"""The last steps of building a store: check, sort both orders, summarise, fill the tables."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from saescope.errors import InputError
+from saescope.progress import Progress
+from store import summaries
+from store.summaries import Scratch
+
+COUNTED = frozenset(
+    {"n_sequences", "n_tokens", "n_kept", "n_documents", "n_activations", "n_live", "split_kept"}
+)
+FEATURE_COLUMNS = frozenset(
+    {"feature", "first_row", "n_active", "density", "mean", "std", "max", "n_documents"}
+)
+_ORDERS = {
+    "vocabulary": "token_id",
+    "sequence": "sequence",
+    "document": "document",
+    "logit": "feature, sign DESC, rank",
+    "neighbour": "feature, rank",
+    "histogram": "feature, bin",
+    "example": "feature, kind DESC, interval DESC, rank",
+    "coactivation": "feature, rank",
+}
+_EXAMPLE_TYPES: dict[str, pa.DataType] = {
+    "feature": pa.int32(),
+    "kind": pa.string(),
+    "interval": pa.int8(),
+    "rank": pa.int16(),
+    "position": pa.int64(),
+    "activation": pa.float32(),
+    "token_id": pa.int32(),
+    "active_place": pa.list_(pa.int32()),
+    "active_value": pa.list_(pa.float32()),
+}
+_SEED = 20260
+_FLUSH_EXAMPLES = 50_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What `finish` works on: a connection with `staging` and `db` attached, and what was given."""
+
+    con: Any
+    scratch: Path
+    d_sae: int
+    context: int
+    n_activations: int
+    n_vocabulary: int
+    columns: Mapping[str, pa.ChunkedArray]
+    meta: Mapping[str, str]
+
+    def one(self, sql: str) -> Any:
+        """The first row of a query."""
+        return self.con.execute(sql).fetchone()
+
+    def insert(self, table: str, rows: pa.Table) -> None:
+        """Append rows to a table of `staging`."""
+        self.con.register("rows", rows)
+        names = ", ".join(rows.column_names)
+        self.con.execute(f"INSERT INTO staging.{table} ({names}) SELECT {names} FROM rows")
+        self.con.unregister("rows")
+
+    def batches(self, sql: str, rows: int = 1 << 20) -> Iterator[dict[str, np.ndarray]]:
+        """A query's columns as numpy, in pieces, without nulls; lists are joined end to end."""
+        for batch in self.con.sql(sql).to_arrow_reader(rows):
+            columns = zip(batch.schema.names, batch.columns, strict=True)
+            yield {
+                name: (column.flatten() if pa.types.is_list(column.type) else column).to_numpy(
+                    zero_copy_only=False
+                )
+                for name, column in columns
+            }
+
+
+def finish(job: Job, progress: Progress) -> dict[str, int]:
+    """Fill `db` from `staging`; the number of rows of each table."""
+    counts = _check_sequences(job)
+    sort_rows = "INSERT INTO db.{} BY NAME SELECT * FROM staging.activation_by_position ORDER BY {}"
+    job.con.execute(sort_rows.format("activation_by_feature", "feature, activation DESC, position"))
+    progress.advance(job.n_activations, "sorted by feature")
+    job.con.execute(sort_rows.format("activation_by_position", "position, feature"))
+    job.con.execute("DROP TABLE staging.activation_by_position; CHECKPOINT staging")
+    progress.advance(job.n_activations, "sorted by position")
+    repeated = job.one(
+        "SELECT position, feature FROM (SELECT position, feature, position = lag(position) OVER ()"
+        " AND feature = lag(feature) OVER () AS again FROM db.activation_by_position)"
+        " WHERE again LIMIT 1"
+    )
+    if repeated:
+        raise InputError(
+            "an activation was given twice", given=f"position {repeated[0]}, feature {repeated[1]}"
+        )
+    table = _feature_statistics(job, counts["n_kept"])
+    scratch = _load_scratch(job, counts)
+    table["n_documents"] = _summarise(job, scratch, table, counts, progress)
+    for name, order in _ORDERS.items():
+        job.con.execute(f"INSERT INTO db.{name} SELECT * FROM staging.{name} ORDER BY {order}")
+    _write_features(job, table)
+    _write_meta(job, counts, table)
+    tables = [*_ORDERS, "activation_by_feature", "activation_by_position", "feature"]
+    rows = {name: int(job.one(f"SELECT count(*) FROM db.{name}")[0]) for name in tables}
+    job.con.execute("CHECKPOINT db; DETACH db")
+    return rows
+
+
+def _check_sequences(job: Job) -> dict[str, int]:
+    n, distinct, last = job.one(
+        "SELECT count(*), count(DISTINCT sequence), max(sequence) FROM staging.sequence"
+    )
+    if not n:
+        raise InputError("no sequences were given", where="sequences")
+    if distinct < n:
+        raise InputError("a sequence was given twice", where="sequences")
+    low, high = job.one("SELECT min(list_min(tokens)), max(list_max(tokens)) FROM staging.sequence")
+    if low < 0 or high >= job.n_vocabulary:
+        wrong = low if low < 0 else high
+        raise InputError(
+            "a token has no text in the vocabulary", where="tokens", given=wrong,
+            allowed=f"0 to {job.n_vocabulary - 1}",
+        )  # fmt: skip
+    effects = job.one("SELECT min(token_id), max(token_id) FROM staging.logit")
+    if effects[0] is not None and (effects[0] < 0 or effects[1] >= job.n_vocabulary):
+        raise InputError("a token has no text in the vocabulary", where="logits", given=effects)
+    documents, distinct_documents = job.one(
+        "SELECT count(*), count(DISTINCT document) FROM staging.document"
+    )
+    if distinct_documents < documents:
+        raise InputError("a document was given twice", where="documents")
+    kept, held_out = job.one(
+        "SELECT sum(k), coalesce(sum(k) FILTER (split = 1), 0) FROM"
+        " (SELECT split, len(list_filter(keep, lambda x: x)) AS k FROM staging.sequence)"
+    )
+    last_document = job.one("SELECT max(list_max(document)) FROM staging.sequence")[0]
+    return {
+        "n_sequences": n,
+        "n_kept": int(kept),
+        "n_held_out": int(held_out),
+        "n_documents": documents,
+        "last_sequence": last,
+        "last_document": max(last_document, -1),
+    }
+
+
+def _feature_statistics(job: Job, kept: int) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = job.con.execute(
+        "SELECT feature, min(rowid) AS first_row, count(*) AS n_active, avg(activation) AS mean,"
+        " stddev_pop(activation::DOUBLE) AS std, max(activation) AS max"
+        " FROM db.activation_by_feature GROUP BY feature ORDER BY feature"
+    ).fetchnumpy()
+    live = np.asarray(found["feature"])
+    table: dict[str, np.ndarray] = {"feature": np.arange(job.d_sae, dtype=np.int32)}
+    dtypes = {"n_active": "int64", "mean": "float64", "std": "float64", "max": "float32"}
+    for name, dtype in dtypes.items():
+        table[name] = np.zeros(job.d_sae, dtype=dtype)
+        table[name][live] = found[name]
+    table["first_row"] = np.cumsum(table["n_active"]) - table["n_active"]
+    if not np.array_equal(table["first_row"][live], found["first_row"]):
+        raise RuntimeError("DuckDB did not keep the order of the sorted rows")
+    table["density"] = table["n_active"] / max(kept, 1)
+    return table
+
+
+def _load_scratch(job: Job, counts: Mapping[str, int]) -> Scratch:
+    positions = (counts["last_sequence"] + 1) * job.context
+    scratch = Scratch.create(job.scratch, n=job.n_activations, positions=positions)
+    columns = "sequence, tokens, document, keep"
+    for batch in job.batches(f"SELECT {columns} FROM staging.sequence", rows=1 << 13):
+        at = batch["sequence"]
+        document = np.where(batch["keep"], np.maximum(batch["document"], -1), summaries.NOT_KEPT)
+        scratch.token.reshape(-1, job.context)[at] = batch["tokens"].reshape(-1, job.context)
+        scratch.document.reshape(-1, job.context)[at] = document.reshape(-1, job.context)
+    done = 0
+    for batch in job.batches("SELECT position, activation FROM db.activation_by_feature"):
+        size = len(batch["position"])
+        scratch.position[done : done + size] = batch["position"]
+        scratch.activation[done : done + size] = batch["activation"]
+        done += size
+    done = 0
+    for batch in job.batches("SELECT position, feature FROM db.activation_by_position"):
+        size = len(batch["position"])
+        last = int(batch["position"][-1])
+        if last >= positions:
+            raise InputError(
+                "an activation lies in no sequence", where="position", given=last,
+                allowed=f"0 to {positions - 1}",
+            )  # fmt: skip
+        scratch.other[done : done + size] = batch["feature"]
+        first = int(batch["position"][0])
+        counted = np.bincount(batch["position"] - first)
+        scratch.start[first + 1 : last + 2] += counted
+        done += size
+    np.cumsum(scratch.start, out=scratch.start)
+    return scratch
+
+
+def _summarise(
+    job: Job,
+    scratch: Scratch,
+    table: Mapping[str, np.ndarray],
+    counts: Mapping[str, int],
+    progress: Progress,
+) -> np.ndarray:
+    """Fill histogram, example and coactivation; in how many documents each feature is active."""
+    seen = np.zeros(counts["last_document"] + 3, dtype=bool)
+    marked = np.full(counts["last_sequence"] + 1, -1, dtype=np.int32)
+    n_active = table["n_active"]
+    documents = np.zeros(job.d_sae, dtype=np.int64)
+    histograms: list[tuple[int, np.ndarray]] = []
+    pairs: list[tuple[int, summaries.Coactive]] = []
+    examples = _ExampleRows(job.context, scratch)
+    for feature in np.flatnonzero(n_active):
+        feature = int(feature)
+        rows = slice(table["first_row"][feature], table["first_row"][feature] + n_active[feature])
+        position, activation = scratch.position[rows], scratch.activation[rows]
+        documents[feature] = summaries.count_documents(position, scratch.document, seen)
+        if documents[feature] < 0:
+            raise InputError(
+                "an activation lies at a position that is not kept", where=f"feature {feature}"
+            )
+        bins = summaries.histogram(activation)
+        histograms.append((feature, bins))
+        random = np.random.default_rng([_SEED, feature])
+        examples.add(feature, position, activation, bins, marked, random)
+        kept = counts["n_kept"]
+        pairs.append(
+            (feature, summaries.coactive(feature, position, scratch, n_active, kept, random))
+        )
+        if len(examples) >= _FLUSH_EXAMPLES:
+            job.insert("example", examples.take())
+        progress.advance(len(position), "summarising features")
+    job.insert("example", examples.take())
+    _insert_histograms(job, histograms)
+    _insert_pairs(job, pairs)
+    return documents
+
+
+class _ExampleRows:
+    """Collects rows of the example table."""
+
+    def __init__(self, context: int, scratch: Scratch) -> None:
+        self._context = context
+        self._scratch = scratch
+        self._rows: list[tuple[Any, ...]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(
+        self,
+        feature: int,
+        position: np.ndarray,
+        activation: np.ndarray,
+        bins: np.ndarray,
+        marked: np.ndarray,
+        random: np.random.Generator,
+    ) -> None:
+        """Choose a feature's examples."""
+        top = summaries.top_rows(position, self._context)
+        chosen = [("top", -1, rank, row) for rank, row in enumerate(top)]
+        for interval, rows in summaries.interval_rows(position, bins, self._context, random):
+            chosen += [("interval", interval, rank, row) for rank, row in enumerate(rows)]
+        rows = np.array([row for *_, row in chosen])
+        shown = summaries.windows(position, activation, rows, self._context, marked)
+        tokens = self._scratch.token[position[rows]]
+        for (kind, interval, rank, row), token, (place, value) in zip(
+            chosen, tokens, shown, strict=True
+        ):
+            self._rows.append(
+                (feature, kind, interval, rank, position[row], activation[row], token, place, value)
+            )
+
+    def take(self) -> pa.Table:
+        """The rows collected so far, which are then forgotten."""
+        rows, self._rows = self._rows, []
+        columns = list(zip(*rows, strict=True)) or [()] * len(_EXAMPLE_TYPES)
+        return pa.table(
+            {
+                name: pa.array(column, kind)
+                for (name, kind), column in zip(_EXAMPLE_TYPES.items(), columns, strict=True)
+            }
+        )
+
+
+def _insert_histograms(job: Job, histograms: list[tuple[int, np.ndarray]]) -> None:
+    if not histograms:
+        return
+    counts = np.stack([bins for _, bins in histograms])
+    row, bin_ = np.nonzero(counts)
+    feature = np.array([feature for feature, _ in histograms])[row]
+    job.insert("histogram", pa.table({"feature": feature, "bin": bin_, "count": counts[row, bin_]}))
+
+
+def _insert_pairs(job: Job, pairs: list[tuple[int, summaries.Coactive]]) -> None:
+    if not pairs:
+        return
+    lengths = [len(found.other) for _, found in pairs]
+    columns = {
+        "feature": np.repeat([feature for feature, _ in pairs], lengths),
+        "rank": np.concatenate([np.arange(length) for length in lengths]),
+        "other": np.concatenate([found.other for _, found in pairs]),
+        "share": np.concatenate([found.share for _, found in pairs]),
+        "correlation": np.concatenate([found.correlation for _, found in pairs]),
+        "sampled": np.repeat([found.sampled for _, found in pairs], lengths),
+    }
+    job.insert("coactivation", pa.table(columns))
+
+
+def _write_features(job: Job, table: Mapping[str, np.ndarray]) -> None:
+    rows = pa.table({**{name: pa.array(column) for name, column in table.items()}, **job.columns})
+    job.con.register("rows", rows)
+    described = job.con.execute("DESCRIBE SELECT * FROM rows").fetchall()
+    for name, kind, *_ in described:
+        if name in job.columns:
+            job.con.execute(f'ALTER TABLE db.feature ADD COLUMN "{name}" {kind}')
+    job.con.execute("INSERT INTO db.feature BY NAME SELECT * FROM rows")
+    job.con.unregister("rows")
+
+
+def _write_meta(job: Job, counts: Mapping[str, int], table: Mapping[str, np.ndarray]) -> None:
+    counted = {
+        "n_sequences": counts["n_sequences"],
+        "n_tokens": counts["n_sequences"] * job.context,
+        "n_kept": counts["n_kept"],
+        "n_documents": counts["n_documents"],
+        "n_activations": job.n_activations,
+        "n_live": int((table["n_active"] > 0).sum()),
+        "split_kept": {
+            "train": counts["n_kept"] - counts["n_held_out"],
+            "held_out": counts["n_held_out"],
+        },
+    }
+    values = {**job.meta, **{key: json.dumps(value) for key, value in counted.items()}}
+    job.con.executemany("INSERT INTO db.meta VALUES (?, ?)", list(values.items()))

@@ -1,0 +1,160 @@
+"""What the feature store's queries answer with: small frozen records."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """A store in numbers."""
+
+    name: str
+    model: str
+    site: str
+    architecture: str
+    d_sae: int
+    context: int
+    n_live: int
+    n_dead: int
+    n_activations: int
+    n_sequences: int
+    n_tokens: int
+    n_kept: int
+    n_documents: int
+    mean_active: float
+    """Active features per kept position, over the whole store (L0)."""
+    metrics: Mapping[str, Any]
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureFilter:
+    """Which features a table shows; None means no bound."""
+
+    ids: tuple[int, ...] | None = None
+    """Only these features (a label search gives them)."""
+    feature_min: int | None = None
+    feature_max: int | None = None
+    density_min: float | None = None
+    density_max: float | None = None
+    activation_min: float | None = None
+    """Lower bound of the feature's maximum activation."""
+    activation_max: float | None = None
+    state: str = "all"
+    """"all", "live" (active at least once) or "dead"."""
+
+
+@dataclass(frozen=True)
+class FeaturePage:
+    """Some rows of the feature table, and how many the filter lets through."""
+
+    rows: pa.Table
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """One feature's row; mean and std are over the positions at which it is active."""
+
+    feature: int
+    first_row: int
+    n_active: int
+    density: float
+    mean: float
+    std: float
+    max: float
+    n_documents: int
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Columns that the indexer added (decoder norm, ...)."""
+
+    @property
+    def dead(self) -> bool:
+        """Whether it is never active in this store."""
+        return self.n_active == 0
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts [bins] between edges [bins + 1]; bins are closed on the right."""
+
+    edges: NDArray[np.float64]
+    counts: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A feature at one position, with the tokens around it.
+
+    tokens, activations, same_document, token_ids have one element a shown token; the first is at
+    place `start` of the sequence, the example itself at `place`.
+    """
+
+    kind: str
+    interval: int
+    """0 (weakest fifth of (0, max]) to 4; -1 for the strongest examples."""
+    rank: int
+    sequence: int
+    place: int
+    start: int
+    position: int
+    """sequence * context + place"""
+    activation: float
+    document: int
+    title: str
+    token_ids: list[int]
+    tokens: list[str]
+    activations: list[float]
+    same_document: list[bool]
+
+
+@dataclass(frozen=True)
+class LogitEffect:
+    """How much a feature's decoder direction raises or lowers one token's logit."""
+
+    token_id: int
+    token: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The tokens a feature raises and lowers most, strongest first."""
+
+    top: list[LogitEffect]
+    bottom: list[LogitEffect]
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A feature whose decoder direction is near."""
+
+    feature: int
+    cosine: float
+    density: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Coactivation:
+    """A feature that fires where this one does: in `share` of its positions (an estimate from
+    `sampled` of them), with this correlation of firing (phi)."""
+
+    feature: int
+    share: float
+    correlation: float
+    density: float
+    sampled: int
+
+
+@dataclass(frozen=True)
+class Active:
+    """Features active in a stretch of text, ordered by position and then strength, [n] each."""
+
+    position: NDArray[np.int64]
+    feature: NDArray[np.int32]
+    activation: NDArray[np.float32]

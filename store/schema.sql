@@ -1,0 +1,91 @@
+-- A feature store: one immutable DuckDB file, schema 1.
+-- Token ids are integers; text is only in `vocabulary` and `document`. No index: tables are sorted,
+-- and a feature's rows are a range of row ids (feature.first_row, feature.n_active).
+
+-- What the store is about; each value is JSON. "schema", "kind", "d_sae" and "context" are always there.
+CREATE TABLE meta (key VARCHAR NOT NULL, value VARCHAR NOT NULL);
+
+-- The tokenizer's tokens. `text` is for reading; `bytes` is set only for a token that is no whole
+-- UTF-8 text by itself, so that a window of tokens can be decoded together.
+CREATE TABLE vocabulary (token_id INTEGER NOT NULL, text VARCHAR NOT NULL, bytes BLOB);
+
+-- One row a packed token sequence; keep is false at position 0 and special tokens.
+-- split: 0 train, 1 held out. Sorted by sequence.
+CREATE TABLE sequence (
+    sequence BIGINT NOT NULL,
+    tokens INTEGER[] NOT NULL,
+    document INTEGER[] NOT NULL,
+    keep BOOLEAN[] NOT NULL,
+    split TINYINT NOT NULL
+);
+
+CREATE TABLE document (
+    document INTEGER NOT NULL, key VARCHAR NOT NULL, title VARCHAR NOT NULL, split TINYINT NOT NULL
+);
+
+-- Every activation above zero, twice. position = sequence * context + place in the sequence.
+-- Sorted by feature, then activation from strong to weak, then position.
+CREATE TABLE activation_by_feature (
+    feature INTEGER NOT NULL, activation FLOAT NOT NULL, position BIGINT NOT NULL
+);
+-- Sorted by position, then feature.
+CREATE TABLE activation_by_position (
+    position BIGINT NOT NULL, feature INTEGER NOT NULL, activation FLOAT NOT NULL
+);
+
+-- One row a feature, dead ones too (n_active 0); columns added by the indexer follow.
+-- density = n_active / kept positions; mean and std (population) are over active positions.
+CREATE TABLE feature (
+    feature INTEGER NOT NULL,
+    first_row BIGINT NOT NULL,
+    n_active BIGINT NOT NULL,
+    density DOUBLE NOT NULL,
+    mean DOUBLE NOT NULL,
+    std DOUBLE NOT NULL,
+    max FLOAT NOT NULL,
+    n_documents BIGINT NOT NULL
+);
+
+-- 40 equal bins over (0, max], closed on the right: bin = ceil(40 * activation / max) - 1.
+-- Empty bins have no row.
+CREATE TABLE histogram (feature INTEGER NOT NULL, bin TINYINT NOT NULL, count BIGINT NOT NULL);
+
+-- kind 'top': the strongest positions, at most one a sequence; interval is -1.
+-- kind 'interval': random positions in five equal intervals of (0, max], 0 the weakest.
+-- active_place, active_value: where, and how much, the feature is active in the whole sequence.
+CREATE TABLE example (
+    feature INTEGER NOT NULL,
+    kind VARCHAR NOT NULL,
+    interval TINYINT NOT NULL,
+    rank SMALLINT NOT NULL,
+    position BIGINT NOT NULL,
+    activation FLOAT NOT NULL,
+    token_id INTEGER NOT NULL,
+    active_place INTEGER[] NOT NULL,
+    active_value FLOAT[] NOT NULL
+);
+
+-- Direct effect of a feature's decoder on the logits; sign +1 raised, -1 lowered; rank 0 first.
+CREATE TABLE logit (
+    feature INTEGER NOT NULL,
+    sign TINYINT NOT NULL,
+    rank SMALLINT NOT NULL,
+    token_id INTEGER NOT NULL,
+    value FLOAT NOT NULL
+);
+
+-- Features with the nearest decoder directions.
+CREATE TABLE neighbour (
+    feature INTEGER NOT NULL, rank SMALLINT NOT NULL, other INTEGER NOT NULL, cosine FLOAT NOT NULL
+);
+
+-- Features that fire at the same positions more often than by chance, by correlation of firing.
+-- share = the part of this feature's positions at which the other fires; from `sampled` positions.
+CREATE TABLE coactivation (
+    feature INTEGER NOT NULL,
+    rank SMALLINT NOT NULL,
+    other INTEGER NOT NULL,
+    share FLOAT NOT NULL,
+    correlation FLOAT NOT NULL,
+    sampled INTEGER NOT NULL
+);

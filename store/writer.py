@@ -1,0 +1,305 @@
+"""Writing a feature store: rows come in any order and in pieces, `finish` makes the file."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import ArrayLike
+
+from saescope.artefact import atomic_path
+from saescope.errors import InputError, check_range
+from saescope.progress import Progress
+from store import finishing
+from store.database import KIND, SCHEMA, clear_errors, connect, quoted
+
+_BUFFERED_ROWS = 1 << 20
+
+
+def _column(name: str, values: ArrayLike, dtype: type) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise InputError("must have one dimension", where=name, given=array.shape)
+    if np.issubdtype(dtype, np.integer) and array.size and array.dtype.kind not in "iu":
+        raise InputError("must be integers", where=name, given=str(array.dtype))
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+def _same_length(**columns: np.ndarray) -> None:
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise InputError("columns differ in length", given=lengths)
+
+
+def _within(name: str, values: np.ndarray, size: int) -> None:
+    if values.size and (values.min() < 0 or values.max() >= size):
+        wrong = values.min() if values.min() < 0 else values.max()
+        raise InputError("out of range", where=name, given=int(wrong), allowed=f"0 to {size - 1}")
+
+
+class StoreWriter:
+    """Builds a feature store beside `path` and renames it into place when it is finished.
+
+    meta: what the store is about, JSON-able values (name, model, site, metrics, ...).
+    Leaving the `with` block by an error leaves no file, and a store that was there stays.
+
+    >>> with StoreWriter("features.duckdb", meta={}, d_sae=8, context=4) as w:  # doctest: +SKIP
+    ...     w.add_vocabulary(["a", "b"])
+    ...     w.add_sequences(0, tokens, document, keep, split)
+    ...     w.add_activations(position, feature, activation)
+    ...     w.finish()
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        meta: Mapping[str, Any],
+        d_sae: int,
+        context: int,
+        memory_limit: str = "1500MB",
+        threads: int | None = None,
+    ) -> None:
+        check_range("d_sae", d_sae, low=1, high=2**31 - 1)
+        check_range("context", context, low=1, high=2**31 - 1)
+        own = {"kind": KIND, "schema": SCHEMA, "d_sae": d_sae, "context": context}
+        clash = sorted((own.keys() | finishing.COUNTED) & meta.keys())
+        if clash:
+            raise InputError("these keys are set by the store itself", where="meta", given=clash)
+        try:
+            self._meta = {k: json.dumps(v, allow_nan=False) for k, v in {**own, **meta}.items()}
+        except (TypeError, ValueError) as error:
+            raise InputError(f"cannot be written as JSON: {error}", where="meta") from None
+        self.path = Path(path)
+        self.d_sae = d_sae
+        self.context = context
+        self.n_activations = 0
+        self._memory_limit = memory_limit
+        self._threads = threads or min(os.cpu_count() or 1, 8)
+        self._buffer: list[tuple[np.ndarray, ...]] = []
+        self._buffered = 0
+        self._columns: dict[str, pa.ChunkedArray] = {}
+        self._n_vocabulary = 0
+        self._finished = False
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(clear_errors(self.path))
+            self._target = stack.enter_context(atomic_path(self.path))
+            self._scratch = Path(
+                stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix=".building-", dir=self.path.parent)
+                )
+            )
+            spill = self._scratch / "spill"
+            self._con = connect(threads=self._threads, memory_limit=self._memory_limit, spill=spill)
+            stack.callback(self._con.close)
+            schema = (Path(__file__).parent / "schema.sql").read_text(encoding="utf-8")
+            # The same tables twice: `staging` as the rows come, `db` sorted, which is what stays.
+            for name, file in (("staging", self._scratch / "staging"), ("db", self._target)):
+                self._con.execute(f"ATTACH {quoted(file)} AS {name}; USE {name}; {schema}")
+            self._con.execute("USE memory")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None and not self._finished:
+            error = RuntimeError("StoreWriter: left without finish(), so nothing was written")
+            self._stack.__exit__(RuntimeError, error, None)
+            raise error
+        self._stack.__exit__(kind, error, trace)
+
+    def _insert(self, table: str, rows: pa.Table) -> None:
+        self._con.register("incoming", rows)
+        names = ", ".join(rows.column_names)
+        self._con.execute(f"INSERT INTO staging.{table} ({names}) SELECT {names} FROM incoming")
+        self._con.unregister("incoming")
+
+    def add_vocabulary(self, texts: Iterable[str | bytes]) -> None:
+        """Every token's text, by token id; call once.
+
+        A token that is part of a character is given as bytes, or as text with surrogate escapes
+        (`b.decode("utf-8", "surrogateescape")`): readers then decode whole windows together.
+        """
+        if self._n_vocabulary:
+            raise InputError("was already given", where="vocabulary")
+        raw = [t if isinstance(t, bytes) else t.encode("utf-8", "surrogateescape") for t in texts]
+        shown = [b.decode("utf-8", "replace") for b in raw]
+        partial = [None if s.encode() == b else b for s, b in zip(shown, raw, strict=True)]
+        if not raw:
+            raise InputError("has no tokens", where="vocabulary")
+        ids = pa.array(range(len(raw)), pa.int32())
+        table = {"token_id": ids, "text": shown, "bytes": pa.array(partial, pa.binary())}
+        self._insert("vocabulary", pa.table(table))
+        self._n_vocabulary = len(raw)
+
+    def add_sequences(
+        self, first: int, tokens: ArrayLike, document: ArrayLike, keep: ArrayLike, split: ArrayLike
+    ) -> None:
+        """Token sequences number first, first + 1, ...: tokens, document, keep [n, context].
+
+        split [n]: 0 train, 1 held out. document may be -1 where a token is in no document. Give
+        only sequences whose activations are given: densities are over all their kept positions.
+        """
+        arrays = {"tokens": tokens, "document": document, "keep": keep}
+        dtypes = {"tokens": "int32", "document": "int32", "keep": "bool"}
+        chosen = _column("split", split, np.int8)
+        columns: dict[str, Any] = {}
+        for name, values in arrays.items():
+            array = np.ascontiguousarray(values, dtype=dtypes[name])
+            if array.shape != (len(chosen), self.context):
+                raise InputError(
+                    "has a wrong shape", where=name, given=array.shape,
+                    allowed=str((len(chosen), self.context)),
+                )  # fmt: skip
+            offsets = np.arange(len(chosen) + 1, dtype=np.int32) * self.context
+            columns[name] = pa.ListArray.from_arrays(offsets, pa.array(array.ravel()))
+        check_range("first", first, low=0)
+        numbers = np.arange(first, first + len(chosen), dtype=np.int64)
+        self._insert("sequence", pa.table({"sequence": numbers, **columns, "split": chosen}))
+
+    def add_documents(self, documents: pa.Table) -> None:
+        """The documents' columns document (number), key, title, split (0 or 1, or its name)."""
+        wanted = ("document", "key", "title", "split")
+        missing = [name for name in wanted if name not in documents.column_names]
+        if missing:
+            raise InputError("columns are missing", where="documents", given=missing)
+        table = documents.select(list(wanted))
+        if not pa.types.is_integer(table.schema.field("split").type):
+            codes = {"train": 0, "held_out": 1}
+            names = table.column("split").to_pylist()
+            wrong = sorted(set(names) - codes.keys(), key=str)
+            if wrong:
+                raise InputError(
+                    "unknown split", where="documents.split", given=wrong, allowed=codes
+                )
+            split = pa.array([codes[name] for name in names], pa.int8())
+            table = table.set_column(3, "split", split)
+        self._insert("document", table)
+
+    def add_activations(
+        self, position: ArrayLike, feature: ArrayLike, activation: ArrayLike
+    ) -> None:
+        """Activations above zero, [n] each; position = sequence * context + place in it."""
+        at = _column("position", position, np.int64)
+        which = _column("feature", feature, np.int32)
+        value = _column("activation", activation, np.float32)
+        _same_length(position=at, feature=which, activation=value)
+        if not at.size:
+            return
+        _within("feature", which, self.d_sae)
+        if at.min() < 0:
+            raise InputError("out of range", where="position", given=int(at.min()), allowed=">= 0")
+        if not (np.isfinite(value).all() and value.min() > 0):
+            wrong = value[~(np.isfinite(value) & (value > 0))][0]
+            raise InputError(
+                "only finite activations above zero are stored", where="activation",
+                given=float(wrong),
+            )  # fmt: skip
+        self._buffer.append((at.copy(), which.copy(), value.copy()))
+        self._buffered += len(at)
+        self.n_activations += len(at)
+        if self._buffered >= _BUFFERED_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._buffered:
+            columns = [np.concatenate(part) for part in zip(*self._buffer, strict=True)]
+            names = ["position", "feature", "activation"]
+            self._insert(
+                "activation_by_position", pa.table([pa.array(c) for c in columns], names=names)
+            )
+        self._buffer.clear()
+        self._buffered = 0
+
+    def add_features(self, columns: pa.Table | Mapping[str, ArrayLike]) -> None:
+        """More columns of the feature table, d_sae values each, in the order of the features."""
+        if isinstance(columns, Mapping):
+            arrays = {name: pa.array(np.asarray(values)) for name, values in columns.items()}
+            table = pa.table(arrays)
+        else:
+            table = columns
+        for name in table.column_names:
+            where = f"features.{name}"
+            if name in finishing.FEATURE_COLUMNS or name in self._columns:
+                raise InputError("this column is there already", where=where)
+            if not (name.isidentifier() and name.isascii() and name == name.lower()):
+                raise InputError("is no plain lower-case column name", where=where)
+            if len(table) != self.d_sae:
+                raise InputError(
+                    "wrong length", where=where, given=len(table), allowed=str(self.d_sae)
+                )
+            self._columns[name] = table.column(name)
+
+    def add_logits(
+        self,
+        feature: ArrayLike,
+        sign: ArrayLike,
+        rank: ArrayLike,
+        token_id: ArrayLike,
+        value: ArrayLike,
+    ) -> None:
+        """Tokens that a feature raises (sign +1) and lowers (-1) most; rank 0 is the strongest."""
+        columns = {
+            "feature": _column("feature", feature, np.int32),
+            "sign": _column("sign", sign, np.int8),
+            "rank": _column("rank", rank, np.int16),
+            "token_id": _column("token_id", token_id, np.int32),
+            "value": _column("value", value, np.float32),
+        }
+        _same_length(**columns)
+        _within("feature", columns["feature"], self.d_sae)
+        if not np.isin(columns["sign"], (-1, 1)).all():
+            raise InputError("must be +1 or -1", where="sign")
+        self._insert("logit", pa.table(columns))
+
+    def add_neighbours(
+        self, feature: ArrayLike, rank: ArrayLike, other: ArrayLike, cosine: ArrayLike
+    ) -> None:
+        """Features with the nearest decoder directions; rank 0 is the nearest."""
+        columns = {
+            "feature": _column("feature", feature, np.int32),
+            "rank": _column("rank", rank, np.int16),
+            "other": _column("other", other, np.int32),
+            "cosine": _column("cosine", cosine, np.float32),
+        }
+        _same_length(**columns)
+        _within("feature", columns["feature"], self.d_sae)
+        _within("other", columns["other"], self.d_sae)
+        self._insert("neighbour", pa.table(columns))
+
+    def finish(self) -> dict[str, int]:
+        """Sort, summarise and check everything; the number of rows of each table.
+
+        Raises InputError if the parts do not fit together: no vocabulary, a token without a text, a
+        sequence given twice, an activation given twice or at a position that is not kept.
+        """
+        self._flush()
+        if not self._n_vocabulary:
+            raise InputError("add_vocabulary was not called", where="vocabulary")
+        job = finishing.Job(
+            con=self._con,
+            scratch=self._scratch,
+            d_sae=self.d_sae,
+            context=self.context,
+            n_activations=self.n_activations,
+            n_vocabulary=self._n_vocabulary,
+            columns=self._columns,
+            meta=self._meta,
+        )
+        total = 3 * self.n_activations
+        with Progress("building the store", total, "rows") as progress:
+            rows = finishing.finish(job, progress)
+        self._finished = True
+        return rows

@@ -1,0 +1,421 @@
+"""Every page of the explorer on a tiny store, without a browser."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import streamlit as st
+from streamlit.testing.v1 import AppTest
+
+import dashboards
+from dashboards import launch, live, places
+from saescope.errors import ArtefactError, InputError
+from store import Annotations, FeatureStore
+from tests.tiny_store import CONTEXT, D_SAE, DEAD, EVERYWHERE, RARE, make_tiny_store
+
+APP = str(Path(dashboards.__file__).parent / "app.py")
+OVERVIEW, FEATURES, FEATURE, TEXT = (
+    f"views/{name}.py" for name in ("overview", "features", "feature", "text")
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny store's folder, made once."""
+    return make_tiny_store(tmp_path_factory.mktemp("made")).parent
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of stores with one store in it, named tiny."""
+    shutil.copytree(made, tmp_path / "tiny")
+    monkeypatch.setenv(places.PLACE_VARIABLE, str(tmp_path))
+    yield tmp_path
+    st.cache_resource.clear()
+    st.cache_data.clear()
+
+
+def open_page(page: str = OVERVIEW, **parameters: str) -> AppTest:
+    app = AppTest.from_file(APP, default_timeout=60)
+    for name, value in parameters.items():
+        app.query_params[name] = value
+    app.run()
+    if page != OVERVIEW:
+        app.switch_page(page)
+        for name, value in parameters.items():
+            app.query_params[name] = value
+        app.run()
+    assert not app.exception, app.exception
+    return app
+
+
+def parameter(app: AppTest, name: str) -> str:
+    """A parameter of the page's address."""
+    value = app.query_params[name]
+    return value[0] if isinstance(value, list) else value
+
+
+def shown(app: AppTest) -> str:
+    """The page's own HTML and Markdown."""
+    html = [str(element.proto.body) for element in app.get("html")]
+    return "\n".join([*html, *(m.value for m in app.markdown), *(c.value for c in app.caption)])
+
+
+def links(app: AppTest) -> list[tuple[str, str]]:
+    """Labels of the links, and the parameters they set."""
+    return [(link.proto.label, link.proto.query_string) for link in app.get("page_link")]
+
+
+def test_overview(folder: Path) -> None:
+    with Annotations.open(folder / "tiny", sae_hash="5ae") as notes:
+        notes.set_label(5, "<b>bold</b> *label*")
+        notes.add_to_list(9)
+    app = open_page()
+    assert [(m.label, m.value) for m in app.metric] == [
+        ("live features", str(D_SAE - len(DEAD))),
+        ("L0", "4.2"),
+        ("FVU", "0.188"),
+        ("ΔCE (nats)", "+0.062"),
+        ("dead, held out", "4.7%"),
+    ]
+    assert all(m.help for m in app.metric), "every number is explained"
+    text = shown(app)
+    assert "tiny" in app.markdown[0].value
+    assert "blocks.1.hook_resid_post" in text
+    assert "3 dead features are not shown" in text
+    assert "25 documents, 640 tokens" in text
+    assert len(app.get("plotly_chart")) == 1
+    labels = [label for label, _ in links(app)]
+    assert "★ 9  " in labels
+    assert "5  \\<b\\>bold\\</b\\> \\*label\\*" in labels
+    assert parameter(app, "sae") == "tiny"
+
+
+def test_random_feature_from_the_overview(folder: Path) -> None:
+    app = open_page()
+    (button,) = [b for b in app.button if b.label == "Random feature"]
+    button.click().run()
+    assert not app.exception
+    assert app.markdown[0].value.startswith("## Feature ")
+    assert int(parameter(app, "feature")) not in DEAD
+
+
+def table(app: AppTest) -> Any:
+    return app.dataframe[0].value
+
+
+def test_table_filters_sorts_and_searches(folder: Path) -> None:
+    with Annotations.open(folder / "tiny", sae_hash="5ae") as notes:
+        notes.set_label(12, "winter rivers")
+    app = open_page(FEATURES)
+    features = table(app)
+    live_ones = [f for f in range(D_SAE) if f not in DEAD]
+    assert features["feature"].tolist() == live_ones[:50]
+    assert features.loc[features["feature"] == 12, "label"].tolist() == ["winter rivers"]
+    assert features.loc[features["feature"] == EVERYWHERE, "density"].tolist() == [100.0]
+    assert all(features["tokens"])
+    assert "1 to 50 of 61 features" in shown(app)
+
+    app.button_group(key="table_state").set_value("dead").run()
+    assert table(app)["feature"].tolist() == sorted(DEAD)
+    app.button_group(key="table_state").set_value("all")
+    app.selectbox(key="table_sort").set_value("density")
+    app.button_group(key="table_order").set_value("down").run()
+    density = table(app)["density"].tolist()
+    assert density == sorted(density, reverse=True)
+    assert density[0] == 100.0
+
+    app.text_input(key="table_text").set_value("wint").run()
+    assert table(app)["feature"].tolist() == [12]
+    app.text_input(key="table_text").set_value("40").run()
+    assert table(app)["feature"].tolist() == [40]
+    app.text_input(key="table_text").set_value("no such words").run()
+    assert not app.dataframe
+    assert "No feature fits" in app.info[0].value
+    assert not app.exception
+
+
+def test_table_bounds(folder: Path) -> None:
+    app = open_page(FEATURES)
+    app.number_input(key="table_low").set_value(9.5)
+    app.number_input(key="table_high").set_value(9.75).run()
+    strongest = table(app)["max"]
+    assert len(strongest) > 0
+    assert strongest.between(9.5, 9.75).all()
+    app.number_input(key="table_low").set_value(None)
+    app.number_input(key="table_high").set_value(None)
+    app.select_slider(key="table_density").set_value((0.03, 0.1)).run()
+    density = table(app)["density"]
+    assert len(density) > 0
+    assert density.between(3, 10).all()
+
+
+def test_feature_page(folder: Path) -> None:
+    app = open_page(FEATURE, sae="tiny", feature=str(RARE))
+    assert app.markdown[0].value == f"## Feature {RARE}"
+    text = shown(app)
+    assert "strongest 1.50" in text
+    assert "(1) · in 1 documents" in text
+    assert "sequence 2, position 5" in text
+    assert "Title &lt;" in text
+    assert text.count('class="ss-ex"') == 1
+    assert len(app.get("plotly_chart")) == 1
+    assert not app.warning
+    by_text = dict(links(app))
+    near = [label for label in by_text if label.split()[0] in ("12", "13", "14")]
+    assert len(near) >= 3
+    assert any("feature=12" in query and "sae=tiny" in query for query in by_text.values())
+    assert "+2.00" in text
+    assert "-2.00" in text
+
+
+def test_feature_page_by_interval_with_whole_sequences(folder: Path) -> None:
+    app = open_page(FEATURE, feature=str(EVERYWHERE))
+    assert shown(app).count('class="ss-ex"') == 20
+    app.button_group(key="examples_kind").set_value("interval").run()
+    text = shown(app)
+    assert text.count('class="ss-ex"') == 25
+    assert text.count(" positions (") >= 5
+    app.select_slider(key="examples_window").set_value(None).run()
+    text = shown(app)
+    assert text.count("data-tip=") == 25 * CONTEXT
+    app.toggle(key="examples_breaks").set_value(True).run()
+    assert "<br>" in shown(app)
+    assert not app.exception
+
+
+def test_windows_stay_when_going_on(folder: Path) -> None:
+    app = open_page(FEATURE, feature="0")
+    app.select_slider(key="examples_window").set_value(4).run()
+    (button,) = [b for b in app.button if b.label == "Next"]
+    button.click().run()
+    assert parameter(app, "feature") == "1"
+    assert app.select_slider(key="examples_window").value == 4
+
+
+def test_previous_next_and_go_to(folder: Path) -> None:
+    app = open_page(FEATURE, feature="6")
+
+    def press(label: str) -> None:
+        (button,) = [b for b in app.button if b.label == label]
+        button.click().run()
+        assert not app.exception
+
+    press("Next")
+    assert app.markdown[0].value == "## Feature 8", "dead feature 7 is passed over"
+    press("Previous")
+    assert app.markdown[0].value == "## Feature 6"
+    press("Random")
+    assert int(parameter(app, "feature")) not in DEAD
+    app.number_input(key="feature_number").set_value(33).run()
+    assert app.markdown[0].value == "## Feature 33"
+    assert parameter(app, "feature") == "33"
+
+
+def test_dead_feature(folder: Path) -> None:
+    app = open_page(FEATURE, feature=str(DEAD[0]))
+    assert "never fires" in app.info[0].value
+    assert not app.get("plotly_chart")
+    assert "+2.00" in shown(app), "its effects on the logits are shown all the same"
+
+
+def test_labels_notes_and_favourites_are_saved(folder: Path) -> None:
+    app = open_page(FEATURE, feature="20")
+    app.text_input(key="label_tiny_20").set_value("a *new* <label>").run()
+    assert app.markdown[0].value == "## Feature 20 · a \\*new\\* \\<label\\>"
+    app.text_area(key="note_tiny_20").set_value("seen in §3").run()
+    app.toggle(key="favourite_tiny_20").set_value(True).run()
+    assert not app.exception
+    with Annotations.open(folder / "tiny") as notes:
+        assert (notes.get(20).label, notes.get(20).note) == ("a *new* <label>", "seen in §3")
+        assert notes.members() == [20]
+    app.toggle(key="favourite_tiny_20").set_value(False).run()
+    with Annotations.open(folder / "tiny") as notes:
+        assert notes.members() == []
+
+
+def test_labels_of_a_read_only_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def touch(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "touch", touch)
+    app = open_page(FEATURE, feature="20")
+    field = app.text_input(key="label_tiny_20")
+    assert field.disabled
+    assert "read-only" in field.help
+
+
+@pytest.mark.parametrize(
+    ("raw", "number", "problem"),
+    [
+        ("abc", 0, "is not the number"),
+        ("1000000000", D_SAE - 1, "Features go from"),
+        ("-4", 0, "Features go from"),
+        ("<script>alert(1)</script>", 0, "is not the number"),
+        ("", 0, "is not the number"),
+    ],
+)
+def test_wrong_feature_in_the_address(folder: Path, raw: str, number: int, problem: str) -> None:
+    app = open_page(FEATURE, feature=raw)
+    assert app.markdown[0].value == f"## Feature {number}"
+    assert problem in app.warning[0].value
+    assert "<script" not in app.warning[0].value.replace("\\<script", "")
+    assert parameter(app, "feature") == str(number), "the address is put right"
+
+
+@pytest.mark.parametrize("raw", ["../../etc", "nothing", "/etc/passwd", "tiny/../tiny", ""])
+def test_wrong_sae_in_the_address(folder: Path, raw: str) -> None:
+    app = open_page(FEATURE, sae=raw, feature="5")
+    assert "There is no SAE named" in app.warning[0].value
+    assert app.markdown[0].value == "## Feature 5"
+    assert parameter(app, "sae") == "tiny"
+
+
+def test_unknown_parameters_are_dropped(folder: Path) -> None:
+    app = open_page(OVERVIEW, feature="3", evil="x" * 1000)
+    assert set(app.query_params) == {"sae"}
+
+
+def test_choice_between_stores(folder: Path) -> None:
+    make_tiny_store(folder / "other", seed=1).parent.rename(folder / "second")
+    app = open_page(FEATURE, feature="5")
+    assert app.selectbox(key="sae_choice").options == ["second", "tiny"]
+    app.selectbox(key="sae_choice").set_value("tiny").run()
+    assert parameter(app, "sae") == "tiny"
+    assert not app.exception
+    app = open_page(FEATURE, sae="second", feature="5")
+    with FeatureStore.open(folder / "second") as second:
+        assert f"strongest {second.feature(5).max:.2f}" in shown(app)
+
+
+def test_a_rebuilt_store_is_read_anew(folder: Path) -> None:
+    before = shown(open_page(FEATURE, feature="5"))
+    make_tiny_store(folder, seed=1)
+    assert shown(open_page(FEATURE, feature="5")) != before
+
+
+def test_no_store_is_a_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(places.PLACE_VARIABLE, str(tmp_path))
+    app = open_page()
+    assert "no feature store here" in app.error[0].value.replace("\\", "")
+
+
+def features_of(_store: object, text: str) -> Any:
+    """A stand-in for the model: feature 5 on every word, feature RARE on the second."""
+    if text == "too long":
+        raise InputError("the text is longer than the model's context", given="999 tokens")
+    tokens = ["<|bos|>", *(f" {word}" for word in text.split())]
+    n = len(tokens) - 1
+    return SimpleNamespace(
+        token_ids=list(range(n + 1)),
+        tokens=tokens,
+        keep=[False] + [True] * n,
+        position=np.array([*range(1, n + 1), 2], dtype=np.int32),
+        feature=np.array([5] * n + [RARE], dtype=np.int32),
+        activation=np.array([0.5] * n + [3.0], dtype=np.float32),
+    )
+
+
+def send(app: AppTest, text: str) -> AppTest:
+    app.text_area(key="text").set_value(text)
+    (button,) = [b for b in app.button if b.label == "Show features"]
+    button.click().run()
+    assert not app.exception, app.exception
+    return app
+
+
+def test_try_your_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "features_of_text", features_of)
+    with Annotations.open(folder / "tiny", sae_hash="5ae") as notes:
+        notes.set_label(RARE, "a <rare> one")
+    app = send(open_page(TEXT), "old <b>harbour</b> town")
+    found = table(app)
+    assert found["feature"].tolist() == [RARE, 5], "RARE is at twice its strongest in the store"
+    assert found["strength"].tolist()[0] == pytest.approx(200)
+    assert found["activation"].tolist() == [3.0, 0.5]
+    assert found["at"].tolist() == [" <b>harbour</b>", " old"]
+    assert found["tokens"].tolist() == [1, 3]
+    text = shown(app)
+    assert "&lt;b&gt;harbour&lt;/b&gt;" in text
+    assert "<b>harbour" not in text
+    assert "not seen by the SAE" in text
+    assert f"feature?sae=tiny&amp;feature={RARE}" in text
+    assert f"##### Feature {RARE} · a \\<rare\\> one" in text
+    assert dict(links(app))[f"Open feature {RARE}"].endswith(f"feature={RARE}")
+    app.button_group(key="text_order").set_value("tokens").run()
+    assert table(app)["feature"].tolist() == [5, RARE]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "Type some text"), ("  \n ", "Type some text"), ("too long", "longer")],
+)
+def test_text_that_cannot_be_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    monkeypatch.setattr(live, "features_of_text", features_of)
+    app = send(open_page(TEXT), text)
+    said = [*app.warning, *app.error]
+    assert message in said[0].value
+    assert not app.dataframe
+
+
+def test_text_without_the_sae_is_a_clear_error(folder: Path) -> None:
+    app = open_page(TEXT)
+    with FeatureStore.open(folder / "tiny") as opened:
+        opened.meta.pop("sae_path")
+        with pytest.raises(ArtefactError, match="does not say which"):
+            live.features_of_text(opened, "x")
+    assert not app.exception
+
+
+def test_first_page_needs_no_model_libraries(folder: Path) -> None:
+    script = """
+import sys
+from streamlit.testing.v1 import AppTest
+app = AppTest.from_file(sys.argv[1], default_timeout=60)
+app.run()
+assert not app.exception and len(app.metric) == 5
+heavy = {"torch", "transformers", "transformer_lens", "datasets", "activations", "sae"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, APP], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_no_module_of_ours_hides_a_package() -> None:
+    # Streamlit puts the application's folder first on the path
+    names = {path.stem for path in Path(APP).parent.iterdir()}
+    assert not names & {"store", "sae", "activations", "saescope", "dashboards", "tests"}
+    assert not names & sys.stdlib_module_names
+
+
+def test_places(folder: Path) -> None:
+    tiny = folder / "tiny"
+    file = (tiny / "features.duckdb").resolve()
+    for place in (folder, tiny, file):
+        assert places.find_stores(place) == {"tiny": file}
+    copy = folder / "named.duckdb"
+    copy.write_bytes(file.read_bytes())
+    assert places.find_stores(copy) == {"named": copy.resolve()}
+    with pytest.raises(ArtefactError, match="no feature store here"):
+        places.find_stores(folder / "gone")
+
+
+def test_the_server_listens_on_this_machine_only(folder: Path) -> None:
+    words = launch.command(launch.ExploreConfig(port=8700))
+    assert "--server.address=localhost" in words
+    assert "--server.port=8700" in words
+    assert "--browser.gatherUsageStats=false" in words
+    assert "--server.headless=true" in words
+    assert "--server.headless=false" in launch.command(launch.ExploreConfig(open_browser=True))
+    with pytest.raises(InputError, match="port"):
+        launch.ExploreConfig(port=70_000)

@@ -1,0 +1,289 @@
+"""The explorer in a real browser: served by `saescope explore`, driven in headless Chromium."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from store import Annotations, FeatureStore
+from tests.tiny_store import D_SAE, EVERYWHERE, RARE, make_tiny_store
+
+CHROMIUM = "/usr/bin/chromium"
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+READY = "[data-testid=stMainBlockContainer] h2"
+HARMLESS = ("favicon", "Failed to load resource", "preload")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no Chromium at {CHROMIUM}"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_store(tmp_path_factory.mktemp("stores")).parent.parent
+
+
+@pytest.fixture(scope="module")
+def server(stores: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The explorer's address; the server is `saescope explore`, ended by Ctrl-C."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("log") / "explore.txt"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "saescope", "explore", str(stores), "--port", str(port)],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            cwd=Path(__file__).parents[2],
+            start_new_session=True,
+        )
+    address = f"http://localhost:{port}"
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"{address}/_stcore/health", timeout=5) as answer:
+                    if answer.status == 200:
+                        break
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        assert address in log.read_text()
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        code = process.wait(timeout=30)
+    assert code == 0, log.read_text()
+    assert "explorer: ended" in log.read_text()
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0, "the server is gone"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A page in a fresh session; the test fails if it wrote errors to the console."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    opened = context.new_page()
+    errors: list[str] = []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.on(
+        "console", lambda message: errors.append(message.text) if message.type == "error" else None
+    )
+    opened.set_default_timeout(30_000)
+    yield opened
+    context.close()
+    assert [e for e in errors if not any(part in e for part in HARMLESS)] == []
+
+
+def visit(page: Any, address: str) -> None:
+    page.goto(address)
+    page.wait_for_selector(READY)
+    settle(page)
+
+
+def settle(page: Any) -> None:
+    page.wait_for_timeout(250)
+    page.wait_for_function("!document.querySelector('[data-testid=stStatusWidget]')")
+    page.wait_for_timeout(250)
+
+
+def heading(page: Any, text: str) -> None:
+    page.wait_for_function(f"document.querySelector('{READY}')?.innerText.startsWith({text!r})")
+    settle(page)
+
+
+def test_overview_and_navigation(page: Any, server: str) -> None:
+    visit(page, server)
+    assert page.inner_text(READY) == "tiny"
+    assert "sae=tiny" in page.url
+    assert page.locator("[data-testid=stMetric]").count() == 5
+    page.wait_for_selector("[data-testid=stPlotlyChart] .bars path", state="attached")
+    page.get_by_text("Try your text").first.click()
+    heading(page, "Try your text")
+    page.get_by_text("Features", exact=True).first.click()
+    heading(page, "Features")
+    assert "sae=tiny" in page.url
+
+
+def test_deep_link_and_tokens(page: Any, server: str) -> None:
+    visit(page, f"{server}/feature?sae=tiny&feature={RARE}")
+    assert page.inner_text(READY) == f"Feature {RARE}"
+    peak = page.locator(".ss-ex .ss-peak")
+    peak.wait_for()
+    assert peak.count() == 1
+    peak.hover()
+    tip = peak.evaluate("e => getComputedStyle(e, '::after').content")
+    assert "activation 1.500" in tip
+    assert "sequence 2, position 5" in tip
+    assert "Title <" in tip
+    lit = page.locator(".ss-peak .ss-lit")
+    assert lit.evaluate("e => getComputedStyle(e).backgroundColor").startswith("rgba(235, 122, 28")
+
+
+def test_tokens_never_become_markup(page: Any, server: str) -> None:
+    visit(page, f"{server}/feature?sae=tiny&feature={EVERYWHERE}")
+    page.wait_for_selector(".ss-ex")
+    text = page.locator(".ss-text").all_inner_texts()
+    assert any("<b>bold</b>" in part for part in text)
+    assert any("*star*" in part for part in text)
+    assert any("[U+202E]drawkcab" in part for part in text)
+    assert page.locator(".ss-text b").count() == 0
+    assert page.locator(".ss-text >> text=↵").count() > 0
+
+
+def test_wrong_addresses(page: Any, server: str, stores: Path) -> None:
+    for query, number in (
+        ("feature=abc", 0),
+        ("feature=1000000000", D_SAE - 1),
+        ("sae=../../etc&feature=5", 5),
+        ("sae=%3Cimg%20src=x%20onerror=alert(1)%3E&feature=5", 5),
+    ):
+        visit(page, f"{server}/feature?{query}")
+        assert page.inner_text(READY) == f"Feature {number}"
+        assert page.locator("[data-testid=stAlertContentWarning]").count() == 1
+        page.wait_for_url(f"**/feature?*feature={number}*")
+        assert "sae=tiny" in page.url
+        assert page.locator("img[src=x]").count() == 0
+
+
+def test_next_neighbour_and_back(page: Any, server: str) -> None:
+    visit(page, f"{server}/feature?sae=tiny&feature=5")
+    page.locator(".ss-ex").first.wait_for()
+    settle(page)
+    page.keyboard.press("n")
+    heading(page, "Feature 6")
+    assert "feature=6" in page.url
+    page.locator(".st-key-relatives [data-testid=stPageLink] a").first.click()
+    page.wait_for_function(f"document.querySelector('{READY}').innerText != 'Feature 6'")
+    settle(page)
+    assert page.inner_text(READY) == "Feature 7", "the nearest decoder direction of 6 is 7"
+    page.go_back()
+    heading(page, "Feature 6")
+
+
+def test_a_row_of_the_table_opens_its_feature(page: Any, server: str) -> None:
+    visit(page, f"{server}/features?sae=tiny")
+    frame = page.locator("[data-testid=stDataFrame]")
+    frame.wait_for()
+    page.wait_for_timeout(800)
+    box = frame.bounding_box()
+    page.mouse.click(box["x"] + 300, box["y"] + 35 * 3.5)
+    heading(page, "Feature 2")
+    assert "feature=2" in page.url
+
+
+def test_window_size_and_intervals(page: Any, server: str) -> None:
+    visit(page, f"{server}/feature?sae=tiny&feature={EVERYWHERE}")
+    page.wait_for_selector(".ss-ex")
+    assert page.locator(".ss-ex").count() == 20
+    page.get_by_text("By interval", exact=True).click()
+    page.wait_for_function("document.querySelectorAll('.ss-ex').length == 25")
+
+
+def test_a_label_is_saved_and_found(page: Any, server: str, stores: Path) -> None:
+    visit(page, f"{server}/feature?sae=tiny&feature=20")
+    page.get_by_label("Label").fill("harbour <words>")
+    page.keyboard.press("Enter")
+    heading(page, "Feature 20 · harbour <words>")
+    with Annotations.open(stores / "tiny") as notes:
+        assert notes.get(20).label == "harbour <words>"
+    page.get_by_text("Features", exact=True).first.click()
+    heading(page, "Features")
+    page.get_by_role("searchbox", name="Search").fill("harb")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=1 to 1 of 1 features")
+
+
+def test_dark_and_light_are_legible(browser: Any, server: str) -> None:
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme)
+        page = context.new_page()
+        visit(page, f"{server}/feature?sae=tiny&feature={EVERYWHERE}")
+        page.wait_for_selector(".ss-lit")
+        colours = page.evaluate(
+            """() => {
+              const numbers = c => c.match(/[\\d.]+/g).map(Number);
+              const base = numbers(getComputedStyle(document.querySelector('.stApp'))
+                .backgroundColor);
+              return [...document.querySelectorAll('.ss-lit')].map(e => {
+                const style = getComputedStyle(e);
+                const shade = numbers(style.backgroundColor), alpha = shade[3] ?? 1;
+                return [numbers(style.color).slice(0, 3),
+                        base.slice(0, 3).map((b, i) => b * (1 - alpha) + shade[i] * alpha)];
+              });
+            }"""
+        )
+        assert min(contrast(text, back) for text, back in colours) >= 4.5, scheme
+        context.close()
+
+
+def contrast(first: list[float], second: list[float]) -> float:
+    """The contrast ratio of two colours as WCAG 2 defines it; 4.5 is enough for text."""
+
+    def luminance(colour: list[float]) -> float:
+        parts = [c / 255 for c in colour]
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_two_sessions_at_once(browser: Any, server: str, stores: Path) -> None:
+    contexts = [browser.new_context() for _ in range(3)]
+    pages = [context.new_page() for context in contexts]
+    for number, page in enumerate(pages):
+        page.goto(f"{server}/feature?sae=tiny&feature={number}")
+    with FeatureStore.open(stores / "tiny") as features:
+        for number, page in enumerate(pages):
+            page.wait_for_selector(".ss-ex")
+            strongest = features.feature(number).max
+            assert page.locator(".ss-act").first.inner_text() == f"{strongest:.2f}"
+    for context in contexts:
+        context.close()
+
+
+def test_a_taken_port_is_one_clear_line(server: str, stores: Path) -> None:
+    port = server.rsplit(":", 1)[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "saescope", "explore", str(stores), "--port", port],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 2
+    assert "taken by another program" in done.stderr
+    assert "Traceback" not in done.stderr

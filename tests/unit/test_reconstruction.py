@@ -1,0 +1,123 @@
+"""Reconstruction metrics: the identity, the mean, and a case worked out by hand."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae.codes import SparseCodes
+from sae.evaluation.reconstruction import measure_reconstruction
+from saescope.errors import InputError
+
+D = 5
+
+
+def rows(offset: float = 0.0, n: int = 3000) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, D, generator=generator) * torch.arange(1.0, D + 1) + offset
+
+
+class Identity:
+    """Every dimension is its own feature."""
+
+    d_sae = D
+
+    def encode_sparse(self, x: Tensor) -> SparseCodes:
+        return SparseCodes.from_dense(x)
+
+    def decode(self, codes: SparseCodes) -> Tensor:
+        return codes.dense()
+
+
+class Constant:
+    """Predicts one vector, with no feature."""
+
+    d_sae = D
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def encode_sparse(self, x: Tensor) -> SparseCodes:
+        return SparseCodes.from_dense(torch.zeros_like(x))
+
+    def decode(self, codes: SparseCodes) -> Tensor:
+        return self.value.expand(codes.batch, D)
+
+
+@pytest.mark.parametrize("offset", [0.0, 200.0])
+def test_identity_and_mean(offset: float) -> None:
+    """A large mean must not flatter the score, as a variance about zero would."""
+    x = rows(offset)
+    identity = measure_reconstruction(Identity(), lambda: iter([x]))
+    assert identity.fvu == 0
+    assert identity.cosine == pytest.approx(1)
+    assert identity.norm_ratio == pytest.approx(1)
+    assert identity.l0 == D
+    assert identity.dead_fraction == 0
+    mean = measure_reconstruction(Constant(x.double().mean(0)), lambda: iter([x]))
+    assert mean.fvu == pytest.approx(1, abs=1e-9)
+    assert mean.l0 == 0
+    assert mean.dead_fraction == 1
+
+
+def test_by_hand() -> None:
+    class Half(Identity):
+        d_sae = 2
+
+        def decode(self, codes: SparseCodes) -> Tensor:
+            return codes.dense() * torch.tensor([0.5, 1.0])
+
+    x = torch.tensor([[2.0, 0.0], [0.0, 4.0], [4.0, 4.0]])
+    # mean (2, 8/3); ||x - mu||^2 = 64/9, 4 + 16/9, 4 + 16/9: 168/9; errors (1,0), (0,0), (2,0)
+    found = measure_reconstruction(Half(), lambda: iter([x]))
+    assert found.rows == 3
+    assert found.fvu == pytest.approx(5 / (168 / 9))
+    assert found.l0 == pytest.approx(4 / 3)
+    assert found.cosine == pytest.approx((1 + 1 + (8 + 16) / (32**0.5 * 20**0.5)) / 3)
+    assert found.norm_ratio == pytest.approx((1 + 4 + 20**0.5) / (2 + 4 + 32**0.5))
+    assert found.density.tolist() == pytest.approx([2 / 3, 2 / 3])
+
+
+def test_batch_size_does_not_matter() -> None:
+    x = rows(3.0)
+
+    class Noisy(Identity):
+        def decode(self, codes: SparseCodes) -> Tensor:
+            return codes.dense() * 0.9
+
+    def split(size: int):
+        def fresh() -> Iterator[Tensor]:
+            return iter(x.split(size))
+
+        return measure_reconstruction(Noisy(), fresh)
+
+    whole, small = split(3000), split(7)
+    assert small.fvu == pytest.approx(whole.fvu, rel=1e-12)
+    assert small.fvu_interval == pytest.approx(whole.fvu_interval, rel=1e-12)
+
+
+def test_interval_covers() -> None:
+    """Over many samples the interval holds the truth about 95 times in 100."""
+    generator = torch.Generator().manual_seed(0)
+
+    class Drop(Identity):
+        def decode(self, codes: SparseCodes) -> Tensor:
+            dense = codes.dense()
+            dense[:, -1] = 0
+            return dense
+
+    truth = 25 / 55  # the last dimension's share of the variance
+    covered = 0
+    for _ in range(200):
+        x = torch.randn(400, D, generator=generator) * torch.arange(1.0, D + 1)
+        found = measure_reconstruction(Drop(), lambda x=x: iter([x]))
+        covered += abs(found.fvu - truth) < found.fvu_interval
+    assert 180 <= covered <= 198
+
+
+def test_nothing_to_measure() -> None:
+    with pytest.raises(InputError, match="no activations"):
+        measure_reconstruction(Identity(), lambda: iter([]))
+    with pytest.raises(InputError, match="FVU is undefined"):
+        measure_reconstruction(Identity(), lambda: iter([torch.ones(4, D)]))

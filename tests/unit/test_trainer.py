@@ -1,0 +1,252 @@
+"""The loop: exact resume at any step, telemetry, schedules, dead features, errors."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sae.architectures import architecture, architectures
+from sae.base import SparseAutoencoder
+from sae.training import checkpoint
+from sae.training.schedules import base_lr, lr_factor
+from sae.training.telemetry import MetricsLog, read_metrics
+from sae.training.trainer import CHECKPOINT, METRICS, Trainer, TrainerConfig
+from saescope.artefact import atomic_path
+from saescope.errors import ArtefactError, InputError, SaescopeError
+
+D_IN, D_SAE, BATCH, STEPS = 8, 24, 16, 24
+
+
+class Stream:
+    """Endless random batches whose place is a step number."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while True:
+            generator = torch.Generator().manual_seed(self.step)
+            self.step += 1
+            yield torch.randn(BATCH, D_IN, generator=generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+
+def make_trainer(folder: Path, kind: str = "topk", tag: str = "", **settings: Any) -> Trainer:
+    torch.manual_seed(0)
+    names = architecture(kind).Config.__dataclass_fields__
+    config = architecture(kind).Config(d_sae=D_SAE, **({"k": 3} if "k" in names else {}))
+    sae = architecture(kind)(config, D_IN)
+    options = {"dead_after_tokens": 3 * BATCH, "evaluate_every": 5, "checkpoint_every": 7}
+    held_out = torch.randn(40, D_IN, generator=torch.Generator().manual_seed(99))
+    return Trainer(
+        sae,
+        Stream(),
+        TrainerConfig(batch_size=BATCH, **{**options, **settings}),
+        total_steps=STEPS,
+        held_out=lambda: iter([held_out]),
+        folder=folder,
+        tag=tag,
+    )
+
+
+def bits(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in sae.state_dict().items()}
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("kind", sorted(architectures()))
+@pytest.mark.parametrize("kill_at", [1, 6, 7, 8, 14, 23])
+def test_killed_and_resumed_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, kill_at: int
+) -> None:
+    whole = bits(make_trainer(tmp_path / "whole", kind).run())
+    expected = read_metrics(tmp_path / "whole" / METRICS)
+    trainer = make_trainer(tmp_path / "run", kind)
+    step = trainer.train_step
+
+    def train_step(x: torch.Tensor) -> dict[str, float]:
+        if trainer.step == kill_at:
+            raise Killed
+        return step(x)
+
+    monkeypatch.setattr(trainer, "train_step", train_step)
+    with pytest.raises(Killed):
+        trainer.run()
+    resumed = make_trainer(tmp_path / "run", kind)
+    assert resumed.step == kill_at // 7 * 7
+    found = bits(resumed.run())
+    assert whole.keys() == found.keys()
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+    assert read_metrics(tmp_path / "run" / METRICS) == expected
+
+
+def test_a_kill_while_the_checkpoint_is_written_keeps_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bits(make_trainer(tmp_path / "whole").run())
+    trainer = make_trainer(tmp_path / "run")
+
+    def save_file(*_: Any) -> None:
+        if trainer.step == 14:
+            raise Killed
+        real(*_)
+
+    real = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(Killed):
+        trainer.run()
+    monkeypatch.undo()
+    resumed = make_trainer(tmp_path / "run")
+    assert resumed.step == 7
+    found = bits(resumed.run())
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+
+
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
+    make_trainer(tmp_path, tag="a").run()
+    with pytest.raises(InputError, match="another configuration"):
+        make_trainer(tmp_path, tag="b")
+
+
+def test_damaged_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
+    make_trainer(tmp_path).run()
+    tensors = tmp_path / CHECKPOINT / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:100])
+    with pytest.raises(ArtefactError, match="damaged checkpoint"):
+        make_trainer(tmp_path)
+
+
+def test_full_disk_is_one_clear_error_and_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path)
+
+    def save_file(*arguments: Any) -> None:
+        if trainer.step == 14:
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    real = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(ArtefactError, match="disk is full"):
+        trainer.run()
+    assert checkpoint.load(tmp_path / CHECKPOINT)[1]["step"] == 7
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last"]
+
+
+def test_metrics_are_written_on_held_out_rows(tmp_path: Path) -> None:
+    make_trainer(tmp_path).run()
+    lines = read_metrics(tmp_path / METRICS)
+    assert [line["step"] for line in lines] == [5, 10, 15, 20, 24]
+    last = lines[-1]
+    assert last["tokens"] == 24 * BATCH
+    assert last["held_out"]["rows"] == 40
+    assert last["held_out"]["l0"] <= 3
+    assert 0 < last["held_out"]["fvu"] < lines[0]["held_out"]["fvu"] < 1.5
+    assert last["train"].keys() >= {"loss", "fvu", "auxk", "dead", "lr", "grad_norm"}
+
+
+def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 5}\n{"step": 10}\n{"step": 1')
+    MetricsLog(path, resume_step=7).append(8, fvu=0.5)
+    assert read_metrics(path) == [{"step": 5}, {"step": 8, "fvu": 0.5}]
+
+
+def test_dead_features_are_counted_in_tokens(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.sae.b_enc[5] = -1e6
+    dead = [trainer.train_step(torch.randn(BATCH, D_IN))["dead"] for _ in range(5)]
+    # not known as dead before 3 batches have passed without it
+    assert dead[:3] == [0, 0, 0]
+    assert dead[3] >= 1
+    assert trainer.tokens_since_fired[5] == 5 * BATCH
+    assert trainer.tokens_since_fired.min() == 0
+
+
+def test_decoder_keeps_unit_norm_through_training(tmp_path: Path) -> None:
+    sae = make_trainer(tmp_path).run()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+
+def test_a_gradient_that_is_not_finite_stops_training(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    before = bits(trainer.sae)
+    with pytest.raises(SaescopeError, match=r"step 0: the gradient is not finite"):
+        trainer.train_step(torch.full((BATCH, D_IN), math.nan))
+    same = {name: torch.equal(value, before[name]) for name, value in bits(trainer.sae).items()}
+    assert all(same[name] for name in ("W_enc_T", "W_dec", "b_enc"))
+
+
+def test_gradient_is_projected_before_it_is_clipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clipped norm must not count the part that the projection removes."""
+    trainer = make_trainer(tmp_path, grad_clip=1e-3)
+    seen = {}
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def record(*arguments: Any, **options: Any) -> torch.Tensor:
+        weights = trainer.sae.W_dec
+        assert weights.grad is not None
+        seen["along"] = float((weights.grad * weights.detach()).sum(1).abs().max())
+        return clip(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    trainer.train_step(torch.randn(BATCH, D_IN))
+    assert seen["along"] < 1e-6
+    gradients = [p.grad for p in trainer.sae.parameters() if p.grad is not None]
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_learning_rate_rule() -> None:
+    assert base_lr(2**14) == pytest.approx(2e-4)
+    assert base_lr(2**12) == pytest.approx(4e-4)
+    factors = [lr_factor(step, 100, warmup=10, decay=20) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:81] == [1.0] * 72
+    assert factors[-1] == pytest.approx(1 / 20)
+    assert all(b < a for a, b in pairwise(factors[80:]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"batch_size": 0}, {"lr": 0.0}, {"beta1": 1.0}, {"decay_fraction": 1.5}, {"grad_clip": -1.0}],
+)
+def test_ranges(settings: dict) -> None:
+    with pytest.raises(InputError, match=f"trainer.{next(iter(settings))}"):
+        TrainerConfig(**settings)
+
+
+def test_atomic_folder_replaces_and_survives_failure(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    for text in ("one", "two"):
+        with atomic_path(target) as temporary:
+            temporary.mkdir()
+            (temporary / "file").write_text(text)
+    assert (target / "file").read_text() == "two"
+
+    def killed_while_writing() -> None:
+        with atomic_path(target) as temporary:
+            temporary.mkdir()
+            (temporary / "file").write_text("three")
+            raise Killed
+
+    with pytest.raises(Killed):
+        killed_while_writing()
+    assert (target / "file").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
