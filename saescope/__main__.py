@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from saescope import config, progress
+from saescope import config, memory, progress
 from saescope.errors import SaescopeError
 
 
@@ -128,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     try:
         signal.signal(signal.SIGTERM, _terminate)
+        memory.keep_freed_memory()
         module = importlib.import_module(command.module)
         chosen = config.parse(
             getattr(module, command.config),

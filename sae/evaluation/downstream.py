@@ -96,22 +96,31 @@ def _measure_batch(
     counted = keep[:, :-1]
     targets = tokens[:, 1:, None]
 
-    def log_probabilities() -> Tensor:
-        return model.logits(tokens)[:, :-1].float().log_softmax(-1)
+    def logits() -> Tensor:
+        return model.logits(tokens)[:, :-1].float()
 
-    def cross_entropy(log_p: Tensor) -> Tensor:
-        losses = -log_p.gather(-1, targets)[..., 0]
-        return (losses.double() * counted).sum(1)
+    def summed(values: Tensor) -> Tensor:
+        return (values.double() * counted).sum(1)
 
-    clean = log_probabilities()
+    def cross_entropy(z: Tensor) -> Tensor:
+        return summed(z.logsumexp(-1) - z.gather(-1, targets)[..., 0])
+
+    clean = logits()
     sums["clean"].append(cross_entropy(clean))
     for name, replacement in replacements.items():
         with model.edit({site: _replace_kept(replacement, keep)}):
-            log_p = log_probabilities()
-        sums[name].append(cross_entropy(log_p))
+            z = logits()
+        sums[name].append(cross_entropy(z))
         if name == "sae":
-            kl = (clean.exp() * (clean - log_p)).sum(-1)
-            sums["kl"].append((kl.double() * counted).sum(1))
+            sums["kl"].append(summed(_kl(clean, z)))
+
+
+def _kl(clean: Tensor, other: Tensor) -> Tensor:
+    """KL(softmax(clean) || softmax(other)) over the last axis; the arguments are overwritten."""
+    log_p = clean.sub_(clean.logsumexp(-1, keepdim=True))
+    log_q = other.sub_(other.logsumexp(-1, keepdim=True))
+    log_q.neg_().add_(log_p)
+    return log_q.mul_(log_p.exp_()).sum(-1)
 
 
 def _replace_kept(replacement: Replacement, keep: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

@@ -327,6 +327,8 @@ def test_vocabulary_has_every_token(llama: Model) -> None:
     ids = llama.tokenize("The river")[1:]
     assert [texts[i] for i in ids] == llama.token_strings(ids)
     assert texts[0] == "<bos>"
+    parts = llama.tokenizer("🙂", add_special_tokens=False).input_ids
+    assert b"".join(bytes(texts[i]) for i in parts) == "🙂".encode()  # type: ignore[arg-type]
     codec = llama._text
     assert codec.vocabulary(llama.d_vocab + 1)[-1] == f"<unused {llama.d_vocab}>"
 
