@@ -28,11 +28,12 @@ def drawn(store: FeatureStore, count: int, seed: int) -> list[int]:
 
 def line(example: Example) -> str:
     """One example: its window, with the strongest token marked."""
-    pieces = [
-        f"**{text.strip() or repr(text)}**" if example.start + number == example.place else text
-        for number, text in enumerate(example.tokens)
-    ]
-    text = "".join(pieces).replace("\n", "⏎").replace("|", "\\|").replace("<", "&lt;")
+    pieces = list(example.tokens)
+    focus = pieces[example.place - example.start]
+    word = focus.strip()
+    if word:
+        pieces[example.place - example.start] = focus.replace(word, f"**{word}**", 1)
+    text = "".join(pieces).replace("\n", "⏎").replace("<", "&lt;")
     return f"- {example.activation:.1f} · {text.strip()}"
 
 

@@ -6,6 +6,7 @@ training rows, so that a reconstruction loss of 1 is what predicting the mean co
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sae import kernels
 
@@ -45,14 +46,14 @@ def auxk(
     if len(rows) == 0 or k_aux == 0:
         return residual.new_zeros(())
     target = residual.detach()
-    index, value = kernels.encode_topk(
-        centred, W_enc_T.index_select(0, rows), b_enc.index_select(0, rows), min(k_aux, len(rows))
-    )
-    k = index.shape[1]
-    row_ptr = torch.arange(0, len(residual) * k + 1, k, device=residual.device)
-    e_hat = kernels.decode(
-        row_ptr, index.reshape(-1), value.reshape(-1), W_dec.index_select(0, rows)
-    )
+    encoder, bias = W_enc_T.index_select(0, rows), b_enc.index_select(0, rows)
+    decoder = W_dec.index_select(0, rows)
+    if len(rows) <= k_aux:  # all of them are taken, and dense products on so few rows are cheap
+        e_hat = torch.relu(functional.linear(centred, encoder, bias)) @ decoder
+    else:
+        index, value = kernels.encode_topk(centred, encoder, bias, k_aux)
+        row_ptr = torch.arange(0, len(residual) * k_aux + 1, k_aux, device=residual.device)
+        e_hat = kernels.decode(row_ptr, index.reshape(-1), value.reshape(-1), decoder)
     left = (target - e_hat).square().sum()
     total = (target - target.mean(0)).square().sum()
     return torch.where(total > 0, left / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)

@@ -67,9 +67,9 @@ class PeersConfig(Config):
     """Tokens a step."""
     steps: int | None = None
     """Steps of training; one pass over the harvest if not given."""
-    learning_rates: tuple[float, ...] = (1.6e-3, 3.2e-3, 4.8e-3)
+    learning_rates: tuple[float, ...] = (1.6e-3, 3.2e-3)
     """Tried with every library besides its own settings."""
-    lr_multiplier: float = 4.0
+    lr_multiplier: float = 8.0
     """Our own settings: factor on our rule for the learning rate."""
     normaliser: NormaliserKind = "unit_mean_square"
     """Our own settings: scale to train at."""

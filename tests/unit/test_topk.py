@@ -71,9 +71,11 @@ def dense_objective(sae: TopKSAE, y: torch.Tensor, dead: torch.Tensor, k_aux: in
     return fvu + sae.config.auxk_coefficient * aux
 
 
-def test_gradients_equal_the_dense_float64_objective() -> None:
+@pytest.mark.parametrize("k_aux", [3, 5, 9])
+def test_gradients_equal_the_dense_float64_objective(k_aux: int) -> None:
+    """With more dead features than k_aux, as many, and fewer."""
     torch.manual_seed(0)
-    sae = TopKSAE(TopKConfig(d_sae=40, k=5, k_aux=3), 7).double()
+    sae = TopKSAE(TopKConfig(d_sae=40, k=5, k_aux=k_aux), 7).double()
     with torch.no_grad():
         sae.W_enc_T.normal_()
         sae.b_dec.normal_()
@@ -85,7 +87,7 @@ def test_gradients_equal_the_dense_float64_objective() -> None:
     loss.backward()
     fast = {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
     sae.zero_grad()
-    expected = dense_objective(sae, y, dead, 3)
+    expected = dense_objective(sae, y, dead, k_aux)
     expected.backward()
     torch.testing.assert_close(loss, expected)
     for name, p in sae.named_parameters():
