@@ -29,7 +29,7 @@ def shown_commands() -> list[str]:
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    shown = re.findall(r"\bmake ([a-z-]+)", README)
+    shown = re.findall(r"(?:`|^|or: )make ([a-z-]+)", README, re.MULTILINE)
     assert {"demo", "test"} <= set(shown)
     for target in shown:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -58,6 +58,8 @@ def server(stores: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
             stderr=subprocess.STDOUT,
             cwd=Path(__file__).parents[2],
             start_new_session=True,
+            # Ctrl-C must reach it even where the tests themselves run in a background job
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     address = f"http://localhost:{port}"
     try:
