@@ -14,9 +14,9 @@ from torch import Tensor
 
 from activations import ActivationStore, Model
 from sae.base import SparseAutoencoder, kind_of
-from sae.evaluation.command import EVALUATION_FILE, load_harvested_model, open_harvest
+from sae.evaluation.command import EVALUATION_FILE
+from sae.harvests import choose_site, load_harvested_model, open_harvest
 from sae.loading import load
-from sae.training.command import choose_site
 from saescope.artefact import disk_full, read_json
 from saescope.config import Config, to_dict
 from saescope.errors import check_range

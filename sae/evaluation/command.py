@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from activations import ActivationStore, Model, load_model
+from activations import ActivationStore
 from sae.base import SparseAutoencoder
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.reconstruction import measure_reconstruction
+from sae.harvests import choose_site, held_out_rows, load_harvested_model, open_harvest
 from sae.loading import load
-from sae.training.command import choose_site, held_out_rows, open_complete
 from saescope.artefact import sha256_json, write_json
 from saescope.config import Config
-from saescope.errors import InputError, check_range
+from saescope.errors import check_range
 from saescope.progress import say
 
 EVALUATION_FILE = "evaluation.json"
@@ -77,36 +77,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for line in report(result):
         say(line)
     return result
-
-
-def open_harvest(sae: SparseAutoencoder, path: str | None) -> ActivationStore:
-    """The harvest given, or the one an SAE was trained on; it must be complete and fit the SAE."""
-    chosen = path or sae.metadata.get("harvest")
-    if not chosen:
-        raise InputError("this SAE names no harvest; give one", where="harvest")
-    harvest = open_complete(chosen)
-    site = choose_site(harvest, sae.metadata.get("site"))
-    if harvest.d_in(site) != sae.d_in:
-        raise InputError(
-            f"width of {site} differs from the SAE's", where=str(chosen), given=harvest.d_in(site),
-            allowed=str(sae.d_in),
-        )  # fmt: skip
-    trained_on, found = sae.metadata.get("weights_hash"), harvest.manifest["model"]["weights_hash"]
-    if trained_on and trained_on != found:
-        raise InputError(
-            "was harvested from another model than the SAE's", where=str(chosen), given=found,
-            allowed=trained_on,
-        )  # fmt: skip
-    return harvest
-
-
-def load_harvested_model(harvest: ActivationStore, dtype: str) -> Model:
-    """The model of a harvest; InputError if what its name stands for has other weights by now."""
-    facts = harvest.manifest["model"]
-    model = load_model(facts["spec"], dtype=dtype, revision=facts["revision"])
-    if model.weights_hash != facts["weights_hash"]:
-        raise InputError("is not the model that was harvested", where=facts["spec"])
-    return model
 
 
 def _downstream(

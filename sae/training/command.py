@@ -5,18 +5,18 @@ A run's folder holds `manifest.json` (what, from what, with which versions), `me
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
 
 from activations import ActivationLoader, ActivationStore
 from sae.architectures import architecture
 from sae.architectures.topk import TopKConfig
 from sae.base import SAEConfig, SparseAutoencoder, kind_of
+from sae.harvests import choose_site, held_out_rows, open_complete
 from sae.loading import SAE_FOLDER, load
 from sae.normaliser import Normaliser, NormaliserKind
 from sae.training.trainer import Trainer, TrainerConfig
@@ -112,42 +112,6 @@ def train(config: TrainConfig) -> SparseAutoencoder:
         f"held-out rows: L0 {last['l0']:.1f}, FVU {last['fvu']:.4f}, cosine {last['cosine']:.4f}"
     )
     return sae
-
-
-def open_complete(path: str) -> ActivationStore:
-    """Open a harvest; InputError if it is not finished."""
-    harvest = ActivationStore.open(path)
-    if not harvest.complete:
-        raise InputError("this harvest is not finished; run `saescope harvest` again", where=path)
-    return harvest
-
-
-def choose_site(harvest: ActivationStore, site: str | None) -> str:
-    """The site to use; InputError if it is not in the harvest, or none of several is chosen."""
-    if site is None and len(harvest.sites) == 1:
-        return harvest.sites[0]
-    if site is None or site not in harvest.sites:
-        what = "not in the harvest" if site else "must be chosen: the harvest has several"
-        raise InputError(what, where="site", given=site, allowed=harvest.sites)
-    return site
-
-
-def held_out_rows(
-    harvest: ActivationStore, site: str, limit: int | None
-) -> Callable[[], Iterator[Tensor]]:
-    """Fresh iterators over the first `limit` held-out rows (None: all), float32 [n, d_in]."""
-
-    def rows() -> Iterator[Tensor]:
-        left = limit
-        for chunk in harvest.chunks("held_out"):
-            if left is not None and left <= 0:
-                return
-            x, _ = harvest.read_chunk(site, chunk.index)
-            x = x[:left] if left is not None else x
-            left = None if left is None else left - len(x)
-            yield x.float()
-
-    return rows
 
 
 def _check_same_run(folder: Path, tag: str, settings: dict[str, Any]) -> None:
