@@ -262,9 +262,12 @@ class Model:
                 targets, lambda: self.hf.base_model(input_ids=tokens, use_cache=False)
             )
 
-    def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """Next-token logits at every position. Raises InputError for too many positions."""
-        with torch.no_grad():
+    def logits(self, tokens: Int[Tensor, "batch pos"], *, gradient: bool = False) -> Tensor:
+        """Next-token logits [batch, pos, d_vocab]; `gradient`: differentiable in what edits put in.
+
+        Raises InputError for too many positions.
+        """
+        with torch.set_grad_enabled(gradient):
             return self.hf(input_ids=self._checked(tokens), use_cache=False).logits
 
     def _checked(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sparse autoencoders: train, evaluate, index, steer.
+"""Sparse autoencoders: train, evaluate, index, steer, convert.
 
 Public names are imported when they are first used, so that `import sae` is instant.
 """
@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sae.architectures import architectures
     from sae.base import SAEConfig, SparseAutoencoder
+    from sae.certificate import Certificate, certify
     from sae.codes import SparseCodes
+    from sae.convert_command import ConvertConfig, convert
     from sae.evaluation.command import EvaluateConfig, evaluate
+    from sae.formats._claim import Claim
+    from sae.formats.hub import upload
     from sae.indexing import IndexConfig, index
     from sae.inference import TextFeatures, features_of_text
     from sae.loading import load
@@ -18,6 +22,9 @@ if TYPE_CHECKING:
     from sae.training.command import TrainConfig, train
 
 _WHERE = {
+    "Certificate": "sae.certificate",
+    "Claim": "sae.formats._claim",
+    "ConvertConfig": "sae.convert_command",
     "EvaluateConfig": "sae.evaluation.command",
     "IndexConfig": "sae.indexing",
     "SAEConfig": "sae.base",
@@ -26,6 +33,8 @@ _WHERE = {
     "TextFeatures": "sae.inference",
     "TrainConfig": "sae.training.command",
     "architectures": "sae.architectures",
+    "certify": "sae.certificate",
+    "convert": "sae.convert_command",
     "evaluate": "sae.evaluation.command",
     "features_of_text": "sae.inference",
     "index": "sae.indexing",
@@ -33,9 +42,13 @@ _WHERE = {
     "splice": "sae.steering",
     "steer": "sae.steering",
     "train": "sae.training.command",
+    "upload": "sae.formats.hub",
 }
 
 __all__ = [
+    "Certificate",
+    "Claim",
+    "ConvertConfig",
     "EvaluateConfig",
     "IndexConfig",
     "SAEConfig",
@@ -44,6 +57,8 @@ __all__ = [
     "TextFeatures",
     "TrainConfig",
     "architectures",
+    "certify",
+    "convert",
     "evaluate",
     "features_of_text",
     "index",
@@ -51,6 +66,7 @@ __all__ = [
     "splice",
     "steer",
     "train",
+    "upload",
 ]
 
 

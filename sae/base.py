@@ -1,29 +1,28 @@
 """What every sparse autoencoder is: parameters, encode, decode, forward, fold, save.
 
-Units. Everything public (x, activations, x_hat, decoder rows) is in the model's own units; inside,
-an SAE works at the scale of its normaliser. With y = (x - m) s and a positively homogeneous
-activation function the two agree: f = f_y / s and x_hat = f W_dec + (m + b_dec / s).
+Units. Everything public (x, activations, x_hat) is in the model's own units; inside, an SAE works
+at the scale of its normaliser. With y = (x - m) s and a positively homogeneous activation function
+the two agree: f = f_y / s and x_hat = f W_dec + (m + b_dec / s). A released SAE is folded: its
+weights are in the model's units themselves.
 """
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sae import kernels
+from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
 from sae.normaliser import Normaliser
-from saescope.artefact import atomic_path, check_schema, read_json, write_json
-from saescope.config import Config, from_dict, to_dict
-from saescope.errors import ArtefactError, InputError, check_range
-
-SCHEMA = 1
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "weights.safetensors"
+from sae.objectives import geometric_median
+from saescope.config import Config
+from saescope.errors import InputError, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,23 @@ class SAEConfig(Config):
 
     def __post_init__(self) -> None:
         check_range("sae.d_sae", self.d_sae, low=1)
+
+    def with_target_l0(self, target: float) -> Self:
+        """The same configuration for a mean L0 of `target`: sets k, where there is one.
+
+        Raises InputError if k cannot be that.
+        """
+        kinds = {each.name: each.type for each in fields(self)}
+        if "k" not in kinds:
+            return self
+        if kinds["k"] in (int, "int"):
+            if target != round(target):
+                raise InputError(
+                    "k is a whole number here", where="target_l0", given=target,
+                    allowed=str(round(target)),
+                )  # fmt: skip
+            target = round(target)
+        return replace(self, k=target)
 
 
 class SAEOutput(NamedTuple):
@@ -52,9 +68,16 @@ class TrainingOutput(NamedTuple):
     loss: Tensor
     """scalar to minimise"""
     terms: dict[str, Tensor]
-    """named parts of the loss, detached scalars"""
-    fired: Tensor
-    """bool [d_sae], features active somewhere in the batch"""
+    """named parts of the loss, detached scalars; "fvu" is always one"""
+    counts: Tensor
+    """int64 [d_sae], rows of the batch each feature fired on"""
+    y_hat: Tensor
+    """[batch, d_out], the reconstruction at the normaliser's scale"""
+
+    @property
+    def l0(self) -> Tensor:
+        """Mean number of features active on a row of the batch."""
+        return self.counts.sum() / len(self.y_hat)
 
 
 @dataclass
@@ -65,43 +88,83 @@ class TrainingState:
     total_steps: int = 1
     dead: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     """bool [d_sae], features that have not fired for `dead_after_tokens`"""
+    penalty: float = 1.0
+    """factor on the sparsity coefficient, moved by the trainer to reach a target L0"""
+    generator: torch.Generator | None = None
+    """the run's own randomness; an objective uses no other"""
+
+    def ramp(self, fraction: float) -> float:
+        """Linear warm-up from 0 (exclusive) to 1 over a part of the run."""
+        steps = fraction * self.total_steps
+        return min(1.0, (self.step + 1) / steps) if steps else 1.0
 
 
 class SparseAutoencoder(nn.Module, ABC):
     """A sparse autoencoder; a subclass is one architecture in one file of `sae/architectures/`.
 
-    W_enc_T and W_dec are both kept [d_sae, d_in], one feature a row, as the sparse kernels read
-    them.
+    W_enc_T and W_dec are both kept one feature a row, [d_sae, d_in] and [d_sae, d_out], as the
+    sparse kernels read them. d_out is d_in but for transcoders.
     """
 
     Config: ClassVar[type[SAEConfig]]
+    penalised: ClassVar[bool] = False
+    """sparsity comes from a penalty: the trainer can steer L0 through `TrainingState.penalty`"""
+    signed: ClassVar[bool] = False
+    """activations may be negative"""
+    pre_bias: ClassVar[bool] = True
+    """the encoder sees y - b_dec; otherwise y"""
+    batch_level: ClassVar[bool] = False
+    """training selects over the whole batch, inference by stored thresholds"""
+    transcodes: ClassVar[bool] = False
+    """what is reconstructed is the activation at another site"""
+    concatenates: ClassVar[bool] = False
+    """reads and writes several sites at once, side by side"""
+    unit_decoder: ClassVar[bool] = True
+    """decoder rows are held at unit norm"""
+    feature_units: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """parameters and buffers that are in the units of activations"""
 
-    def __init__(self, config: SAEConfig, d_in: int) -> None:
+    def __init__(self, config: SAEConfig, d_in: int, d_out: int | None = None) -> None:
         super().__init__()
         if d_in < 1:
             raise InputError("d_in must be positive", where="sae", given=d_in)
         self.config = config
         self.d_in = d_in
+        self.d_out = d_in if d_out is None else d_out
         self.d_sae = config.d_sae
         self.normaliser = Normaliser.identity(d_in)
+        self.output_normaliser: Normaliser | None = None
+        self.site_normalisers: dict[str, Normaliser] = {}
         self.metadata: dict[str, Any] = {}
-        self.W_enc_T = nn.Parameter(torch.empty(self.d_sae, d_in))
-        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
-        self.W_dec = nn.Parameter(torch.empty(self.d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.make_parameters()
         self.reset_parameters()
+
+    def make_parameters(self) -> None:
+        """Create the parameters, before `reset_parameters` gives them values."""
+        self.W_enc_T = nn.Parameter(torch.empty(self.d_sae, self.d_in))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.W_dec = nn.Parameter(torch.empty(self.d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
 
     @property
     def W_enc(self) -> Tensor:
         """Encoder weights [d_in, d_sae] (a view of W_enc_T)."""
         return self.W_enc_T.T
 
+    @property
+    def normaliser_out(self) -> Normaliser:
+        """The normaliser of what is reconstructed."""
+        return self.normaliser if self.output_normaliser is None else self.output_normaliser
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Decoder rows uniform on the unit sphere, W_enc = W_dec^T, biases 0."""
         nn.init.normal_(self.W_dec)
         self.normalise_decoder()
-        self.W_enc_T.copy_(self.W_dec)
+        if self.d_in == self.d_out:
+            self.W_enc_T.copy_(self.W_dec)
+        else:
+            nn.init.normal_(self.W_enc_T, std=self.d_in**-0.5)
         nn.init.zeros_(self.b_enc)
         nn.init.zeros_(self.b_dec)
 
@@ -109,59 +172,100 @@ class SparseAutoencoder(nn.Module, ABC):
 
     @abstractmethod
     def encode_normalised(self, y: Tensor) -> SparseCodes:
-        """Codes of y [batch, d_in], both at the normaliser's scale."""
+        """Codes of y [batch, d_in] one row at a time, both at the normaliser's scale."""
 
     @abstractmethod
-    def training_output(self, y: Tensor, state: TrainingState) -> TrainingOutput:
-        """The objective on a batch y [batch, d_in] at the normaliser's scale."""
+    def training_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
+        """The objective on a batch at the normaliser's scale."""
 
-    @abstractmethod
-    def start(self, y: Tensor) -> None:
-        """Set what the architecture initialises from data y [rows, d_in] (b_dec, say)."""
+    @torch.no_grad()
+    def start(self, batch: TrainingBatch) -> None:
+        """Set what is initialised from data, before the first step; b_dec at the median."""
+        self.b_dec.copy_(geometric_median(batch.target))
 
     def before_step(self) -> None:
         """Called with gradients in place, before they are clipped; projections go here."""
+        if self.unit_decoder:
+            self.project_decoder_gradient()
 
     def after_step(self) -> None:
         """Called after the optimiser's step; constraints on the weights go here."""
+        if self.unit_decoder:
+            self.normalise_decoder()
+
+    def resample(self, batch: TrainingBatch, state: TrainingState) -> Tensor | None:
+        """Start features anew after a step; those it did, int64, or None.
+
+        The trainer then clears the optimiser's moments of their rows.
+        """
+        del batch, state
+        return None
+
+    def calibrate(self, rows: Callable[[], Iterable[Tensor]]) -> None:
+        """Set inference thresholds from rows y [n, d_in] so that the mean L0 is the one asked for.
+
+        Architectures that select within a row have nothing to set.
+        """
+        del rows
+
+    def decode_normalised(self, codes: SparseCodes, y: Tensor | None = None) -> Tensor:
+        """Reconstruction [batch, d_out] at the normaliser's scale; y is what was encoded."""
+        del y
+        return kernels.decode(codes.row_ptr, codes.index, codes.value, self.W_dec) + self.b_dec
 
     # ---- what everybody uses ----------------------------------------------------------------
+
+    def encoder_input(self, y: Tensor) -> Tensor:
+        """What the encoder multiplies: y - b_dec, or y without a pre-encoder bias."""
+        return y - self.b_dec if self.pre_bias else y
+
+    def centred(self, batch: TrainingBatch) -> Tensor:
+        """The encoder's input for a batch, with hidden coordinates zeroed."""
+        return batch.mask_input(self.encoder_input(batch.y))
 
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """Feature activations of x [batch, d_in], sparse, in the model's units."""
         self._check(x)
-        return self.encode_normalised(self.normaliser.apply(x)).scale(1 / self.normaliser.scale)
+        codes = self.encode_normalised(self.normaliser.apply(x))
+        return codes if self.normaliser.is_identity else codes.scale(self.normaliser.row_scale(x))
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations of x [batch, d_in], dense [batch, d_sae], in the model's units."""
         return self.encode_sparse(x).dense()
 
-    def decode(self, codes: SparseCodes | Tensor) -> Tensor:
-        """Reconstruction [batch, d_in] from codes, or from dense activations [batch, d_sae]."""
-        from sae import kernels
+    def decode(self, codes: SparseCodes | Tensor, like: Tensor | None = None) -> Tensor:
+        """Reconstruction [batch, d_out] from codes, or from dense activations [batch, d_sae].
 
+        Args: like is the x [batch, d_in] that was encoded; skip connections and per-vector
+        normalisers need it, and raise InputError without it.
+        """
         if isinstance(codes, Tensor):
             if codes.shape[-1] != self.d_sae:
                 raise InputError(
                     "wrong number of features", where="decode", given=tuple(codes.shape),
                     allowed=f"[batch, {self.d_sae}]",
                 )  # fmt: skip
-            sums = codes @ self.W_dec
-        else:
-            sums = kernels.decode(codes.row_ptr, codes.index, codes.value, self.W_dec)
-        return sums + self.output_bias
-
-    @property
-    def output_bias(self) -> Tensor:
-        """What is reconstructed when no feature fires [d_in], in the model's units."""
-        return self.normaliser.invert(self.b_dec)
+            codes = SparseCodes.from_dense(codes)
+        y = None if like is None else self.normaliser.apply(like)
+        if not self.normaliser.is_identity:
+            if self.normaliser.kind == "standardised" and like is None:
+                self.normaliser.invert(self.b_dec)  # says what is missing
+            codes = codes.scale(
+                1 / self.normaliser.row_scale(codes.value if like is None else like)
+            )
+        return self.normaliser_out.invert(self.decode_normalised(codes, y), like)
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Reconstruct x [batch, d_in]."""
         codes = self.encode_sparse(x)
-        return SAEOutput(self.decode(codes), codes)
+        return SAEOutput(self.decode(codes, like=x), codes)
 
     def _check(self, x: Tensor) -> None:
+        if self.site_normalisers:
+            raise InputError(
+                "this SAE is of several sites; choose one with sae.at(site)", where="sae",
+                allowed=self.site_normalisers,
+            )  # fmt: skip
         if x.ndim != 2 or x.shape[-1] != self.d_in:
             raise InputError(
                 "wrong shape of activations",
@@ -184,24 +288,86 @@ class SparseAutoencoder(nn.Module, ABC):
             along = (gradient * self.W_dec).sum(1, keepdim=True)
             gradient.addcmul_(self.W_dec, along, value=-1)
 
+    # ---- units ------------------------------------------------------------------------------
+
+    def clone(self) -> Self:
+        """An independent SAE with the same weights, normaliser and metadata."""
+        return copy.deepcopy(self)
+
     @torch.no_grad()
     def fold(self) -> Self:
-        """An equal SAE without a normaliser: its scale and mean are put into the biases.
+        """An equal SAE whose weights are in the model's units: no mean and no scale is left.
 
-        Same features and reconstructions, up to rounding. Source: the algebra of Gemma Scope
-        (Lieberum et al. 2024, section 3), with a mean added.
+        Same features and reconstructions, up to rounding. Only a per-vector scale
+        ("standardised") cannot be folded, and stays. With y = (x - m) s, features divided by s_f:
+        W_enc' = s W_enc / s_f, W_dec' = W_dec s_f / s, b_enc' = b_enc / s_f, b_dec' = m + b_dec / s
+        (Gemma Scope, Lieberum et al. 2024, section 3, with a mean and a scale a site added).
         """
-        folded = type(self)(self.config, self.d_in)
-        folded.load_state_dict(self.state_dict())
-        folded.metadata = dict(self.metadata)
-        folded.b_enc.div_(self.normaliser.scale)
-        folded.b_dec.copy_(self.output_bias)
-        folded.fold_parameters(self.normaliser)
+        folded = self.clone()
+        inside, outside = self.normaliser, self.normaliser_out
+        if inside.kind == "standardised" or self.site_normalisers:
+            return folded  # of several sites each has its own scale: see `at`
+        unit = inside.feature_scale
+        for name in self.feature_units:
+            if hasattr(folded, name):
+                getattr(folded, name).div_(unit)
+        if "W_enc_T" in folded._parameters:
+            folded.W_enc_T.mul_(inside.scale / unit)
+            if not self.pre_bias:
+                folded.b_enc.sub_(folded.W_enc_T @ inside.mean)
+        folded.W_dec.mul_(unit / outside.scale)
+        folded.b_dec.copy_(outside.invert(self.b_dec))
+        folded.fold_parameters(unit)
+        variance = outside.variance / float(outside.scale.square().mean())
+        folded.normaliser = Normaliser.identity(self.d_in, variance)
+        folded.output_normaliser = None
+        if self.output_normaliser is not None:
+            folded.output_normaliser = Normaliser.identity(self.d_out, variance)
         return folded
 
-    def fold_parameters(self, normaliser: Normaliser) -> None:
-        """Bring an architecture's own parameters (thresholds, say) to the model's units."""
-        del normaliser
+    def fold_parameters(self, feature_scale: float) -> None:
+        """What folding has to do beyond dividing `feature_units` (called on the folded copy)."""
+        del feature_scale
+
+    def unfold(self, inside: Normaliser, outside: Normaliser | None = None) -> Self:
+        """The inverse of `fold`: an equal SAE that works at the scale of the given normalisers.
+
+        Raises InputError for an SAE that is not folded.
+        """
+        if not self.normaliser.is_identity or self.site_normalisers:
+            raise InputError("is not folded", where="sae.unfold", given=self.normaliser.kind)
+        if inside.kind == "standardised":
+            raise InputError("has no scale to unfold to", where="sae.unfold", given=inside.kind)
+        ready = self.clone()
+        # x = (y - m') s' with s' = 1 / s, m' = -m s: seen from y, the model's units are a scale
+        ready.normaliser = _inverse(inside)
+        if self.output_normaliser is not None and outside is not None:
+            ready.output_normaliser = _inverse(outside)
+        ready = ready.fold()
+        ready.normaliser, ready.output_normaliser = inside, outside
+        return ready
+
+    def at(self, site: str) -> Self:
+        """This SAE for one site, folded; several-layer SAEs have a normaliser for each.
+
+        Raises InputError for a site it was not trained on.
+        """
+        if not self.site_normalisers:
+            if site != self.metadata.get("site", site):
+                raise InputError(
+                    "this SAE is of another site", where="sae.at", given=site,
+                    allowed=str(self.metadata["site"]),
+                )  # fmt: skip
+            return self
+        if site not in self.site_normalisers:
+            raise InputError(
+                "not a site of this SAE", where="sae.at", given=site, allowed=self.site_normalisers
+            )
+        own = self.clone()
+        own.normaliser, own.site_normalisers = self.site_normalisers[site], {}
+        own.output_normaliser = None
+        own.metadata["site"] = site
+        return own.fold()
 
     # ---- on disk ----------------------------------------------------------------------------
 
@@ -210,64 +376,16 @@ class SparseAutoencoder(nn.Module, ABC):
 
         Keyword arguments are put into config.json beside `metadata` (measured metrics, say).
         """
-        tensors = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-        tensors["normaliser.mean"] = self.normaliser.mean.contiguous()
-        described = {
-            "kind": "sae",
-            "schema": SCHEMA,
-            "architecture": kind_of(self.config),
-            "d_in": self.d_in,
-            "config": to_dict(self.config),
-            "normaliser": {
-                "kind": self.normaliser.kind,
-                "scale": self.normaliser.scale,
-                "variance": self.normaliser.variance,
-            },
-            "metadata": self.metadata,
-            **more,
-        }
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            save_file(tensors, temporary / WEIGHTS_FILE)
-            write_json(temporary / CONFIG_FILE, described)
+        from sae.saved import write_sae  # it imports this module
+
+        write_sae(self, Path(folder), more)
+
+
+def _inverse(normaliser: Normaliser) -> Normaliser:
+    mean, scale = -normaliser.mean * normaliser.scale, 1 / normaliser.scale
+    return Normaliser("centred", mean, scale, normaliser.variance)
 
 
 def kind_of(config: SAEConfig) -> str:
     """The name an architecture's configuration carries."""
     return str(config.kind)  # type: ignore[attr-defined]
-
-
-def read_sae(folder: Path, known: Mapping[str, type[SparseAutoencoder]]) -> SparseAutoencoder:
-    """Load an SAE folder, given the known architectures.
-
-    Raises ArtefactError if files are missing, damaged, or of a newer schema.
-    """
-    path = folder / CONFIG_FILE
-    described = read_json(path)
-    if not isinstance(described, dict) or described.get("kind") != "sae":
-        raise ArtefactError("is not an SAE's configuration", where=str(path))
-    check_schema(described.get("schema"), supported=SCHEMA, where=str(path))
-    architecture = str(described.get("architecture"))
-    if architecture not in known:
-        raise ArtefactError(
-            "unknown architecture", where=str(path), given=architecture, allowed=known
-        )
-    cls = known[architecture]
-    try:
-        sae = cls(from_dict(cls.Config, described["config"], where=str(path)), described["d_in"])
-        tensors = load_file(folder / WEIGHTS_FILE)
-        mean = tensors.pop("normaliser.mean")
-        sae.load_state_dict(tensors)
-        stored = described["normaliser"]
-        sae.normaliser = Normaliser(stored["kind"], mean, stored["scale"], stored["variance"])
-    except FileNotFoundError:
-        raise ArtefactError("weights are missing", where=str(folder / WEIGHTS_FILE)) from None
-    except KeyError as error:
-        raise ArtefactError(f"incomplete SAE: {error} is missing", where=str(folder)) from None
-    except Exception as error:
-        if isinstance(error, InputError | ArtefactError):
-            raise
-        # safetensors and load_state_dict each have their own exceptions for a damaged file
-        raise ArtefactError(f"damaged weights: {error}", where=str(folder)) from error
-    sae.metadata = dict(described.get("metadata", {}))
-    return sae.eval()

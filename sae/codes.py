@@ -80,6 +80,10 @@ class SparseCodes:
         active = (self.value != 0).to(torch.int64)
         return torch.zeros_like(self.row_ptr[1:]).index_add_(0, self.rows(), active)
 
+    def counts(self) -> Tensor:
+        """Number of rows each feature is non-zero on, int64 [d_sae]."""
+        return torch.bincount(self.index[self.value != 0], minlength=self.d_sae)
+
     def compact(self) -> "SparseCodes":
         """The same codes without stored zeros."""
         keep = self.value != 0
@@ -89,7 +93,9 @@ class SparseCodes:
         return SparseCodes(row_ptr, self.index[keep], self.value[keep], self.d_sae)
 
     def scale(self, factor: Tensor | float) -> "SparseCodes":
-        """The same codes with every activation multiplied by a factor."""
+        """The same codes, every activation multiplied by a factor, or by its row's [batch, 1]."""
+        if isinstance(factor, Tensor) and factor.ndim:
+            factor = factor.reshape(-1)[self.rows()]
         return SparseCodes(self.row_ptr, self.index, self.value * factor, self.d_sae)
 
     def dense(self) -> Tensor:
@@ -106,3 +112,41 @@ class SparseCodes:
         out = self.value.new_zeros(self.batch, len(features))
         where = (self.rows()[wanted], column[wanted])
         return out.index_put(where, self.value[wanted], accumulate=True)
+
+
+def csr_of(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where mask bool [batch, d_sae] is true: (row_ptr int64 [batch + 1], index int64 [entries]).
+
+    >>> csr_of(torch.tensor([[True, False], [True, True]]))
+    (tensor([0, 1, 3]), tensor([0, 0, 1]))
+    """
+    row_ptr = torch.zeros(len(mask) + 1, dtype=torch.int64, device=mask.device)
+    torch.cumsum(mask.sum(1), 0, out=row_ptr[1:])
+    flat = mask.reshape(-1).nonzero()[:, 0]
+    return row_ptr, flat.remainder_(mask.shape[1])
+
+
+def top_of_batch(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest positive entries of a whole matrix [batch, d_sae], as (row_ptr, index).
+
+    Exactly n if there are as many above zero, ties included; otherwise all above zero.
+
+    >>> top_of_batch(torch.tensor([[5.0, 1.0], [-2.0, 4.0]]), 2)
+    (tensor([0, 1, 2]), tensor([0, 1]))
+    """
+    batch, width = values.shape
+    if n < 1:
+        raise InputError("nothing to select", where="top_of_batch", given=n, allowed="at least 1")
+    # a bar that about 1.5 n entries pass, from a sample of rows; checked below, so exact
+    sample = values[:: max(1, batch // 64)]
+    guess = min(sample.numel(), int(1.5 * n * sample.numel() / values.numel()) + 1)
+    bar = sample.reshape(-1).topk(guess, sorted=False).values.min().clamp_min(0)
+    flat = (values > bar).view(-1).nonzero()[:, 0]
+    if len(flat) < n:
+        flat = (values > 0).view(-1).nonzero()[:, 0]
+    if len(flat) > n:
+        kept = values.reshape(-1)[flat].topk(n, sorted=False).indices
+        flat = flat[kept].sort().values
+    row_ptr = torch.zeros(batch + 1, dtype=torch.int64, device=values.device)
+    torch.cumsum(torch.bincount(flat // width, minlength=batch), 0, out=row_ptr[1:])
+    return row_ptr, flat % width

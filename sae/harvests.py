@@ -1,12 +1,18 @@
-"""The harvest behind an SAE: open it, choose its site, read its held-out rows, load its model."""
+"""The harvest behind an SAE: open it, choose its sites, read its rows, load its model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from activations import ActivationStore, Model, load_model
+from activations.loader import aligned_rows
+from activations.zarr_store import Chunk
 from sae.base import SparseAutoencoder
+from sae.sites import Placed, placed
 from saescope.errors import InputError
+
+_PIECE_ROWS = 16384
 
 
 def open_complete(path: str) -> ActivationStore:
@@ -45,25 +51,69 @@ def held_out_rows(
     return rows
 
 
-def open_harvest(sae: SparseAutoencoder, path: str | None) -> ActivationStore:
-    """The harvest given, or the one an SAE was trained on; it must be complete and fit the SAE."""
+def held_out_pieces(
+    harvest: ActivationStore, place: Placed, limit: int | None
+) -> Callable[[], Iterator[Tensor | tuple[Tensor, Tensor]]]:
+    """Fresh iterators over the first `limit` held-out rows (None: all) that an SAE reads.
+
+    Float32 [n, d_in]; where it writes other sites than it reads, with what is there [n, d_out].
+    """
+    names = tuple(dict.fromkeys((*place.read, *place.written)))
+
+    def beside(sites: Sequence[str], parts: Sequence[Tensor]) -> Tensor:
+        chosen = [parts[names.index(site)] for site in sites]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
+
+    def rows() -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        piece = max(1, _PIECE_ROWS // len(names))
+        for parts, _ in aligned_rows(harvest, names, split="held_out", limit=limit, piece=piece):
+            x = beside(place.read, parts)
+            yield x if place.read == place.written else (x, beside(place.written, parts))
+
+    return rows
+
+
+def read_chunk(harvest: ActivationStore, sites: Sequence[str], chunk: Chunk) -> tuple[Tensor, ...]:
+    """A chunk's activations at sites, side by side [rows, sum of widths], and its row_token."""
+    read = [harvest.read_chunk(site, chunk.index) for site in sites]
+    x = [x.float() for x, _ in read]
+    return x[0] if len(x) == 1 else torch.cat(x, dim=-1), torch.as_tensor(read[0][1])
+
+
+def open_harvest(
+    sae: SparseAutoencoder,
+    path: str | None,
+    site: str | None = None,
+    *,
+    behind_lens: bool = False,
+) -> tuple[ActivationStore, Placed]:
+    """The harvest given, or the one an SAE was trained on, and the SAE at its sites there.
+
+    Args: site is for an SAE of several layers, or one that names none.
+
+    Raises InputError if it is not complete or does not fit the SAE.
+    """
     chosen = path or sae.metadata.get("harvest")
     if not chosen:
         raise InputError("this SAE names no harvest; give one", where="harvest")
     harvest = open_complete(chosen)
-    site = choose_site(harvest, sae.metadata.get("site"))
-    if harvest.d_in(site) != sae.d_in:
-        raise InputError(
-            f"width of {site} differs from the SAE's", where=str(chosen), given=harvest.d_in(site),
-            allowed=str(sae.d_in),
-        )  # fmt: skip
+    if not (site or sae.site_normalisers or sae.metadata.get("site")):
+        site = choose_site(harvest, None)
+    place = placed(sae, site, behind_lens=behind_lens)
+    for names, width in ((place.read, sae.d_in), (place.written, sae.d_out)):
+        found = sum(harvest.d_in(choose_site(harvest, name)) for name in names)
+        if found != width:
+            raise InputError(
+                f"width of {', '.join(names)} differs from the SAE's", where=str(chosen),
+                given=found, allowed=str(width),
+            )  # fmt: skip
     trained_on, found = sae.metadata.get("weights_hash"), harvest.manifest["model"]["weights_hash"]
     if trained_on and trained_on != found:
         raise InputError(
             "was harvested from another model than the SAE's", where=str(chosen), given=found,
             allowed=trained_on,
         )  # fmt: skip
-    return harvest
+    return harvest, place
 
 
 def load_harvested_model(harvest: ActivationStore, dtype: str) -> Model:

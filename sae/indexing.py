@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from activations import ActivationStore, Model
+from sae.architectures.crosscoder import Crosscoder
 from sae.base import SparseAutoencoder, kind_of
 from sae.evaluation.command import EVALUATION_FILE
-from sae.harvests import choose_site, load_harvested_model, open_harvest
+from sae.harvests import load_harvested_model, open_harvest, read_chunk
 from sae.loading import load
+from sae.sites import Placed
 from saescope.artefact import disk_full, read_json
 from saescope.config import Config, to_dict
-from saescope.errors import check_range
+from saescope.errors import InputError, check_range
 from saescope.progress import Progress, say
 from store import StoreWriter
 
@@ -39,6 +41,8 @@ class IndexConfig(Config):
     """Folder of the store to write; its name is the SAE's name in the explorer."""
     harvest: str | None = None
     """Folder of the harvest to encode; the one it was trained on if not given."""
+    site: str | None = None
+    """The layer to use an SAE of several layers at."""
     logits: int = 10
     """Most raised and most lowered tokens kept of each feature."""
     neighbours: int = 10
@@ -61,11 +65,15 @@ def index(config: IndexConfig) -> Path:
     if path.exists() and not config.replace:
         say(f"{path}: already built (--replace builds it anew)")
         return path
-    sae = load(config.run)
-    harvest = open_harvest(sae, config.harvest)
-    site = choose_site(harvest, sae.metadata.get("site"))
+    harvest, place = open_harvest(load(config.run), config.harvest, config.site)
+    sae = place.sae
+    if sae.signed:
+        raise InputError(
+            "a feature store holds activations above zero, and this SAE has negative ones",
+            where=config.run, given=kind_of(sae.config),
+        )  # fmt: skip
     model = load_harvested_model(harvest, "float32")
-    meta = _meta(config, sae, harvest, site)
+    meta = _meta(config, place, harvest)
     with (
         disk_full(str(path)),
         torch.inference_mode(),
@@ -74,8 +82,8 @@ def index(config: IndexConfig) -> Path:
         writer.add_vocabulary(model.vocabulary())
         writer.add_documents(harvest.document_table())
         _add_sequences(writer, harvest)
-        _add_activations(writer, sae, harvest, site)
-        decided = _add_logits(writer, sae, model, config.logits)
+        _add_activations(writer, place, harvest)
+        decided = _add_logits(writer, place, model, config.logits)
         writer.add_features({**_feature_columns(sae), **decided})
         _add_neighbours(writer, sae, config.neighbours)
         rows = writer.finish()
@@ -86,9 +94,8 @@ def index(config: IndexConfig) -> Path:
     return path
 
 
-def _meta(
-    config: IndexConfig, sae: SparseAutoencoder, harvest: ActivationStore, site: str
-) -> dict[str, Any]:
+def _meta(config: IndexConfig, place: Placed, harvest: ActivationStore) -> dict[str, Any]:
+    sae = place.sae
     evaluation = Path(config.run) / EVALUATION_FILE
     measured = read_json(evaluation) if evaluation.exists() else {}
     metrics = {**(measured.get("reconstruction") or {}), **(measured.get("downstream") or {})}
@@ -96,7 +103,9 @@ def _meta(
         "name": Path(config.out).resolve().name,
         "model": harvest.manifest["model"]["name"],
         "model_spec": harvest.manifest["model"]["spec"],
-        "site": site,
+        "site": place.read[0],
+        **({"sites": list(place.read)} if len(place.read) > 1 else {}),
+        **({"target_site": place.written[0]} if place.written != place.read else {}),
         "architecture": kind_of(sae.config),
         "sae_config": to_dict(sae.config),
         "d_in": sae.d_in,
@@ -133,15 +142,13 @@ def _add_sequences(writer: StoreWriter, harvest: ActivationStore) -> None:
         )
 
 
-def _add_activations(
-    writer: StoreWriter, sae: SparseAutoencoder, harvest: ActivationStore, site: str
-) -> None:
+def _add_activations(writer: StoreWriter, place: Placed, harvest: ActivationStore) -> None:
     chunks = [*harvest.chunks("train"), *harvest.chunks("held_out")]
     with Progress("encoding", sum(chunk.rows for chunk in chunks), "tokens") as progress:
         for chunk in chunks:
-            x, row_token = harvest.read_chunk(site, chunk.index)
-            codes = sae.encode_sparse(x.float()).compact()
-            position = torch.as_tensor(row_token)[codes.rows()]
+            x, row_token = read_chunk(harvest, place.read, chunk)
+            codes = place.sae.encode_sparse(x).compact()
+            position = row_token[codes.rows()]
             writer.add_activations(
                 position.numpy(), codes.index.to(torch.int32).numpy(), codes.value.numpy()
             )
@@ -149,15 +156,19 @@ def _add_activations(
 
 
 def _feature_columns(sae: SparseAutoencoder) -> dict[str, Any]:
-    encoder, decoder = sae.W_enc_T.double(), sae.W_dec.double()
-    norms = encoder.norm(dim=1), decoder.norm(dim=1)
-    cosine = (encoder * decoder).sum(1) / (norms[0] * norms[1]).clamp_min(1e-30)
-    return {
-        "encoder_norm": norms[0].float().numpy(),
-        "decoder_norm": norms[1].float().numpy(),
-        "encoder_decoder_cosine": cosine.float().numpy(),
-        "encoder_bias": (sae.b_enc / sae.normaliser.scale).float().numpy(),
-    }
+    """What an architecture has of norms, biases and, where both are of one space, cosines."""
+    decoder = sae.W_dec.double()
+    norm = decoder.norm(dim=1)
+    columns = {"decoder_norm": norm}
+    if hasattr(sae, "W_enc_T"):
+        encoder = sae.W_enc_T.double()
+        columns["encoder_norm"] = encoder.norm(dim=1)
+        if not sae.transcodes:
+            product = (columns["encoder_norm"] * norm).clamp_min(1e-30)
+            columns["encoder_decoder_cosine"] = (encoder * decoder).sum(1) / product
+    if hasattr(sae, "b_enc"):
+        columns["encoder_bias"] = sae.b_enc
+    return {name: column.float().numpy() for name, column in columns.items()}
 
 
 def direct_logits(directions: Tensor, W_U: Tensor, norm_weight: Tensor | None) -> Tensor:
@@ -172,18 +183,21 @@ def direct_logits(directions: Tensor, W_U: Tensor, norm_weight: Tensor | None) -
     return effect - effect.mean(-1, keepdim=True)
 
 
-def _add_logits(
-    writer: StoreWriter, sae: SparseAutoencoder, model: Model, count: int
-) -> dict[str, Any]:
-    """Write each feature's most raised and lowered tokens; the largest effect, as a column."""
-    if sae.d_in != model.d_model:
+def _add_logits(writer: StoreWriter, place: Placed, model: Model, count: int) -> dict[str, Any]:
+    """Write each feature's most raised and lowered tokens; the largest effect, as a column.
+
+    A feature's direction is what it writes: at a transcoder's output, a crosscoder's last site.
+    """
+    sae = place.sae
+    directions = sae.W_dec[:, list(place.columns(model.d_in).values())[-1]]
+    if directions.shape[1] != model.d_model:
         say("logit effects: left out, because the site is not as wide as the residual stream")
         return {}
     W_U, norm_weight = model.unembedding()
     largest = []
     with Progress("effects on logits", sae.d_sae, "features") as progress:
         for first in range(0, sae.d_sae, _FEATURES):
-            rows = sae.W_dec[first : first + _FEATURES]
+            rows = directions[first : first + _FEATURES]
             effect = direct_logits(rows, W_U, norm_weight)
             largest.append(effect.amax(1))
             for sign in (1, -1):
@@ -204,7 +218,10 @@ def _add_neighbours(writer: StoreWriter, sae: SparseAutoencoder, count: int) -> 
     count = min(count, sae.d_sae - 1)
     if count == 0:
         return
-    unit = torch.nn.functional.normalize(sae.W_dec, dim=1)
+    directions = sae.W_dec
+    if isinstance(sae, Crosscoder):
+        directions = directions * sae.norm_scale  # a site of large activations does not decide
+    unit = torch.nn.functional.normalize(directions, dim=1)
     for first in range(0, sae.d_sae, _FEATURES):
         cosine = unit[first : first + _FEATURES] @ unit.T
         itself = torch.arange(len(cosine))

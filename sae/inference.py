@@ -7,7 +7,7 @@ import torch
 
 from activations import Model
 from sae.base import SparseAutoencoder
-from sae.steering import site_of
+from sae.steering import place_of
 from saescope.errors import InputError
 
 
@@ -30,10 +30,15 @@ class TextFeatures:
 
 
 @torch.inference_mode()
-def features_of_text(model: Model, sae: SparseAutoencoder, text: str) -> TextFeatures:
+def features_of_text(
+    model: Model, sae: SparseAutoencoder, text: str, *, site: str | None = None
+) -> TextFeatures:
     """The features that fire on each token of a text.
 
-    Raises InputError if the text is empty or longer than the model's context.
+    Args: site is where, if not the site the SAE was trained at; which layer, for one of several.
+
+    Raises InputError if the text is empty or longer than the model's context, or the SAE does not
+    fit the model.
     """
     ids = model.tokenize(text)
     if not text or not ids:
@@ -43,11 +48,12 @@ def features_of_text(model: Model, sae: SparseAutoencoder, text: str) -> TextFea
             "the text is longer than the model's context", where="features_of_text",
             given=f"{len(ids)} tokens", allowed=f"up to {model.n_ctx}",
         )  # fmt: skip
-    site = site_of(model, sae, None)
+    place = place_of(model, sae, site)
     tokens = torch.tensor([ids])
-    activation = model.capture(tokens, [site])[site][0].float()
+    captured = model.capture(tokens, place.read)
+    activation = torch.cat([captured[name][0].float() for name in place.read], dim=-1)
     keep = model.keep_mask(tokens)[0]
-    codes = sae.encode_sparse(activation[keep]).compact()
+    codes = place.sae.encode_sparse(activation[keep]).compact()
     at = keep.nonzero()[:, 0][codes.rows()]
     return TextFeatures(
         token_ids=list(ids),

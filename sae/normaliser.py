@@ -1,5 +1,4 @@
-"""The scale an SAE is trained at: fitted once on a harvest, saved with the SAE, folded in one
-place.
+"""The scale an SAE is trained at: fitted once on a harvest, folded into the weights at release.
 
 Training sees y = (x - mean) * scale. Activations, reconstructions and decoder rows that leave an
 SAE are in the model's own units, so nothing outside this package needs to know the scale.
@@ -13,31 +12,52 @@ from torch import Tensor
 
 from saescope.errors import InputError
 
-NormaliserKind = Literal["none", "unit_mean_square", "centred"]
+NormaliserKind = Literal["none", "unit_mean_square", "sqrt_d", "centred", "standardised"]
+_EPS = 1e-5
+"""added to a vector's deviation before it divides (Lawson et al. 2024)"""
 
 
 @dataclass(frozen=True)
 class Normaliser:
     """y = (x - mean) * scale, with the variance that y then has.
 
+    "standardised" instead takes each vector's own mean and deviation over its coordinates:
+    y = (x - mean_i x_i) / (std_i x_i + 1e-5) (Lawson et al. 2024, section 3).
+
     >>> fit = Normaliser.fit("unit_mean_square", mean=torch.tensor([3.0, 0.0]), mean_square=25.0)
-    >>> fit.scale, round(fit.variance, 4)
+    >>> round(float(fit.scale), 4), round(fit.variance, 4)
     (0.2, 0.64)
     """
 
     kind: NormaliserKind
     mean: Tensor
     """[d_in] float32, zeros unless the kind is "centred\""""
-    scale: float
-    """1 / sqrt(E||x||^2), or over the centred x; 1 for "none\""""
+    scale: Tensor
+    """float32, [] or [d_in] (several sites side by side, each with its own); 1 for "none\""""
     variance: float
     """E||y - E y||^2, the unit in which reconstruction losses are counted"""
 
     @classmethod
-    def fit(cls, kind: NormaliserKind, *, mean: Tensor, mean_square: float) -> Self:
-        """From E x [d_in] and E||x||^2, both over the training rows.
+    def fit(
+        cls,
+        kind: NormaliserKind,
+        *,
+        mean: Tensor,
+        mean_square: float,
+        mean_norm: float | None = None,
+        sample: Tensor | None = None,
+    ) -> Self:
+        """From moments over the training rows.
 
-        Raises InputError for an unknown kind or for data that does not vary.
+        Args:
+            mean: E x [d_in].
+            mean_square: E||x||^2.
+            mean_norm: E||x||, needed by "sqrt_d".
+            sample: rows [n, d_in], needed by "standardised" for the variance it then has, and by
+                "sqrt_d" if mean_norm is not given.
+
+        Raises InputError for an unknown kind, for data that does not vary, or if what the kind
+        needs is not given.
         """
         if kind not in get_args(NormaliserKind):
             raise InputError(
@@ -50,26 +70,98 @@ class Normaliser:
         variance = mean_square - float(mean.square().sum())
         if not variance > 0:
             raise InputError("the activations do not vary", where="normaliser", given=variance)
-        if kind == "none":
-            scale = 1.0
-        else:
-            scale = (variance if kind == "centred" else mean_square) ** -0.5
+        if kind == "standardised":
+            if sample is None:
+                raise InputError("needs a sample of rows", where="Normaliser.fit", given=kind)
+            y = _standardise(sample.double())
+            spread = float((y - y.mean(0)).square().sum(1).mean())
+            return cls(kind, torch.zeros_like(mean).float(), torch.ones(()), spread)
+        if kind == "sqrt_d" and mean_norm is None:
+            if sample is None:
+                raise InputError("needs mean_norm or a sample", where="Normaliser.fit", given=kind)
+            mean_norm = float(sample.double().norm(dim=1).mean())
+        scale = {
+            "none": 1.0,
+            "unit_mean_square": mean_square**-0.5,
+            "centred": variance**-0.5,
+            "sqrt_d": len(mean) ** 0.5 / (mean_norm or 1.0),
+        }[kind]
         kept = mean if kind == "centred" else torch.zeros_like(mean)
-        return cls(kind, kept.to(torch.float32), scale, variance * scale**2)
+        return cls(
+            kind, kept.float(), torch.tensor(scale, dtype=torch.float32), variance * scale**2
+        )
 
     @classmethod
-    def identity(cls, d_in: int) -> Self:
-        """No change; the variance is taken as 1."""
-        return cls("none", torch.zeros(d_in), 1.0, 1.0)
+    def identity(cls, d_in: int, variance: float = 1.0) -> Self:
+        """No change; the variance is taken as given."""
+        return cls("none", torch.zeros(d_in), torch.ones(()), variance)
+
+    @classmethod
+    def side_by_side(cls, parts: list[Self]) -> Self:
+        """One normaliser for sites concatenated on the last axis; each keeps its own scale.
+
+        Raises InputError for "standardised" parts, whose scale is a row's.
+        """
+        kinds = {part.kind for part in parts}
+        if len(kinds) != 1 or "standardised" in kinds:
+            raise InputError(
+                "cannot be put side by side", where="Normaliser.side_by_side", given=sorted(kinds)
+            )
+        mean = torch.cat([part.mean for part in parts])
+        scale = torch.cat([part.scale.expand(len(part.mean)) for part in parts])
+        return cls(parts[0].kind, mean, scale, sum(part.variance for part in parts))
+
+    @property
+    def is_identity(self) -> bool:
+        """True if nothing is changed."""
+        return self.kind == "none"
+
+    @property
+    def feature_scale(self) -> float:
+        """What feature activations are divided by to be in the model's units.
+
+        The scale; of several, their geometric mean; 1 for "standardised" (see `row_scale`).
+        """
+        return float(self.scale if self.scale.ndim == 0 else self.scale.log().mean().exp())
+
+    def row_scale(self, x: Tensor) -> Tensor | float:
+        """What turns activations at this scale into the model's units: a number, or [rows, 1]."""
+        if self.kind == "standardised":
+            return x.std(-1, correction=0, keepdim=True) + _EPS
+        return 1 / self.feature_scale
 
     def apply(self, x: Tensor) -> Tensor:
         """x in the model's units [..., d_in] to training units."""
-        return (x - self.mean.to(x)) * self.scale if self.kind == "centred" else x * self.scale
+        if self.kind == "none":
+            return x
+        if self.kind == "standardised":
+            return _standardise(x)
+        moved = x - self.mean.to(x) if self.kind == "centred" else x
+        return moved * self.scale.to(x)
 
-    def invert(self, y: Tensor) -> Tensor:
-        """Training units [..., d_in] back to the model's."""
-        return y / self.scale + self.mean.to(y) if self.kind == "centred" else y / self.scale
+    def invert(self, y: Tensor, like: Tensor | None = None) -> Tensor:
+        """Training units [..., d_in] back to the model's.
+
+        Args: like is the x that y came from, or goes with; only "standardised" needs it, and
+        raises InputError without it.
+        """
+        if self.kind == "none":
+            return y
+        if self.kind == "standardised":
+            if like is None:
+                raise InputError(
+                    "a per-vector normaliser needs the activations that the codes came from",
+                    where="decode(codes, like=x)",
+                )
+            return y * self.row_scale(like) + like.mean(-1, keepdim=True)
+        x = y / self.scale.to(y)
+        return x + self.mean.to(y) if self.kind == "centred" else x
 
     def to(self, device: torch.device | str) -> "Normaliser":
         """The same on another device."""
-        return Normaliser(self.kind, self.mean.to(device), self.scale, self.variance)
+        return Normaliser(self.kind, self.mean.to(device), self.scale.to(device), self.variance)
+
+
+def _standardise(x: Tensor) -> Tensor:
+    deviation = x.std(-1, correction=0, keepdim=True) + _EPS
+    return (x - x.mean(-1, keepdim=True)) / deviation

@@ -1,29 +1,10 @@
-"""The named loss terms that architectures are composed of.
-
-y, y_hat [batch, d_in] are at the normaliser's scale; `variance` is E||y - E y||^2 over the
-training rows, so that a reconstruction loss of 1 is what predicting the mean costs.
-"""
+"""Loss terms and fits that several architectures are composed of."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sae import kernels
-
-
-def reconstruction(y: Tensor, y_hat: Tensor, variance: float) -> Tensor:
-    """Mean over the batch of ||y - y_hat||^2, over the variance of the data (an FVU)."""
-    return (y - y_hat).square().sum(-1).mean() / variance
-
-
-def l1(activations: Tensor, decoder_norm: Tensor | None = None) -> Tensor:
-    """Mean over the batch of the sum of activations [batch, d_sae], weighted by decoder norms if
-    given.
-
-    Bricken et al. 2023 (plain); Anthropic's April 2024 update (weighted).
-    """
-    weighted = activations if decoder_norm is None else activations * decoder_norm
-    return weighted.sum(-1).mean()
 
 
 def auxk(

@@ -19,6 +19,8 @@ class SteerConfig(Config):
 
     run: str
     """Folder of a trained run or of an SAE."""
+    site: str | None = None
+    """Site to steer at, if not the one the SAE was trained at; of several layers, which."""
     prompt: str = "The weather today"
     """Text to continue."""
     add: tuple[str, ...] = ()
@@ -120,7 +122,9 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
         )
 
     plain = generate()
-    with steer(model, sae, add=add, clamp=clamp, scale=scale, ablate=config.ablate):
+    with steer(
+        model, sae, add=add, clamp=clamp, scale=scale, ablate=config.ablate, site=config.site
+    ):
         steered = generate()
     described = {
         "add": add, "clamp": clamp, "scale": scale, "ablate": list(config.ablate) or None

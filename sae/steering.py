@@ -4,7 +4,9 @@ With f the features of an activation h and f' the edited ones, the model goes on
     h' = decode(f') + (h - decode(f)) = h + sum_i (f'_i - f_i) W_dec,i,
 so what the SAE does not explain (the error term, taken from the unedited reconstruction) is kept,
 and an edit that changes nothing changes no bit. Edits depend on a position's own activation alone,
-so they are the same with and without a KV cache.
+so they are the same with and without a KV cache. A transcoder's features are read at its input site
+and change its output site, by the same formula. A crosscoder cannot steer: its features are not
+known before its last site is computed, when its first is past changing.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,10 +19,13 @@ from torch import Tensor
 
 from activations import Model
 from sae.base import SparseAutoencoder
+from sae.sites import Placed, placed
 from saescope.errors import InputError
 
 Positions = Literal["kept", "all"] | slice | Sequence[int]
 Edit = Callable[[Tensor, Tensor], Tensor | None]
+Change = Callable[[Tensor, Tensor], Tensor]
+"""x [rows, d_in] float32 that features are read from, and h [rows, d_out], to the new h"""
 
 
 @dataclass(frozen=True)
@@ -88,20 +93,21 @@ def steer(
         positions: "kept" (all but position 0, which SAEs are not trained on), "all", a slice, or a
         list
             of absolute positions.
-        site: where, if not the site the SAE was trained at.
+        site: where, if not the site the SAE was trained at; which layer, for one of several.
 
-    Raises InputError for wrong features, positions, or a site of another width.
+    Raises InputError for wrong features, positions, or a site of another width, for an SAE of
+    several layers without a site, and for a crosscoder.
 
     >>> with steer(model, sae, add={123: 8.0}):                              # doctest: +SKIP
     ...     model.generate("The weather today", max_new_tokens=40)
     """
     edits = FeatureEdits.make(sae.d_sae, add, clamp, ablate, scale)
     selects = _selector(positions)
-    site = site_of(model, sae, site)
+    place = place_of(model, sae, site, where="steer")
     if not edits:
         yield
         return
-    with model.edit({site: _steering_edit(sae, edits, selects)}):
+    with model.edit(_site_edits(place, _steering_change(place.sae, edits), selects)):
         yield
 
 
@@ -113,37 +119,42 @@ def splice(
     positions: Positions = "kept",
     site: str | None = None,
 ) -> Iterator[None]:
-    """Within the block, the model goes on with the SAE's reconstruction, without the error term."""
+    """Within the block, the model goes on with the SAE's reconstruction, without the error term.
+
+    Raises InputError as `steer` does.
+    """
     selects = _selector(positions)
+    place = place_of(model, sae, site, where="splice")
 
-    @torch.no_grad()
-    def edit(h: Tensor, at: Tensor) -> Tensor | None:
-        chosen = selects(at)
-        if not chosen.any():
-            return None
-        x = h[:, chosen].float()
-        out = h.clone()
-        out[:, chosen] = sae(x.reshape(-1, sae.d_in)).x_hat.view_as(x).to(h.dtype)
-        return out
+    def change(x: Tensor, h: Tensor) -> Tensor:
+        return place.sae(x).x_hat.to(h.dtype)
 
-    with model.edit({site_of(model, sae, site): edit}):
+    with model.edit(_site_edits(place, change, selects)):
         yield
 
 
-def site_of(model: Model, sae: SparseAutoencoder, site: str | None) -> str:
-    """The site to edit; InputError if none is known or its width is not the SAE's."""
-    name = site or sae.metadata.get("site")
-    if name is None:
-        raise InputError("this SAE does not say where it belongs; give site", where="site")
-    (name,) = model.resolve(name)
-    if model.d_in(name) != sae.d_in:
+def place_of(
+    model: Model, sae: SparseAutoencoder, site: str | None, *, where: str | None = None
+) -> Placed:
+    """The SAE at its sites of a model; InputError if none is known or a width is not the SAE's.
+
+    Args: where names what cannot be done with a crosscoder, and refuses one.
+    """
+    if where is not None and sae.concatenates:
         raise InputError(
-            "width differs from the SAE's",
-            where=name,
-            given=model.d_in(name),
-            allowed=str(sae.d_in),
-        )
-    return name
+            "a crosscoder's features are known only after the last of its sites, so none of them "
+            "can be changed", where=where, allowed="SAEs of one site, transcoders",
+        )  # fmt: skip
+    place = placed(sae, site)
+    read, written = tuple(model.resolve(place.read)), tuple(model.resolve(place.written))
+    for names, width in ((read, sae.d_in), (written, sae.d_out)):
+        found = sum(model.d_in(name) for name in names)
+        if found != width:
+            raise InputError(
+                "width differs from the SAE's", where=", ".join(names), given=found,
+                allowed=str(width),
+            )  # fmt: skip
+    return place._replace(read=read, written=written)
 
 
 def _selector(positions: Positions) -> Callable[[Tensor], Tensor]:
@@ -179,31 +190,52 @@ def _selector(positions: Positions) -> Callable[[Tensor], Tensor]:
     return lambda at: torch.isin(at, torch.tensor(wanted, dtype=at.dtype, device=at.device))
 
 
-def _steering_edit(
-    sae: SparseAutoencoder, edits: FeatureEdits, selects: Callable[[Tensor], Tensor]
-) -> Edit:
-    device = sae.W_dec.device
-    features = torch.tensor([*edits.clamp, *edits.scale], dtype=torch.int64, device=device)
-    factor = torch.tensor([0.0] * len(edits.clamp) + list(edits.scale.values()), device=device)
-    offset = torch.tensor(list(edits.clamp.values()) + [0.0] * len(edits.scale), device=device)
-    added = torch.zeros(sae.d_in, device=device)
-    for feature, strength in edits.add.items():
-        added += strength * sae.W_dec[feature].detach()
+def _site_edits(
+    place: Placed, change: Change, selects: Callable[[Tensor], Tensor]
+) -> dict[str, Edit]:
+    """Edits of a model that apply a change at chosen positions."""
+    (read,), (written,) = place.read, place.written
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def remember(h: Tensor, at: Tensor) -> None:
+        seen[:] = [(h[:, selects(at)].float(), at)]
 
     @torch.no_grad()
     def edit(h: Tensor, at: Tensor) -> Tensor | None:
         chosen = selects(at)
         if not chosen.any():
             return None
-        x = h[:, chosen]
-        delta = added.expand(x.shape)
-        if len(features):
-            codes = sae.encode_sparse(x.float().reshape(-1, sae.d_in))
-            before = codes.columns(features)
-            change = before * (factor - 1) + offset
-            delta = delta + (change @ sae.W_dec[features]).view(x.shape)
+        before = h[:, chosen]
+        x = before.float()
+        if read != written:
+            if not seen or not torch.equal(seen[0][1], at):
+                raise InputError(
+                    "is computed before what its features are read from", where=written, given=read
+                )
+            x, _ = seen.pop()
+        rows = change(x.reshape(-1, place.sae.d_in), before.reshape(-1, place.sae.d_out))
         out = h.clone()
-        out[:, chosen] = x + delta.to(h.dtype)
+        out[:, chosen] = rows.view_as(before)
         return out
 
-    return edit
+    return {written: edit} if read == written else {read: remember, written: edit}
+
+
+def _steering_change(sae: SparseAutoencoder, edits: FeatureEdits) -> Change:
+    device = sae.W_dec.device
+    features = torch.tensor([*edits.clamp, *edits.scale], dtype=torch.int64, device=device)
+    factor = torch.tensor([0.0] * len(edits.clamp) + list(edits.scale.values()), device=device)
+    offset = torch.tensor(list(edits.clamp.values()) + [0.0] * len(edits.scale), device=device)
+    added = torch.zeros(sae.d_out, device=device)
+    for feature, strength in edits.add.items():
+        added += strength * sae.W_dec[feature].detach()
+
+    def change(x: Tensor, h: Tensor) -> Tensor:
+        delta = added.expand(h.shape)
+        if len(features):
+            before = sae.encode_sparse(x).columns(features)
+            delta = delta + (before * (factor - 1) + offset) @ sae.W_dec[features]
+        return h + delta.to(h.dtype)
+
+    return change

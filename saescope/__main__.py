@@ -22,8 +22,14 @@ class Command:
     function: str
     summary: str
     examples: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """lines of help that no option shows"""
     positional: str | None = None
     resumes: bool = False
+
+    def help_lines(self) -> list[str]:
+        """What stands above the options in the command's help."""
+        return [self.summary, "", "Examples:", *(f"  {e}" for e in self.examples), *self.notes]
 
 
 COMMANDS = {
@@ -47,6 +53,24 @@ COMMANDS = {
         examples=(
             "saescope train configs/train/topk.toml",
             "saescope train configs/train/topk.toml --sae.k 64 --out runs/topk-64",
+            "saescope train configs/train/jumprelu.toml --trainer.target_l0 64 --plan",
+        ),
+        resumes=True,
+    ),
+    "sweep": Command(
+        module="sae.training.sweep",
+        config="SweepConfig",
+        function="sweep",
+        summary="Train many SAEs from one reading of a harvest.",
+        examples=(
+            "saescope sweep configs/sweep/pareto.toml --plan",
+            "saescope sweep configs/sweep/pareto.toml",
+        ),
+        notes=(
+            "",
+            "Tables of the file, which are no options:",
+            "  [base]    fields of a training file that all members share",
+            "  [[grid]]  fields by dotted name; lists are multiplied out into members",
         ),
         resumes=True,
     ),
@@ -87,6 +111,19 @@ COMMANDS = {
         summary="Continue a prompt with and without an edit of features.",
         examples=("saescope steer runs/smollm2-135m-topk --prompt 'The weather' --add 123=8",),
         positional="run",
+    ),
+    "convert": Command(
+        module="sae.convert_command",
+        config="ConvertConfig",
+        function="convert",
+        summary="Write an SAE in another library's format, read one, or upload one.",
+        examples=(
+            "saescope convert runs/smollm2-135m-topk --to saelens --out exported",
+            "saescope convert hf://google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82 "
+            "--out gemma-12 --harvest data/gemma-2-2b",
+            "saescope convert runs/smollm2-135m-topk --to saelens --upload me/smollm2-saes",
+        ),
+        positional="source",
     ),
 }
 
@@ -134,9 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             getattr(module, command.config),
             rest,
             program=f"saescope {name}",
-            description="\n".join(
-                (command.summary, "", "Examples:", *(f"  {e}" for e in command.examples))
-            ),
+            description="\n".join(command.help_lines()),
             positional=command.positional,
         )
         getattr(module, command.function)(chosen)

@@ -44,8 +44,9 @@ class NeutralTopK:
         value, index = pre.topk(self.k, dim=-1, sorted=False)
         return SparseCodes.from_fixed(index, torch.relu(value), self.d_sae)
 
-    def decode(self, codes: SparseCodes) -> Tensor:
+    def decode(self, codes: SparseCodes, like: Tensor | None = None) -> Tensor:
         """Reconstruction [batch, d_in]."""
+        del like
         return codes.dense() @ self.W_dec + self.b_dec
 
 

@@ -1,7 +1,8 @@
 """The registry: one file here is one architecture, found by its name.
 
 A file `name.py` defines a configuration with `kind: Literal["name"]`, the module and its
-objective, and puts `@register` on the class. Nothing else has to be edited.
+objective, and puts `@register` on the class. Nothing else has to be edited. A file whose name
+begins with an underscore holds what several architectures share.
 """
 
 import importlib
@@ -30,10 +31,12 @@ def register(cls: SaeT) -> SaeT:
 def architectures() -> dict[str, type[SparseAutoencoder]]:
     """Every known architecture by name.
 
-    >>> sorted(architectures())
-    ['relu', 'topk']
+    >>> {"relu", "topk"} <= set(architectures())
+    True
     """
     for found in pkgutil.iter_modules(__path__):
+        if found.name.startswith("_"):
+            continue
         importlib.import_module(f"{__name__}.{found.name}")
     return dict(sorted(_REGISTRY.items()))
 

@@ -1,7 +1,12 @@
-"""ReLU SAE with an L1 penalty (Bricken et al. 2023; Anthropic's April 2024 update).
+"""ReLU SAE with an L1 penalty, or an Lp penalty whose p is annealed.
 
 f = ReLU(W_enc^T (y - b_dec) + b_enc),   y_hat = f W_dec + b_dec
-loss = FVU + lambda(t) * mean sum_i f_i ||W_dec,i||
+loss = FVU + lambda(t) * mean sum_i f_i / sigma                  plain, ||W_dec,i|| = 1
+loss = FVU + lambda(t) * mean sum_i f_i ||W_dec,i|| / sigma      norm-weighted
+
+with sigma^2 the data's variance. Bricken et al. 2023, "Towards Monosemanticity" (plain L1,
+resampling); Anthropic, "Circuits Updates - April 2024" (norm-weighted); Karvonen et al. 2024,
+"Measuring Progress in Dictionary Learning", section 3.2 (p-annealing).
 """
 
 from dataclasses import dataclass
@@ -9,77 +14,154 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from sae import objectives
+from sae import kernels
 from sae.architectures import register
-from sae.base import SAEConfig, SparseAutoencoder, TrainingOutput, TrainingState
+from sae.architectures._l1 import L1SAE, L1Config
+from sae.base import SAEConfig, TrainingOutput, TrainingState
+from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
-from saescope.errors import check_range
+from saescope.errors import InputError, check_range
 
-_CHUNK_ELEMENTS = 2**23
+_SMOOTH = 1e-3
+"""(w + this)^p has a bounded derivative at w = 0, in units of the data's standard deviation"""
+_RESAMPLED_NORM = 0.2
+"""norm of a resampled encoder row, over the mean of the living (Bricken et al. 2023)"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReLUConfig(SAEConfig):
+class ReLUConfig(L1Config):
     """Configuration of the ReLU architecture."""
 
     kind: Literal["relu"] = "relu"
     """Name of the architecture."""
-    l1_coefficient: float = 0.1
-    """Weight of the L1 penalty, beside an FVU of at most about 1."""
-    l1_warmup_fraction: float = 0.05
-    """Part of training over which the penalty grows from 0 to its weight."""
     decoder_norm_weighted: bool = True
     """Weight activations by their decoder norm and leave the norm free (April 2024 update); if
     false, the plain L1 with decoder rows held at unit norm."""
+    p_start: float = 1.0
+    """Exponent of the penalty sum_i f_i^p at first; 1 is L1."""
+    p_end: float = 1.0
+    """Exponent at the end; below p_start it is lowered in steps, and at each the coefficient is
+    rescaled so that the penalty does not jump."""
+    p_levels: int = 10
+    """Steps in which the exponent is lowered."""
+    p_from: float = 0.3
+    """Part of the run after which the exponent is first lowered."""
+    p_until: float = 1.0
+    """Part of the run by which the exponent's last step is over."""
+    resample_at: tuple[float, ...] = ()
+    """Parts of the run (0.25 0.5, say) after which dead features are started anew from badly
+    reconstructed rows; dead are those that have not fired for the trainer's dead_after_tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("sae.l1_coefficient", self.l1_coefficient, low=0)
-        check_range("sae.l1_warmup_fraction", self.l1_warmup_fraction, low=0, high=1)
+        check_range("sae.p_start", self.p_start, above=0)
+        check_range("sae.p_end", self.p_end, above=0, high=self.p_start)
+        check_range("sae.p_levels", self.p_levels, low=1)
+        check_range("sae.p_from", self.p_from, low=0, below=1)
+        check_range("sae.p_until", self.p_until, above=self.p_from, high=1)
+        for part in self.resample_at:
+            check_range("sae.resample_at", part, above=0, below=1)
+
+    @property
+    def anneals(self) -> bool:
+        """Whether the exponent changes."""
+        return self.p_end < self.p_start
+
+    def level(self, state: TrainingState) -> int:
+        """How often the exponent has been lowered at a step, 0 to p_levels."""
+        if not self.anneals:
+            return 0
+        width = (self.p_until - self.p_from) / self.p_levels
+        parts = (self.p_from + width * number for number in range(self.p_levels))
+        return sum(state.step >= round(part * state.total_steps) for part in parts)
+
+    def exponent(self, level: int) -> float:
+        """p after it has been lowered `level` times."""
+        return self.p_start + (self.p_end - self.p_start) * level / self.p_levels
 
 
 @register
-class ReLUSAE(SparseAutoencoder):
+class ReLUSAE(L1SAE):
     """Rectified pre-activations, kept sparse by a penalty on their sum."""
 
     Config: ClassVar[type[SAEConfig]] = ReLUConfig
     config: ReLUConfig
+    anneal: Tensor
 
-    def _activations(self, y: Tensor) -> Tensor:
-        return torch.relu(functional.linear(y - self.b_dec, self.W_enc_T, self.b_enc))
+    def make_parameters(self) -> None:
+        """Besides the parameters, where p is annealed: (the coefficient's factor, the level)."""
+        super().make_parameters()
+        if self.config.anneals:
+            self.register_buffer("anneal", torch.tensor([1.0, 0.0]))
+
+    def _codes(self, centred: Tensor) -> SparseCodes:
+        return SparseCodes(
+            *kernels.encode_above(centred, self.W_enc_T, self.b_enc, 0.0), self.d_sae
+        )
 
     def encode_normalised(self, y: Tensor) -> SparseCodes:
-        """Codes of y [batch, d_in], by chunks, so that [batch, d_sae] never exists whole."""
-        rows = max(1, _CHUNK_ELEMENTS // self.d_sae)
-        parts = [SparseCodes.from_dense(self._activations(chunk)) for chunk in y.split(rows)]
-        return SparseCodes.concatenate(parts)
+        """Codes of y [batch, d_in]: every positive pre-activation."""
+        return self._codes(self.encoder_input(y))
 
-    def training_output(self, y: Tensor, state: TrainingState) -> TrainingOutput:
-        """FVU + lambda(t) * L1; dense, because most features fire early in training."""
-        activations = self._activations(y)
-        y_hat = activations @ self.W_dec + self.b_dec
-        fvu = objectives.reconstruction(y, y_hat, self.normaliser.variance)
-        norm = self.W_dec.norm(dim=1) if self.config.decoder_norm_weighted else None
-        penalty = objectives.l1(activations, norm) / self.normaliser.variance**0.5
-        warmup = self.config.l1_warmup_fraction * state.total_steps
-        ramp = min(1.0, (state.step + 1) / warmup) if warmup else 1.0
-        loss = fvu + ramp * self.config.l1_coefficient * penalty
-        fired = (activations.detach() > 0).any(0)
-        return TrainingOutput(loss, {"fvu": fvu.detach(), "l1": penalty.detach()}, fired)
+    def training_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
+        """FVU + lambda(t) * L1 (or Lp)."""
+        codes = self._codes(self.centred(batch))
+        y_hat = self.decode_normalised(codes, batch.y)
+        fvu = batch.reconstruction(y_hat)
+        weight = self.weighed(codes, batch)
+        level = self.config.level(state)
+        penalty = _power(weight, self.config.exponent(level)).sum() / len(batch)
+        if self.config.anneals:
+            penalty = penalty * self._rescaled(weight.detach(), level)
+        loss = fvu + self.l1_weight(state) * penalty
+        terms = {"fvu": fvu.detach(), "l1": weight.detach().sum() / len(batch)}
+        if self.config.anneals:
+            terms["lp"] = penalty.detach()
+        return TrainingOutput(loss, terms, codes.counts(), y_hat)
 
     @torch.no_grad()
-    def start(self, y: Tensor) -> None:
-        """b_dec at the geometric median of the data."""
-        self.b_dec.copy_(objectives.geometric_median(y))
+    def _rescaled(self, weight: Tensor, level: int) -> float:
+        """The coefficient's factor; at a new level, such that this batch's penalty stays."""
+        factor, last = self.anneal.tolist()
+        if level > last:
+            before = float(_power(weight, self.config.exponent(int(last))).sum())
+            after = float(_power(weight, self.config.exponent(level)).sum())
+            factor *= before / after if after > 0 else 1.0
+            self.anneal.copy_(torch.tensor([factor, float(level)]))
+        return float(self.anneal[0])
 
-    def before_step(self) -> None:
-        """With the plain L1 the decoder's rows keep unit norm."""
-        if not self.config.decoder_norm_weighted:
-            self.project_decoder_gradient()
+    @torch.no_grad()
+    def resample(self, batch: TrainingBatch, state: TrainingState) -> Tensor | None:
+        """At the steps that `resample_at` names, start dead features anew (Bricken et al. 2023).
 
-    def after_step(self) -> None:
-        """Undo the norm that a finite step adds, under the plain L1."""
-        if not self.config.decoder_norm_weighted:
-            self.normalise_decoder()
+        Each takes one row, drawn without replacement with probability proportional to its squared
+        loss: the decoder row is the row less b_dec at unit norm, the encoder row points there at
+        0.2 of the living rows' mean norm, the bias is 0. Dead features beyond the rows that have
+        a loss wait. Raises InputError without the run's generator.
+        """
+        due = {max(1, round(part * state.total_steps)) for part in self.config.resample_at}
+        if state.step + 1 not in due or not state.dead.any():
+            return None
+        if state.generator is None:
+            raise InputError("needs the run's generator", where="TrainingState.generator")
+        codes = self._codes(self.centred(batch))
+        loss = batch.per_row(self.decode_normalised(codes, batch.y)).square()
+        features = state.dead.nonzero()[: int((loss > 0).sum()), 0]
+        if not len(features):
+            return None
+        drawn = torch.multinomial(loss, len(features), generator=state.generator)
+        towards = torch.nn.functional.normalize(self.centred(batch)[drawn], dim=1)
+        norms = self.W_enc_T.norm(dim=1)
+        living = norms if state.dead.all() else norms[~state.dead]
+        self.W_enc_T[features] = _RESAMPLED_NORM * living.mean() * towards
+        self.W_dec[features] = torch.nn.functional.normalize(
+            batch.target[drawn] - self.b_dec, dim=1
+        )
+        self.b_enc[features] = 0
+        return features
+
+
+def _power(weight: Tensor, p: float) -> Tensor:
+    """weight^p, smoothed at 0 unless p is 1; weight >= 0."""
+    return weight if p == 1 else (weight + _SMOOTH).pow(p) - _SMOOTH**p

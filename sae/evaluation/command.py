@@ -1,20 +1,25 @@
 """`saescope eval`: an SAE on held-out text, under a protocol that is written down and hashed."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from activations import ActivationStore
+from sae.analysis.lens import TunedLens
 from sae.base import SparseAutoencoder
 from sae.evaluation.downstream import measure_downstream
-from sae.evaluation.reconstruction import measure_reconstruction
-from sae.harvests import choose_site, held_out_rows, load_harvested_model, open_harvest
+from sae.evaluation.reconstruction import Reconstruction, measure_reconstruction, pool
+from sae.harvests import held_out_pieces, load_harvested_model, open_harvest
 from sae.loading import load
+from sae.sites import Placed
+from sae.training.outliers import OutlierFilter
 from saescope.artefact import sha256_json, write_json
 from saescope.config import Config
-from saescope.errors import check_range
+from saescope.errors import InputError, check_range
 from saescope.progress import say
 
 EVALUATION_FILE = "evaluation.json"
@@ -28,6 +33,9 @@ class EvaluateConfig(Config):
     """Folder of a trained run or of an SAE."""
     harvest: str | None = None
     """Folder of the harvest to measure on; the one it was trained on if not given."""
+    site: str | None = None
+    """Of an SAE of several layers, the one to measure at (without it FVU and the like are measured
+    at all, and the model's loss is not); of a crosscoder, the only site to replace in the model."""
     rows: int | None = None
     """Held-out activation rows for L0, FVU and the like; all of them if not given."""
     tokens: int = 8192
@@ -50,22 +58,27 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises InputError if the harvest does not fit the SAE, ArtefactError if either cannot be read.
     """
     sae = load(config.run)
-    harvest = open_harvest(sae, config.harvest)
-    site = choose_site(harvest, sae.metadata.get("site"))
-    measured = measure_reconstruction(sae, held_out_rows(harvest, site, config.rows))
+    layers = list(sae.site_normalisers) if config.site is None else []
+    one = None if sae.concatenates else config.site
+    harvest, place = open_harvest(
+        sae, config.harvest, layers[0] if layers else one, behind_lens=True
+    )
+    measured = _reconstruction(config, sae, harvest, place, layers)
     reconstruction = {k: v for k, v in vars(measured).items() if k != "density"}
     protocol: dict[str, Any] = {
         "version": 1,
         "harvest": harvest.hash,
-        "site": site,
+        "site": place.read[0],
+        **_further_sites(place, layers),
         "split": "held_out",
         "positions": "all but position 0 and special tokens",
         "mean": "of the rows evaluated (FVU); of the training rows (mean-ablation)",
         "rows": measured.rows,
+        **{name: sae.metadata[name] for name in ("outliers", "lens") if name in sae.metadata},
     }
     downstream: dict[str, Any] | None = None
-    if config.tokens:
-        downstream, facts = _downstream(sae, harvest, site, config)
+    if config.tokens and not layers:
+        downstream, facts = _downstream(place, harvest, config)
         protocol.update(facts)
     result = {
         "protocol": protocol,
@@ -79,21 +92,100 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
+def _further_sites(place: Placed, layers: list[str]) -> dict[str, Any]:
+    """What the protocol says of sites besides the first that is read."""
+    several = layers or (list(place.read) if len(place.read) > 1 else None)
+    facts: dict[str, Any] = {} if several is None else {"sites": several}
+    if place.written != place.read:
+        facts["target_site"] = place.written[0]
+    return facts
+
+
+def _reconstruction(
+    config: EvaluateConfig,
+    sae: SparseAutoencoder,
+    harvest: ActivationStore,
+    place: Placed,
+    layers: list[str],
+) -> Reconstruction:
+    seen = _as_trained(sae)
+    if not layers:
+        rows = seen(held_out_pieces(harvest, place, config.rows), place)
+        columns = place.columns(harvest.d_in) if len(place.written) > 1 else None
+        return measure_reconstruction(place.sae, rows, columns=columns)
+    found = {}
+    for site in layers:
+        _, here = open_harvest(sae, config.harvest, site, behind_lens=True)
+        rows = seen(held_out_pieces(harvest, here, config.rows), here)
+        found[site] = measure_reconstruction(here.sae, rows)
+    return pool(found)
+
+
+Rows = Callable[[], Iterator[Tensor | tuple[Tensor, Tensor]]]
+
+
+def _as_trained(sae: SparseAutoencoder) -> Callable[[Rows, Placed], Rows]:
+    """What was done to rows in training is done here: outliers left out, a lens put before."""
+    outliers, lens = sae.metadata.get("outliers"), sae.metadata.get("lens")
+    keeps = outliers and OutlierFilter(multiple=outliers["multiple"], median=outliers["median"])
+    through = TunedLens.load(lens) if lens else None
+
+    def seen(rows: Rows, place: Placed) -> Rows:
+        if not (keeps or through):
+            return rows
+        if len(place.read) > 1:
+            raise InputError(
+                "a crosscoder trained without outliers can only be measured without them",
+                where="eval", given=sae.metadata["outliers"],
+            )  # fmt: skip
+
+        def changed() -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+            for each in rows():
+                parts = each if isinstance(each, tuple) else (each,)
+                sites = (place.read[0], place.written[0])[: len(parts)]
+                if keeps:
+                    kept = [keeps.keep(site, x) for site, x in zip(sites, parts, strict=True)]
+                    parts = tuple(x[torch.stack(kept).all(0)] for x in parts)
+                if through:
+                    parts = (through.apply(sites[0], parts[0]),)
+                yield parts if len(parts) == 2 else parts[0]
+
+        return changed
+
+    return seen
+
+
 def _downstream(
-    sae: SparseAutoencoder, harvest: ActivationStore, site: str, config: EvaluateConfig
+    place: Placed, harvest: ActivationStore, config: EvaluateConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     model = load_harvested_model(harvest, harvest.manifest["model"]["dtype"])
     held_out = torch.from_numpy(harvest.split == 1).nonzero()[:, 0]
     chosen = held_out[: max(1, config.tokens // harvest.context)].numpy()
     tokens = torch.from_numpy(harvest.tokens[chosen]).long()
     keep = torch.from_numpy(harvest.keep[chosen])
+    replaced: tuple[str, ...] = place.written
+    part = slice(None)
+    if config.site is not None and len(replaced) > 1:
+        columns = place.columns(harvest.d_in)
+        if config.site not in columns:
+            raise InputError(
+                "not a site of this SAE", where="site", given=config.site, allowed=columns
+            )
+        replaced, part = (config.site,), columns[config.site]
+    means = [torch.from_numpy(harvest.statistics(site).mean) for site in replaced]
+    lens = place.sae.metadata.get("lens")
+
+    def replacement(x: Tensor) -> Tensor:
+        return place.sae(x).x_hat[:, part]
+
     measured = measure_downstream(
         model,
-        site,
-        lambda x: sae(x).x_hat,
-        torch.from_numpy(harvest.statistics(site).mean),
+        place.read,
+        TunedLens.load(lens).around(place.read[0], replacement) if lens else replacement,
+        torch.cat(means),
         tokens,
         keep,
+        target=replaced,
         batch=config.batch,
     )
     described = {
@@ -102,6 +194,8 @@ def _downstream(
         "sequences": len(chosen),
         "context": harvest.context,
     }
+    if replaced != place.written:
+        described["replaced"] = config.site
     return asdict(measured), described
 
 
@@ -116,6 +210,7 @@ def report(result: dict[str, Any]) -> list[str]:
         f"  norm ratio     {r['norm_ratio']:.4f}",
         f"  never fired    {100 * r['dead_fraction']:.1f}% of features",
     ]
+    lines += [f"  FVU {value:.4f} at {site}" for site, value in r["fvu_by_site"].items()]
     if d is None:
         return lines
     lines += [

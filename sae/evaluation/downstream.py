@@ -1,13 +1,16 @@
 """What replacing activations does to the model: delta CE, KL, CE recovered.
 
 At kept positions of held-out sequences the site's activation is replaced by the SAE's
-reconstruction, by zero, or by the mean activation; other positions are left alone. Cross-entropy
-and KL are averaged over kept source positions that have a next token.
+reconstruction, by zero, or by the mean activation; other positions are left alone. What the SAE
+reads is the untouched model's activation: a transcoder's output site is replaced by its prediction
+from the input site, a crosscoder's sites by its reconstructions, all at once or one of them.
+Cross-entropy and KL are averaged over kept source positions that have a next token.
     delta CE     = CE_sae - CE_clean
     CE recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +21,7 @@ from saescope.errors import InputError
 from saescope.progress import Progress
 
 Replacement = Callable[[Tensor], Tensor]
-"""Activations [rows, d_in] float32 to what stands in for them."""
+"""Activations [rows, d_in] float32 to what stands in for them, [rows, d_out]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,31 +55,42 @@ class Downstream:
 @torch.inference_mode()
 def measure_downstream(
     model: Model,
-    site: str,
+    site: str | Sequence[str],
     sae: Replacement,
     mean: Tensor,
     tokens: Tensor,
     keep: Tensor,
     *,
+    target: str | Sequence[str] | None = None,
     batch: int = 4,
 ) -> Downstream:
     """Measure on sequences tokens int64 [sequence, position] with keep bool of the same shape.
 
-    Args: sae maps activations to reconstructions [rows, d_in]; mean [d_in] is the ablation's
-    constant.
-    Raises InputError if no position is kept.
+    Args:
+        site: where activations are read; several are put side by side.
+        sae: what it does to them, [rows, d_in] to [rows, d_out].
+        mean: [d_out], the ablation's constant.
+        target: where its output goes, in the order of its columns; `site` if not given.
+
+    Raises InputError if no position is kept, or for a mean of another width than the targets.
     """
+    splice = _Splice(model, _names(site), _names(site if target is None else target))
+    if len(mean) != sum(splice.widths):
+        raise InputError(
+            "a mean of another width than the sites replaced", where="measure_downstream",
+            given=len(mean), allowed=str(sum(splice.widths)),
+        )  # fmt: skip
     replacements: Mapping[str, Replacement] = {
         "sae": sae,
-        "zero": torch.zeros_like,
-        "mean": lambda x: mean.to(x).expand_as(x),
+        "zero": lambda x: x.new_zeros(1, len(mean)).expand(len(x), -1),
+        "mean": lambda x: mean.to(x).expand(len(x), -1),
     }
     sums: dict[str, list[Tensor]] = {name: [] for name in ("clean", "kl", *replacements)}
     counts: list[Tensor] = []
     with Progress("measuring the model's loss", len(tokens), "sequences") as progress:
         for start in range(0, len(tokens), batch):
             part, kept = tokens[start : start + batch], keep[start : start + batch]
-            _measure_batch(model, site, replacements, part, kept, sums)
+            _measure_batch(model, splice, replacements, part, kept, sums)
             counts.append(kept[:, :-1].sum(1).double())
             progress.advance(len(part))
     weights = torch.cat(counts)
@@ -85,9 +99,40 @@ def measure_downstream(
     return _summarise({name: torch.cat(values) for name, values in sums.items()}, weights)
 
 
+def _names(sites: str | Sequence[str]) -> list[str]:
+    return [sites] if isinstance(sites, str) else list(sites)
+
+
+class _Splice:
+    """Reads some sites in one run of a model, replaces some in another."""
+
+    def __init__(self, model: Model, read: list[str], written: list[str]) -> None:
+        self.model, self.read, self.written = model, read, written
+        self.widths = [model.d_in(site) for site in written]
+        self._seen: dict[str, Tensor] = {}
+
+    def reading(self, keep: Tensor) -> AbstractContextManager[None]:
+        """Within the block, a run's activations at kept positions are remembered."""
+
+        def remember(site: str) -> Callable[[Tensor, Tensor], None]:
+            def see(h: Tensor, _: Tensor) -> None:
+                self._seen[site] = h[keep].float()
+
+            return see
+
+        return self.model.edit({site: remember(site) for site in self.read})
+
+    def replacing(self, replacement: Replacement, keep: Tensor) -> AbstractContextManager[None]:
+        """Within the block, kept positions are replaced; made from what `reading` saw."""
+        x = torch.cat([self._seen[site] for site in self.read], dim=-1)
+        parts = replacement(x).split(self.widths, dim=-1)
+        edits = zip(self.written, parts, strict=True)
+        return self.model.edit({site: _replace_kept(part, keep) for site, part in edits})
+
+
 def _measure_batch(
     model: Model,
-    site: str,
+    splice: _Splice,
     replacements: Mapping[str, Replacement],
     tokens: Tensor,
     keep: Tensor,
@@ -105,10 +150,11 @@ def _measure_batch(
     def cross_entropy(z: Tensor) -> Tensor:
         return summed(z.logsumexp(-1) - z.gather(-1, targets)[..., 0])
 
-    clean = logits()
+    with splice.reading(keep):
+        clean = logits()
     sums["clean"].append(cross_entropy(clean))
     for name, replacement in replacements.items():
-        with model.edit({site: _replace_kept(replacement, keep)}):
+        with splice.replacing(replacement, keep):
             z = logits()
         sums[name].append(cross_entropy(z))
         if name == "sae":
@@ -123,10 +169,10 @@ def _kl(clean: Tensor, other: Tensor) -> Tensor:
     return log_q.mul_(log_p.exp_()).sum(-1)
 
 
-def _replace_kept(replacement: Replacement, keep: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _replace_kept(rows: Tensor, keep: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     def edit(h: Tensor, _: Tensor) -> Tensor:
         out = h.clone()
-        out[keep] = replacement(h[keep].float()).to(h.dtype)
+        out[keep] = rows.to(h.dtype)
         return out
 
     return edit

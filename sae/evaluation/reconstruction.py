@@ -1,12 +1,13 @@
 """Reconstruction on activations: L0, FVU, cosine, dead features, shrinkage.
 
-FVU = sum ||x - x_hat||^2 / sum ||x - mu||^2 with mu the mean over all rows evaluated: the identity
-gives 0, predicting the mean gives 1. Two passes, float64 sums, so neither batch size nor a large
-mean matters.
+FVU = sum ||t - x_hat||^2 / sum ||t - mu||^2 with t what is to be reconstructed (x itself, or for a
+transcoder the activation of its output site) and mu the mean of t over all rows evaluated: the
+identity gives 0, predicting the mean gives 1. Two passes, float64 sums, so neither batch size nor a
+large mean matters.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -24,7 +25,7 @@ class Reconstructor(Protocol):
     d_sae: int
 
     def encode_sparse(self, x: Tensor) -> SparseCodes: ...
-    def decode(self, codes: SparseCodes) -> Tensor: ...
+    def decode(self, codes: SparseCodes, like: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,41 +41,86 @@ class Reconstruction:
     fvu_interval: float
     """half width of the 95% interval of fvu (ratio estimator, linearised)"""
     cosine: float
-    """mean cosine of x and x_hat over rows with a non-zero norm of both"""
+    """mean cosine of t and x_hat over rows with a non-zero norm of both"""
     norm_ratio: float
-    """sum ||x_hat|| / sum ||x||; below 1 is shrinkage"""
+    """sum ||x_hat|| / sum ||t||; below 1 is shrinkage"""
     dead_fraction: float
     """features that fire on none of the rows, over d_sae"""
     density: Tensor
     """float64 [d_sae], part of the rows each feature fires on"""
+    fvu_by_site: dict[str, float] = field(default_factory=dict)
+    """FVU of each site, where there are several: of a crosscoder's columns, of a layer's rows"""
+
+
+Rows = Tensor | tuple[Tensor, Tensor]
+"""x [rows, d_in], or it and what it is to predict [rows, d_out]"""
 
 
 @torch.no_grad()
 def measure_reconstruction(
-    sae: Reconstructor, rows: Callable[[], Iterable[Tensor]]
+    sae: Reconstructor,
+    rows: Callable[[], Iterable[Rows]],
+    *,
+    columns: Mapping[str, slice] | None = None,
 ) -> Reconstruction:
-    """Measure an SAE on activations [rows, d_in], given as fresh iterators of them (read twice).
+    """Measure an SAE on activations, given as fresh iterators of them (read twice).
+
+    Args:
+        rows: pieces x [rows, d_in]; or pairs of it and the target [rows, d_out], of a transcoder.
+        columns: where each site stands in the target, for a crosscoder's FVU at each.
 
     Raises InputError if there are no rows, or if they are all equal.
     """
     count, total = 0, torch.zeros((), dtype=torch.float64)
-    for x in rows():
-        count += len(x)
-        total = total + x.sum(0, dtype=torch.float64)
+    for each in rows():
+        target = _pair(each)[1]
+        count += len(target)
+        total = total + target.sum(0, dtype=torch.float64)
     if count == 0:
         raise InputError("no activations to evaluate on", where="measure_reconstruction", given=0)
-    sums = _Sums(sae.d_sae, total / count)
-    for x in rows():
-        for part in x.split(_ROWS):
-            sums.add(sae, part)
+    sums = _Sums(sae.d_sae, total / count, columns or {})
+    for each in rows():
+        x, target = _pair(each)
+        for part, wanted in zip(x.split(_ROWS), target.split(_ROWS), strict=True):
+            sums.add(sae, part, wanted)
     return sums.result()
+
+
+def pool(layers: Mapping[str, Reconstruction]) -> Reconstruction:
+    """One SAE at several layers: means over layers; dead is what fires at none of them.
+
+    The interval is that of layers that err together, as those of the same tokens may.
+    """
+    each = list(layers.values())
+
+    def mean(name: str) -> float:
+        return sum(getattr(one, name) for one in each) / len(each)
+
+    density = torch.stack([one.density for one in each]).mean(0)
+    return Reconstruction(
+        rows=sum(one.rows for one in each),
+        l0=mean("l0"),
+        fvu=mean("fvu"),
+        fvu_interval=mean("fvu_interval"),
+        cosine=mean("cosine"),
+        norm_ratio=mean("norm_ratio"),
+        dead_fraction=float((density == 0).double().mean()),
+        density=density,
+        fvu_by_site={site: one.fvu for site, one in layers.items()},
+    )
+
+
+def _pair(rows: Rows) -> tuple[Tensor, Tensor]:
+    return (rows, rows) if isinstance(rows, Tensor) else rows
 
 
 class _Sums:
     """Float64 sums over rows."""
 
-    def __init__(self, d_sae: int, mean: Tensor) -> None:
-        self.mean = mean
+    def __init__(self, d_sae: int, mean: Tensor, columns: Mapping[str, slice]) -> None:
+        self.mean, self.columns = mean, columns
+        # squared error and squared deviation of each column
+        self.by_column = mean.new_zeros(2, *mean.shape)
         self.fired = torch.zeros(d_sae, dtype=torch.int64, device=mean.device)
         self.rows = 0
         self.errors: list[Tensor] = []
@@ -82,15 +128,18 @@ class _Sums:
         self.cosine = self.in_norm = self.out_norm = 0.0
         self.directed = 0
 
-    def add(self, sae: Reconstructor, x: Tensor) -> None:
+    def add(self, sae: Reconstructor, x: Tensor, target: Tensor) -> None:
         codes = sae.encode_sparse(x).compact()
-        x_hat = sae.decode(codes).double()
-        exact = x.double()
+        x_hat = sae.decode(codes, like=x).double()
+        exact = target.double()
         self.rows += len(x)
         self.fired += torch.bincount(codes.index, minlength=len(self.fired))
         # one float64 of each a row: what the interval needs, 16 bytes a row
-        self.errors.append((exact - x_hat).square().sum(1))
-        self.variances.append((exact - self.mean).square().sum(1))
+        error, deviation = (exact - x_hat).square(), (exact - self.mean).square()
+        self.errors.append(error.sum(1))
+        self.variances.append(deviation.sum(1))
+        if self.columns:
+            self.by_column += torch.stack([error.sum(0), deviation.sum(0)])
         norm_in, norm_out = exact.norm(dim=1), x_hat.norm(dim=1)
         self.in_norm += float(norm_in.sum())
         self.out_norm += float(norm_out.sum())
@@ -115,4 +164,11 @@ class _Sums:
             norm_ratio=self.out_norm / self.in_norm if self.in_norm else 0.0,
             dead_fraction=float((self.fired == 0).double().mean()),
             density=self.fired.double() / self.rows,
+            fvu_by_site={name: self._fvu_of(name) for name in self.columns},
         )
+
+    def _fvu_of(self, site: str) -> float:
+        error, deviation = self.by_column[:, self.columns[site]].sum(1).tolist()
+        if deviation <= 0:
+            raise InputError("all activations are equal, so FVU is undefined", where=site)
+        return error / deviation

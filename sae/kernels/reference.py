@@ -15,6 +15,18 @@ def encode_topk(x: Tensor, W_enc_T: Tensor, b_enc: Tensor, k: int) -> tuple[Tens
     return index, torch.relu(value)
 
 
+def encode_selected(
+    x: Tensor, W_enc_T: Tensor, b_enc: Tensor | None, row_ptr: Tensor, index: Tensor, pre: Tensor
+) -> Tensor:
+    """Pre-activations of the given entries, [entries]."""
+    del pre  # computed again, so that autograd sees it
+    rows = torch.repeat_interleave(
+        torch.arange(len(row_ptr) - 1, device=index.device), row_ptr.diff()
+    )
+    dense = x @ W_enc_T.T
+    return (dense if b_enc is None else dense + b_enc)[rows, index]
+
+
 def decode(row_ptr: Tensor, index: Tensor, value: Tensor, W_dec: Tensor) -> Tensor:
     """Sum of value times decoder row over each row's entries: [batch, d_in]."""
     batch = len(row_ptr) - 1

@@ -25,12 +25,16 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimiser_tensors` gave."""
-    state: dict[int, dict[str, Tensor]] = {}
+    """Put back what `optimiser_tensors` gave, each tensor in the precision that it was saved in.
+
+    torch's own load_state_dict would bring counters and sums to their parameter's precision.
+    """
+    parameters = [each for group in optimiser.param_groups for each in group["params"]]
+    optimiser.state.clear()
     for key, value in tensors.items():
-        parameter, _, name = key.partition(".")
-        state.setdefault(int(parameter), {})[name] = value
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+        number, _, name = key.partition(".")
+        parameter = parameters[int(number)]
+        optimiser.state[parameter][name] = value.to(parameter.device, copy=True)
 
 
 def save(folder: Path, *, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:

@@ -3,14 +3,18 @@
 from saescope.errors import check_range
 
 
-def base_lr(d_sae: int) -> float:
-    """2e-4 / sqrt(d_sae / 2^14), the rule that Gao et al. 2024 found for TopK dictionaries with
-    Adam.
+def base_lr(d_sae: int, optimiser: str = "adam") -> float:
+    """The peak learning rate for a dictionary's width and an optimiser's kind.
 
-    >>> base_lr(2**14), base_lr(2**12)
-    (0.0002, 0.0004)
+    Adam's kinds: 2e-4 / sqrt(d_sae / 2^14), the rule that Gao et al. 2024 found for TopK
+    dictionaries. Signum's kinds, whose every step is as long: 5e-3 / sqrt(d_sae / 2^14), as
+    sparsify has it.
+
+    >>> base_lr(2**14), base_lr(2**12), base_lr(2**14, "schedule_free_signum")
+    (0.0002, 0.0004, 0.005)
     """
-    return 2e-4 / (d_sae / 2**14) ** 0.5
+    peak = 5e-3 if optimiser.endswith("signum") else 2e-4
+    return peak / (d_sae / 2**14) ** 0.5
 
 
 def lr_factor(step: int, total: int, *, warmup: int, decay: int) -> float:

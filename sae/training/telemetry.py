@@ -1,17 +1,41 @@
-"""metrics.jsonl: one line of JSON a measurement, in the order of the steps."""
+"""Measurements during training: metrics.jsonl always; W&B or TensorBoard besides, when asked for.
 
+metrics.jsonl has one line of JSON a measurement, in the order of the steps.
+"""
+
+import importlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, get_args
 
-from saescope.artefact import write_bytes
+from saescope.artefact import sha256_json, write_bytes
+from saescope.errors import InputError
+
+SinkKind = Literal["none", "wandb", "tensorboard"]
+_MODULES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
+_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
+_PROJECT = "saescope"
+
+
+class Sink(Protocol):
+    """Somewhere else that measurements go."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers by name ("held_out/fvu") at a step."""
+        ...
+
+    def close(self) -> None:
+        """Send what is waiting; called once, at the end of the run."""
+        ...
 
 
 class MetricsLog:
     """Append measurements; a resumed run first drops what came after its checkpoint."""
 
-    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+    def __init__(self, path: Path, *, resume_step: int = 0, sinks: Sequence[Sink] = ()) -> None:
         self.path = path
+        self.sinks = tuple(sinks)
         lines = read_metrics(path) if path.exists() else []
         kept = [line for line in lines if line["step"] <= resume_step] if resume_step else []
         write_bytes(path, "".join(map(_line, kept)).encode())
@@ -20,6 +44,13 @@ class MetricsLog:
         """Add one line and flush it."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(_line({"step": step, **values}))
+        for sink in self.sinks:
+            sink.log(step, flattened(values))
+
+    def close(self) -> None:
+        """Close the sinks."""
+        for sink in self.sinks:
+            sink.close()
 
 
 def _line(values: dict[str, Any]) -> str:
@@ -30,3 +61,119 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every whole line of a metrics.jsonl (a torn last line, after a kill, is not one)."""
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of nested tables, named by their path.
+
+    >>> flattened({"tokens": 5, "train": {"fvu": 0.5, "kind": "topk"}})
+    {'tokens': 5.0, 'train/fvu': 0.5}
+    """
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flattened(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"{prefix}{name}"] = float(value)
+    return found
+
+
+def check_sink(kind: SinkKind) -> None:
+    """Raise InputError if a sink is not one of the known, or its package is not installed."""
+    if kind not in get_args(SinkKind):
+        raise InputError(
+            "no such telemetry", where="telemetry", given=kind, allowed=get_args(SinkKind)
+        )
+    if kind != "none":
+        _module(kind)
+
+
+def _module(kind: str) -> Any:
+    try:
+        return importlib.import_module(_MODULES[kind])
+    except ImportError as error:
+        raise InputError(
+            f"the package {_PACKAGES[kind]} is not installed (pip install {_PACKAGES[kind]})",
+            where="telemetry", given=kind, allowed="none, or what is installed",
+        ) from error  # fmt: skip
+
+
+def sinks(
+    kind: SinkKind,
+    folder: Path,
+    run_name: str,
+    config: Mapping[str, Any],
+    *,
+    tag: str = "",
+    resume_step: int = 0,
+) -> list[Sink]:
+    """What measurements of a run go to besides metrics.jsonl: nothing, W&B, or TensorBoard.
+
+    A resumed run goes on in the same W&B run or TensorBoard folder, and no step is there twice.
+
+    Args:
+        folder: the run's; TensorBoard's files go into its `tensorboard`, W&B's into its `wandb`.
+        config: JSON-able settings, shown beside the run.
+        tag: identifies the run's configuration; with the folder it is the W&B run's identity.
+        resume_step: step of the checkpoint that the run goes on from; 0 for a new run.
+
+    Raises InputError for an unknown kind, or if its package is not installed.
+    """
+    check_sink(kind)
+    if kind == "wandb":
+        return [WandbSink(folder, run_name, config, tag=tag)]
+    if kind == "tensorboard":
+        return [TensorBoardSink(folder, config, resume_step=resume_step)]
+    return []
+
+
+class WandbSink:
+    """Weights & Biases; its own environment variables (WANDB_MODE, WANDB_ENTITY) hold.
+
+    One folder and tag are one run of W&B's, so a run that is begun anew in its place goes on there.
+    """
+
+    def __init__(self, folder: Path, run_name: str, config: Mapping[str, Any], *, tag: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = _module("wandb").init(
+            project=_PROJECT,
+            name=run_name,
+            id=sha256_json({"folder": str(folder.resolve()), "tag": tag})[:16],
+            resume="allow",
+            dir=str(folder),
+            config=dict(config),
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers at a step; what the run has from before a kill is not sent again."""
+        # a resumed run measures the same numbers at the same steps, to the last bit
+        if step >= self._run.step:
+            self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Wait until everything is sent."""
+        self._run.finish()
+
+
+class TensorBoardSink:
+    """Event files in the run's folder `tensorboard`."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, resume_step: int) -> None:
+        # TensorBoard then does not show what an earlier process wrote from that step on
+        purge = resume_step + 1 if resume_step else None
+        self._writer = _module("tensorboard").SummaryWriter(
+            log_dir=str(folder / "tensorboard"), purge_step=purge
+        )
+        if not resume_step:
+            settings = json.dumps(dict(config), indent=1, default=str)
+            self._writer.add_text("config", f"```\n{settings}\n```", 0)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers at a step."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()

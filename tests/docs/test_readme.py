@@ -50,7 +50,7 @@ def test_shown_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_every_configuration_file_is_valid() -> None:
-    kinds = {"harvest": "harvest", "train": "train"}
+    kinds = {"harvest": "harvest", "train": "train", "sweep": "sweep"}
     found = sorted((ROOT / "configs").rglob("*.toml"))
     assert len(found) >= 6
     for path in found:

@@ -51,7 +51,8 @@ def test_run_folder(run: Path) -> None:
     trained = sae.load(run)
     assert trained.config.k == 6  # type: ignore[attr-defined]
     assert trained.metadata["site"] == SITE
-    assert trained.normaliser.kind == "unit_mean_square"
+    assert trained.normaliser.kind == "none"  # folded into the weights
+    assert trained.metadata["held_out"]["l0"] <= 6
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["config"]["sae"]["d_sae"] == 128
     assert manifest["parent"]
@@ -179,7 +180,7 @@ def test_bad_input_is_one_line(work: Path, run: Path, capsys: pytest.CaptureFixt
     small = ["--sae.d-sae", "64", "--sae.k", "4"]
     cases = [
         (["train", *harvest, *small, "--site", "blocks.7.hook_resid_post"], "not in the harvest"),
-        (["train", *harvest, *small, "--trainer.batch-size", "100000"], "fewer training rows"),
+        (["train", *harvest, *small, "--trainer.batch-size", "100000"], "training rows|has only"),
         (["train", "--harvest", str(work / "none"), "--out", str(out)], "no harvest here"),
         (["train", *harvest, "--sae.kind", "tpk"], "no such architecture"),
         (["eval", str(run), "--harvest", str(work / "none")], "no harvest here"),

@@ -1,81 +1,67 @@
-"""SAEs find the features that made the data, better than one that was not trained."""
+"""SAEs find the features that made the data, better than what was not trained for it."""
 
-from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from sae.architectures import architecture, architectures
-from sae.base import SparseAutoencoder
-from sae.normaliser import Normaliser
-from sae.training.trainer import Trainer, TrainerConfig
+from benchmarks.planted_masking import Hiding, Start, distance
+from benchmarks.planted_training import absorption, controls, planted_for, recipe_of, train
+from sae.architectures import architectures
+from sae.evaluation.planted import PlantedConfig, PlantedDictionary
 
-D_IN, TRUE, D_SAE, ACTIVE = 32, 64, 96, 4
-
-
-class Planted:
-    """Sparse non-negative sums of TRUE unit directions with Zipf frequencies, plus a mean."""
-
-    def __init__(self) -> None:
-        # a seed that nothing else uses: the SAE's own initial rows must not be these
-        generator = torch.Generator().manual_seed(7)
-        directions = torch.randn(TRUE, D_IN, generator=generator)
-        self.directions = torch.nn.functional.normalize(directions, dim=1)
-        self.mean = torch.randn(D_IN, generator=generator)
-        frequency = 1 / torch.arange(1, TRUE + 1) ** 0.5
-        self.frequency = ACTIVE * frequency / frequency.sum()
-        self.step = 0
-
-    def rows(self, n: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        on = torch.rand(n, TRUE, generator=generator) < self.frequency
-        strength = 1 + torch.rand(n, TRUE, generator=generator)
-        return (on * strength) @ self.directions + self.mean
-
-    def __iter__(self) -> Iterator[Tensor]:
-        while True:
-            self.step += 1
-            yield self.rows(512, 1000 + self.step)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-
-    def recovered(self, sae: SparseAutoencoder) -> float:
-        """Mean over true directions of the largest cosine with a decoder row."""
-        unit = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
-        return float((self.directions @ unit.T).amax(1).mean())
+SMALL = Hiding(d_in=50, true=100, d_sae=500, k=3, rows=400)
 
 
 @pytest.mark.parametrize("kind", sorted(architectures()))
 def test_recovers_planted_features(kind: str, tmp_path: Path) -> None:
-    planted = Planted()
-    names = architecture(kind).Config.__dataclass_fields__
-    options: dict[str, Any] = {"k": 8} if "k" in names else {"l1_coefficient": 0.2}
-    torch.manual_seed(0)
-    sae = architecture(kind)(architecture(kind).Config(d_sae=D_SAE, **options), D_IN)
-    sample = planted.rows(20_000, 1)
-    sae.normaliser = Normaliser.fit(
-        "unit_mean_square",
-        mean=sample.double().mean(0),
-        mean_square=float(sample.double().square().sum(1).mean()),
-    )
-    untrained = planted.recovered(sae)
-    config = TrainerConfig(batch_size=512, lr=3e-3, dead_after_tokens=20_000, evaluate_every=1000)
-    trainer = Trainer(
-        sae,
-        planted,
-        config,
-        total_steps=1000,
-        held_out=lambda: iter([planted.rows(4000, 2)]),
-        folder=tmp_path,
-    )
-    trainer.run()
-    assert untrained < 0.65
-    assert planted.recovered(sae) > 0.93
-    assert trainer.last_held_out["fvu"] < 0.15
+    """More than its own rows before training, random rows, PCA and NMF, by a wide margin."""
+    planted = planted_for(kind, PlantedConfig())
+    recipe = recipe_of(kind, steps=400, batch_size=256)
+    found = train(kind, planted, recipe, tmp_path)
+    control = max(found.untrained, *controls(planted, recipe.d_sae).values())
+    assert control < 0.75
+    assert found.recovery.mean > control + 0.15
+    assert found.recovery.mean > 0.75
+    assert found.held_out["l0"] == pytest.approx(recipe.l0, rel=0.15)
+
+
+@cache
+def parents_missed(kind: str, folder: Path) -> tuple[float, float]:
+    """Absorption of parents by a kind's children, and how often parents alone are missed."""
+    planted = PlantedDictionary(PlantedConfig(structure="hierarchical"))
+    found = train(kind, planted, recipe_of(kind, steps=500), folder / kind)
+    measured = absorption(found, planted)
+    return measured.rate, measured.missed_alone
+
+
+@pytest.mark.parametrize("other", ["topk", "batchtopk"])
+def test_matryoshka_absorbs_less(other: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """At equal L0, and not because its parents' latents are silent anyway."""
+    folder = tmp_path_factory.getbasetemp()
+    rate, missed_alone = parents_missed("matryoshka", folder)
+    assert rate < 0.5 * parents_missed(other, folder)[0]
+    assert missed_alone < 0.05
+
+
+@pytest.mark.parametrize("start", ["truth", "samples"])
+def test_masking_wins_at_high_noise_and_not_at_low(start: Start, tmp_path: Path) -> None:
+    """Chidambaram et al. 2023: distance from the true dictionary, masked against plain."""
+    found = {
+        (noise, masked): distance(
+            SMALL, tmp_path / f"{noise} {masked}", noise=noise, masked=masked, start=start
+        )
+        for noise in (0.01, 0.1)
+        for masked in (False, True)
+    }
+    assert found[0.1, True] < 0.9 * found[0.1, False]
+    assert found[0.01, True] > found[0.01, False]
+
+
+def test_every_architecture_is_measured_on_data_that_it_can_read() -> None:
+    """Transcoders alone get targets."""
+    for kind, cls in architectures().items():
+        config = planted_for(kind, PlantedConfig()).config
+        assert (config.d_out > 0) == cls.transcodes
+        assert replace(config, d_out=0) == PlantedConfig()

@@ -75,6 +75,55 @@ def test_against_plain_torch(tiny_model: Model) -> None:
     assert found.kl == pytest.approx(float(kl), rel=1e-3)
 
 
+MLP_IN, MLP_OUT = "module:model.layers.1.mlp:input", "blocks.1.hook_mlp_out"
+
+
+def test_a_transcoder_replaces_the_output_by_what_it_makes_of_the_input(tiny_model: Model) -> None:
+    """The MLP itself is a perfect transcoder; half of it is what scaling its output does."""
+    tokens, keep = batch(tiny_model)
+    mlp = tiny_model.hf.model.layers[1].mlp
+    mean = torch.ones(32)
+
+    def measured(predict):
+        return measure_downstream(
+            tiny_model, MLP_IN, predict, mean, tokens, keep, target=MLP_OUT, batch=3
+        )
+
+    perfect = measured(mlp)
+    assert perfect.delta_ce == pytest.approx(0, abs=1e-5)
+    assert perfect.kl == pytest.approx(0, abs=1e-5)
+    scaled = measure_downstream(tiny_model, MLP_OUT, lambda x: 3 * x, mean, tokens, keep, batch=3)
+    tripled = measured(lambda x: 3 * mlp(x))
+    assert tripled.kl == pytest.approx(scaled.kl, rel=1e-3)
+    assert tripled.kl > 1e-4
+    assert (tripled.ce_zero, tripled.ce_mean) == (scaled.ce_zero, scaled.ce_mean)
+
+
+def test_several_sites_at_once_and_one_of_them(tiny_model: Model) -> None:
+    """Reconstructions are made of the untouched model's activations, whatever is replaced."""
+    tokens, keep = batch(tiny_model)
+    sites = ["blocks.0.hook_resid_post", SITE]
+    options = {"tokens": tokens, "keep": keep, "batch": 3}
+
+    def half_of_first(x: Tensor) -> Tensor:
+        return torch.cat([0.5 * x[:, :32], x[:, 32:]], dim=-1)
+
+    same = measure_downstream(tiny_model, sites, lambda x: x, torch.zeros(64), **options)
+    assert same.kl == 0
+    # what the first site's change would do is undone by the untouched second
+    undone = measure_downstream(tiny_model, sites, half_of_first, torch.zeros(64), **options)
+    assert undone.kl == pytest.approx(0, abs=1e-6)
+    one = measure_downstream(
+        tiny_model, sites, lambda x: half_of_first(x)[:, :32], torch.zeros(32), target=sites[0],
+        **options,
+    )  # fmt: skip
+    alone = measure_downstream(tiny_model, sites[0], lambda x: 0.5 * x, torch.zeros(32), **options)
+    assert one == alone
+    assert one.kl > 1e-6
+    with pytest.raises(InputError, match=r"given: 32; allowed: 64"):
+        measure_downstream(tiny_model, sites, lambda x: x, torch.zeros(32), **options)
+
+
 def test_positions_that_are_not_kept_are_left_alone(tiny_model: Model) -> None:
     tokens, keep = batch(tiny_model)
     seen = []

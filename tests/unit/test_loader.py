@@ -1,6 +1,7 @@
 """The loader: every row once an epoch, well mixed, resumed exactly."""
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from activations import ActivationLoader, ActivationStore
+from activations.loader import aligned_rows
 from saescope.errors import InputError
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
@@ -169,3 +171,131 @@ def test_a_damaged_chunk_stops_training(
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(Exception, match=f"chunk 1 of {SITE} is damaged"):
         rows_of(make(ActivationStore.open(folder)))
+
+
+# several sites
+
+EARLY, LATE = "blocks.0.hook_resid_post", SITE
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    root = tmp_path_factory.mktemp("several")
+    folder = make_tiny_harvest(
+        root, make_tiny_model(root / "model"), sites=(EARLY, LATE, "blocks.0.attn.hook_k")
+    )
+    return ActivationStore.open(folder)
+
+
+def plain_order(store: ActivationStore, seed: int, epoch: int, mix: int) -> list[int]:
+    """row_token of one epoch by the rule that resume states and results depend on."""
+    chunks = store.chunks("train")
+    order = np.random.default_rng((seed, epoch)).permutation(len(chunks))
+    rows: list[int] = []
+    for group, start in enumerate(range(0, len(chunks), mix)):
+        read = [store.read_chunk(SITE, chunks[n].index)[1] for n in order[start : start + mix]]
+        together = torch.cat(read)
+        shuffled = np.random.default_rng((seed, epoch, group)).permutation(len(together))
+        rows += together[torch.from_numpy(shuffled)].tolist()
+    return rows
+
+
+@pytest.mark.parametrize(("seed", "mix", "batch_size"), [(0, 4, 100), (3, 2, 64)])
+def test_the_order_of_rows_is_the_one_that_was_promised(
+    store: ActivationStore, seed: int, mix: int, batch_size: int
+) -> None:
+    loader = make(store, seed=seed, mix_chunks=mix, batch_size=batch_size, epochs=2)
+    per_epoch = loader.batches_per_epoch
+    found = rows_of(loader)
+    for epoch in range(2):
+        expected = plain_order(store, seed, epoch, mix)[: per_epoch * batch_size]
+        assert [row for batch in found[:per_epoch] for row in batch] == expected
+        found = found[per_epoch:]
+
+
+def test_several_sites_are_the_same_rows_as_each_alone(several: ActivationStore) -> None:
+    names = several.sites
+    widths = [several.d_in(name) for name in names]
+    assert len(set(widths)) == 2
+    together = ActivationLoader(several, names, batch_size=100, seed=2, epochs=2)
+    alone = [ActivationLoader(several, name, batch_size=100, seed=2, epochs=2) for name in names]
+    assert (list(together.widths), together.d_in) == (widths, sum(widths))
+    count = 0
+    for parts in zip(together.with_rows(), *(one.with_rows() for one in alone), strict=True):
+        (found, rows), *expected = parts
+        assert len(found) == 3
+        for x, (same, same_rows) in zip(found, expected, strict=True):
+            assert torch.equal(x, same)
+            assert torch.equal(rows, same_rows)
+        count += 1
+    assert count == len(together)
+
+
+def test_one_name_in_a_list_gives_a_tuple(several: ActivationStore) -> None:
+    listed = next(iter(ActivationLoader(several, [LATE], batch_size=10)))
+    alone = next(iter(ActivationLoader(several, LATE, batch_size=10)))
+    assert isinstance(listed, tuple)
+    assert torch.equal(listed[0], alone)
+
+
+@pytest.mark.parametrize("stop", [1, 43, 50])
+def test_several_sites_resume_exactly(several: ActivationStore, stop: int) -> None:
+    def loader() -> ActivationLoader[tuple[torch.Tensor, ...]]:
+        return ActivationLoader(several, several.sites, batch_size=100, epochs=2)
+
+    whole = list(loader())
+    first, second = loader(), loader()
+    assert len(list(islice(first, stop))) == stop
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    rest = list(second)
+    for parts, expected in zip(rest, whole[stop:], strict=True):
+        assert all(map(torch.equal, parts, expected))
+
+
+def test_a_state_of_other_sites_is_refused(several: ActivationStore) -> None:
+    state = ActivationLoader(several, [EARLY, LATE], batch_size=100).state_dict()
+    for sites in (EARLY, [LATE, EARLY], [EARLY]):
+        other: Any = ActivationLoader(several, sites, batch_size=100)
+        with pytest.raises(InputError, match="site differs"):
+            other.load_state_dict(state)
+
+
+def test_sites_must_be_named_once(several: ActivationStore) -> None:
+    for sites in ([], [EARLY, EARLY]):
+        with pytest.raises(InputError, match="each once"):
+            ActivationLoader(several, sites, batch_size=4)
+    with pytest.raises(InputError, match="no such site"):
+        ActivationLoader(several, [EARLY, "nowhere"], batch_size=4)
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_aligned_rows_are_all_rows_in_the_order_stored(
+    several: ActivationStore, split: str
+) -> None:
+    pieces = list(aligned_rows(several, [EARLY, LATE], split=split, piece=50))
+    assert max(len(row_token) for _, row_token in pieces) == 50
+    rows = torch.cat([row_token for _, row_token in pieces])
+    for number, site in enumerate((EARLY, LATE)):
+        read = [several.read_chunk(site, chunk.index) for chunk in several.chunks(split)]
+        expected = torch.cat([x for x, _ in read]).float()
+        assert torch.equal(torch.cat([x[number] for x, _ in pieces]), expected)
+        assert torch.equal(rows, torch.cat([row for _, row in read]))
+
+
+def test_aligned_rows_limited(several: ActivationStore) -> None:
+    def rows(**options: Any) -> list[int]:
+        pieces = aligned_rows(several, [EARLY], split="train", **options)
+        return torch.cat([row_token for _, row_token in pieces]).tolist()
+
+    everything = rows()
+    assert rows(limit=300) == everything[:300]
+    spread = rows(limit=333, spread=True)
+    assert len(spread) == len(set(spread)) == 333
+    chunk_of = chunk_of_each_row(several)
+    chunks = sorted({chunk_of[row] for row in spread})
+    assert len(chunks) == 16
+    assert chunks[-1] > 0.9 * max(chunk_of.values())
+    # shares that some chunks are too short for are made up by others
+    most = len(everything) - 1
+    assert len(set(rows(limit=most, spread=True))) == most
+    assert rows(limit=10**9, spread=True) == everything

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sae.codes import SparseCodes
-from sae.evaluation.reconstruction import measure_reconstruction
+from sae.evaluation.reconstruction import measure_reconstruction, pool
 from saescope.errors import InputError
 
 D = 5
@@ -26,7 +26,8 @@ class Identity:
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         return SparseCodes.from_dense(x)
 
-    def decode(self, codes: SparseCodes) -> Tensor:
+    def decode(self, codes: SparseCodes, like: Tensor) -> Tensor:
+        del like
         return codes.dense()
 
 
@@ -41,7 +42,8 @@ class Constant:
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         return SparseCodes.from_dense(torch.zeros_like(x))
 
-    def decode(self, codes: SparseCodes) -> Tensor:
+    def decode(self, codes: SparseCodes, like: Tensor) -> Tensor:
+        del like
         return self.value.expand(codes.batch, D)
 
 
@@ -65,7 +67,8 @@ def test_by_hand() -> None:
     class Half(Identity):
         d_sae = 2
 
-        def decode(self, codes: SparseCodes) -> Tensor:
+        def decode(self, codes: SparseCodes, like: Tensor) -> Tensor:
+            del like
             return codes.dense() * torch.tensor([0.5, 1.0])
 
     x = torch.tensor([[2.0, 0.0], [0.0, 4.0], [4.0, 4.0]])
@@ -79,11 +82,84 @@ def test_by_hand() -> None:
     assert found.density.tolist() == pytest.approx([2 / 3, 2 / 3])
 
 
+def test_against_a_target_of_another_width() -> None:
+    """A transcoder is scored on what it predicts, about that one's mean."""
+
+    class Sum(Identity):
+        def decode(self, codes: SparseCodes, like: Tensor) -> Tensor:
+            assert len(like) == codes.batch
+            return codes.dense().sum(1, keepdim=True)
+
+    x = rows(200.0)
+    generator = torch.Generator().manual_seed(1)
+    target = x.sum(1, keepdim=True) + 3 * torch.randn(len(x), 1, generator=generator)
+
+    def fresh() -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(x.split(700), target.split(700), strict=True)
+
+    found = measure_reconstruction(Sum(), fresh)
+    error, exact = (target - x.sum(1, keepdim=True)).double(), target.double()
+    fvu = error.square().sum() / (exact - exact.mean(0)).square().sum()
+    assert found.fvu == pytest.approx(float(fvu), rel=1e-4)
+    assert found.rows == len(x)
+    assert found.cosine == pytest.approx(1)
+    swapped = measure_reconstruction(Sum(), lambda: iter([(x, x.sum(1, keepdim=True))]))
+    assert swapped.fvu == pytest.approx(0, abs=1e-9)
+
+
+def test_each_site_of_several_side_by_side() -> None:
+    class Drop(Identity):
+        def decode(self, codes: SparseCodes, like: Tensor) -> Tensor:
+            del like
+            dense = codes.dense()
+            dense[:, 1] = 0
+            return dense
+
+    x = rows()
+    x[:, 0] *= 1000  # a loud site hides the others in the whole
+    sites = {"loud": slice(0, 1), "quiet": slice(1, 3), "exact": slice(3, 5)}
+    found = measure_reconstruction(Drop(), lambda: iter(x.split(1000)), columns=sites)
+    mean = x.double().mean(0)
+    spread = (x.double() - mean).square().sum(0)
+    lost = x[:, 1].double().square().sum()
+    assert found.fvu_by_site["loud"] == found.fvu_by_site["exact"] == 0
+    assert found.fvu_by_site["quiet"] == pytest.approx(float(lost / spread[1:3].sum()))
+    assert found.fvu == pytest.approx(float(lost / spread.sum()))
+    assert found.fvu < 1e-4
+
+
+def test_layers_pooled() -> None:
+    """Means over layers, however loud a layer is; dead is what fires at none."""
+
+    class First(Identity):
+        def encode_sparse(self, x: Tensor) -> SparseCodes:
+            return SparseCodes.from_dense(x * torch.tensor([1.0, 0, 0, 0, 0]))
+
+    class Second(Identity):
+        def encode_sparse(self, x: Tensor) -> SparseCodes:
+            return SparseCodes.from_dense(x * torch.tensor([0.0, 1, 1, 0, 0]))
+
+    x = rows()
+    layers = {
+        "0": measure_reconstruction(First(), lambda: iter([x])),
+        "1": measure_reconstruction(Second(), lambda: iter([1000 * x])),
+    }
+    pooled = pool(layers)
+    assert pooled.fvu == pytest.approx((layers["0"].fvu + layers["1"].fvu) / 2)
+    assert pooled.fvu_by_site == {"0": layers["0"].fvu, "1": layers["1"].fvu}
+    assert pooled.l0 == 1.5
+    assert (layers["0"].dead_fraction, layers["1"].dead_fraction) == (0.8, 0.6)
+    assert pooled.dead_fraction == 0.4
+    assert pooled.rows == 6000
+    assert pooled.density.tolist() == [0.5, 0.5, 0.5, 0, 0]
+
+
 def test_batch_size_does_not_matter() -> None:
     x = rows(3.0)
 
     class Noisy(Identity):
-        def decode(self, codes: SparseCodes) -> Tensor:
+        def decode(self, codes: SparseCodes, like: Tensor) -> Tensor:
+            del like
             return codes.dense() * 0.9
 
     def split(size: int):
@@ -102,7 +178,8 @@ def test_interval_covers() -> None:
     generator = torch.Generator().manual_seed(0)
 
     class Drop(Identity):
-        def decode(self, codes: SparseCodes) -> Tensor:
+        def decode(self, codes: SparseCodes, like: Tensor) -> Tensor:
+            del like
             dense = codes.dense()
             dense[:, -1] = 0
             return dense

@@ -6,7 +6,10 @@ from torch import Tensor
 
 import sae as sae_package
 from activations import Model
+from sae.architectures.crosscoder import Crosscoder, CrosscoderConfig
+from sae.architectures.skip_transcoder import SkipTranscoder, SkipTranscoderConfig
 from sae.base import SparseAutoencoder
+from sae.normaliser import Normaliser, NormaliserKind
 from sae.steering import FeatureEdits
 from saescope.errors import InputError
 
@@ -145,6 +148,157 @@ def test_splice_puts_the_reconstruction(tiny_model: Model, sae: SparseAutoencode
         found = tiny_model.capture(tokens(tiny_model), [after])[after][0]
     assert torch.equal(found[0], h[0])
     torch.testing.assert_close(found[1:], sae(h[1:]).x_hat.detach())
+
+
+def normalised(model: Model, sae: SparseAutoencoder, kind: NormaliserKind) -> SparseAutoencoder:
+    """The SAE as it is in training, not folded."""
+    x = activation(model)[0].double()
+    mean_square = float(x.square().sum(1).mean())
+    sae.normaliser = Normaliser.fit(kind, mean=x.mean(0), mean_square=mean_square, sample=x)
+    with torch.no_grad():
+        sae.b_dec.normal_(std=0.1)
+    return sae
+
+
+@pytest.mark.parametrize("kind", ["unit_mean_square", "centred", "standardised"])
+def test_edits_are_in_the_models_units_whatever_the_normaliser(
+    tiny_model: Model, sae: SparseAutoencoder, kind: NormaliserKind
+) -> None:
+    sae = normalised(tiny_model, sae, kind)
+    h = activation(tiny_model)[0]
+    feature = a_live_feature(tiny_model, sae)
+    f = sae.encode(h)
+    clamped = f.clone()
+    clamped[1:, feature] = 3.0
+    expected = sae.decode(clamped, like=h) + (h - sae.decode(f, like=h))
+    found = edited(tiny_model, sae, clamp={feature: 3.0})[0]
+    torch.testing.assert_close(found[1:], expected.detach()[1:], rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[0], h[0])
+    same = edited(tiny_model, sae, scale={feature: 1.0})[0]
+    assert torch.equal(same, h)
+
+
+MLP_IN, MLP_OUT = "module:model.layers.1.mlp:input", "blocks.1.hook_mlp_out"
+
+
+@pytest.fixture
+def transcoder(tiny_model: Model) -> SparseAutoencoder:
+    """A random skip transcoder of an MLP, as it is in training."""
+    torch.manual_seed(0)
+    made = SkipTranscoder(SkipTranscoderConfig(d_sae=64, k=8), tiny_model.d_model).eval()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, t = (captured(tiny_model, site)[0].double() for site in (MLP_IN, MLP_OUT))
+    made.normaliser, made.output_normaliser = (
+        Normaliser.fit("centred", mean=r.mean(0), mean_square=float(r.square().sum(1).mean()))
+        for r in (x, t)
+    )
+    made.metadata = {"site": MLP_IN, "target_site": MLP_OUT}
+    return made
+
+
+def captured(model: Model, site: str, tokens_: Tensor | None = None) -> Tensor:
+    return model.capture(tokens(model) if tokens_ is None else tokens_, [site])[site]
+
+
+def test_a_transcoder_reads_the_input_and_changes_the_output(
+    tiny_model: Model, transcoder: SparseAutoencoder
+) -> None:
+    """h' = h_out + sum (f' - f) W_dec, with f of the input site; the input stays as it is."""
+    x, h = captured(tiny_model, MLP_IN), captured(tiny_model, MLP_OUT)
+    f = transcoder.encode(x[0])
+    feature = int((f[1:] > 0).sum(0).argmax())
+    other = (feature + 1) % 64
+    directions = transcoder.fold().W_dec
+    change = (3.0 - f[1:, feature, None]) * directions[feature] + 5.0 * directions[other]
+    with sae_package.steer(tiny_model, transcoder, clamp={feature: 3.0}, add={other: 5.0}):
+        logits = tiny_model.logits(tokens(tiny_model))
+        found = captured(tiny_model, "blocks.1.hook_resid_post")
+        assert torch.equal(captured(tiny_model, MLP_IN), x)
+    expected = captured(tiny_model, "blocks.1.hook_resid_post").clone()
+    expected[0, 1:] += change.detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    clean = tiny_model.logits(tokens(tiny_model))
+    assert not torch.equal(logits, clean)
+    with sae_package.steer(tiny_model, transcoder, scale={feature: 1.0}, add={other: 0.0}):
+        assert torch.equal(tiny_model.logits(tokens(tiny_model)), clean)
+    with sae_package.splice(tiny_model, transcoder):
+        spliced = captured(tiny_model, "blocks.1.hook_resid_post")
+    expected = captured(tiny_model, "blocks.1.hook_resid_post").clone()
+    expected[0, 1:] += (transcoder(x[0, 1:]).x_hat - h[0, 1:]).detach()
+    torch.testing.assert_close(spliced, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transcoder_steers_the_same_with_and_without_cache(
+    tiny_model: Model, transcoder: SparseAutoencoder
+) -> None:
+    options = {"max_new_tokens": 10, "stop_at_eos": False}
+    plain = tiny_model.generate_ids(PROMPT, **options)
+    with sae_package.steer(tiny_model, transcoder, clamp={7: 40.0}, scale={9: 3.0}):
+        cached = tiny_model.generate_ids(PROMPT, **options)
+        assert cached == tiny_model.generate_ids(PROMPT, **options, use_cache=False)
+    assert cached != plain
+    assert tiny_model.generate_ids(PROMPT, **options) == plain
+
+
+def test_a_transcoder_must_read_before_it_writes(
+    tiny_model: Model, transcoder: SparseAutoencoder
+) -> None:
+    transcoder.metadata = {"site": MLP_OUT, "target_site": MLP_IN}
+    with (
+        sae_package.steer(tiny_model, transcoder, add={3: 1.0}),
+        pytest.raises(InputError, match="is computed before what its features are read from"),
+    ):
+        tiny_model.logits(tokens(tiny_model))
+    transcoder.metadata = {"site": MLP_IN}
+    with (
+        pytest.raises(InputError, match="does not say which sites"),
+        sae_package.steer(tiny_model, transcoder, add={3: 1.0}),
+    ):
+        pytest.fail("must not be entered")
+
+
+def test_a_crosscoder_cannot_steer_but_its_features_can_be_read(tiny_model: Model) -> None:
+    torch.manual_seed(0)
+    sites = ["blocks.0.hook_resid_post", SITE]
+    sae = Crosscoder(CrosscoderConfig(d_sae=48), 64).eval()
+    sae.metadata = {"site": sites[0], "sites": sites, "site_widths": [32, 32]}
+    for use in (sae_package.steer, sae_package.splice):
+        with (
+            pytest.raises(InputError, match="a crosscoder's features are known only after"),
+            use(tiny_model, sae),
+        ):
+            pytest.fail("must not be entered")
+    found = sae_package.features_of_text(tiny_model, sae, PROMPT)
+    ids = torch.tensor([found.token_ids])
+    both = torch.cat([captured(tiny_model, site, ids)[0] for site in sites], dim=-1)
+    kept = torch.tensor(found.keep)
+    dense = torch.zeros(len(kept), 48)
+    dense[torch.from_numpy(found.position).long(), torch.from_numpy(found.feature).long()] = (
+        torch.from_numpy(found.activation)
+    )
+    torch.testing.assert_close(dense[kept], sae.encode(both[kept]).detach())
+    with pytest.raises(InputError, match="reads sites of its own"):
+        sae_package.features_of_text(tiny_model, sae, PROMPT, site=SITE)
+
+
+def test_an_sae_of_several_layers_is_used_at_one(tiny_model: Model, sae: SparseAutoencoder) -> None:
+    sites = ["blocks.0.hook_resid_post", SITE]
+    for scale, site in enumerate(sites, start=2):
+        sae.site_normalisers[site] = Normaliser(
+            "unit_mean_square", torch.zeros(32), torch.tensor(float(scale)), 1.0
+        )
+    sae.metadata = {"site": sites[0], "sites": sites, "site_widths": [32, 32]}
+    with pytest.raises(InputError, match="of several layers: choose one"):
+        edited(tiny_model, sae, add={5: 8.0})
+    h = activation(tiny_model)
+    found = edited(tiny_model, sae, add={5: 6.0}, site=SITE)
+    expected = h.clone()
+    expected[:, 1:] += 6.0 * sae.at(SITE).W_dec[5].detach()
+    torch.testing.assert_close(found, expected)
+    features = sae_package.features_of_text(tiny_model, sae, PROMPT, site=SITE)
+    dense = sae.at(SITE).encode(h[0, 1:])
+    assert len(features.feature) == int((dense > 0).sum())
 
 
 @pytest.mark.parametrize(

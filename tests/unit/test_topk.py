@@ -5,6 +5,7 @@ import torch
 
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.base import TrainingState
+from sae.batch import TrainingBatch
 from sae.objectives import auxk, geometric_median
 from saescope.errors import InputError
 
@@ -33,10 +34,12 @@ def test_loss_by_hand() -> None:
     x = torch.tensor([[3.0, 1.0], [1.0, 1.0], [0.0, -4.0]])
     # errors (0,1), (0,-0.5), (2,0): squares 1, 0.25, 4; mean 1.75
     state = TrainingState(dead=torch.zeros(3, dtype=torch.bool))
-    assert float(sae.training_output(x, state).loss.detach()) == pytest.approx(1.75)
+    assert float(sae.training_output(TrainingBatch.of(x), state).loss.detach()) == pytest.approx(
+        1.75
+    )
     # feature 1 dead: its pre-activations 1.5, 1.5, -3.5, rectified; e_hat = (0,1.5), (0,1.5), 0
     state.dead = torch.tensor([False, True, False])
-    output = sae.training_output(x, state)
+    output = sae.training_output(TrainingBatch.of(x), state)
     left = (0 + 0.25) + (0 + 4) + (4 + 0)  # (0,1)-(0,1.5), (0,-.5)-(0,1.5), (2,0)-0
     mean = torch.tensor([2 / 3, 0.5 / 3])
     total = sum(
@@ -83,7 +86,7 @@ def test_gradients_equal_the_dense_float64_objective(k_aux: int) -> None:
     y = torch.randn(33, 7, dtype=torch.float64)
     dead = torch.zeros(40, dtype=torch.bool)
     dead[[3, 8, 9, 21, 30]] = True
-    loss = sae.training_output(y, TrainingState(dead=dead)).loss
+    loss = sae.training_output(TrainingBatch.of(y), TrainingState(dead=dead)).loss
     loss.backward()
     fast = {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
     sae.zero_grad()
@@ -125,9 +128,8 @@ def test_auxk_of_nothing_is_zero() -> None:
 def test_decoder_gradient_has_no_part_along_its_rows() -> None:
     torch.manual_seed(0)
     sae = TopKSAE(TopKConfig(d_sae=16, k=3), 5)
-    sae.training_output(
-        torch.randn(20, 5), TrainingState(dead=torch.zeros(16).bool())
-    ).loss.backward()
+    batch = TrainingBatch.of(torch.randn(20, 5))
+    sae.training_output(batch, TrainingState(dead=torch.zeros(16).bool())).loss.backward()
     assert sae.W_dec.grad is not None
     before = sae.W_dec.grad.clone()
     sae.before_step()
@@ -148,7 +150,7 @@ def test_starts_at_the_geometric_median_with_tied_weights() -> None:
     assert torch.equal(sae.W_enc, sae.W_dec.T)
     # of four corners and a far outlier the median stays near the corners, the mean does not
     y = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1], [1000, 0]])
-    sae.start(y)
+    sae.start(TrainingBatch.of(y))
     assert sae.b_dec.norm() < 1
     assert geometric_median(y).norm() < 1 < y.mean(0).norm()
 
@@ -161,6 +163,62 @@ def test_geometric_median_minimises_the_summed_distance() -> None:
     assert median.grad.norm() < 1e-6
 
 
+def test_multi_topk_loss_by_hand() -> None:
+    sae = by_hand()
+    sae.config = TopKConfig(d_sae=3, k=1, multi_topk=2, multi_topk_coefficient=1 / 8)
+    x = torch.tensor([[3.0, 1.0], [1.0, 1.0], [0.0, -4.0]])
+    # two features kept: codes (2, 1.5, 0), (0, 1.5, 0), (0, 0, 5); errors (0,-.5), (0,-.5), (2,0)
+    output = sae.training_output(TrainingBatch.of(x), TrainingState(dead=torch.zeros(3).bool()))
+    assert float(output.terms["fvu"]) == pytest.approx(1.75)
+    assert float(output.terms["multi_topk"]) == pytest.approx(4.5 / 3)
+    assert float(output.loss.detach()) == pytest.approx(1.75 + 1.5 / 8)
+    assert output.counts.tolist() == [1, 1, 1]
+
+
+def test_multi_topk_gradients_equal_the_dense_float64_objective() -> None:
+    """sparsify's fused encoder gives Multi-TopK no gradient (training_libraries, defect 1)."""
+    torch.manual_seed(1)
+    config = TopKConfig(d_sae=40, k=5, k_aux=3, multi_topk_coefficient=0.3, multi_topk=3)
+    sae = TopKSAE(config, 7).double()
+    with torch.no_grad():
+        sae.W_enc_T.normal_()
+        sae.b_dec.normal_()
+    y = torch.randn(33, 7, dtype=torch.float64)
+    dead = torch.arange(40) < 5
+    names = dict(sae.named_parameters())
+    loss = sae.training_output(TrainingBatch.of(y), TrainingState(dead=dead)).loss
+    fast = torch.autograd.grad(loss, list(names.values()))
+    pre = (y - sae.b_dec) @ sae.W_enc_T.T + sae.b_enc
+    mask = torch.zeros_like(pre).scatter(1, pre.topk(15, dim=1).indices, 1.0)
+    wide = (y - torch.relu(pre) * mask @ sae.W_dec - sae.b_dec).square().sum(1).mean()
+    expected = dense_objective(sae, y, dead, 3) + 0.3 * wide
+    torch.testing.assert_close(loss, expected)
+    for name, got, want in zip(
+        names, fast, torch.autograd.grad(expected, list(names.values())), strict=True
+    ):
+        torch.testing.assert_close(got, want, msg=name)
+    # the term alone reaches encoder rows that are not among the k
+    sae.config = TopKConfig(d_sae=40, k=1, multi_topk_coefficient=1.0, auxk_coefficient=0)
+    output = sae.training_output(TrainingBatch.of(y[:1]), TrainingState(dead=dead & False))
+    (gradient,) = torch.autograd.grad(output.loss, sae.W_enc_T)
+    assert int(output.counts.sum()) == 1
+    assert int(gradient.any(1).sum()) == int((pre[0].topk(4).values > 0).sum()) > 1
+
+
+def test_k_falls_linearly_from_k_start() -> None:
+    config = TopKConfig(d_sae=40, k=4, k_start=24, k_anneal_fraction=0.5)
+    sae, y = TopKSAE(config, 30), torch.randn(50, 30)
+    with torch.no_grad():
+        sae.b_enc.fill_(100.0)  # every pre-activation is positive: L0 is k
+    kept = {}
+    for step in range(12):
+        state = TrainingState(step=step, total_steps=10, dead=torch.zeros(40).bool())
+        kept[step] = float(sae.training_output(TrainingBatch.of(y), state).l0)
+    assert [kept[step] for step in range(6)] == [24, 20, 16, 12, 8, 4]
+    assert all(kept[step] == 4 for step in range(6, 12))
+    assert sae.encode_sparse(y).l0().tolist() == [4] * 50  # inference knows k alone
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -168,6 +226,11 @@ def test_geometric_median_minimises_the_summed_distance() -> None:
         ({"k": 9}, r"sae.k: k exceeds the dictionary \(given: 9; allowed: 1 to 8\)"),
         ({"auxk_coefficient": -1.0}, "auxk_coefficient"),
         ({"k_aux": 0}, "k_aux"),
+        ({"k_start": 1}, r"k_start: out of range \(given: 1; allowed: at least 2\)"),
+        ({"k_start": 9}, "k_start exceeds the dictionary"),
+        ({"k_anneal_fraction": 1.5}, "k_anneal_fraction"),
+        ({"multi_topk_coefficient": -1.0}, "multi_topk_coefficient"),
+        ({"multi_topk": 1}, "multi_topk"),
         ({"d_sae": 0, "k": 1}, "d_sae"),
     ],
 )

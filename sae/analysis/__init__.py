@@ -1,0 +1,1 @@
+"""Analyses of layers, features and dictionaries; one file is one question."""

@@ -1,0 +1,59 @@
+"""AuxK, shared by the architectures that have it: dead features learn what the living left over."""
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor
+
+from sae import objectives
+from sae.base import SAEConfig, SparseAutoencoder, TrainingState
+from sae.batch import TrainingBatch
+from saescope.errors import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxKConfig(SAEConfig):
+    """The fields of AuxK."""
+
+    auxk_coefficient: float = 1 / 32
+    """Weight of the AuxK loss; 0 turns it off."""
+    k_aux: int | None = None
+    """Dead features used by AuxK a token; half of d_in if not given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("sae.auxk_coefficient", self.auxk_coefficient, low=0)
+        if self.k_aux is not None:
+            check_range("sae.k_aux", self.k_aux, low=1)
+
+
+class AuxKSAE(SparseAutoencoder):
+    """An SAE whose dead features are revived by AuxK."""
+
+    def add_auxk(
+        self,
+        loss: Tensor,
+        terms: dict[str, Tensor],
+        batch: TrainingBatch,
+        centred: Tensor,
+        y_hat: Tensor,
+        state: TrainingState,
+    ) -> Tensor:
+        """The loss with its AuxK term added, which is also put into `terms`."""
+        config = cast(AuxKConfig, self.config)
+        if not config.auxk_coefficient:
+            return loss
+        residual = batch.target - y_hat
+        if batch.visible is not None:  # what a masked batch is to explain are the hidden ones
+            residual = residual * ~batch.visible
+        term = objectives.auxk(
+            residual,
+            centred,
+            self.W_enc_T,
+            self.b_enc,
+            self.W_dec,
+            state.dead,
+            config.k_aux or max(1, self.d_in // 2),
+        )
+        terms["auxk"] = term.detach()
+        return loss + config.auxk_coefficient * term

@@ -1,0 +1,146 @@
+"""What transcoders share: the features of one site predict another.
+
+    f = act(W_enc^T y + b_enc),   t_hat = f W_dec + b_dec
+
+y is the activation of the input site, t that of the output site, each at its own normaliser's
+scale; act is TopK (Paulo et al. 2025, section 2), ReLU under an L1 penalty (Dunefsky et al. 2024,
+section 3.1), or JumpReLU with the thresholds that a transcoder was published with (Lieberum et al.
+2024, section 3.1).
+    TopK:  loss = FVU of t + 1/32 AuxK
+    ReLU:  loss = FVU of t + lambda(t) * mean sum_i f_i ||W_dec,i||
+The weighting by the decoder's norm, which is left free, makes the second the same whatever the
+scale that a feature takes.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sae import kernels
+from sae.architectures._auxk import AuxKConfig, AuxKSAE
+from sae.base import TrainingOutput, TrainingState
+from sae.batch import TrainingBatch
+from sae.codes import SparseCodes
+from saescope.errors import InputError, check_range
+
+Activation = Literal["topk", "relu", "jumprelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranscodingConfig(AuxKConfig):
+    """The fields of transcoders; those of AuxK are for activation "topk"."""
+
+    activation: Activation = "topk"
+    """Which features fire: topk (the k largest), relu (all above 0, kept few by an L1 penalty), or
+    jumprelu (all above thresholds; of published transcoders, cannot be trained)."""
+    k: int = 32
+    """Features kept a token (L0), with activation topk."""
+    l1_coefficient: float = 0.1
+    """Weight of the L1 penalty, beside an FVU of at most about 1, with activation relu."""
+    l1_warmup_fraction: float = 0.05
+    """Part of training over which the penalty grows from 0 to its weight."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activation not in get_args(Activation):
+            raise InputError(
+                "no such activation", where="sae.activation", given=self.activation,
+                allowed=get_args(Activation),
+            )  # fmt: skip
+        check_range("sae.k", self.k, low=1)
+        if self.activation == "topk":
+            check_range("sae.k", self.k, low=1, high=self.d_sae)
+        check_range("sae.l1_coefficient", self.l1_coefficient, low=0)
+        check_range("sae.l1_warmup_fraction", self.l1_warmup_fraction, low=0, high=1)
+
+    def with_target_l0(self, target: float) -> Self:
+        """The same with k at `target`; unchanged where the penalty sets the L0."""
+        return super().with_target_l0(target) if self.activation == "topk" else self
+
+
+class Transcoding(AuxKSAE):
+    """Reads one site, predicts another; subclasses may add what else predicts it."""
+
+    transcodes: ClassVar[bool] = True
+    pre_bias: ClassVar[bool] = False
+    unit_decoder: ClassVar[bool] = False
+    feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
+
+    @property
+    def rule(self) -> TranscodingConfig:
+        """The configuration, by the fields that all transcoders have."""
+        return cast(TranscodingConfig, self.config)
+
+    @property
+    def penalised(self) -> bool:  # type: ignore[override]
+        """With ReLU, sparsity comes from a penalty."""
+        return self.rule.activation == "relu"
+
+    def make_parameters(self) -> None:
+        """W_enc_T, b_enc, W_dec, b_dec, and the thresholds of JumpReLU, float32 [d_sae]."""
+        super().make_parameters()
+        if self.rule.activation == "jumprelu":
+            self.threshold: Tensor
+            self.register_buffer("threshold", torch.zeros(self.d_sae))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Encoder rows uniform on the unit sphere; W_dec 0 (Paulo et al. 2025), biases 0.
+
+        Nothing relates the output's space to the encoder's at first, so no start but the mean of
+        the output is better than chance.
+        """
+        nn.init.normal_(self.W_enc_T)
+        self.W_enc_T.div_(self.W_enc_T.norm(dim=1, keepdim=True))
+        for zero in (self.b_enc, self.W_dec, self.b_dec):
+            nn.init.zeros_(zero)
+
+    @torch.no_grad()
+    def start(self, batch: TrainingBatch) -> None:
+        """b_dec at the mean of the target (Paulo et al. 2025); pre-activations of mean 0.
+
+        Without a pre-encoder bias the mean of the input would choose the same few features on every
+        row; b_enc takes it away. Raises InputError for a normaliser that transcoders cannot have.
+        """
+        if self.normaliser.kind == "standardised":
+            raise InputError(
+                "an input's own deviation says nothing of the output's", where="normaliser",
+                given="standardised", allowed="none, unit_mean_square, sqrt_d, centred",
+            )  # fmt: skip
+        self.b_dec.copy_(batch.target.mean(0))
+        self.b_enc.copy_(-self.W_enc_T @ batch.y.mean(0))
+
+    def _codes(self, y: Tensor) -> SparseCodes:
+        if self.rule.activation == "topk":
+            index, value = kernels.encode_topk(y, self.W_enc_T, self.b_enc, self.rule.k)
+            return SparseCodes.from_fixed(index, value, self.d_sae)
+        bar = self.threshold if self.rule.activation == "jumprelu" else 0.0
+        return SparseCodes(*kernels.encode_above(y, self.W_enc_T, self.b_enc, bar), self.d_sae)
+
+    def encode_normalised(self, y: Tensor) -> SparseCodes:
+        """Codes of the input site's y [batch, d_in]."""
+        return self._codes(y)
+
+    def training_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
+        """FVU of the target, with AuxK or with the L1 penalty."""
+        config = self.rule
+        if config.activation == "jumprelu":
+            raise InputError(
+                "transcoders of this activation are used as they were published, not trained",
+                where="sae.activation", given="jumprelu", allowed="topk, relu",
+            )  # fmt: skip
+        codes = self._codes(batch.y)
+        y_hat = self.decode_normalised(codes, batch.y)
+        fvu = batch.reconstruction(y_hat)
+        terms = {"fvu": fvu.detach()}
+        if config.activation == "topk":
+            loss = self.add_auxk(fvu, terms, batch, batch.y, y_hat, state)
+        else:
+            weighted = codes.value * self.W_dec.norm(dim=1)[codes.index]
+            penalty = weighted.sum() / (len(batch) * batch.variance**0.5)
+            factor = state.ramp(config.l1_warmup_fraction) * state.penalty
+            loss = fvu + factor * config.l1_coefficient * penalty
+            terms["l1"] = penalty.detach()
+        return TrainingOutput(loss, terms, codes.counts(), y_hat)

@@ -1,0 +1,28 @@
+"""BatchTopK SAE (Bussmann et al. 2024), which Ayonrinde (2024) calls Mutual Choice.
+
+pi = W_enc^T (y - b_dec) + b_enc;   f = pi at the k B largest positive pi of a batch, else 0
+inference: f = pi where pi > threshold;   y_hat = f W_dec + b_dec;   loss = FVU + 1/32 AuxK
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from sae.architectures import register
+from sae.architectures._batch_selection import BatchSelectionConfig, BatchSelectionSAE
+from sae.base import SAEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTopKConfig(BatchSelectionConfig):
+    """Configuration of the BatchTopK architecture."""
+
+    kind: Literal["batchtopk"] = "batchtopk"
+    """Name of the architecture."""
+
+
+@register
+class BatchTopKSAE(BatchSelectionSAE):
+    """Keeps the k B largest positive pre-activations of a batch, whichever rows they are in."""
+
+    Config: ClassVar[type[SAEConfig]] = BatchTopKConfig
+    config: BatchTopKConfig  # type: ignore[assignment]

@@ -1,0 +1,197 @@
+"""JumpReLU SAE (Rajamanoharan et al. 2024, "Jumping Ahead"; Gemma Scope, Lieberum et al. 2024).
+
+z = W_enc^T (y - b_dec) + b_enc,   f_i = z_i where z_i > theta_i, else 0,   y_hat = f W_dec + b_dec
+
+loss = FVU + lambda(t) * S, with one of
+    step        S = mean_batch sum_i H(z_i - theta_i) / d_in                    Jumping Ahead, eq. 9
+    tanh        S = mean_batch sum_i tanh(c f_i ||W_dec,i|| / s) / d_in         Anthropic, Jan. 2025
+    quadratic   S = (L0 / L0_target - 1)^2, L0 = mean_batch sum_i H(z_i - theta_i)
+and, for dead features, mu * mean_batch sum_dead ReLU(theta_i - z_i) ||W_dec,i|| / (s d_in)
+
+Units. s = sqrt(variance / d_in) is the deviation of one coordinate of the data, and of the
+pre-activations of a random direction. Bandwidth, first threshold and c count in it, so that they
+mean the same at every normaliser; it is 1 for data of mean norm sqrt(d_in), where all constants
+are those of SAELens and Anthropic. A published lambda beside the squared error of data of unit mean
+square (Gemma Scope: 6e-4 for L0 about 50) is l0_coefficient * variance / d_in.
+
+Decoder rows keep unit norm. That loses nothing: scale moved between f and its row, theta moving
+with it, changes none of these losses.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sae import kernels
+from sae.architectures import register
+from sae.architectures._ste import jump_relu, step
+from sae.base import SAEConfig, SparseAutoencoder, TrainingOutput, TrainingState
+from sae.batch import TrainingBatch
+from sae.codes import SparseCodes
+from saescope.errors import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class JumpReLUConfig(SAEConfig):
+    """Configuration of the JumpReLU architecture."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    """Name of the architecture."""
+    penalty: Literal["step", "tanh", "quadratic"] = "step"
+    """What is penalised: the number of active features, a smooth stand-in for it that also moves
+    the encoder, or that number's distance from l0_target."""
+    l0_coefficient: float = 0.3
+    """Weight of the penalty, beside an FVU of at most about 1. step and tanh: the FVU that d_in
+    active features must be worth; quadratic: what no active feature costs."""
+    l0_warmup_fraction: float = 0.1
+    """Part of training over which the penalty grows from 0 to its weight."""
+    l0_target: float = 32.0
+    """quadratic: the mean number of active features to reach."""
+    tanh_scale: float = 4.0
+    """tanh: c, per deviation of one coordinate."""
+    parametrisation: Literal["theta", "log"] = "theta"
+    """What the optimiser moves: the thresholds, or their logarithms (as the paper does; slow to
+    rise in a short run)."""
+    initial_threshold: float = 1.0
+    """First threshold, in deviations of one coordinate, sqrt(variance / d_in). From half the
+    bandwidth on, the bands begin above 0."""
+    bandwidth: float = 2.0
+    """Width about a threshold in which activations move it, in deviations of one coordinate. Too
+    small, few do and thresholds wander; too large, they settle in the wrong place."""
+    pre_act_coefficient: float = 3e-6
+    """Weight of the penalty that lifts the pre-activations of dead features; 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("l0_coefficient", "pre_act_coefficient"):
+            check_range(f"sae.{name}", getattr(self, name), low=0)
+        for name in ("l0_target", "tanh_scale", "initial_threshold", "bandwidth"):
+            check_range(f"sae.{name}", getattr(self, name), above=0)
+        check_range("sae.l0_warmup_fraction", self.l0_warmup_fraction, low=0, high=1)
+
+    def with_target_l0(self, target: float) -> Self:
+        """The same configuration for a mean L0 of `target`; the quadratic penalty aims at it."""
+        return replace(self, l0_target=target) if self.penalty == "quadratic" else self
+
+
+@register
+class JumpReLUSAE(SparseAutoencoder):
+    """Pre-activations above their feature's learnt threshold.
+
+    The thresholds are never held in less than float32, whatever the other weights are.
+    """
+
+    Config: ClassVar[type[SAEConfig]] = JumpReLUConfig
+    config: JumpReLUConfig
+    penalised: ClassVar[bool] = True
+    feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
+    threshold: nn.Parameter
+    log_threshold: nn.Parameter
+
+    def make_parameters(self) -> None:
+        """Besides the usual ones: threshold [d_sae], or log_threshold [d_sae]."""
+        super().make_parameters()
+        setattr(self, self._stored, nn.Parameter(torch.empty(self.d_sae)))
+
+    @property
+    def _stored(self) -> str:
+        return "log_threshold" if self.config.parametrisation == "log" else "threshold"
+
+    @property
+    def theta(self) -> Tensor:
+        """Thresholds [d_sae], at least float32, not negative; differentiable in what is stored."""
+        stored = getattr(self, self._stored)
+        return stored.exp() if self.config.parametrisation == "log" else stored.clamp_min(0)
+
+    def reset_parameters(self) -> None:
+        """As every SAE; thresholds for data of unit variance, until `start` knows better."""
+        super().reset_parameters()
+        self._set_thresholds(variance=1.0)
+
+    def start(self, batch: TrainingBatch) -> None:
+        """b_dec at the median, thresholds by the data's variance."""
+        super().start(batch)
+        self._set_thresholds(batch.variance)
+
+    @torch.no_grad()
+    def _set_thresholds(self, variance: float) -> None:
+        theta = self.config.initial_threshold * self._unit(variance)
+        value = math.log(theta) if self.config.parametrisation == "log" else theta
+        getattr(self, self._stored).fill_(value)
+
+    def _unit(self, variance: float) -> float:
+        """s, the deviation of one coordinate of the data."""
+        return (variance / self.d_in) ** 0.5
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts as every module's, but thresholds do not go below float32."""
+        parameter = getattr(self, self._stored)
+        before = parameter.detach().clone()
+        super()._apply(fn, recurse)
+        parameter = getattr(self, self._stored)
+        if parameter.dtype.itemsize < 4:
+            parameter.data = before.to(parameter.device)
+            parameter.grad = None
+        return self
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Unit decoder rows; thresholds do not go below 0."""
+        super().after_step()
+        if self.config.parametrisation == "theta":
+            self.threshold.clamp_(min=0)
+
+    def fold_parameters(self, feature_scale: float) -> None:
+        """A threshold divided is its logarithm shifted."""
+        if self.config.parametrisation == "log":
+            self.log_threshold.sub_(math.log(feature_scale))
+
+    def encode_normalised(self, y: Tensor) -> SparseCodes:
+        """Codes of y [batch, d_in]: the pre-activations above their thresholds."""
+        above = kernels.encode_above(
+            self.encoder_input(y), self.W_enc_T, self.b_enc, self.theta.detach()
+        )
+        return SparseCodes(*above, self.d_sae)
+
+    def training_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
+        """FVU + lambda(t) * sparsity penalty + pre-activation loss of dead features."""
+        config = self.config
+        unit = self._unit(batch.variance)
+        eps = config.bandwidth * unit
+        centred, theta = self.centred(batch), self.theta
+        # what is active, and what a threshold's estimate needs from just below it
+        reach = (theta - eps / 2).detach()
+        row_ptr, index, z = kernels.encode_above(centred, self.W_enc_T, self.b_enc, reach)
+        own = theta[index]
+        codes = SparseCodes(row_ptr, index, jump_relu(z, own, eps), self.d_sae)
+        y_hat = self.decode_normalised(codes, batch.y)
+        fvu = batch.reconstruction(y_hat)
+        if config.penalty == "tanh":
+            strength = codes.value * self.W_dec.norm(dim=1)[index]
+            counted = torch.tanh(config.tanh_scale / unit * strength).sum() / len(batch)
+        else:
+            counted = step(z, own, eps).sum() / len(batch)
+        if config.penalty == "quadratic":
+            penalty = (counted / config.l0_target - 1).square()
+        else:
+            penalty = counted / self.d_in
+        weight = config.l0_coefficient * state.ramp(config.l0_warmup_fraction) * state.penalty
+        loss = fvu + weight * penalty
+        terms = {"fvu": fvu.detach(), "sparsity": penalty.detach()}
+        if config.pre_act_coefficient:
+            silent = self._silent(centred, theta, state.dead) / (unit * self.d_in)
+            loss = loss + config.pre_act_coefficient * silent
+            terms["pre_act"] = silent.detach()
+        return TrainingOutput(loss, terms, codes.counts(), y_hat)
+
+    def _silent(self, centred: Tensor, theta: Tensor, dead: Tensor) -> Tensor:
+        """mean_batch sum ReLU(theta - z) ||W_dec|| over dead features (Anthropic, January 2025)."""
+        rows = dead.nonzero()[:, 0]
+        z = functional.linear(centred, self.W_enc_T[rows], self.b_enc[rows])
+        short = torch.relu(theta[rows] - z).sum(0) / len(centred)
+        return (short * self.W_dec[rows].norm(dim=1)).sum()

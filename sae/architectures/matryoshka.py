@@ -1,0 +1,160 @@
+"""Matryoshka SAE on BatchTopK (Bussmann, Nabeshima, Karvonen, Nanda 2025, arXiv 2503.17547).
+
+The k B largest pre-activations of a batch are chosen over all features first; then every prefix of
+the dictionary, of widths m_1 < ... < m_n = d_sae, has to reconstruct alone:
+loss = sum_i w_i FVU(y, sum_{j < m_i} f_j W_dec,j + b_dec) + 1/32 AuxK,   sum_i w_i = 1
+With the paper's code the prefix of no feature at all (b_dec alone) is one of them.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from sae import kernels
+from sae.architectures import register
+from sae.architectures._batch_selection import BatchSelectionConfig, BatchSelectionSAE
+from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
+from sae.base import SAEConfig, TrainingState
+from sae.batch import TrainingBatch
+from sae.codes import SparseCodes
+from saescope.errors import InputError, check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatryoshkaConfig(BatchSelectionConfig):
+    """Configuration of the Matryoshka architecture."""
+
+    kind: Literal["matryoshka"] = "matryoshka"
+    """Name of the architecture."""
+    group_fractions: tuple[float, ...] = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+    """Parts of the dictionary that each level adds; they sum to 1. In a small dictionary levels
+    that would add no feature are left out."""
+    prefix_widths: tuple[int, ...] | None = None
+    """Widths of the prefixes, increasing, the last d_sae; in place of group_fractions."""
+    prefix_weights: tuple[float, ...] | None = None
+    """Weight of each prefix's loss (first that of no feature, with include_empty), scaled to sum
+    to 1; equal if not given."""
+    include_empty: bool = True
+    """The bias alone is a prefix too."""
+    aux_per_level: bool = False
+    """Each prefix's own features predict its own residual; if false, once on the full residual."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for fraction in self.group_fractions:
+            check_range("sae.group_fractions", fraction, above=0)
+        if abs(sum(self.group_fractions) - 1) > 1e-6:
+            raise InputError(
+                "the parts must sum to 1", where="sae.group_fractions", given=self.group_fractions
+            )
+        widths = (0, *(self.prefix_widths or (self.d_sae,)))
+        if widths[-1] != self.d_sae or any(low >= high for low, high in pairwise(widths)):
+            raise InputError(
+                "not increasing widths of prefixes", where="sae.prefix_widths",
+                given=self.prefix_widths, allowed=f"increasing, the last {self.d_sae}",
+            )  # fmt: skip
+        self.weights()
+
+    def widths(self) -> list[int]:
+        """The width of each prefix, increasing; the last is d_sae."""
+        if self.prefix_widths is not None:
+            return list(self.prefix_widths)
+        parts = torch.tensor(self.group_fractions, dtype=torch.float64).cumsum(0)
+        rounded = [*(round(float(part) * self.d_sae) for part in parts[:-1]), self.d_sae]
+        return sorted({width for width in rounded if width})
+
+    def weights(self) -> list[float]:
+        """The weight of each prefix's loss, summing to 1; the empty prefix first, if it counts."""
+        number = len(self.widths()) + self.include_empty
+        given = self.prefix_weights if self.prefix_weights is not None else (1.0,) * number
+        if len(given) != number or min(given) < 0 or not sum(given):
+            raise InputError(
+                "not a weight for each prefix", where="sae.prefix_weights", given=given,
+                allowed=f"{number} numbers, none negative, not all 0",
+            )  # fmt: skip
+        return [weight / sum(given) for weight in given]
+
+
+@register
+class MatryoshkaSAE(BatchSelectionSAE):
+    """BatchTopK whose first features have to do alone, so that general ones come first."""
+
+    Config: ClassVar[type[SAEConfig]] = MatryoshkaConfig
+    config: MatryoshkaConfig  # type: ignore[assignment]
+
+    @property
+    def levels(self) -> int:
+        """Number of prefixes that have features."""
+        return len(self.config.widths())
+
+    def objective(
+        self, batch: TrainingBatch, centred: Tensor, codes: SparseCodes, state: TrainingState
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Weighted FVU of the prefixes + coefficient * auxiliary; "fvu" is the full width's."""
+        config = self.config
+        widths, weights = config.widths(), config.weights()
+        y_hats = self._prefix_reconstructions(codes)
+        losses = [batch.reconstruction(y_hat) for y_hat in y_hats[-len(weights) :]]
+        nested = sum(
+            (weight * loss for weight, loss in zip(weights, losses, strict=True)),
+            start=losses[0].new_zeros(()),
+        )
+        terms = {"fvu": losses[-1].detach(), "nested": nested.detach()}
+        if not config.aux_per_level:
+            loss = self.add_auxiliary(nested, terms, batch, centred, codes, y_hats[-1], state)
+            return loss, terms, y_hats[-1]
+        loss, parts = nested, {}
+        own = weights[-len(widths) :]
+        for width, weight, y_hat in zip(widths, own, y_hats[1:], strict=True):
+            zero, found = nested.new_zeros(()), {}
+            term = self.add_auxiliary(
+                zero, found, batch, centred, codes, y_hat, state, width=width
+            )  # fmt: skip
+            loss = loss + weight / sum(own) * term
+            for name, value in found.items():
+                parts[name] = parts.get(name, 0.0) + weight / sum(own) * value
+        return loss, {**terms, **parts}, y_hats[-1]
+
+    def _prefix_reconstructions(self, codes: SparseCodes) -> list[Tensor]:
+        """y_hat [batch, d_out] of no feature and of each prefix; each entry is decoded once."""
+        widths = self.config.widths()
+        # one split, so that its backward is one concatenation
+        decoders = self.W_dec.split([high - low for low, high in pairwise([0, *widths])])
+        rows = codes.rows()
+        y_hats = [self.b_dec.expand(codes.batch, -1)]
+        for (low, high), decoder in zip(pairwise([0, *widths]), decoders, strict=True):
+            inside = (codes.index >= low) & (codes.index < high)
+            row_ptr = torch.zeros_like(codes.row_ptr)
+            torch.cumsum(torch.bincount(rows[inside], minlength=codes.batch), 0, out=row_ptr[1:])
+            part = kernels.decode(row_ptr, codes.index[inside] - low, codes.value[inside], decoder)
+            y_hats.append(y_hats[-1] + part)
+        return y_hats
+
+    @torch.no_grad()
+    def prefix(self, level: int) -> BatchTopKSAE:
+        """An SAE of the features of a prefix alone (level 0 the smallest), with copied weights.
+
+        The threshold is the whole's, so its features fire where they do there, and its L0 is lower.
+        Raises InputError for a level there is not.
+        """
+        if not 0 <= level < self.levels:
+            raise InputError(
+                "no such level", where="prefix", given=level, allowed=f"0 to {self.levels - 1}"
+            )
+        width = self.config.widths()[level]
+        shared = {name: getattr(self.config, name) for name in BatchTopKConfig.__dataclass_fields__}
+        shared |= {"kind": "batchtopk", "d_sae": width, "k": min(self.config.k, width)}
+        sae = BatchTopKSAE(BatchTopKConfig(**shared), self.d_in, self.d_out)
+        sae.to(self.W_dec)
+        own = self.state_dict()
+        sae.load_state_dict({
+            name: own[name][:width] if value.ndim and len(value) == width else own[name]
+            for name, value in sae.state_dict().items()
+        })  # fmt: skip
+        sae.normaliser, sae.output_normaliser = self.normaliser, self.output_normaliser
+        sae.site_normalisers = dict(self.site_normalisers)
+        sae.metadata = {**self.metadata, "prefix_of": self.d_sae}
+        return sae.train(self.training)

@@ -1,0 +1,109 @@
+"""A batch as a stream gives it, and as an objective takes it: at the normaliser's scale."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Tensor
+
+from saescope.errors import InputError
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """Rows of activations, float32 in the model's units (or a transform's, where there is one)."""
+
+    x: Tensor
+    """[batch, d_in], what is encoded"""
+    target: Tensor | None = None
+    """[batch, d_out], what is to be reconstructed; None: x itself"""
+    group: Tensor | None = None
+    """int64 [batch], which of the stream's sites each row is from"""
+    labels: Tensor | None = None
+    """int64 [batch], class of each row, such as its document; -1 for none"""
+    row_token: Tensor | None = None
+    """int64 [batch], flat token (sequence * context + position) of each row"""
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def select(self, rows: Tensor | slice) -> "RawBatch":
+        """The rows for which a mask bool [batch] is true, or a slice of them."""
+        found = {name: value for name, value in vars(self).items() if value is not None}
+        return RawBatch(**{name: value[rows] for name, value in found.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBatch:
+    """What an objective is computed on.
+
+    >>> import torch
+    >>> batch = TrainingBatch.of(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), variance=5.0)
+    >>> float(batch.reconstruction(torch.zeros(2, 2)))  # (25 / 5 + 0) / 2
+    2.5
+    """
+
+    y: Tensor
+    """[batch, d_in], what is encoded"""
+    target: Tensor
+    """[batch, d_out], what is to be reconstructed; y itself for an autoencoder"""
+    variance: float
+    """E||t - E t||^2 of the targets over the training rows: predicting their mean costs 1"""
+    group: Tensor | None = None
+    """int64 [batch], which of several layers a row is from"""
+    group_variance: Tensor | None = None
+    """[groups], the variance of each layer's targets"""
+    visible: Tensor | None = None
+    """bool [d_in], the coordinates the encoder sees; the loss is then on the others"""
+    labels: Tensor | None = None
+    """int64 [batch], classes of rows; -1 for none"""
+    tilt: float = 0.0
+    """t of the tilted empirical risk, per unit of FVU; 0 is the plain mean"""
+
+    @classmethod
+    def of(cls, y: Tensor, *, variance: float = 1.0, **more: Any) -> Self:
+        """The batch of an autoencoder: the target is y."""
+        return cls(y=y, target=y, variance=variance, **more)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def per_row(self, y_hat: Tensor) -> Tensor:
+        """||t - y_hat||^2 of each row [batch], over the variance (its layer's, where grouped).
+
+        Where coordinates are hidden, over those alone and their share of the width.
+        """
+        error = (self.target - y_hat).square()
+        share = 1.0
+        if self.visible is not None:
+            hidden = ~self.visible
+            error = error * hidden
+            share = float(hidden.sum()) / len(hidden)
+        unit: Tensor | float = self.variance
+        if self.group is not None and self.group_variance is not None:
+            unit = self.group_variance[self.group]
+        return error.sum(-1) / (unit * share)
+
+    def reconstruction(self, y_hat: Tensor) -> Tensor:
+        """The loss of y_hat [batch, d_out]: the mean of `per_row` (an FVU), or its tilted mean.
+
+        Tilted: (1/t) log(mean exp(t l)), by a stable logsumexp (Li et al. 2021; for SAEs Muhamed
+        et al. 2024, section 3.2). t > 0 leans to the worst rows, t -> 0 is the mean.
+        """
+        rows = self.per_row(y_hat)
+        if not self.tilt:
+            return rows.mean()
+        scaled = (self.tilt * rows).logsumexp(0)
+        return (scaled - math.log(len(rows))) / self.tilt
+
+    def finish(self, output: Any) -> Any:
+        """The architecture's output, put right where this batch's loss needs it."""
+        return output
+
+    def mask_input(self, centred: Tensor) -> Tensor:
+        """The encoder's input [batch, d_in] with hidden coordinates zeroed."""
+        if self.visible is None:
+            return centred
+        if centred.shape[-1] != len(self.visible):
+            raise InputError("mask of another width", where="visible", given=len(self.visible))
+        return centred * self.visible

@@ -1,0 +1,64 @@
+"""Our own format: config.json and weights.safetensors (see `sae.saved`)."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from sae.architectures import architectures
+from sae.base import SparseAutoencoder
+from sae.formats import register
+from sae.formats._claim import Claim
+from sae.formats._format import Format
+from sae.normaliser import Normaliser
+from sae.saved import CONFIG_FILE, WEIGHTS_FILE, read_sae
+from saescope.artefact import read_json
+from saescope.errors import ArtefactError, InputError
+
+
+@register
+class SaescopeFormat(Format):
+    """Every architecture, to the bit."""
+
+    name: ClassVar[str] = "saescope"
+    files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE)
+
+    @property
+    def writes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Every architecture there is."""
+        return tuple(architectures())
+
+    def recognise(self, folder: Path) -> bool:
+        """A config.json that says it is an SAE's, even with its weights missing."""
+        path = folder / CONFIG_FILE
+        if not path.is_file():
+            return False
+        try:
+            described = read_json(path)
+        except ArtefactError:
+            return (folder / WEIGHTS_FILE).is_file()
+        return isinstance(described, dict) and described.get("kind") == "sae"
+
+    @torch.no_grad()
+    def read(self, folder: Path, *, input_scale: float | None = None) -> SparseAutoencoder:
+        """The SAE as it was saved."""
+        sae = read_sae(folder, architectures())
+        if input_scale is None:
+            return sae
+        if not sae.normaliser.is_identity:
+            raise InputError(
+                "has its own scale already", where="input_scale", given=sae.normaliser.kind
+            )
+        scale = torch.tensor(input_scale, dtype=torch.float32)
+        variance = sae.normaliser.variance
+        sae.normaliser = Normaliser("sqrt_d", torch.zeros(sae.d_in), scale, variance)
+        return sae.fold()
+
+    def write(self, sae: SparseAutoencoder, folder: Path) -> None:
+        """Everything, its normaliser unfolded."""
+        sae.save(folder)
+
+    def claim(self, folder: Path, sae: SparseAutoencoder) -> Claim | None:
+        """What it measured at the end of its training, or what it was converted with."""
+        measured = sae.metadata.get("held_out") or sae.metadata.get("claimed")
+        return Claim.from_metrics(measured, f"its {CONFIG_FILE}")

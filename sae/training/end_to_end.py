@@ -1,0 +1,378 @@
+"""End-to-end training (Braun et al. 2024): the loss is what the reconstruction does to the model.
+
+At the SAE's site, at kept positions, x_hat takes the activation's place, and
+
+    loss = KL(clean || spliced) + w FVU + v mean_k FVU_k + the architecture's own other terms
+
+with KL in nats, averaged over kept source positions; w = 0 is their SAE_e2e. With v > 0, FVU_k is
+the error at the residual stream after a later layer k, over that layer's variance in the batch
+(their SAE_e2e+ds, which has squared errors). Gradients go through the model into x_hat alone: its
+weights are frozen.
+
+An architecture need not know: it gets a batch whose reconstruction loss is this one, so prefixes
+(Matryoshka) and gates have theirs through the model too, at the price of a pass each.
+
+The gradient in x_hat is taken a few sequences at a time, in the forward pass, so that logits of the
+whole batch (rows x vocabulary) are never in memory.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from activations import ActivationStore, Model
+from sae.base import SparseAutoencoder, TrainingOutput
+from sae.batch import RawBatch, TrainingBatch
+from sae.training.outliers import OutlierFilter
+from sae.training.streams import OneSite
+from saescope.config import Config
+from saescope.errors import InputError, check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEndConfig(Config):
+    """What counts besides the KL divergence, and how much is computed at once."""
+
+    reconstruction_weight: float = 0.0
+    """w: weight of the usual reconstruction loss."""
+    downstream_weight: float = 0.0
+    """v: weight of the errors at the residual stream after later layers."""
+    sequences_at_once: int = 4
+    """Sequences that go through the model at once; bounds the memory for their logits."""
+
+    def __post_init__(self) -> None:
+        check_range("end_to_end.reconstruction_weight", self.reconstruction_weight, low=0)
+        check_range("end_to_end.downstream_weight", self.downstream_weight, low=0)
+        check_range("end_to_end.sequences_at_once", self.sequences_at_once, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """The text that a batch's rows are from."""
+
+    tokens: Int64[Tensor, "sequence pos"]
+    keep: Bool[Tensor, "sequence pos"]
+    """positions that have a row; rows are in the order of positions"""
+    later: dict[str, Float[Tensor, "rows d_model"]] = field(default_factory=dict)
+    """clean activations of later sites at these positions"""
+
+
+@dataclass(frozen=True)
+class SequenceRows(RawBatch):
+    """Rows of whole sequences, and the sequences."""
+
+    sequences: Sequences = field(kw_only=True)
+
+    def select(self, rows: Tensor | slice) -> RawBatch:
+        """Raises InputError: part of a sequence cannot go through a model."""
+        raise InputError(
+            "end-to-end training takes whole batches; bound the memory by sequences_at_once",
+            where="end_to_end", given=rows,
+        )  # fmt: skip
+
+
+class EndToEndLoss(NamedTuple):
+    """What `EndToEnd.loss` returns."""
+
+    loss: Tensor
+    """scalar, differentiable in x_hat: KL + v downstream"""
+    terms: dict[str, Tensor]
+    """"kl" and, where weighted, "downstream": detached scalars"""
+
+
+class EndToEnd:
+    """The end-to-end loss of one site of a model.
+
+    Raises InputError for an unknown site, or if downstream errors are asked for where no layer
+    follows.
+
+    >>> objective = EndToEnd(model, site, EndToEndConfig())  # doctest: +SKIP
+    >>> batch = objective.batch(sae, rows, maker.make(rows, generator))  # doctest: +SKIP
+    >>> output = batch.finish(sae.training_output(batch, state))  # doctest: +SKIP
+    """
+
+    def __init__(self, model: Model, site: str, config: EndToEndConfig) -> None:
+        self.model, self.config = model, config
+        (self.site,) = model.resolve([site])
+        self.later_sites = _later_sites(model, self.site) if config.downstream_weight else []
+        if config.downstream_weight and not self.later_sites:
+            raise InputError(
+                "no layer follows this site", where="end_to_end.downstream_weight",
+                given=config.downstream_weight, allowed="0",
+            )  # fmt: skip
+
+    def capture(self, tokens: Tensor, keep: Tensor) -> tuple[Tensor, Sequences]:
+        """The rows x float32 [rows, d_in] of kept positions, and what `loss` needs of them."""
+        wanted, size = [self.site, *self.later_sites], self.config.sequences_at_once
+        found: dict[str, list[Tensor]] = {site: [] for site in wanted}
+        for part, kept in zip(tokens.split(size), keep.split(size), strict=True):
+            for site, value in self.model.capture(part, wanted).items():
+                rows = value[kept.to(value.device)]
+                found[site].append(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+        rows = {site: torch.cat(pieces) for site, pieces in found.items()}
+        x = rows.pop(self.site)
+        return x, Sequences(tokens=tokens, keep=keep, later=rows)
+
+    def loss(self, sequences: Sequences, x_hat: Float[Tensor, "rows d_in"]) -> EndToEndLoss:
+        """The loss of what is put in place of the kept rows, in the model's units.
+
+        Raises InputError if there is not one row a kept position.
+        """
+        if len(x_hat) != int(sequences.keep.sum()):
+            raise InputError(
+                "one row a kept position is needed", where="EndToEnd.loss", given=len(x_hat),
+                allowed=str(int(sequences.keep.sum())),
+            )  # fmt: skip
+        terms: dict[str, Tensor] = {}
+        loss = _ThroughModel.apply(x_hat, lambda leaf: self._in_parts(sequences, leaf, terms))
+        return EndToEndLoss(loss, terms)  # type: ignore[arg-type]
+
+    def _in_parts(
+        self, sequences: Sequences, x_hat: Tensor, terms: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and its gradient in x_hat; fills `terms`."""
+        later, size = sequences.later, self.config.sequences_at_once
+        variance = {
+            site: (rows - rows.mean(0)).square().sum(1).mean() for site, rows in later.items()
+        }
+        gradient = torch.zeros_like(x_hat)
+        sums = torch.zeros(2, dtype=torch.float64)
+        start = 0
+        parts = zip(sequences.tokens.split(size), sequences.keep.split(size), strict=True)
+        for tokens, keep in parts:
+            rows = slice(start, start + int(keep.sum()))
+            start = rows.stop
+            if rows.start == rows.stop:
+                continue
+            with torch.enable_grad():
+                leaf = x_hat[rows].detach().requires_grad_()
+                kl, spliced = self._spliced(tokens, keep, leaf)
+                downstream = kl.new_zeros(())
+                for site, clean in later.items():
+                    error = (spliced[site] - clean[rows]).square().sum()
+                    downstream = downstream + error / (variance[site] * len(later))
+                loss = (kl + self.config.downstream_weight * downstream) / len(x_hat)
+                (gradient[rows],) = torch.autograd.grad(loss, leaf)
+            both = torch.stack([kl, downstream]).detach().to(sums) / len(x_hat)
+            sums += both
+        terms["kl"] = sums[0].to(x_hat)
+        if later:
+            terms["downstream"] = sums[1].to(x_hat)
+        return (sums[0] + self.config.downstream_weight * sums[1]).to(x_hat), gradient
+
+    def _spliced(
+        self, tokens: Tensor, keep: Tensor, x_hat: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum of KL over kept positions, and later sites' activations there."""
+        keep = keep.to(self.model.device)
+        found: dict[str, Tensor] = {}
+
+        def splice(h: Tensor, _: Tensor) -> Tensor:
+            return torch.index_put(h, (keep,), x_hat.to(h))
+
+        def watching(site: str) -> Callable[[Tensor, Tensor], None]:
+            def see(h: Tensor, _: Tensor) -> None:
+                found[site] = h[keep].to(x_hat)
+
+            return see
+
+        clean = self.model.logits(tokens)[keep]
+        edits = {self.site: splice, **{site: watching(site) for site in self.later_sites}}
+        with self.model.edit(edits):
+            spliced = self.model.logits(tokens, gradient=True)[keep]
+        precision = torch.promote_types(spliced.dtype, torch.float32)
+        log_p = clean.to(precision).log_softmax(-1)
+        log_q = spliced.to(precision).log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum().to(x_hat.device), found
+
+    def batch(
+        self, sae: SparseAutoencoder, raw: SequenceRows, batch: TrainingBatch
+    ) -> "EndToEndBatch":
+        """The batch of these rows, with the end-to-end loss in place of the reconstruction's.
+
+        Raises InputError for a batch with hidden coordinates, tilt, layers, or another target.
+        """
+        odd = (batch.visible is not None, bool(batch.tilt), batch.group is not None)
+        if any(odd) or batch.target is not batch.y:
+            raise InputError(
+                "end-to-end training is of one site that is read and reconstructed, without "
+                "tilt or hidden coordinates", where="end_to_end",
+            )  # fmt: skip
+        return EndToEndBatch(
+            **vars(batch),
+            objective=self,
+            sequences=raw.sequences,
+            restore=lambda y_hat: sae.normaliser_out.invert(y_hat, like=raw.x),
+        )
+
+
+class _ThroughModel(torch.autograd.Function):
+    """A scalar whose gradient is computed with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_hat: Tensor, compute: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        loss, gradient = compute(x_hat.detach())
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return upstream[0] * gradient, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEndBatch(TrainingBatch):
+    """A training batch whose reconstruction loss is the end-to-end loss."""
+
+    objective: EndToEnd
+    sequences: Sequences
+    restore: Callable[[Tensor], Tensor]
+    """from the normaliser's scale to the model's units"""
+    _seen: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list, init=False)
+
+    def reconstruction(self, y_hat: Tensor) -> Tensor:
+        """KL + v downstream errors + w FVU of y_hat [batch, d_out]."""
+        found = self.objective.loss(self.sequences, self.restore(y_hat))
+        fvu = super().reconstruction(y_hat)
+        self._seen.append((y_hat, {"fvu": fvu.detach(), **found.terms}))
+        weight = self.objective.config.reconstruction_weight
+        return found.loss + weight * fvu if weight else found.loss
+
+    def finish(self, output: TrainingOutput) -> TrainingOutput:
+        """The architecture's output with "fvu" put right, and "kl" and "downstream" added."""
+        terms = self._seen[-1][1]
+        for y_hat, found in self._seen:
+            if y_hat is output.y_hat:
+                terms = found
+        return output._replace(terms={**output.terms, **terms})
+
+
+def _later_sites(model: Model, site: str) -> list[str]:
+    """The residual stream after each layer from the site on, without the site itself."""
+    layer = re.match(r"blocks\.(\d+)\.", site)
+    if layer is None and site != "hook_embed":
+        raise InputError(
+            "which layers follow this site is not known", where="end_to_end.downstream_weight",
+            given=site, allowed="sites of blocks",
+        )  # fmt: skip
+    first = int(layer.group(1)) if layer else 0
+    after = [f"blocks.{n}.hook_resid_post" for n in range(first, model.n_layers)]
+    return [each for each in after if each != site]
+
+
+class EndToEndStream(OneSite):
+    """Batches of whole training sequences of a harvest, their rows computed anew by the model.
+
+    Sequences come in a random order, another each epoch; a batch has as many as give about
+    batch_size rows. Held-out rows and statistics are the harvest's. Outliers are left out and their
+    positions stay as they are in the model.
+
+    Raises InputError as OneSite does, or if there are fewer sequences than a batch.
+    """
+
+    KIND = "end_to_end"
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        objective: EndToEnd,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        outliers: OutlierFilter | None = None,
+    ) -> None:
+        site = objective.site
+        super().__init__(store, [site], batch_size=batch_size, seed=seed, outliers=outliers)
+        self.objective = objective
+        self._train = np.flatnonzero(store.split == 0)
+        self.sequences_per_batch = max(
+            1, round(batch_size * len(self._train) / store.n_rows("train"))
+        )
+        if self.sequences_per_batch > len(self._train):
+            raise InputError(
+                "fewer training sequences than one batch", where="batch_size", given=batch_size,
+                allowed=f"up to {store.n_rows('train')}",
+            )  # fmt: skip
+        self._epoch = self._batch = 0
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in one pass over the training sequences."""
+        return len(self._train) // self.sequences_per_batch
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        while True:
+            chosen = self._chosen()
+            self._batch += 1
+            if self._batch == self.batches_per_epoch:
+                self._epoch, self._batch = self._epoch + 1, 0
+            batch, removed = self._sequence_rows(chosen)
+            self.removed += removed
+            if len(batch):
+                yield batch
+
+    def _chosen(self) -> Sequence[int]:
+        """The sequences of the present batch, in the store's order: so they are read faster."""
+        order = np.random.default_rng((self._seed, self._epoch)).permutation(self._train)
+        start = self._batch * self.sequences_per_batch
+        return np.sort(order[start : start + self.sequences_per_batch]).tolist()
+
+    def _sequence_rows(self, chosen: Sequence[int]) -> tuple[SequenceRows, int]:
+        tokens = torch.from_numpy(self.store.tokens[chosen]).long()
+        keep = torch.from_numpy(self.store.keep[chosen])
+        x, sequences = self.objective.capture(tokens, keep)
+        removed = 0
+        if self.outliers is not None:
+            whole = self.outliers.keep(self.objective.site, x)
+            removed = int((~whole).sum())
+            keep = keep.clone()
+            keep[keep.clone()] = whole.cpu()
+            later = {site: rows[whole] for site, rows in sequences.later.items()}
+            x, sequences = x[whole], Sequences(tokens=tokens, keep=keep, later=later)
+        places = torch.tensor(chosen)[:, None] * self.store.context + torch.arange(keep.shape[1])
+        return SequenceRows(x, row_token=places[keep], sequences=sequences), removed
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands; JSON-able."""
+        return {
+            **self._identity(),
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "removed": self.removed,
+            "outliers": self.outliers.to_dict() if self.outliers else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly after the batch at which `state_dict` was taken.
+
+        Raises InputError if the state is of another stream.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise InputError(
+                    f"the state of another stream: {name} differs", where="load_state_dict",
+                    given=state.get(name), allowed=str(value),
+                )  # fmt: skip
+        self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
+        self.removed = int(state["removed"])
+        if state["outliers"]:
+            self.outliers = OutlierFilter(**state["outliers"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            **super()._identity(),
+            "harvest": self.store.hash,
+            "weights": self.objective.model.weights_hash,
+            "site": self.objective.site,
+            "seed": self._seed,
+            "sequences_per_batch": self.sequences_per_batch,
+        }

@@ -1,0 +1,69 @@
+"""Held-out measurements during training, of one site or of several, and calibration rows."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.base import SparseAutoencoder
+from sae.batch import RawBatch
+from sae.evaluation.reconstruction import Reconstruction, measure_reconstruction
+from sae.training.objective import BatchMaker
+
+HeldOutRows = Callable[[], Iterable[RawBatch | Tensor]]
+"""fresh iterators of rows that are never trained on"""
+_ROWS = 4096
+
+
+def _raw(batches: Iterable[RawBatch | Tensor]) -> Iterator[RawBatch]:
+    return (RawBatch(each) if isinstance(each, Tensor) else each for each in batches)
+
+
+def measure(sae: SparseAutoencoder, held_out: HeldOutRows) -> dict[str, Any]:
+    """L0, FVU, cosine and the like; of a several-layer SAE the mean over layers, and each layer's.
+
+    A feature of a several-layer SAE is dead if it fires at no layer.
+    """
+    if not sae.site_normalisers:
+        found = measure_reconstruction(sae, lambda: _rows(held_out))
+        return _summary(found)
+    layers = {}
+    for number, site in enumerate(sae.site_normalisers):
+        own = sae.at(site)
+        layers[site] = measure_reconstruction(own, lambda n=number: _layer(held_out, n))
+    density = torch.stack([found.density for found in layers.values()])
+    each = [_summary(found) for found in layers.values()]
+    mean = {name: sum(one[name] for one in each) / len(each) for name in ("l0", "fvu", "cosine")}
+    return {
+        **mean,
+        "dead_fraction": float((density.sum(0) == 0).double().mean()),
+        "rows": sum(one["rows"] for one in each),
+        "layers": {site: _summary(found) for site, found in layers.items()},
+    }
+
+
+def normalised_rows(maker: BatchMaker, held_out: HeldOutRows) -> Callable[[], Iterator[Tensor]]:
+    """Fresh iterators of what the encoder takes, y [n, d_in] at the normaliser's scale."""
+
+    def rows() -> Iterator[Tensor]:
+        for raw in _raw(held_out()):
+            yield from maker.normalised(raw).split(_ROWS)
+
+    return rows
+
+
+def _rows(held_out: HeldOutRows) -> Iterator[Any]:
+    for raw in _raw(held_out()):
+        yield raw.x if raw.target is None else (raw.x, raw.target)
+
+
+def _layer(held_out: HeldOutRows, number: int) -> Iterator[Tensor]:
+    for raw in _raw(held_out()):
+        if raw.group is not None:
+            yield raw.x[raw.group == number]
+
+
+def _summary(found: Reconstruction) -> dict[str, Any]:
+    names = ("l0", "fvu", "cosine", "dead_fraction", "rows")
+    return {name: getattr(found, name) for name in names}

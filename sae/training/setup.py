@@ -1,0 +1,302 @@
+"""One run: from its configuration to a trainer over a harvest, and to the SAE it releases."""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from activations import ActivationStore
+from sae.analysis.lens import TunedLens
+from sae.architectures import architecture
+from sae.base import SparseAutoencoder, kind_of
+from sae.harvests import choose_site, load_harvested_model
+from sae.loading import SAE_FOLDER, load
+from sae.normaliser import Normaliser
+from sae.training.end_to_end import EndToEnd, EndToEndStream
+from sae.training.outliers import OutlierFilter
+from sae.training.streams import Stream, make_stream
+from sae.training.trainer import Trainer
+from saescope.artefact import MANIFEST, git_commit, read_manifest, sha256_json, write_manifest
+from saescope.config import to_dict
+from saescope.errors import InputError
+from saescope.progress import say
+
+if TYPE_CHECKING:
+    from sae.training.command import TrainConfig
+
+RUN_SCHEMA = 1
+_NOT_IDENTITY = ("harvest", "out", "plan", "lens")
+"""settings that may differ between a run and its continuation"""
+_SAMPLE_ROWS = 16384
+
+
+class Run:
+    """What a configuration means on a harvest; nothing is written before `start`.
+
+    Args: stream replaces the run's own reading of the harvest (a sweep's members share one).
+
+    Raises InputError if the sites are unknown or do not fit the architecture, if there are too few
+    rows, or if the folder holds another run.
+    """
+
+    def __init__(
+        self, config: TrainConfig, harvest: ActivationStore, *, stream: Stream | None = None
+    ) -> None:
+        self.config, self.harvest = config, harvest
+        self.folder = Path(config.out)
+        self.sae_config = config.sae
+        if config.trainer.target_l0 is not None:
+            self.sae_config = config.sae.with_target_l0(config.trainer.target_l0)
+        self.cls = architecture(kind_of(config.sae))
+        self.sites = _sites(config, harvest, self.cls)
+        self.settings = {**to_dict(config), "sites": list(self.sites), "site": None}
+        identity = {**self.settings, **dict.fromkeys(_NOT_IDENTITY)}
+        self._lens = TunedLens.load(config.lens) if config.lens else None
+        self.tag = sha256_json({
+            "config": identity, "harvest": harvest.hash,
+            **({"lens": self._lens.hash} if self._lens else {}),
+        })  # fmt: skip
+        if (self.folder / MANIFEST).exists():
+            self._check_same_run()
+        self.stream = stream or self.make_stream()
+        self.total_steps = int(
+            config.passes * harvest.n_rows("train") / self.stream.tokens_per_batch
+        )
+        if self.total_steps < 1:
+            raise InputError(
+                "fewer training rows than one batch", where="trainer.batch_size",
+                given=config.trainer.batch_size,
+                allowed=f"up to {int(config.passes * harvest.n_rows('train'))}",
+            )  # fmt: skip
+
+    def stream_key(self) -> str:
+        """Equal for runs that can share a stream."""
+        config = self.config
+        return sha256_json([
+            self.sites, config.target_site, config.mix, self.cls.concatenates,
+            config.trainer.batch_size, self._data_seed, config.outliers, self._labels,
+            self._lens and self._lens.hash, config.mix_chunks, config.objective,
+            to_dict(config.end_to_end),
+        ])  # fmt: skip
+
+    def make_stream(self) -> Stream:
+        """The run's batches, from their beginning."""
+        config = self.config
+        if self.end_to_end is not None:
+            outliers = None
+            if config.outliers is not None:
+                outliers = OutlierFilter.fit(self.harvest, self.sites, config.outliers)
+            return EndToEndStream(
+                self.harvest, self.end_to_end, batch_size=config.trainer.batch_size,
+                seed=self._data_seed, outliers=outliers,
+            )  # fmt: skip
+        return make_stream(
+            self.harvest,
+            self.sites,
+            batch_size=config.trainer.batch_size,
+            seed=self._data_seed,
+            target_site=config.target_site,
+            mix=config.mix,
+            crosscoder=self.cls.concatenates,
+            outlier_multiple=config.outliers,
+            labels=self._labels,
+            transform=self._lens,
+            mix_chunks=config.mix_chunks,
+        )
+
+    @cached_property
+    def end_to_end(self) -> EndToEnd | None:
+        """The end-to-end loss, with the harvest's own model, if that is the objective."""
+        config = self.config
+        if config.objective == "reconstruction":
+            return None
+        site, *others = self.sites
+        if others or config.target_site or config.lens or self.cls.concatenates:
+            raise InputError(
+                "end-to-end training is of one site's SAE", where="objective", given=self.sites
+            )
+        model = load_harvested_model(self.harvest, self.harvest.manifest["model"]["dtype"])
+        return EndToEnd(model, site, config.end_to_end)
+
+    @property
+    def _labels(self) -> Literal["document"] | None:
+        """What makes two rows one class, for objectives that ask for classes: their document."""
+        return "document" if getattr(self.sae_config, "positives", None) == "class" else None
+
+    @property
+    def _data_seed(self) -> int:
+        return self.config.seed if self.config.data_seed is None else self.config.data_seed
+
+    def finished(self) -> bool:
+        """True if the SAE is there already."""
+        return (self.folder / SAE_FOLDER).exists()
+
+    def start(self) -> None:
+        """Make the trainer and, in a new folder, write the manifest."""
+        trainer = self.trainer  # before anything is written: wrong input leaves no folder behind
+        if not (self.folder / MANIFEST).exists():
+            write_manifest(
+                self.folder, kind="run", schema=RUN_SCHEMA, config=self.settings,
+                parent=self.harvest.hash, tag=trainer.tag, site=self.sites[0],
+            )  # fmt: skip
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """The trainer, standing where the run's last checkpoint was taken."""
+        return self.make_trainer(self.folder)
+
+    def make_trainer(self, folder: Path) -> Trainer:
+        """A trainer into a folder."""
+        config, with_loss = self.config, None
+        sae = self.make_sae()
+        if self.end_to_end is not None:
+            with_loss = partial(self.end_to_end.batch, sae)
+        return Trainer(
+            sae,
+            self.stream,
+            config.trainer,
+            total_steps=self.total_steps,
+            held_out=self.stream.held_out(config.evaluation_rows),
+            calibration=self.stream.held_out(config.calibration_rows),
+            folder=folder,
+            with_loss=with_loss,  # type: ignore[arg-type]
+            initialise=config.start_from is None,
+            tag=self.tag,
+            seed=config.seed,
+        )
+
+    def make_sae(self) -> SparseAutoencoder:
+        """The untrained SAE (or the one to start from) with its normalisers and provenance."""
+        config, stream = self.config, self.stream
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            d_out = self.harvest.d_in(config.target_site) if config.target_site else None
+            sae = self.cls(self.sae_config, stream.d_in, d_out)
+        fits = {site: self._fit(site) for site in (*self.sites, config.target_site) if site}
+        if config.mix is not None:
+            sae.site_normalisers = {site: fits[site] for site in self.sites}
+        elif self.cls.concatenates:
+            sae.normaliser = Normaliser.side_by_side([fits[site] for site in self.sites])
+        else:
+            sae.normaliser = fits[self.sites[0]]
+        if config.target_site:
+            sae.output_normaliser = fits[config.target_site]
+        if config.start_from:
+            _go_on_from(sae, config.start_from)
+        sae.metadata = self._metadata()
+        return sae
+
+    def _fit(self, site: str) -> Normaliser:
+        moments = self.stream.statistics(site)
+        sample = None
+        if self.config.normaliser in ("standardised", "sqrt_d"):
+            sample = torch.cat(list(self.stream.fitting_rows(site, _SAMPLE_ROWS)))
+        return Normaliser.fit(
+            self.config.normaliser,
+            mean=torch.from_numpy(moments.mean),
+            mean_square=moments.mean_square,
+            sample=sample,
+        )
+
+    def _metadata(self) -> dict[str, Any]:
+        model, config = self.harvest.manifest["model"], self.config
+        first, *others = self.sites
+        several = {}
+        if others:
+            several = {
+                "sites": list(self.sites),
+                "site_widths": [self.harvest.d_in(site) for site in self.sites],
+            }
+        return {
+            "site": first,
+            **several,
+            **({"target_site": config.target_site} if config.target_site else {}),
+            "model": model["name"],
+            "model_spec": model["spec"],
+            "model_revision": model["revision"],
+            "weights_hash": model["weights_hash"],
+            "harvest": str(config.harvest),
+            "harvest_hash": self.harvest.hash,
+            "context": self.harvest.context,
+            "tokens_trained": self.total_steps * self.stream.tokens_per_batch,
+            "normaliser": config.normaliser,
+            **({"lens": config.lens} if config.lens else {}),
+            "seed": config.seed,
+            "saescope_commit": git_commit(),
+        }
+
+    def release(self) -> SparseAutoencoder:
+        """Write the trained SAE, folded, with what was measured; the SAE."""
+        sae, last = self.trainer.sae.eval().fold(), self.trainer.last_held_out
+        sae.metadata["held_out"] = last
+        if self.stream.outliers is not None:
+            sae.metadata["outliers"] = {
+                **self.stream.outliers.to_dict(), "rows_left_out": self.stream.removed,
+            }  # fmt: skip
+        sae.save(self.folder / SAE_FOLDER)
+        say(
+            f"{self.folder}: {kind_of(sae.config)}, d_in {sae.d_in}, d_sae {sae.d_sae}; on "
+            f"{last['rows']:,} held-out rows: L0 {last['l0']:.1f}, FVU {last['fvu']:.4f}, "
+            f"cosine {last['cosine']:.4f}"
+        )
+        return sae
+
+    def _check_same_run(self) -> None:
+        manifest = read_manifest(self.folder, kind="run", schema=RUN_SCHEMA)
+        if manifest["tag"] == self.tag:
+            return
+        differing = [
+            name
+            for name, value in self.settings.items()
+            if name not in _NOT_IDENTITY and manifest["config"].get(name) != value
+        ]
+        raise InputError(
+            f"holds another run (differs in: {', '.join(differing) or 'the harvest'}); choose "
+            "another out, or remove it",
+            where=str(self.folder),
+        )
+
+
+def _sites(
+    config: TrainConfig, harvest: ActivationStore, cls: type[SparseAutoencoder]
+) -> tuple[str, ...]:
+    """The sites that are read, checked against the architecture."""
+    kind = kind_of(config.sae)
+    if cls.transcodes != (config.target_site is not None):
+        what = "a transcoder needs the site to reconstruct" if cls.transcodes else (
+            f"{kind} reconstructs what it reads"
+        )  # fmt: skip
+        raise InputError(what, where="target_site", given=config.target_site)
+    several = cls.concatenates or config.mix is not None
+    if cls.concatenates and config.mix is not None:
+        raise InputError("a crosscoder reads all sites at once", where="mix", given=config.mix)
+    if (cls.transcodes or not several) and config.sites:
+        raise InputError(
+            "several sites need a crosscoder, or mix", where="sites", given=config.sites,
+            allowed="mix = all, drawn",
+        )  # fmt: skip
+    if several and config.site is not None:
+        raise InputError("several sites are read here: give sites", where="site", given=config.site)
+    names: tuple[str | None, ...] = (config.site,)
+    if several:
+        names = config.sites or tuple(harvest.sites)
+    if config.target_site is not None:
+        choose_site(harvest, config.target_site)
+    return tuple(choose_site(harvest, name) for name in names)
+
+
+def _go_on_from(sae: SparseAutoencoder, path: str) -> None:
+    """Give `sae` the weights of a released one, at its own normaliser's scale."""
+    given = load(path)
+    same = kind_of(given.config) == kind_of(sae.config)
+    if not same or (given.d_in, given.d_out, given.d_sae) != (sae.d_in, sae.d_out, sae.d_sae):
+        raise InputError(
+            "of another architecture or size", where="start_from",
+            given=f"{kind_of(given.config)} {given.d_in} x {given.d_sae}",
+            allowed=f"{kind_of(sae.config)} {sae.d_in} x {sae.d_sae}",
+        )  # fmt: skip
+    ready = given.unfold(sae.normaliser, sae.output_normaliser)
+    sae.load_state_dict(ready.state_dict())

@@ -1,0 +1,119 @@
+"""A sweep: members as configured, bit for bit as trained alone, through kills at any step."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sae.loading import load
+from sae.training import setup, sweep
+from sae.training.command import TrainConfig, train
+from sae.training.sweep import SweepConfig, members
+from sae.training.telemetry import read_metrics
+from sae.training.trainer import Trainer
+from saescope.config import from_dict
+from saescope.errors import InputError
+from tests.tiny import make_tiny_harvest, make_tiny_model
+
+SITES = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+TRAINER = {"batch_size": 64, "checkpoint_every": 5, "evaluate_every": 8, "dead_after_tokens": 200}
+
+
+@pytest.fixture(scope="module")
+def harvest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    return make_tiny_harvest(folder / "data", make_tiny_model(folder / "model"), sites=SITES)
+
+
+def config(harvest: Path, out: Path, **more: Any) -> SweepConfig:
+    grid = (
+        {"sae.kind": "topk", "sae.k": [3, 5], "seed": [0, 1], "site": SITES[1]},
+        {"sae.kind": "relu", "site": [*SITES]},
+    )
+    base = {"passes": 1.0, "sae": {"d_sae": 32}, "trainer": TRAINER}
+    return SweepConfig(
+        **{"harvest": str(harvest), "out": str(out), "base": base, "grid": grid} | more
+    )
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = load(one).state_dict(), load(other).state_dict()
+    logs = [read_metrics(path / "metrics.jsonl") for path in (one, other)]
+    return all(torch.equal(a[name], b[name]) for name in a) and logs[0] == logs[1]
+
+
+def test_members_are_the_product_of_the_lists(harvest: Path, tmp_path: Path) -> None:
+    found = members(config(harvest, tmp_path))
+    assert list(found) == [
+        "topk-k=3-seed=0", "topk-k=3-seed=1", "topk-k=5-seed=0", "topk-k=5-seed=1",
+        f"relu-site={SITES[0]}", f"relu-site={SITES[1]}",
+    ]  # fmt: skip
+    one = found["topk-k=5-seed=1"]
+    assert (one.sae.k, one.sae.d_sae, one.seed, one.data_seed) == (5, 32, 1, 0)  # type: ignore[attr-defined]
+    assert one.trainer.batch_size == 64
+
+
+def test_every_member_has_the_bits_of_a_run_alone(harvest: Path, tmp_path: Path) -> None:
+    chosen = config(harvest, tmp_path / "sweep", at_once=3)
+    folders = sweep.sweep(chosen)
+    for name, alone in members(chosen).items():
+        values = {**setup.to_dict(alone), "out": str(tmp_path / name)}
+        train(from_dict(TrainConfig, values, "test"))
+        assert same(tmp_path / "sweep" / name, tmp_path / name), name
+    assert not same(folders[0], folders[1])  # another seed
+    assert sweep.sweep(chosen) == folders  # again: nothing to do
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("kill_at", [2, 16, 17, 31])
+def test_killed_and_resumed_ends_with_the_same_bits(
+    harvest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
+) -> None:
+    """A kill between two members' checkpoints leaves them at different steps."""
+    grid = ({"sae.kind": ["topk", "relu"], "site": SITES[1]},)
+    expected = sweep.sweep(config(harvest, tmp_path / "whole", grid=grid))
+    chosen = config(harvest, tmp_path / "killed", grid=grid)
+    saved, real = [0], Trainer.advance
+
+    def advance(self: Trainer, raw: Any) -> str:
+        saved[0] += 1
+        if saved[0] == kill_at:
+            raise Killed
+        return real(self, raw)
+
+    monkeypatch.setattr(Trainer, "advance", advance)
+    with pytest.raises(Killed):
+        sweep.sweep(chosen)
+    monkeypatch.undo()
+    for one, other in zip(expected, sweep.sweep(chosen), strict=True):
+        assert same(one, other)
+
+
+def test_plan_writes_nothing(
+    harvest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    assert sweep.sweep(config(harvest, out, plan=True)) == []
+    printed = capsys.readouterr().out
+    assert "steps of 64 rows" in printed
+    for word in ("memory", "disk", "time"):
+        assert f"\n{word} " in printed
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ((), "at least one"),
+        (({"sae.kind": "topk", "sae.kk": 3},), r"grid\[0\], member topk.*unknown key 'sae.kk'"),
+        (({"sae.kind": "topk", "seed": [0, 0]},), "two members are alike"),
+        (({"sae.kind": "topk", "seed": []},), "empty list"),
+    ],
+)
+def test_wrong_grids(harvest: Path, tmp_path: Path, grid: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        members(config(harvest, tmp_path, grid=grid))
