@@ -39,7 +39,8 @@ class SparseCodes:
             if k
             else (torch.zeros(batch + 1, dtype=torch.int64, device=index.device))
         )
-        return cls(row_ptr, index.reshape(-1), value.reshape(-1), d_sae)
+        # contiguous: a slice of one column is a strided view even when flattened
+        return cls(row_ptr, index.reshape(-1).contiguous(), value.reshape(-1).contiguous(), d_sae)
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> Self:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae import kernels
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
-from sae.base import TrainingOutput, TrainingState
+from sae.base import SparseAutoencoder, TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
 from sae.codes import SparseCodes, csr_of, top_of_batch
 from saescope.errors import InputError, check_range
@@ -125,14 +125,7 @@ class BatchSelectionSAE(AuxKSAE):
         Several thresholds are all multiplied by one factor. Raises InputError without rows.
         """
         profile = self.threshold_profile()
-
-        def scores() -> Iterable[Tensor]:
-            for y in rows():
-                for part in y.split(_CALIBRATION_ROWS):
-                    centred = self.encoder_input(part)
-                    yield kernels.preactivations(centred, self.W_enc_T, self.b_enc) / profile
-
-        self.threshold.copy_(threshold_for_l0(scores, self.config.k) * profile)
+        self.threshold.copy_(calibrating_factor(self, rows, profile, self.config.k) * profile)
 
     def threshold_profile(self) -> Tensor:
         """What `calibrate` multiplies by a factor, positive, of the threshold's shape."""
@@ -253,6 +246,24 @@ def running_mean_(mean: Tensor, value: Tensor, updates: Tensor, decay: float) ->
     updates += 1
     weight = (1 - decay) / (1 - decay ** updates.to(torch.float64))
     mean += (weight * (value - mean)).to(mean.dtype)
+
+
+def calibrating_factor(
+    sae: SparseAutoencoder, rows: Callable[[], Iterable[Tensor]], profile: Tensor, k: float
+) -> float:
+    """What thresholds of the given profile [d_sae] or [] are multiplied by for a mean L0 of k.
+
+    rows gives fresh iterators of y [n, d_in] at the normaliser's scale. Raises InputError without
+    rows.
+    """
+
+    def scores() -> Iterable[Tensor]:
+        for y in rows():
+            for part in y.split(_CALIBRATION_ROWS):
+                centred = sae.encoder_input(part)
+                yield kernels.preactivations(centred, sae.W_enc_T, sae.b_enc) / profile
+
+    return threshold_for_l0(scores, k)
 
 
 def threshold_for_l0(scores: Callable[[], Iterable[Tensor]], k: float) -> float:

@@ -19,7 +19,7 @@ with it, changes none of these losses.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from sae import kernels
 from sae.architectures import register
+from sae.architectures._batch_selection import calibrating_factor
 from sae.architectures._ste import jump_relu, step
 from sae.base import SAEConfig, SparseAutoencoder, TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
@@ -63,6 +64,9 @@ class JumpReLUConfig(SAEConfig):
     bandwidth: float = 2.0
     """Width about a threshold in which activations move it, in deviations of one coordinate. Too
     small, few do and thresholds wander; too large, they settle in the wrong place."""
+    calibrated_l0: float | None = None
+    """Mean L0 that all thresholds are brought to by one factor, on held-out rows at the end of
+    training; trainer.target_l0 sets it."""
     pre_act_coefficient: float = 3e-6
     """Weight of the penalty that lifts the pre-activations of dead features; 0 turns it off."""
 
@@ -73,10 +77,13 @@ class JumpReLUConfig(SAEConfig):
         for name in ("l0_target", "tanh_scale", "initial_threshold", "bandwidth"):
             check_range(f"sae.{name}", getattr(self, name), above=0)
         check_range("sae.l0_warmup_fraction", self.l0_warmup_fraction, low=0, high=1)
+        if self.calibrated_l0 is not None:
+            check_range("sae.calibrated_l0", self.calibrated_l0, above=0, high=self.d_sae)
 
     def with_target_l0(self, target: float) -> Self:
         """The same configuration for a mean L0 of `target`; the quadratic penalty aims at it."""
-        return replace(self, l0_target=target) if self.penalty == "quadratic" else self
+        aimed = target if self.penalty == "quadratic" else self.l0_target
+        return replace(self, l0_target=aimed, calibrated_l0=target)
 
 
 @register
@@ -150,6 +157,18 @@ class JumpReLUSAE(SparseAutoencoder):
         """A threshold divided is its logarithm shifted."""
         if self.config.parametrisation == "log":
             self.log_threshold.sub_(math.log(feature_scale))
+
+    @torch.no_grad()
+    def calibrate(self, rows: Callable[[], Iterable[Tensor]]) -> None:
+        """Bring all thresholds by one factor to where the mean L0 is `calibrated_l0`, if given."""
+        if self.config.calibrated_l0 is None:
+            return
+        theta = self.theta.clamp_min(1e-6 * float(self.theta.mean()) + 1e-30)
+        factor = calibrating_factor(self, rows, theta, self.config.calibrated_l0)
+        if factor > 0:
+            parameter = getattr(self, self._stored)
+            scaled = theta * factor
+            parameter.copy_(scaled.log() if self.config.parametrisation == "log" else scaled)
 
     def encode_normalised(self, y: Tensor) -> SparseCodes:
         """Codes of y [batch, d_in]: the pre-activations above their thresholds."""

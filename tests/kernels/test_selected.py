@@ -91,3 +91,13 @@ def test_top_of_batch_is_exact(rows: int, width: int, share: float, levels: int,
 def test_top_of_batch_of_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="at least 1"):
         top_of_batch(torch.ones(2, 2), 0)
+
+
+def test_codes_of_a_single_column_of_a_wider_selection() -> None:
+    """Such a slice is strided even when flattened, which the bag operators refuse."""
+    index, value = torch.tensor([[3, 1], [0, 2]]), torch.rand(2, 2, requires_grad=True)
+    W_dec = torch.randn(5, 3, requires_grad=True)
+    codes = SparseCodes.from_fixed(index[:, :1], value[:, :1], 100)
+    out = kernels.decode(codes.row_ptr, codes.index, codes.value, torch.cat([W_dec] * 20))
+    out.sum().backward()
+    torch.testing.assert_close(out, value[:, :1] * W_dec[index[:, 0]])

@@ -325,7 +325,8 @@ def test_permuting_features_with_their_thresholds_permutes_codes(parametrisation
 
 def test_target_l0_sets_the_quadratic_penaltys_target() -> None:
     assert JumpReLUConfig(penalty="quadratic").with_target_l0(20.0).l0_target == 20
-    assert JumpReLUConfig().with_target_l0(20.0) == JumpReLUConfig()
+    plain = JumpReLUConfig().with_target_l0(20.0)
+    assert plain == JumpReLUConfig(calibrated_l0=20.0)
 
 
 @pytest.mark.parametrize(
@@ -343,3 +344,22 @@ def test_target_l0_sets_the_quadratic_penaltys_target() -> None:
 def test_ranges(values: dict) -> None:
     with pytest.raises(InputError, match=rf"sae.{next(iter(values))}: out of range"):
         JumpReLUConfig(**values)
+
+
+@pytest.mark.parametrize("parametrisation", ["theta", "log"])
+def test_calibration_brings_held_out_l0_to_the_target(parametrisation: str) -> None:
+    torch.manual_seed(0)
+    config = JumpReLUConfig(d_sae=64, parametrisation=parametrisation)  # type: ignore[arg-type]
+    sae = JumpReLUSAE(config.with_target_l0(5.0), 16)
+    with torch.no_grad():
+        getattr(sae, sae._stored).add_(0.05 * torch.rand(64))
+    rows = torch.randn(2000, 16)
+    profile = sae.theta.detach().clone()
+    sae.calibrate(lambda: iter(rows.split(300)))
+    assert float(sae.encode_sparse(rows).l0().double().mean()) == pytest.approx(5.0, rel=1e-3)
+    ratio = sae.theta / profile
+    torch.testing.assert_close(ratio, ratio.mean().expand(64), rtol=1e-4, atol=0)
+    plain = JumpReLUSAE(config, 16)
+    before = plain.theta.detach().clone()
+    plain.calibrate(lambda: iter([rows]))  # no target, nothing to do
+    assert torch.equal(plain.theta.detach(), before)

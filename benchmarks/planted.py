@@ -1,0 +1,233 @@
+"""What every architecture finds of planted dictionaries: results/planted*.csv, docs/recovery.md.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.planted
+
+Each row is one training. Run again after an interruption, it goes on with what is not there yet;
+rows of another recipe stay, and the page is made of this one's. About 10 minutes on one thread.
+"""
+
+import csv
+import io
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+
+from benchmarks.planted_masking import Hiding, Start, distance
+from benchmarks.planted_page import page
+from benchmarks.planted_training import (
+    Recipe,
+    absorption,
+    controls,
+    planted_for,
+    rarest,
+    recipe_of,
+    train,
+)
+from sae.architectures import architectures
+from sae.evaluation.planted import PlantedConfig, PlantedDictionary, Structure
+from saescope import __version__
+from saescope.artefact import git_commit, write_bytes
+from saescope.config import Config, fail, parse
+from saescope.errors import InputError, SaescopeError, check_range
+from saescope.progress import say
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "recovery.md"
+KEY = (
+    "kind", "data", "seed", "d_in", "true", "active", "d_sae", "target_l0", "steps", "batch", "lr",
+    "options",
+)  # fmt: skip
+COLUMNS = (
+    "date", *KEY, "l0", "fvu", "dead", "recovery", "recovered_share", "matched", "rarest",
+    "untrained", "pca", "nmf", "absorption", "absorption_fraction", "parent_missed",
+    "parent_missed_alone", "parents_found", "saescope", "torch", "cpu", "commit",
+)  # fmt: skip
+MASKING_KEY = (
+    "start", "noise", "masked", "seed", *(field.name for field in fields(Hiding)),
+)  # fmt: skip
+MASKING_COLUMNS = ("date", *MASKING_KEY, "distance", "saescope", "torch", "cpu", "commit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlantedBenchmark(Config):
+    """Train architectures on planted dictionaries."""
+
+    kinds: tuple[str, ...] = ()
+    """Architectures; all if not given."""
+    data: tuple[str, ...] = get_args(Structure)
+    """Structures of the planted features."""
+    seeds: int = 3
+    """Seeds, each of another dictionary and other initial weights."""
+    steps: int = 600
+    """Steps of each training."""
+    noise: tuple[float, ...] = (0.01, 0.02, 0.03, 0.05, 0.1)
+    """Noise levels at which masked training is compared with plain."""
+    threads: int = 1
+    """Threads of torch."""
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in architectures():
+                raise InputError(
+                    "no such architecture", where="kinds", given=kind, allowed=architectures()
+                )
+        for name in self.data:
+            if name not in get_args(Structure):
+                raise InputError(
+                    "no such structure", where="data", given=name, allowed=get_args(Structure)
+                )
+        for name in ("seeds", "steps", "threads"):
+            check_range(name, getattr(self, name), low=1)
+        for noise in self.noise:
+            check_range("noise", noise, low=0)
+
+
+class Table:
+    """Rows of a CSV file, added to one at a time."""
+
+    def __init__(self, name: str, columns: tuple[str, ...], key: tuple[str, ...]) -> None:
+        self.path = ROOT / "benchmarks" / "results" / name
+        self.columns, self.key = columns, key
+        self.rows: list[dict[str, str]] = []
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as stream:
+                self.rows = list(csv.DictReader(stream))
+
+    def row(self, key: dict[str, Any], measured: Callable[[], dict[str, float]]) -> dict[str, str]:
+        """The row of this key; measured and added if it is not there."""
+        wanted = {name: str(value) for name, value in key.items()}
+        for row in self.rows:
+            if all(row[name] == wanted[name] for name in self.key):
+                return row
+        row = {**wanted, **_facts(), **{name: f"{x:.4f}" for name, x in measured().items()}}
+        self.rows.append({name: row.get(name, "") for name in self.columns})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_bytes(self.path, text.getvalue().encode())
+        return self.rows[-1]
+
+
+def architecture_rows(config: PlantedBenchmark) -> list[dict[str, str]]:
+    """Every architecture on every structure with every seed."""
+    table = Table("planted.csv", COLUMNS, KEY)
+    found = []
+    for data, kind, seed in product(
+        config.data, config.kinds or tuple(architectures()), range(config.seeds)
+    ):
+        planted = PlantedConfig(structure=cast(Structure, data), seed=seed)
+        recipe = recipe_of(kind, steps=config.steps)
+        key = {
+            "kind": kind, "data": data, "seed": seed, "d_in": planted.d_in,
+            "true": planted.features, "active": planted.active, "d_sae": recipe.d_sae,
+            "target_l0": recipe.l0, "steps": recipe.steps, "batch": recipe.batch_size,
+            "lr": recipe.lr,
+            "options": " ".join(f"{name}={value}" for name, value in recipe.options.items()),
+        }  # fmt: skip
+        row = table.row(key, partial(_measured, kind, planted, recipe))
+        say(f"{data} {kind} {seed}: recovery {row['recovery']}, L0 {row['l0']}, FVU {row['fvu']}")
+        found.append(row)
+    return found
+
+
+def masking_rows(config: PlantedBenchmark) -> list[dict[str, str]]:
+    """Masked and plain training at every noise level, from both starts, with every seed."""
+    table = Table("planted_masking.csv", MASKING_COLUMNS, MASKING_KEY)
+    size, found = Hiding(), []
+    for start, noise, masked, seed in product(
+        get_args(Start), config.noise, (False, True), range(config.seeds)
+    ):
+        key = {"start": start, "noise": noise, "masked": masked, "seed": seed, **vars(size)}
+        row = table.row(
+            key, partial(_distance, size, noise=noise, masked=masked, start=start, seed=seed)
+        )
+        say(f"start {start}, noise {noise}, masked {masked}, {seed}: {row['distance']}")
+        found.append(row)
+    return found
+
+
+@cache
+def _controls(planted: PlantedConfig, d_sae: int) -> dict[str, float]:
+    return controls(PlantedDictionary(planted), d_sae)
+
+
+def _measured(kind: str, config: PlantedConfig, recipe: Recipe) -> dict[str, float]:
+    planted = planted_for(kind, config)
+    with tempfile.TemporaryDirectory() as folder:
+        found = train(kind, planted, recipe, Path(folder), seed=config.seed)
+    absorbed = {}
+    if len(planted.families):
+        measured = absorption(found, planted)
+        absorbed = {
+            "absorption": measured.rate,
+            "absorption_fraction": measured.fraction,
+            "parent_missed": measured.missed,
+            "parent_missed_alone": measured.missed_alone,
+            "parents_found": measured.found,
+        }
+    return {
+        "l0": found.held_out["l0"],
+        "fvu": found.held_out["fvu"],
+        "dead": found.held_out["dead_fraction"],
+        "recovery": found.recovery.mean,
+        "recovered_share": found.recovery.found,
+        "matched": found.recovery.matched,
+        "rarest": rarest(found, planted),
+        "untrained": found.untrained,
+        **_controls(planted.config, recipe.d_sae),
+        **absorbed,
+    }
+
+
+def _distance(size: Hiding, **options: Any) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        return {"distance": distance(size, Path(folder), **options)}
+
+
+def _facts() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "saescope": __version__,
+        "torch": torch.__version__,
+        "cpu": names[0] if names else platform.processor(),
+        "commit": git_commit() or "",
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is not there yet and write the page; the exit code."""
+    try:
+        config = parse(
+            PlantedBenchmark,
+            sys.argv[1:] if arguments is None else arguments,
+            program="python -m benchmarks.planted",
+            description="What every architecture finds of planted dictionaries.",
+        )
+        torch.set_num_threads(config.threads)
+        rows, masking = architecture_rows(config), masking_rows(config)
+        if not config.kinds:
+            write_bytes(PAGE, page(rows, masking).encode())
+            say(f"{PAGE.relative_to(ROOT)} written")
+    except SaescopeError as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        say("interrupted; run the same command again to go on")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

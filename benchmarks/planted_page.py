@@ -1,0 +1,153 @@
+"""The page docs/recovery.md, made of the rows of results/planted.csv and planted_masking.csv."""
+
+from statistics import mean, stdev
+
+Row = dict[str, str]
+
+_TITLES = {
+    "zipf": "Independent features",
+    "correlated": "Correlated features",
+    "hierarchical": "Parents and children",
+}
+
+
+def page(rows: list[Row], masking: list[Row]) -> str:
+    """The whole page in Markdown."""
+    first = rows[0]
+    seeds = len({row["seed"] for row in rows})
+    lines = [
+        "# Planted dictionaries",
+        "",
+        "Data made of known directions, so that what an SAE finds can be counted. Written by "
+        "`python -m benchmarks.planted` from `benchmarks/results/planted.csv` and "
+        "`planted_masking.csv`; figures are means over "
+        f"{seeds} seeds (each another dictionary and other initial weights), ± their standard "
+        "deviation.",
+        "",
+        f"{first['true']} true unit directions in {first['d_in']} dimensions, {first['active']} "
+        "active a row on average with Zipf frequencies and strengths uniform on [1, 2], a "
+        f"constant, no noise; dictionaries of {first['d_sae']}, {first['steps']} steps of "
+        f"{first['batch']} rows, target L0 {first['target_l0']}. Each architecture has its "
+        "default settings but for that. A transcoder writes targets of the same features in other "
+        "directions; a crosscoder sees the data as two sites.",
+        "",
+        "*Recovery* is the mean over true directions of the largest |cos| with a decoder row; "
+        "*found* the part of them above 0.9; *matched* the mean |cos| when no row may serve two; "
+        "*rarest* the recovery of the tenth that fires least. The control is the best of four: "
+        "the SAE before its first step, random rows, principal directions, and a non-negative "
+        "factorisation with as many parts. " + _verdict(rows),
+        "",
+        "Read with care: the targets of transcoders are largely linear in the input here, so the "
+        "linear part of a skip transcoder leaves its features little to say; L1 penalties shrink "
+        "activations at so low an L0, which their FVU shows and recovery does not; recovery falls "
+        "short of 1 where one row stands for features that fire together.",
+    ]
+    for data in dict.fromkeys(row["data"] for row in rows):
+        lines += ["", f"## {_TITLES[data]}", ""]
+        lines += _table([row for row in rows if row["data"] == data])
+    if "hierarchical" in {row["data"] for row in rows}:
+        lines += ["", "## Absorption", "", _ABSORPTION, ""]
+        lines += _absorption([row for row in rows if row["data"] == "hierarchical"])
+    lines += ["", "## Masked training", "", _masking_text(masking), "", *_masking(masking)]
+    return "\n".join(lines) + "\n"
+
+
+_ABSORPTION = (
+    "On rows where a child is on, and its parent with it. The parent's latent is the one whose "
+    "decoder row has the largest |cos| with the parent. *Absorbed*: it does not fire, and another "
+    "latent with a |cos| of at least 0.1 with the parent carries at least 0.4 of the parent's true "
+    "amount; *fraction*: the mean part of the parent's amount that the three strongest other "
+    "latents carry, as SAEBench defines it; *missed*: it does not fire; *missed alone*: the same "
+    "on rows where no child is on; *parents found*: |cos| of its row with the parent above 0.9."
+)
+
+
+def _control(row: Row) -> float:
+    return max(float(row[name]) for name in ("untrained", "pca", "nmf"))
+
+
+def _verdict(rows: list[Row]) -> str:
+    margins = [(float(row["recovery"]) - _control(row), row["kind"], row["data"]) for row in rows]
+    below = dict.fromkeys(f"{kind} ({data})" for more, kind, data in margins if more <= 0)
+    if below:
+        return f"Not above it in some training: {', '.join(below)}."
+    least, kind, data = min(margins)
+    return f"Every training is above it, by {least:.2f} at least ({kind}, {data})."
+
+
+def _table(rows: list[Row]) -> list[str]:
+    lines = [
+        "| architecture | recovery | control | found | matched | rarest | L0 | FVU | dead |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        control = mean(max(float(row[name]) for name in ("untrained", "pca", "nmf")) for row in own)
+        cells = [
+            kind,
+            _spread(own, "recovery"),
+            f"{control:.2f}",
+            *(_mean(own, name, 2) for name in ("recovered_share", "matched", "rarest", "l0")),
+            _mean(own, "fvu", 3),
+            _mean(own, "dead", 2),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _absorption(rows: list[Row]) -> list[str]:
+    lines = [
+        "| architecture | absorbed | fraction | missed | missed alone | parents found | L0 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        others = ("absorption_fraction", "parent_missed", "parent_missed_alone", "parents_found")
+        cells = [
+            kind,
+            _spread(own, "absorption"),
+            *(_mean(own, name, 2) for name in (*others, "l0")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _masking_text(rows: list[Row]) -> str:
+    size = rows[0]
+    return (
+        f"Chidambaram et al. (2023): {size['true']} atoms in {size['d_in']} dimensions, "
+        f"{size['k']} active, a dictionary of {size['d_sae']}, {size['rows']} rows read "
+        f"{int(size['steps']) * int(size['batch_size']) // int(size['rows'])} times, orthogonal "
+        f"matching pursuit; masked, the code sees {float(size['visible']):.0%} of the coordinates "
+        "and is judged by the others. The distance is the mean over true atoms of min(1 - |cos|), "
+        "0 at best. *truth* starts at the true atoms and other rows, and shows what each objective "
+        "makes of them; *samples* starts at other rows alone."
+    )
+
+
+def _masking(rows: list[Row]) -> list[str]:
+    lines = ["| start | noise | plain | masked | better |", "|---|---|---|---|---|"]
+    for start, noise in dict.fromkeys((row["start"], row["noise"]) for row in rows):
+        own = [row for row in rows if (row["start"], row["noise"]) == (start, noise)]
+        plain = [row for row in own if row["masked"] == "False"]
+        masked = [row for row in own if row["masked"] == "True"]
+        wins = sum(
+            float(one["distance"]) < float(other["distance"])
+            for one, other in zip(masked, plain, strict=True)
+        )
+        better = {len(plain): "masked", 0: "plain"}.get(wins, f"masked in {wins} of {len(plain)}")
+        lines.append(
+            f"| {start} | {noise} | {_spread(plain, 'distance', 4)} "
+            f"| {_spread(masked, 'distance', 4)} | {better} |"
+        )
+    return lines
+
+
+def _mean(rows: list[Row], name: str, digits: int) -> str:
+    return f"{mean(float(row[name]) for row in rows):.{digits}f}"
+
+
+def _spread(rows: list[Row], name: str, digits: int = 3) -> str:
+    values = [float(row[name]) for row in rows]
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
