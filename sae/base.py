@@ -193,6 +193,11 @@ class SparseAutoencoder(nn.Module, ABC):
         if self.unit_decoder:
             self.normalise_decoder()
 
+    def resamples(self, state: TrainingState) -> bool:
+        """Whether `resample` has anything to do after this step."""
+        del state
+        return False
+
     def resample(self, batch: TrainingBatch, state: TrainingState) -> Tensor | None:
         """Start features anew after a step; those it did, int64, or None.
 

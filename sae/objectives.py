@@ -35,9 +35,14 @@ def auxk(
         index, value = kernels.encode_topk(centred, encoder, bias, k_aux)
         row_ptr = torch.arange(0, len(residual) * k_aux + 1, k_aux, device=residual.device)
         e_hat = kernels.decode(row_ptr, index.reshape(-1), value.reshape(-1), decoder)
-    left = (target - e_hat).square().sum()
-    total = (target - target.mean(0)).square().sum()
-    return torch.where(total > 0, left / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
+    return unpredicted(target, e_hat)
+
+
+def unpredicted(residual: Tensor, e_hat: Tensor) -> Tensor:
+    """||e - e_hat||^2 / ||e - mean e||^2 over a batch [batch, d_out]; 0 where e does not vary."""
+    left = (residual - e_hat).square().sum()
+    total = (residual - residual.mean(0)).square().sum()
+    return left / torch.where(total > 0, total, torch.inf)  # so that gradients are 0 there too
 
 
 def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

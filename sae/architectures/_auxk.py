@@ -30,6 +30,16 @@ class AuxKConfig(SAEConfig):
 class AuxKSAE(SparseAutoencoder):
     """An SAE whose dead features are revived by AuxK."""
 
+    @property
+    def k_aux(self) -> int:
+        """Features that predict the residual of a row."""
+        return cast(AuxKConfig, self.config).k_aux or max(1, self.d_in // 2)
+
+    def left_over(self, batch: TrainingBatch, y_hat: Tensor) -> Tensor:
+        """What y_hat leaves unexplained [batch, d_out]; of a masked batch, of what was hidden."""
+        residual = batch.target - y_hat
+        return residual if batch.visible is None else residual * ~batch.visible
+
     def add_auxk(
         self,
         loss: Tensor,
@@ -43,17 +53,14 @@ class AuxKSAE(SparseAutoencoder):
         config = cast(AuxKConfig, self.config)
         if not config.auxk_coefficient:
             return loss
-        residual = batch.target - y_hat
-        if batch.visible is not None:  # what a masked batch is to explain are the hidden ones
-            residual = residual * ~batch.visible
         term = objectives.auxk(
-            residual,
+            self.left_over(batch, y_hat),
             centred,
             self.W_enc_T,
             self.b_enc,
             self.W_dec,
             state.dead,
-            config.k_aux or max(1, self.d_in // 2),
+            self.k_aux,
         )
         terms["auxk"] = term.detach()
         return loss + config.auxk_coefficient * term

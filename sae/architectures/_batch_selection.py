@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from sae import kernels
+from sae import kernels, objectives
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
 from sae.base import SparseAutoencoder, TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
@@ -184,11 +184,8 @@ class BatchSelectionSAE(AuxKSAE):
             return self.add_auxk(loss, terms, batch, centred, y_hat, limited)
         if not config.auxk_coefficient:
             return loss
-        residual = batch.target - y_hat
-        if batch.visible is not None:  # what a masked batch is to explain are the hidden ones
-            residual = residual * ~batch.visible
-        k_aux = config.k_aux or max(1, self.d_in // 2)
-        term = self._aux_zipf(residual.detach(), centred, codes, chosen, k_aux)
+        residual = self.left_over(batch, y_hat).detach()
+        term = self._aux_zipf(residual, centred, codes, chosen, self.k_aux)
         terms["aux_zipf"] = term.detach()
         return loss + config.auxk_coefficient * term
 
@@ -216,9 +213,7 @@ class BatchSelectionSAE(AuxKSAE):
         )  # fmt: skip
         value = kernels.encode_selected(centred, encoder, bias, row_ptr, index, pre)
         e_hat = kernels.decode(row_ptr, index, value, self.W_dec.index_select(0, features))
-        left = (residual - e_hat).square().sum()
-        total = (residual - residual.mean(0)).square().sum()
-        return torch.where(total > 0, left / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
+        return objectives.unpredicted(residual, e_hat)
 
     @torch.no_grad()
     def _observe(self, codes: SparseCodes, counts: Tensor, state: TrainingState) -> None:

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sae import kernels
+from sae import kernels, objectives
 from sae.architectures import register
 from sae.architectures._topk import TopKFamily, TopKFields
 from sae.base import SAEConfig, TrainingState
@@ -75,19 +75,16 @@ class AbsTopKSAE(TopKFamily):
         config = self.config
         if not config.auxk_coefficient:
             return loss
-        error = (batch.target - y_hat).detach()
-        if batch.visible is not None:  # what a masked batch is to explain are the hidden ones
-            error = error * ~batch.visible
+        error = self.left_over(batch, y_hat).detach()
         rows = state.dead.nonzero()[:, 0]
-        total = (error - error.mean(0)).square().sum()
         term = error.new_zeros(())
-        if len(rows) and total > 0:
+        if len(rows):
             encoder, bias = self.W_enc_T.index_select(0, rows), self.b_enc.index_select(0, rows)
-            k_aux = min(len(rows), config.k_aux or max(1, self.d_in // 2))
+            k_aux = min(len(rows), self.k_aux)
             index, value = encode_by_magnitude(centred, encoder, bias, k_aux)
             row_ptr = torch.arange(0, index.numel() + 1, k_aux, device=index.device)
             decoder = self.W_dec.index_select(0, rows)
             e_hat = kernels.decode(row_ptr, index.reshape(-1), value.reshape(-1), decoder)
-            term = (error - e_hat).square().sum() / total
+            term = objectives.unpredicted(error, e_hat)
         terms["auxk"] = term.detach()
         return loss + config.auxk_coefficient * term

@@ -131,6 +131,11 @@ class ReLUSAE(L1SAE):
             self.anneal.copy_(torch.tensor([factor, float(level)]))
         return float(self.anneal[0])
 
+    def resamples(self, state: TrainingState) -> bool:
+        """At the steps that `resample_at` names, if a feature is dead."""
+        due = {max(1, round(part * state.total_steps)) for part in self.config.resample_at}
+        return state.step + 1 in due and bool(state.dead.any())
+
     @torch.no_grad()
     def resample(self, batch: TrainingBatch, state: TrainingState) -> Tensor | None:
         """At the steps that `resample_at` names, start dead features anew (Bricken et al. 2023).
@@ -140,8 +145,7 @@ class ReLUSAE(L1SAE):
         0.2 of the living rows' mean norm, the bias is 0. Dead features beyond the rows that have
         a loss wait. Raises InputError without the run's generator.
         """
-        due = {max(1, round(part * state.total_steps)) for part in self.config.resample_at}
-        if state.step + 1 not in due or not state.dead.any():
+        if not self.resamples(state):
             return None
         if state.generator is None:
             raise InputError("needs the run's generator", where="TrainingState.generator")

@@ -36,14 +36,19 @@ _SAMPLE_ROWS = 16384
 class Run:
     """What a configuration means on a harvest; nothing is written before `start`.
 
-    Args: stream replaces the run's own reading of the harvest (a sweep's members share one).
+    Args: streams holds readings of the harvest by `stream_key`, shared by runs that read alike; the
+    run's own is added if it is not there.
 
     Raises InputError if the sites are unknown or do not fit the architecture, if there are too few
     rows, or if the folder holds another run.
     """
 
     def __init__(
-        self, config: TrainConfig, harvest: ActivationStore, *, stream: Stream | None = None
+        self,
+        config: TrainConfig,
+        harvest: ActivationStore,
+        *,
+        streams: dict[str, Stream] | None = None,
     ) -> None:
         self.config, self.harvest = config, harvest
         self.folder = Path(config.out)
@@ -61,7 +66,10 @@ class Run:
         })  # fmt: skip
         if (self.folder / MANIFEST).exists():
             self._check_same_run()
-        self.stream = stream or self.make_stream()
+        shared, key = {} if streams is None else streams, self.stream_key()
+        if key not in shared:
+            shared[key] = self.make_stream()
+        self.stream = shared[key]
         self.total_steps = int(
             config.passes * harvest.n_rows("train") / self.stream.tokens_per_batch
         )
@@ -85,12 +93,12 @@ class Run:
     def make_stream(self) -> Stream:
         """The run's batches, from their beginning."""
         config = self.config
-        if self.end_to_end is not None:
+        if config.objective == "end_to_end":
             outliers = None
             if config.outliers is not None:
                 outliers = OutlierFilter.fit(self.harvest, self.sites, config.outliers)
             return EndToEndStream(
-                self.harvest, self.end_to_end, batch_size=config.trainer.batch_size,
+                self.harvest, self._end_to_end(), batch_size=config.trainer.batch_size,
                 seed=self._data_seed, outliers=outliers,
             )  # fmt: skip
         return make_stream(
@@ -107,12 +115,9 @@ class Run:
             mix_chunks=config.mix_chunks,
         )
 
-    @cached_property
-    def end_to_end(self) -> EndToEnd | None:
-        """The end-to-end loss, with the harvest's own model, if that is the objective."""
+    def _end_to_end(self) -> EndToEnd:
+        """The end-to-end loss, with the harvest's own model."""
         config = self.config
-        if config.objective == "reconstruction":
-            return None
         site, *others = self.sites
         if others or config.target_site or config.lens or self.cls.concatenates:
             raise InputError(
@@ -152,8 +157,8 @@ class Run:
         """A trainer into a folder."""
         config, with_loss = self.config, None
         sae = self.make_sae()
-        if self.end_to_end is not None:
-            with_loss = partial(self.end_to_end.batch, sae)
+        if isinstance(self.stream, EndToEndStream):
+            with_loss = partial(self.stream.objective.batch, sae)
         return Trainer(
             sae,
             self.stream,

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from activations import ActivationStore
 from sae.harvests import open_complete
 from sae.training.command import TrainConfig
 from sae.training.plan import describe
 from sae.training.setup import Run
+from sae.training.streams import Stream
 from saescope.artefact import write_json
 from saescope.config import Config, from_dict
 from saescope.errors import InputError, check_range
@@ -78,7 +78,8 @@ def sweep(config: SweepConfig) -> list[Path]:
     Raises InputError as a single run does, before anything is trained.
     """
     harvest = open_complete(config.harvest)
-    runs = {name: Run(each, harvest) for name, each in members(config).items()}
+    streams: dict[str, Stream] = {}
+    runs = {name: Run(each, harvest, streams=streams) for name, each in members(config).items()}
     if config.plan:
         for line in describe(list(runs.values()), at_once=config.at_once):
             say(line)
@@ -89,23 +90,24 @@ def sweep(config: SweepConfig) -> list[Path]:
         if not run.finished():
             waiting.setdefault(run.stream_key(), []).append(run)
     done = len(runs) - sum(map(len, waiting.values()))
-    for alike in waiting.values():
+    beginnings = {key: stream.state_dict() for key, stream in streams.items()}
+    for key, alike in waiting.items():
         for part in _parts(alike, config.at_once):
             say(f"{done} of {len(runs)} trained; now {', '.join(run.folder.name for run in part)}")
-            _train_together(part, harvest)
+            # made again, so that their trainers are let go of when they are done
+            again = [Run(run.config, harvest, streams=streams) for run in part]
+            _train_together(again, beginnings[key])
             done += len(part)
     return [run.folder for run in runs.values()]
 
 
-def _train_together(runs: Sequence[Run], harvest: ActivationStore) -> None:
+def _train_together(runs: Sequence[Run], beginning: dict[str, Any]) -> None:
     """Train runs that share a stream, from wherever each one's checkpoint stands."""
-    runs = [Run(run.config, harvest, stream=runs[0].stream) for run in runs]
     standing = []
     for run in runs:
-        fresh = run.stream.state_dict()
+        run.stream.load_state_dict(beginning)
         run.start()  # takes the shared stream to where this run's checkpoint was
         standing.append((run.trainer.step, run.stream.state_dict()))
-        run.stream.load_state_dict(fresh)
     step, state = min(standing, key=lambda each: each[0])
     runs[0].stream.load_state_dict(state)
     last = max(run.total_steps for run in runs)

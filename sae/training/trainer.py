@@ -255,6 +255,8 @@ class Trainer:
         return sums, counts, len(raw)
 
     def _resample(self, raw: RawBatch, state: TrainingState) -> None:
+        if not self.sae.resamples(state):
+            return
         features = self.sae.resample(self.maker.make(raw, self.generator), state)
         if features is not None and len(features):
             clear_rows(self.optimiser, self.sae, features)

@@ -9,6 +9,7 @@ import torch
 from sae.loading import load
 from sae.training import setup, sweep
 from sae.training.command import TrainConfig, train
+from sae.training.outliers import OutlierFilter
 from sae.training.sweep import SweepConfig, members
 from sae.training.telemetry import read_metrics
 from sae.training.trainer import Trainer
@@ -63,6 +64,22 @@ def test_every_member_has_the_bits_of_a_run_alone(harvest: Path, tmp_path: Path)
         assert same(tmp_path / "sweep" / name, tmp_path / name), name
     assert not same(folders[0], folders[1])  # another seed
     assert sweep.sweep(chosen) == folders  # again: nothing to do
+
+
+def test_members_that_read_alike_share_one_reading(
+    harvest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is fitted on the data, outliers here, is fitted once a stream, not once a member."""
+    fits, real = [], OutlierFilter.fit.__func__  # type: ignore[attr-defined]
+
+    def fit(cls: type, *arguments: Any, **options: Any) -> OutlierFilter:
+        fits.append(arguments)
+        return real(cls, *arguments, **options)
+
+    monkeypatch.setattr(OutlierFilter, "fit", classmethod(fit))
+    grid = ({"sae.kind": "topk", "sae.k": [3, 5], "site": [*SITES], "outliers": 2.0},)
+    sweep.sweep(config(harvest, tmp_path, grid=grid, at_once=1))
+    assert len(fits) == len(SITES)
 
 
 class Killed(BaseException):
