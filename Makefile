@@ -15,7 +15,7 @@ PORT ?= 8501
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup harvest train-sae eval index steer explore demo check test clean
+.PHONY: help setup harvest train-sae eval index steer explore demo check check-native test torture bench bench-peers clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -62,8 +62,22 @@ check: $(STAMP) ## Style, types, import rule.
 	@$(BIN)/basedpyright --level error
 	@$(BIN)/lint-imports --no-cache | tail -n 12
 
+check-native: $(STAMP) ## The C++ kernels' tests under the address and undefined-behaviour sanitizers.
+	@$(BIN)/python -m tests.kernels.sanitized
+
 test: $(STAMP) ## The default test suite.
 	@$(BIN)/python -m pytest
+
+torture: $(STAMP) ## Kill, interrupt, fill up and damage harvests at random (some ten minutes).
+	@$(BIN)/python -m pytest -m torture tests/torture
+
+bench: $(STAMP) ## Time operations and training steps on this machine (some 5 minutes).
+	@OMP_WAIT_POLICY=passive $(SAESCOPE) bench --rounds 3 --out benchmarks/results/bench.csv \
+		--shapes 2048x768x8192x32 4096x576x16384x64 4096x768x32768x64
+
+bench-peers: $(STAMP) ## Time other libraries' training steps beside ours; writes docs/performance.md (some 20 minutes).
+	@$(BIN)/python -m benchmarks.steps
+	@$(BIN)/python -m benchmarks.performance
 
 clean: ## Remove caches (not data/, runs/, stores/).
 	@rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,7 +1,7 @@
 """The harvest: run a model over a corpus and store the activations of some sites.
 
 The main path, read downwards: `harvest` plans, `_harvest_split` goes through the windows of a
-split, `_run_window` runs the model over one. While a window is computed the one before is written.
+split, `run_window` runs the model over one. While a window is computed the one before is written.
 """
 
 from collections.abc import Iterator
@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from activations.corpora import CorpusConfig, Document, documents
+from activations.layout import SPLITS
 from activations.models import Model, ModelConfig, load_model
 from activations.packing import PackingCounts, Sequences, pack
-from activations.zarr_store import SPLITS, ActivationStore
+from activations.zarr_store import ActivationStore
 from activations.zarr_writer import HarvestWriter, SiteSums, WindowData
-from saescope.artefact import MANIFEST
+from saescope.artefact import MANIFEST, is_leftover, locked, remove
 from saescope.config import Config, to_dict
 from saescope.errors import ArtefactError, InputError, check_range
 from saescope.progress import Progress, say
@@ -91,7 +92,7 @@ def harvest(config: HarvestConfig) -> ActivationStore:
 
     Raises InputError for a model, site, corpus or context that cannot be used (before anything is
     written), or if `out` holds a harvest of another configuration; ArtefactError if the disk is
-    full.
+    full, or if another process writes to `out`.
 
     >>> config = HarvestConfig(sites=("blocks.4-9.hook_resid_post",), out="data/six")
     >>> store = harvest(config)  # doctest: +SKIP
@@ -100,9 +101,17 @@ def harvest(config: HarvestConfig) -> ActivationStore:
     """
     out = Path(config.out)
     begun = _begun(config, out)
-    if begun is not None and begun.complete:
-        say(f"{out}: complete already, {begun.n_rows():,} rows")
-        return begun
+    if begun is None or not begun.complete:
+        with locked(out, "harvest"):
+            begun = _begun(config, out)  # another process may have written until now
+            if begun is None or not begun.complete:
+                return _go_on(config, out, begun)
+    say(f"{out}: complete already, {begun.n_rows():,} rows")
+    return begun
+
+
+def _go_on(config: HarvestConfig, out: Path, begun: ActivationStore | None) -> ActivationStore:
+    """Begin a harvest, or go on with one, and finish it."""
     dtype = config.model.dtype if begun is None else begun.manifest["model"]["dtype"]
     model = load_model(
         config.model.spec,
@@ -111,17 +120,20 @@ def harvest(config: HarvestConfig) -> ActivationStore:
         revision=config.model.revision,
     )
     if begun is None:
+        for path in out.parent.iterdir():
+            if path.name.startswith(f".{out.name}.") and is_leftover(path):
+                remove(path)
         writer = HarvestWriter.create(out, _plan(config, model))
     else:
-        _check_same_model(model, begun)
-        writer = HarvestWriter(out, begun.manifest)
+        check_same_model(model, begun)
+        writer = HarvestWriter(begun)
         writer.trim()
     store = writer.store
     total = sum(store.manifest["planned_sequences"].values()) * config.context
     name = f"harvest of {len(store.sites)} site(s)" if len(store.sites) > 1 else "harvest"
     with Progress(name, total, "tokens", done=store.n_tokens) as progress:
         counts = {split: _harvest_split(split, config, model, writer, progress) for split in SPLITS}
-    writer.finish({split: _counted(count) for split, count in counts.items()})
+    writer.finish({split: counted(count) for split, count in counts.items()})
     store = writer.store
     size = sum(store.n_rows() * store.d_in(site) * 2 for site in store.sites)
     say(f"{out}: {store.n_rows():,} rows, {size / 1e9:.2f} GB")
@@ -154,7 +166,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_same_model(model: Model, begun: ActivationStore) -> None:
+def check_same_model(model: Model, begun: ActivationStore) -> None:
     facts = begun.manifest["model"]
     for name in ("weights_hash", "tokenizer_hash"):
         if getattr(model, name) != facts[name]:
@@ -234,7 +246,7 @@ def _planned_sequences(config: HarvestConfig, model: Model) -> dict[str, int]:
     for split, limit in limits.items():
         # with a limit it is enough to know that there is text for one sequence
         read = min(limit, 1) if limit is not None else None
-        found = _packed(split, config, model, 64, PackingCounts(), read)
+        found = packed(split, config, model, 64, PackingCounts(), read)
         number = sum(len(group.tokens) for group in found)
         planned[split] = number if limit is None else limit * min(number, 1)
     if planned["train"] == 0:
@@ -247,7 +259,7 @@ def _planned_sequences(config: HarvestConfig, model: Model) -> dict[str, int]:
     return planned
 
 
-def _packed(
+def packed(
     split: str,
     config: HarvestConfig,
     model: Model,
@@ -270,7 +282,7 @@ def _packed(
     )
 
 
-def _counted(counts: PackingCounts) -> dict[str, Any]:
+def counted(counts: PackingCounts) -> dict[str, Any]:
     return {
         "documents": counts.documents,
         "tokens": counts.tokens,
@@ -288,7 +300,7 @@ def _harvest_split(
     counts = PackingCounts()
     limit = begun.manifest["planned_sequences"][split]
     per_window = begun.manifest["sequences_per_window"]
-    groups = _packed(split, config, model, per_window, counts, limit)
+    groups = packed(split, config, model, per_window, counts, limit)
     with ThreadPoolExecutor(1, "harvest-writer") as pool:
         writing: Future[None] | None = None
         for number, group in enumerate(groups):
@@ -297,7 +309,7 @@ def _harvest_split(
                 continue
             seed = (config.seed, SPLITS.index(split), number)
             first = begun.n_sequences + per_window * (number - len(committed))
-            data = _run_window(split, group, first, model, begun.sites, config, seed, progress)
+            data = run_window(split, group, first, model, begun.sites, config, seed, progress)
             if writing is not None:
                 writing.result()
             writing = pool.submit(writer.write, data)
@@ -314,7 +326,7 @@ def _check_same_text(group: Sequences, begun: ActivationStore, first: int) -> No
         )
 
 
-def _run_window(
+def run_window(
     split: str,
     group: Sequences,
     first_sequence: int,

@@ -2,7 +2,8 @@
 
 A store is a folder:
 
-    manifest.json            what was harvested from what, every committed window, statistics
+    manifest.json            what was harvested from what, statistics; carries its own sha256
+    windows.jsonl            every committed window, with the checksum of each chunk it wrote
     documents.parquet/       one Parquet file a window: document, key, title, split
     activations.zarr/        a Zarr v3 group, checksummed by crc32c, not compressed
         tokens, document     int32 [sequence, position]
@@ -13,15 +14,15 @@ A store is a folder:
 
 Rows of all sites share one order. A window of rows is of one split, fills whole chunks (the last
 may be part empty) and is shuffled before it is cut into them, so a chunk is a fair sample of it.
+docs/harvests.md says what is checked when.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import torch
@@ -30,48 +31,23 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 from torch import Tensor
 
-from saescope.artefact import read_manifest, sha256_json
+from activations.chunk_files import chunk_path, crc32c, not_the_one, read_chunk
+from activations.layout import (
+    DOCUMENT_SCHEMA,
+    DOCUMENTS,
+    GROUP,
+    ROW_TOKEN,
+    SEQUENCE_ARRAYS,
+    SPLITS,
+    documents_part,
+    row_arrays,
+)
+from activations.ledger import LEDGER_SINCE, Checksums, Chunk, Ledger, Piece
+from activations.store_check import examine
+from saescope.artefact import DamagedError, read_manifest, sha256_json
 from saescope.errors import ArtefactError, InputError
 
-KIND, SCHEMA = "harvest", 1
-GROUP, DOCUMENTS = "activations.zarr", "documents.parquet"
-SPLITS = ("train", "held_out")
-NAN_BITS = 0x7FC0
-DOCUMENT_SCHEMA = pa.schema(
-    [
-        ("document", pa.int32()),
-        ("key", pa.string()),
-        ("title", pa.string()),
-        ("split", pa.int8()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One chunk of a store: its place, and how many of its rows are real."""
-
-    index: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Window:
-    """A committed run of chunks and the sequences whose rows they hold."""
-
-    split: str
-    first_chunk: int
-    rows: int
-    first_sequence: int
-    sequences: int
-
-    def chunks(self, chunk_rows: int) -> list[Chunk]:
-        """Its chunks, all full but perhaps the last."""
-        starts = range(0, self.rows, chunk_rows)
-        return [
-            Chunk(self.first_chunk + n, min(chunk_rows, self.rows - start))
-            for n, start in enumerate(starts)
-        ]
+KIND, SCHEMA = "harvest", 2
 
 
 @dataclass(frozen=True)
@@ -103,7 +79,8 @@ class ActivationStore:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self.windows = [Window(**window) for window in manifest["windows"]]
+        self.ledger = Ledger.of(path, manifest)
+        self.windows = self.ledger.windows
         self._chunk_rows = int(manifest["chunk_rows"])
 
     @classmethod
@@ -113,9 +90,15 @@ class ActivationStore:
         Raises ArtefactError if there is none, it is damaged, or a newer saescope wrote it.
         """
         folder = Path(path)
-        manifest = read_manifest(folder, kind=KIND, schema=SCHEMA)
+        store = cls.read(folder)
         if not (folder / GROUP / "zarr.json").exists():
             raise ArtefactError(f"{GROUP} is missing or damaged", where=str(folder))
+        return store
+
+    @classmethod
+    def read(cls, folder: Path) -> "ActivationStore":
+        """What manifest and ledger say, whatever is left of the rest."""
+        manifest = read_manifest(folder, kind=KIND, schema=SCHEMA, sealed_since=LEDGER_SINCE)
         return cls(folder, manifest)
 
     @property
@@ -159,9 +142,10 @@ class ActivationStore:
     @cached_property
     def hash(self) -> str:
         """sha256 of what was harvested from what, and of the activations' sums; not of the path."""
-        names = ("model", "corpus", "sites", "chunk_rows", "windows", "sums")
         config = {**self.manifest["config"], "out": None}
-        return sha256_json([config, *(self.manifest[name] for name in names)])
+        facts = [self.manifest[name] for name in ("model", "corpus", "sites", "chunk_rows")]
+        windows = [vars(window) for window in self.windows]
+        return sha256_json([config, *facts, windows, self.manifest["sums"]])
 
     def statistics(self, site: str) -> SiteStatistics:
         """Count, mean and mean square of a site over the train split.
@@ -200,14 +184,26 @@ class ActivationStore:
 
     def document_table(self) -> pa.Table:
         """Documents of the committed windows: document, key, title, split."""
-        tables = []
-        for number in range(len(self.windows)):
-            path = self.path / DOCUMENTS / documents_part(number)
-            try:
-                tables.append(parquet.read_table(path, schema=DOCUMENT_SCHEMA))
-            except (OSError, pa.ArrowInvalid) as error:
-                raise ArtefactError(f"missing or damaged: {error}", where=str(path)) from error
+        tables = [self.read_documents(number) for number in range(len(self.windows))]
         return pa.concat_tables(tables) if tables else DOCUMENT_SCHEMA.empty_table()
+
+    def read_documents(self, window: int) -> pa.Table:
+        """Documents that first appear in a window. Raises DamagedError."""
+        path = self.path / DOCUMENTS / documents_part(window)
+        expected = self.ledger.documents_crc(window)
+        try:
+            content = path.read_bytes()
+            if expected is None or crc32c(content) == expected:
+                return parquet.read_table(pa.BufferReader(content), schema=DOCUMENT_SCHEMA)
+        except FileNotFoundError as error:
+            raise DamagedError(
+                "the list of documents is missing", where=str(path), kind="missing"
+            ) from error
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DamagedError(f"the list of documents is damaged: {error}", where=str(path)) from (
+                error
+            )
+        raise DamagedError("the list of documents is not the one committed", where=str(path))
 
     def chunks(self, split: str) -> list[Chunk]:
         """Committed chunks of a split, in the order written."""
@@ -226,62 +222,84 @@ class ActivationStore:
         Raises InputError for a chunk that is not committed, ArtefactError for one that is missing
         or damaged.
         """
-        d_in, rows = self.d_in(site), self._rows_of_chunk.get(chunk_index)
+        self.d_in(site)
+        rows = self._rows_of_chunk.get(chunk_index)
         if rows is None:
             raise InputError(
                 "no such committed chunk", where=str(self.path), given=chunk_index,
                 allowed=f"0 to {max(self._rows_of_chunk, default=-1)}",
             )  # fmt: skip
-        bits = self._read_file(site, (chunk_index, 0), np.uint16, (self._chunk_rows, d_in))
-        row_token = self._read_file("row_token", (chunk_index,), np.int64, (self._chunk_rows,))
-        x = torch.from_numpy(bits[:rows]).view(torch.bfloat16)
-        return x, torch.from_numpy(row_token[:rows])
+        bits = self.read_rows(site, chunk_index)[:rows]
+        row_token = self.read_rows(ROW_TOKEN, chunk_index)[:rows]
+        return torch.from_numpy(bits).view(torch.bfloat16), torch.from_numpy(row_token)
 
-    def _read_file(
-        self, array: str, chunk: tuple[int, ...], dtype: type, shape: tuple[int, ...]
-    ) -> NDArray[Any]:
-        """One chunk file, straight into memory, its checksum verified.
+    def read_rows(self, array: str, chunk: int) -> NDArray[Any]:
+        """A committed chunk of a site's bits, uint16 [row, d_in], or of row_token, int64 [row].
 
-        Four times as fast as through Zarr, and a chunk that is not there is found: Zarr would read
-        it as fill values.
+        Raises DamagedError if it is missing, damaged, or not the one that was committed.
         """
-        path = self.path.joinpath(GROUP, array, "c", *map(str, chunk))
-        try:
-            content = np.fromfile(path, np.uint8)
-        except OSError as error:
-            raise ArtefactError(
-                f"chunk {chunk[0]} of {array} is missing or unreadable", where=str(path)
-            ) from error
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        data = content[:-4]
-        if len(data) != size or google_crc32c.value(cast(bytes, data)) != int.from_bytes(
-            content[-4:].tobytes(), "little"
-        ):
-            raise ArtefactError(
-                f"chunk {chunk[0]} of {array} is damaged: its checksum does not match",
-                where=str(path),
-            )
-        return data.view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
+        tail = () if array == ROW_TOKEN else (self.d_in(array),)
+        path = chunk_path(self.path / GROUP, array, chunk, 1 + len(tail))
+        dtype = np.int64 if array == ROW_TOKEN else np.uint16
+        crc = self.ledger.rows_crc(array, chunk)
+        return read_chunk(path, f"chunk {chunk} of {array}", dtype, (self._chunk_rows, *tail), crc)
+
+    def read_sequences(self, array: str, window: int) -> NDArray[Any]:
+        """One window's part of an array [sequence, ...].
+
+        Raises DamagedError if a chunk is missing, damaged, or not the one that was committed.
+        """
+        pieces = self.windows[window].pieces(int(self.manifest["sequences_per_window"]))
+        return np.concatenate([self.read_piece(array, window, piece) for piece in pieces])
+
+    def read_piece(self, array: str, window: int, piece: Piece) -> NDArray[Any]:
+        """The part of a window's sequences that is in one chunk. Raises DamagedError."""
+        whole = self.read_sequence_chunk(array, piece.chunk)
+        part = whole[piece.start : piece.start + piece.sequences]
+        expected = self.ledger.sequences_crc(array, window, piece)
+        if expected is not None and crc32c(part) != expected:
+            path = self.sequence_chunk_path(array, piece.chunk)
+            raise not_the_one(f"chunk {piece.chunk} of {array}", path)
+        return part
+
+    def read_sequence_chunk(self, array: str, chunk: int) -> NDArray[Any]:
+        """A chunk of an array [sequence, ...] with what may lie beyond the committed sequences."""
+        per_chunk = int(self.manifest["sequences_per_window"])
+        shape = (per_chunk,) if array == "split" else (per_chunk, self.context)
+        path = self.sequence_chunk_path(array, chunk)
+        return read_chunk(path, f"chunk {chunk} of {array}", SEQUENCE_ARRAYS[array], shape, None)
+
+    def sequence_chunk_path(self, array: str, chunk: int) -> Path:
+        """File of a chunk of an array [sequence, ...]."""
+        return chunk_path(self.path / GROUP, array, chunk, 1 if array == "split" else 2)
+
+    def checksums(self, window: int) -> Checksums:
+        """Of what a window's files hold now. Raises DamagedError."""
+        self.read_documents(window)
+        documents = (self.path / DOCUMENTS / documents_part(window)).read_bytes()
+        found, per_chunk = self.windows[window], int(self.manifest["sequences_per_window"])
+        chunks = [chunk.index for chunk in found.chunks(self._chunk_rows)]
+        rows = {
+            array: [crc32c(self.read_rows(array, chunk)) for chunk in chunks]
+            for array in row_arrays(self.manifest)
+        }
+        sequences = {
+            array: [crc32c(self.read_piece(array, window, p)) for p in found.pieces(per_chunk)]
+            for array in SEQUENCE_ARRAYS
+        }
+        return Checksums(rows, sequences, crc32c(documents))
 
     def verify(self) -> int:
-        """Read and check every committed chunk and document list; how many chunks there were.
+        """Read and check every file of the store; how many there were.
 
-        Raises ArtefactError naming the first that is missing or damaged.
+        Raises ArtefactError that names each one that is missing, damaged, swapped or foreign.
+        `activations.store_check.examine` gives the same as a list, `saescope doctor` prints it.
         """
-        checked = 0
-        for chunk in self._rows_of_chunk:
-            for site in self.sites:
-                self.read_chunk(site, chunk)
-                checked += 1
-        per_chunk = int(self.manifest["sequences_per_window"])
-        for number in range(-(-self.n_sequences // per_chunk)):
-            shape = (per_chunk, self.context)
-            for name, dtype in (("tokens", np.int32), ("document", np.int32), ("keep", np.bool_)):
-                self._read_file(name, (number, 0), dtype, shape)
-            self._read_file("split", (number,), np.int8, (per_chunk,))
-            checked += 4
-        self.document_table()
-        return checked
+        report = examine(self)
+        if report.faults:
+            lines = "; ".join(f"{fault.path}: {fault.what}" for fault in report.faults)
+            raise ArtefactError(lines, where=str(self.path))
+        return report.checked
 
 
 class SequenceArray:
@@ -291,46 +309,34 @@ class SequenceArray:
     """
 
     def __init__(self, store: ActivationStore, name: str) -> None:
-        import zarr
-
-        self._where = str(store.path / GROUP / name)
-        try:
-            array: Any = zarr.open_array(self._where, mode="r")
-        except (OSError, ValueError, KeyError) as error:
-            raise ArtefactError("missing or damaged", where=self._where) from error
-        self._array = array
+        self._store, self._name = store, name
+        self._first = np.array([window.first_sequence for window in store.windows], np.int64)
         self.shape = (store.n_sequences, store.context)
-        self.dtype: np.dtype = array.dtype
+        self.dtype = np.dtype(SEQUENCE_ARRAYS[name])
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, key: int | slice | Sequence[int] | NDArray) -> NDArray[Any]:
-        if isinstance(key, slice):
-            first, last, step = key.indices(len(self))
-            return self._read(slice(first, max(first, last)))[::step] if step > 0 else self[:][key]
         wanted = np.arange(len(self))[key]
-        if wanted.ndim == 0:
-            return self._read(slice(int(wanted), int(wanted) + 1))[0]
-        return self._read(wanted)
+        found = self._read(wanted.reshape(-1))
+        return found[0] if wanted.ndim == 0 else found
 
-    def _read(self, part: slice | NDArray[np.int64]) -> NDArray[Any]:
-        try:
-            found = np.asarray(self._array.oindex[part])
-        except ValueError as error:
-            raise ArtefactError(f"damaged: {error}", where=self._where) from error
-        if found.dtype != np.bool_ and (found == -1).any():
-            raise ArtefactError("a chunk is missing", where=self._where)
+    def _read(self, wanted: NDArray[np.int64]) -> NDArray[Any]:
+        """Sequences by number; each window is read once."""
+        found = np.empty((len(wanted), self.shape[1]), self.dtype)
+        window = np.searchsorted(self._first, wanted, side="right") - 1
+        order = np.argsort(window, kind="stable")
+        borders = np.flatnonzero(np.diff(window[order]))
+        for places in np.split(order, borders + 1) if len(order) else []:
+            number = int(window[places[0]])
+            part = self._store.read_sequences(self._name, number)
+            found[places] = part[wanted[places] - self._first[number]]
         return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         del copy
         return np.asarray(self[:], dtype=dtype)
-
-
-def documents_part(window: int) -> str:
-    """File name of one window's list of documents."""
-    return f"part-{window:06d}.parquet"
 
 
 def _split(split: str) -> str:

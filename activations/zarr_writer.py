@@ -1,7 +1,8 @@
 """Writing a harvest: one window at a time, flushed to the disk before the manifest names it."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,38 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from activations.zarr_store import (
+from activations.chunk_files import chunk_path, crc32c, read_chunk, write_chunk
+from activations.layout import (
     DOCUMENT_SCHEMA,
     DOCUMENTS,
     GROUP,
-    KIND,
-    NAN_BITS,
-    SCHEMA,
+    METADATA,
+    SEQUENCE_ARRAYS,
     SPLITS,
-    ActivationStore,
-    Window,
+    create_arrays,
+    described_arrays,
     documents_part,
+    fill_value,
+    row_arrays,
+    with_length,
 )
-from saescope.artefact import atomic_path, disk_full, fsync_path, write_manifest
+from activations.ledger import LEDGER, Checksums, Ledger, Window, window_line
+from activations.store_check import is_partial, is_uncommitted, strangers
+from activations.zarr_store import KIND, SCHEMA, ActivationStore
+from saescope.artefact import (
+    atomic_path,
+    disk_full,
+    fsync_path,
+    remove,
+    write_json,
+    write_manifest,
+)
 
-SEQUENCE_ARRAYS = {"tokens": "int32", "document": "int32", "keep": "bool", "split": "int8"}
+_WRITTEN_ANEW = (
+    *("kind", "schema", "created", "versions", "commit", "parent", "sha256"),
+    *("windows", "ledger"),
+)
+"""What the manifest has besides the facts."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +76,23 @@ class WindowData:
 class HarvestWriter:
     """Appends windows to a store; what is committed survives any interruption.
 
-    A window's arrays are written and flushed first and the manifest last. A window that the
-    manifest does not name does not exist: `trim` removes what an interruption left of it.
+    A window's files are written and flushed first, then the ledger, and the manifest last. A window
+    that the manifest does not count does not exist: `trim` removes what an interruption left of
+    it. Whoever writes holds the store's lock (`saescope.artefact.locked`).
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        import zarr
-
-        self.path = path
-        self._facts = {
-            key: value
-            for key, value in manifest.items()
-            if key not in ("kind", "schema", "created", "versions", "commit", "parent")
-        }
+    def __init__(self, store: ActivationStore) -> None:
+        manifest = store.manifest
+        self.path = store.path
+        self._facts = {key: value for key, value in manifest.items() if key not in _WRITTEN_ANEW}
         self._chunk_rows = int(manifest["chunk_rows"])
-        self._context = int(manifest["config"]["context"])
-        self._group: Any = zarr.open_group(path / GROUP, mode="r+")
+        self._per_window = int(manifest["sequences_per_window"])
+        self._ledger = store.ledger
+        self._lengths: dict[str, int] = {}
+        last = store.windows[-1] if store.windows else Window(SPLITS[0], 0, 0, 0, 0)
+        self._chunks = last.first_chunk + len(last.chunks(self._chunk_rows))
+        self._sequences = last.first_sequence + last.sequences
+        self._written: list[Path] = []
 
     @classmethod
     def create(cls, path: Path, facts: dict[str, Any]) -> "HarvestWriter":
@@ -82,43 +101,61 @@ class HarvestWriter:
             site: {"count": 0, "sum": [0.0] * width, "sum_square": 0.0}
             for site, width in facts["sites"].items()
         }
-        facts = {**facts, "corpus": None, "windows": [], "sums": sums, "complete": False}
+        facts = {**facts, "corpus": None, "sums": sums, "complete": False}
         with disk_full(str(path)), atomic_path(path) as temporary:
             temporary.mkdir()
             (temporary / DOCUMENTS).mkdir()
-            _create_arrays(temporary / GROUP, facts)
-            write_manifest(temporary, kind=KIND, schema=SCHEMA, parent=None, **facts)
-        return cls(path, facts)
+            (temporary / LEDGER).touch()
+            create_arrays(temporary / GROUP, facts)
+            facts["arrays"] = described_arrays(temporary / GROUP, facts)
+            _write_manifest(temporary, facts, Ledger())
+        return cls(ActivationStore.open(path))
 
     @property
     def store(self) -> ActivationStore:
         """The store as committed so far."""
         return ActivationStore.open(self.path)
 
-    @property
-    def windows(self) -> list[Window]:
-        """Windows committed so far."""
-        return [Window(**window) for window in self._facts["windows"]]
-
     def trim(self) -> None:
-        """Remove what an interrupted run left behind the last committed window."""
-        last = self.windows[-1] if self.windows else None
-        self._resize(
-            chunks=last.first_chunk + len(last.chunks(self._chunk_rows)) if last else 0,
-            sequences=last.first_sequence + last.sequences if last else 0,
-        )
-        for leftover in (self.path / GROUP).rglob("*.partial"):
-            leftover.unlink()
+        """Remove what an interrupted run left behind the last committed window.
+
+        A store of an older schema is brought to the present one. Raises ArtefactError for one with
+        a damaged chunk, or if the disk is full.
+        """
+        with disk_full(str(self.path)):
+            if not self._ledger.knows_checksums:
+                self.upgrade()
+            if self._ledger.excess:
+                os.truncate(self.path / LEDGER, self._ledger.size)
+            self._resize(chunks=self._chunks, sequences=self._sequences)
+            store = self.store
+            for path in list(strangers(store)):
+                if is_partial(path) or is_uncommitted(store, path):
+                    remove(path)
+
+    def upgrade(self) -> None:
+        """Record the checksums of what a store of an older schema holds, in a ledger."""
+        store = self.store
+        self._facts["arrays"] = described_arrays(self.path / GROUP, self._facts)
+        self._ledger = Ledger()
+        (self.path / LEDGER).unlink(missing_ok=True)
+        for number, window in enumerate(store.windows):
+            self._ledger.append(self.path, window_line(window, store.checksums(number)))
+        (self.path / LEDGER).touch()
+        self._write_manifest(**_made(store))
 
     def write(self, data: WindowData) -> None:
         """Append a window. Raises ArtefactError if the disk is full; nothing is committed then."""
         with disk_full(str(self.path)):
-            window = self._write_arrays(data)
-            self._write_documents(data)
+            window, rows, sequences = self._write_arrays(data)
+            documents = self._write_documents(data)
             if data.split == "train":
                 self._add_sums(data.sums)
-            self._facts["windows"] = [*self._facts["windows"], asdict(window)]
+            line = window_line(window, Checksums(rows, sequences, documents))
+            self._ledger.append(self.path, line)
             self._write_manifest()
+            self._chunks += len(window.chunks(self._chunk_rows))
+            self._sequences += window.sequences
 
     def finish(self, corpus: dict[str, Any]) -> None:
         """Mark the store as complete, with the facts of the corpus that were counted."""
@@ -126,85 +163,95 @@ class HarvestWriter:
         with disk_full(str(self.path)):
             self._write_manifest()
 
-    def _write_manifest(self) -> None:
-        write_manifest(self.path, kind=KIND, schema=SCHEMA, parent=None, **self._facts)
+    def _write_manifest(self, **made: Any) -> None:
+        _write_manifest(self.path, {**self._facts, **made}, self._ledger)
+
+    def correct(self, line: bytes) -> None:
+        """Commit that a chunk now holds something else than was committed first."""
+        made = _made(self.store)
+        with disk_full(str(self.path)):
+            self._ledger.append(self.path, line)
+            self._write_manifest(**made)
 
     def _resize(self, *, chunks: int, sequences: int) -> None:
-        rows = chunks * self._chunk_rows
-        for name in SEQUENCE_ARRAYS:
-            self._group[name].resize((sequences, *self._group[name].shape[1:]))
-        for name in ("row_token", *self._facts["sites"]):
-            self._group[name].resize((rows, *self._group[name].shape[1:]))
+        """Make Zarr see this many chunks of rows, and sequences.
 
-    def _write_arrays(self, data: WindowData) -> Window:
-        before = self.windows
+        Not by Zarr itself, which goes through all chunks to do it.
+        """
+        rows = chunks * self._chunk_rows
+        for name, described in self._facts["arrays"].items():
+            length = sequences if name in SEQUENCE_ARRAYS else rows
+            if name and self._lengths.get(name) != length:
+                path = self.path / GROUP / name / METADATA
+                write_json(path, with_length(described, length))
+                self._lengths[name] = length
+
+    def _write_arrays(
+        self, data: WindowData
+    ) -> tuple[Window, dict[str, list[int]], dict[str, list[int]]]:
+        """Write all chunks of a window; with the checksums for the ledger."""
         window = Window(
             split=data.split,
-            first_chunk=sum(len(w.chunks(self._chunk_rows)) for w in before),
+            first_chunk=self._chunks,
             rows=len(data.order),
-            first_sequence=sum(w.sequences for w in before),
+            first_sequence=self._sequences,
             sequences=len(data.tokens),
         )
         chunks = window.chunks(self._chunk_rows)
-        first, last = window.first_sequence, window.first_sequence + window.sequences
-        self._resize(chunks=window.first_chunk + len(chunks), sequences=last)
+        self._written = []
         split = np.full(window.sequences, SPLITS.index(data.split), np.int8)
-        for name, values in (
-            ("tokens", data.tokens),
-            ("document", data.document),
-            ("keep", data.keep),
-            ("split", split),
-        ):
-            self._group[name][first:last] = values
+        parts = {
+            "tokens": data.tokens, "document": data.document, "keep": data.keep, "split": split
+        }  # fmt: skip
+        sequences = {name: self._write_sequences(name, window, v) for name, v in parts.items()}
+        rows: dict[str, list[int]] = {name: [] for name in row_arrays(self._facts)}
         for number, chunk in enumerate(chunks):
             start = number * self._chunk_rows
             order = data.order[start : start + chunk.rows]
-            self._write_chunk("row_token", chunk.index, data.row_token[order], -1)
-            for site, rows in data.rows.items():
-                self._write_chunk(
-                    site, chunk.index, np.take(rows, order, axis=0, mode="clip"), NAN_BITS
-                )
-        self._flush(window)
-        return window
+            for name, values in {"row_token": data.row_token, **data.rows}.items():
+                chosen = np.take(values, order, axis=0, mode="clip")
+                rows[name].append(self._write_chunk(name, chunk.index, chosen))
+        self._resize(
+            chunks=window.first_chunk + len(chunks),
+            sequences=window.first_sequence + window.sequences,
+        )
+        self._flush(self._written)
+        return window, rows, sequences
 
-    def _write_chunk(self, name: str, index: int, values: NDArray[Any], fill: int) -> None:
-        first = index * self._chunk_rows
-        if len(values) < self._chunk_rows:
-            whole = np.full((self._chunk_rows, *values.shape[1:]), fill, values.dtype)
-            whole[: len(values)] = values
-            values = whole
-        self._group[name][first : first + self._chunk_rows] = values
+    def _write_chunk(self, name: str, index: int, values: NDArray[Any]) -> int:
+        """Write one chunk of rows, filled up where they end; its crc32c."""
+        path = chunk_path(self.path / GROUP, name, index, values.ndim)
+        self._written.append(path)
+        return write_chunk(path, filled_up(name, values, self._chunk_rows))
 
-    def _flush(self, window: Window) -> None:
-        """Force the window's chunk files, and the folders that name them, to the disk."""
+    def _write_sequences(self, name: str, window: Window, values: NDArray[Any]) -> list[int]:
+        """Write a window's part of an array [sequence, ...]; the crc32c of each piece."""
+        found, rest = [], values
+        for piece in window.pieces(self._per_window):
+            part, rest = rest[: piece.sequences], rest[piece.sequences :]
+            found.append(crc32c(part))
+            path = chunk_path(self.path / GROUP, name, piece.chunk, values.ndim)
+            if piece.start:
+                # a chunk that holds committed sequences is replaced at once, not written over
+                shape = (self._per_window, *part.shape[1:])
+                what = f"chunk {piece.chunk} of {name}"
+                before = read_chunk(path, what, SEQUENCE_ARRAYS[name], shape, None)
+                part = np.concatenate([before[: piece.start], part])
+            self._written.append(path)
+            whole = filled_up(name, part, self._per_window)
+            write_chunk(path, whole, replaces=piece.start > 0)
+        return found
+
+    def _flush(self, written: list[Path]) -> None:
+        """Force chunk files, and the folders that name them, to the disk."""
         root = self.path / GROUP
-        per_chunk = self._facts["sequences_per_window"]
-        last = window.first_sequence + window.sequences - 1
-        numbers = range(window.first_sequence // per_chunk, last // per_chunk + 1)
-        indices = [chunk.index for chunk in window.chunks(self._chunk_rows)]
-        files = [root / name / "c" / str(n) for name in SEQUENCE_ARRAYS for n in numbers]
-        names = ("row_token", *self._facts["sites"])
-        files += [root / name / "c" / str(n) for name in names for n in indices]
-        files = [file / "0" if file.is_dir() else file for file in files]
-        folders = {parent for file in files for parent in file.relative_to(root).parents}
-        metadata = [root / name / "zarr.json" for name in (*SEQUENCE_ARRAYS, *names)]
-        for path in (*files, *metadata, *(root / folder for folder in folders)):
+        folders = {parent for file in written for parent in file.relative_to(root).parents}
+        for path in (*written, *(root / folder for folder in folders)):
             fsync_path(path)
 
-    def _write_documents(self, data: WindowData) -> None:
-        number = SPLITS.index(data.split)
-        columns = list(zip(*data.described, strict=True)) or [(), (), ()]
-        arrays = [*columns, [number] * len(data.described)]
-        table = pa.table(
-            [
-                pa.array(values, kind.type)
-                for values, kind in zip(arrays, DOCUMENT_SCHEMA, strict=True)
-            ],
-            schema=DOCUMENT_SCHEMA,
-        )
-        path = self.path / DOCUMENTS / documents_part(len(self._facts["windows"]))
-        with atomic_path(path) as temporary:
-            parquet.write_table(table, temporary)
+    def _write_documents(self, data: WindowData) -> int:
+        number = len(self._ledger.windows)
+        return write_documents(self.path, number, data.split, data.described)
 
     def _add_sums(self, sums: Mapping[str, SiteSums]) -> None:
         before = self._facts["sums"]
@@ -218,27 +265,36 @@ class HarvestWriter:
         }
 
 
-def _create_arrays(path: Path, facts: dict[str, Any]) -> None:
-    """An empty Zarr group with every array of the store."""
-    import zarr
-    from zarr.codecs import Crc32cCodec
+def filled_up(array: str, values: NDArray[Any], length: int) -> NDArray[Any]:
+    """The values of a chunk of `length` along the first axis, filled up where there are fewer."""
+    if len(values) == length:
+        return values
+    whole = np.full((length, *values.shape[1:]), fill_value(array), values.dtype)
+    whole[: len(values)] = values
+    return whole
 
-    context, chunk_rows = facts["config"]["context"], facts["chunk_rows"]
-    per_window = facts["sequences_per_window"]
-    group = zarr.create_group(path, zarr_format=3)
 
-    def create(
-        name: str, width: int | None, chunk: int, dtype: str, fill: Any, **facts: Any
-    ) -> None:
-        tail = () if width is None else (width,)
-        group.create_array(
-            name, shape=(0, *tail), chunks=(chunk, *tail), dtype=dtype, fill_value=fill,
-            compressors=[Crc32cCodec()], attributes=facts, config={"write_empty_chunks": True},
-        )  # fmt: skip
+def write_documents(
+    folder: Path, window: int, split: str, described: Sequence[tuple[int, str, str]]
+) -> int:
+    """Write a window's list of documents (id, key, title); the crc32c of the file."""
+    columns = list(zip(*described, strict=True)) or [(), (), ()]
+    arrays = [*columns, [SPLITS.index(split)] * len(described)]
+    table = pa.table(
+        [pa.array(values, kind.type) for values, kind in zip(arrays, DOCUMENT_SCHEMA, strict=True)],
+        schema=DOCUMENT_SCHEMA,
+    )
+    with atomic_path(folder / DOCUMENTS / documents_part(window)) as temporary:
+        parquet.write_table(table, temporary)
+        return crc32c(temporary.read_bytes())
 
-    for name, dtype in SEQUENCE_ARRAYS.items():
-        width = None if name == "split" else context
-        create(name, width, per_window, dtype, False if dtype == "bool" else -1)
-    create("row_token", None, chunk_rows, "int64", -1)
-    for site, width in facts["sites"].items():
-        create(site, width, chunk_rows, "uint16", NAN_BITS, bits_of="bfloat16", site=site)
+
+def _made(store: ActivationStore) -> dict[str, Any]:
+    """When, and by which versions, a store was made: not to be changed by those that repair it."""
+    return {name: store.manifest[name] for name in ("created", "versions", "commit")}
+
+
+def _write_manifest(folder: Path, facts: dict[str, Any], ledger: Ledger) -> None:
+    write_manifest(
+        folder, kind=KIND, schema=SCHEMA, parent=None, sealed=True, ledger=ledger.committed, **facts
+    )

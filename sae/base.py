@@ -9,18 +9,19 @@ weights are in the model's units themselves.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from sae import kernels
+from sae import kernels, objectives
 from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
+from sae.distributed import FEATURES, normal_rows_
 from sae.normaliser import Normaliser
-from sae.objectives import geometric_median
+from sae.outputs import SAEOutput, TrainingOutput, TrainingState
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 
@@ -53,52 +54,6 @@ class SAEConfig(Config):
         return replace(self, k=target)
 
 
-class SAEOutput(NamedTuple):
-    """What `forward` returns."""
-
-    x_hat: Tensor
-    """reconstruction [batch, d_in], in the model's units"""
-    codes: SparseCodes
-    """feature activations, in the model's units"""
-
-
-class TrainingOutput(NamedTuple):
-    """What an architecture's objective returns for one batch."""
-
-    loss: Tensor
-    """scalar to minimise"""
-    terms: dict[str, Tensor]
-    """named parts of the loss, detached scalars; "fvu" is always one"""
-    counts: Tensor
-    """int64 [d_sae], rows of the batch each feature fired on"""
-    y_hat: Tensor
-    """[batch, d_out], the reconstruction at the normaliser's scale"""
-
-    @property
-    def l0(self) -> Tensor:
-        """Mean number of features active on a row of the batch."""
-        return self.counts.sum() / len(self.y_hat)
-
-
-@dataclass
-class TrainingState:
-    """What an objective may know of the run."""
-
-    step: int = 0
-    total_steps: int = 1
-    dead: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
-    """bool [d_sae], features that have not fired for `dead_after_tokens`"""
-    penalty: float = 1.0
-    """factor on the sparsity coefficient, moved by the trainer to reach a target L0"""
-    generator: torch.Generator | None = None
-    """the run's own randomness; an objective uses no other"""
-
-    def ramp(self, fraction: float) -> float:
-        """Linear warm-up from 0 (exclusive) to 1 over a part of the run."""
-        steps = fraction * self.total_steps
-        return min(1.0, (self.step + 1) / steps) if steps else 1.0
-
-
 class SparseAutoencoder(nn.Module, ABC):
     """A sparse autoencoder; a subclass is one architecture in one file of `sae/architectures/`.
 
@@ -121,6 +76,9 @@ class SparseAutoencoder(nn.Module, ABC):
     """reads and writes several sites at once, side by side"""
     unit_decoder: ClassVar[bool] = True
     """decoder rows are held at unit norm"""
+    by_feature: ClassVar[tuple[str, ...]] = ()
+    """parameters and buffers with a row a feature; where they are named, ranks may share the
+    features out: each then has an SAE of its own features, whose `d_sae` counts those"""
     feature_units: ClassVar[tuple[str, ...]] = ("b_enc",)
     """parameters and buffers that are in the units of activations"""
 
@@ -131,13 +89,24 @@ class SparseAutoencoder(nn.Module, ABC):
         self.config = config
         self.d_in = d_in
         self.d_out = d_in if d_out is None else d_out
-        self.d_sae = config.d_sae
+        self.d_sae = self._own_features()
         self.normaliser = Normaliser.identity(d_in)
         self.output_normaliser: Normaliser | None = None
         self.site_normalisers: dict[str, Normaliser] = {}
         self.metadata: dict[str, Any] = {}
         self.make_parameters()
         self.reset_parameters()
+
+    def _own_features(self) -> int:
+        """Features that are here: all, unless ranks share them out."""
+        if FEATURES.size > 1 and not self.by_feature:
+            raise InputError(
+                "features of this architecture cannot be shared out among processes",
+                where="ranks", given=kind_of(self.config), allowed="rows",
+            )  # fmt: skip
+        check_range("sae.d_sae", self.config.d_sae, low=FEATURES.size)
+        own = FEATURES.share(self.config.d_sae)
+        return own.stop - own.start
 
     def make_parameters(self) -> None:
         """Create the parameters, before `reset_parameters` gives them values."""
@@ -159,7 +128,7 @@ class SparseAutoencoder(nn.Module, ABC):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Decoder rows uniform on the unit sphere, W_enc = W_dec^T, biases 0."""
-        nn.init.normal_(self.W_dec)
+        normal_rows_(self.W_dec, self.config.d_sae)
         self.normalise_decoder()
         if self.d_in == self.d_out:
             self.W_enc_T.copy_(self.W_dec)
@@ -181,17 +150,30 @@ class SparseAutoencoder(nn.Module, ABC):
     @torch.no_grad()
     def start(self, batch: TrainingBatch) -> None:
         """Set what is initialised from data, before the first step; b_dec at the median."""
-        self.b_dec.copy_(geometric_median(batch.target))
+        self.b_dec.copy_(objectives.geometric_median(batch.target))
+
+    @property
+    def unit_rows(self) -> tuple[nn.Parameter, ...]:
+        """Parameters whose rows are held at unit norm.
+
+        An optimiser that does so itself (`optimisers.Adam`) is followed by `constrain`; any other
+        stands between `before_step` and `after_step`.
+        """
+        return (self.W_dec,) if self.unit_decoder else ()
 
     def before_step(self) -> None:
-        """Called with gradients in place, before they are clipped; projections go here."""
-        if self.unit_decoder:
+        """With gradients in place, before they are clipped: only what turns `unit_rows` is left."""
+        if self.unit_rows:
             self.project_decoder_gradient()
 
     def after_step(self) -> None:
-        """Called after the optimiser's step; constraints on the weights go here."""
-        if self.unit_decoder:
+        """After the optimiser's step: unit norm for `unit_rows`, and `constrain`."""
+        if self.unit_rows:
             self.normalise_decoder()
+        self.constrain()
+
+    def constrain(self) -> None:
+        """Put what other constraints there are on the weights, after each step."""
 
     def resamples(self, state: TrainingState) -> bool:
         """Whether `resample` has anything to do after this step."""
@@ -216,13 +198,20 @@ class SparseAutoencoder(nn.Module, ABC):
     def decode_normalised(self, codes: SparseCodes, y: Tensor | None = None) -> Tensor:
         """Reconstruction [batch, d_out] at the normaliser's scale; y is what was encoded."""
         del y
-        return kernels.decode(codes.row_ptr, codes.index, codes.value, self.W_dec) + self.b_dec
+        own = kernels.decode(codes.row_ptr, codes.index, codes.value, self.W_dec)
+        return FEATURES.sum(own) + self.b_dec
+
+    def reconstruct(self, codes: SparseCodes, batch: TrainingBatch) -> objectives.Reconstruction:
+        """The batch's loss of these codes, and their reconstruction."""
+        if type(self).decode_normalised is SparseAutoencoder.decode_normalised:
+            return objectives.reconstruct(codes, batch, self.W_dec, self.b_dec)
+        return objectives.Reconstruction.of(self.decode_normalised(codes, batch.y), batch)
 
     # ---- what everybody uses ----------------------------------------------------------------
 
     def encoder_input(self, y: Tensor) -> Tensor:
         """What the encoder multiplies: y - b_dec, or y without a pre-encoder bias."""
-        return y - self.b_dec if self.pre_bias else y
+        return y - FEATURES.spread(self.b_dec) if self.pre_bias else y
 
     def centred(self, batch: TrainingBatch) -> Tensor:
         """The encoder's input for a batch, with hidden coordinates zeroed."""

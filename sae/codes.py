@@ -52,6 +52,20 @@ class SparseCodes:
         return cls(row_ptr, index, dense[active], dense.shape[1])
 
     @classmethod
+    def from_flat(cls, flat: Tensor, value: Tensor, batch: int, d_sae: int) -> Self:
+        """From entries at row * d_sae + feature, int64 [entries], none twice, in any order."""
+        flat, order = flat.sort()
+        row_ptr = torch.zeros(batch + 1, dtype=torch.int64, device=flat.device)
+        torch.cumsum(torch.bincount(flat // d_sae, minlength=batch), 0, out=row_ptr[1:])
+        return cls(row_ptr, flat % d_sae, value[order], d_sae)
+
+    @classmethod
+    def none(cls, like: Tensor, d_sae: int) -> Self:
+        """No entry at all, for as many rows as `like` [batch, ...] has, with values of its kind."""
+        row_ptr = torch.zeros(len(like) + 1, dtype=torch.int64, device=like.device)
+        return cls(row_ptr, row_ptr[:0], like.new_zeros(0), d_sae)
+
+    @classmethod
     def concatenate(cls, parts: list[Self]) -> Self:
         """Codes of consecutive chunks of one batch, as one."""
         if not parts:
@@ -76,6 +90,18 @@ class SparseCodes:
         counts = self.row_ptr.diff()
         return torch.repeat_interleave(torch.arange(self.batch, device=counts.device), counts)
 
+    def flat(self) -> Tensor:
+        """row * d_sae + feature of each entry, int64 [entries]."""
+        return self.rows() * self.d_sae + self.index
+
+    def select(self, mask: Tensor) -> "SparseCodes":
+        """The entries for which mask bool [entries] is true."""
+        before = torch.zeros(len(mask) + 1, dtype=torch.int64, device=mask.device)
+        torch.cumsum(mask, 0, out=before[1:])
+        kept = mask.nonzero()[:, 0]
+        index, value = self.index.index_select(0, kept), self.value.index_select(0, kept)
+        return SparseCodes(before[self.row_ptr], index, value, self.d_sae)
+
     def l0(self) -> Tensor:
         """Number of non-zero activations of each row, int64 [batch]."""
         active = (self.value != 0).to(torch.int64)
@@ -87,11 +113,7 @@ class SparseCodes:
 
     def compact(self) -> "SparseCodes":
         """The same codes without stored zeros."""
-        keep = self.value != 0
-        counts = self.l0()
-        row_ptr = torch.zeros_like(self.row_ptr)
-        torch.cumsum(counts, 0, out=row_ptr[1:])
-        return SparseCodes(row_ptr, self.index[keep], self.value[keep], self.d_sae)
+        return self.select(self.value != 0)
 
     def scale(self, factor: Tensor | float) -> "SparseCodes":
         """The same codes, every activation multiplied by a factor, or by its row's [batch, 1]."""
@@ -104,15 +126,17 @@ class SparseCodes:
         out = self.value.new_zeros(self.batch, self.d_sae)
         return out.index_put((self.rows(), self.index), self.value, accumulate=True)
 
-    def columns(self, features: Tensor) -> Tensor:
-        """Dense activations of a few distinct features [batch, features], in the order given."""
+    def of(self, features: Tensor) -> "SparseCodes":
+        """The codes of a few distinct features, which are numbered in the order given."""
         place = torch.full((self.d_sae,), -1, dtype=torch.int64, device=self.index.device)
         place[features] = torch.arange(len(features), device=self.index.device)
         column = place[self.index]
-        wanted = column >= 0
-        out = self.value.new_zeros(self.batch, len(features))
-        where = (self.rows()[wanted], column[wanted])
-        return out.index_put(where, self.value[wanted], accumulate=True)
+        found = self.select(column >= 0)
+        return SparseCodes(found.row_ptr, place[found.index], found.value, len(features))
+
+    def columns(self, features: Tensor) -> Tensor:
+        """Dense activations of a few distinct features [batch, features], in the order given."""
+        return self.of(features).dense()
 
 
 def csr_of(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,29 +149,3 @@ def csr_of(mask: Tensor) -> tuple[Tensor, Tensor]:
     torch.cumsum(mask.sum(1), 0, out=row_ptr[1:])
     flat = mask.reshape(-1).nonzero()[:, 0]
     return row_ptr, flat.remainder_(mask.shape[1])
-
-
-def top_of_batch(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n largest positive entries of a whole matrix [batch, d_sae], as (row_ptr, index).
-
-    Exactly n if there are as many above zero, ties included; otherwise all above zero.
-
-    >>> top_of_batch(torch.tensor([[5.0, 1.0], [-2.0, 4.0]]), 2)
-    (tensor([0, 1, 2]), tensor([0, 1]))
-    """
-    batch, width = values.shape
-    if n < 1:
-        raise InputError("nothing to select", where="top_of_batch", given=n, allowed="at least 1")
-    # a bar that about 1.5 n entries pass, from a sample of rows; checked below, so exact
-    sample = values[:: max(1, batch // 64)]
-    guess = min(sample.numel(), int(1.5 * n * sample.numel() / values.numel()) + 1)
-    bar = sample.reshape(-1).topk(guess, sorted=False).values.min().clamp_min(0)
-    flat = (values > bar).view(-1).nonzero()[:, 0]
-    if len(flat) < n:
-        flat = (values > 0).view(-1).nonzero()[:, 0]
-    if len(flat) > n:
-        kept = values.reshape(-1)[flat].topk(n, sorted=False).indices
-        flat = flat[kept].sort().values
-    row_ptr = torch.zeros(batch + 1, dtype=torch.int64, device=values.device)
-    torch.cumsum(torch.bincount(flat // width, minlength=batch), 0, out=row_ptr[1:])
-    return row_ptr, flat % width

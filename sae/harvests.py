@@ -39,14 +39,8 @@ def held_out_rows(
     """Fresh iterators over the first `limit` held-out rows (None: all), float32 [n, d_in]."""
 
     def rows() -> Iterator[Tensor]:
-        left = limit
-        for chunk in harvest.chunks("held_out"):
-            if left is not None and left <= 0:
-                return
-            x, _ = harvest.read_chunk(site, chunk.index)
-            x = x[:left] if left is not None else x
-            left = None if left is None else left - len(x)
-            yield x.float()
+        for (x,), _ in aligned_rows(harvest, (site,), split="held_out", limit=limit):
+            yield x
 
     return rows
 

@@ -1,10 +1,81 @@
 """Loss terms and fits that several architectures are composed of."""
 
+from dataclasses import dataclass
+from typing import Any, Self
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sae import kernels
+from sae import contest, kernels
+from sae.batch import TrainingBatch
+from sae.codes import SparseCodes
+from sae.distributed import FEATURES, ROWS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """How well codes reconstruct a batch."""
+
+    loss: Tensor
+    """scalar, what the batch makes of the error"""
+    batch: TrainingBatch
+    """what is reconstructed"""
+    decoded: Tensor | None = None
+    """y_hat [batch, d_out] at the normaliser's scale, or"""
+    error: Tensor | None = None
+    """[batch, d_out], y_hat less the target, where it came with the loss; no gradient"""
+
+    @classmethod
+    def of(cls, y_hat: Tensor, batch: TrainingBatch) -> Self:
+        """From y_hat [batch, d_out], whatever the batch's loss is."""
+        return cls(loss=batch.reconstruction(y_hat), batch=batch, decoded=y_hat)
+
+    @property
+    def y_hat(self) -> Tensor:
+        """The reconstruction [batch, d_out]; without gradient if the loss is of squared errors."""
+        if self.error is not None:
+            return self.batch.target + self.error
+        assert self.decoded is not None
+        return self.decoded
+
+    def left_over(self) -> Tensor:
+        """What y_hat leaves unexplained [batch, d_out], without gradient.
+
+        Of a batch with hidden coordinates, of those alone.
+        """
+        if self.error is not None:
+            return -self.error
+        residual = (self.batch.target - self.y_hat).detach()
+        return residual if self.batch.visible is None else residual * ~self.batch.visible
+
+
+def reconstruct(
+    codes: SparseCodes,
+    batch: TrainingBatch,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    silent: SparseCodes | None = None,
+) -> Reconstruction:
+    """A batch by codes W_dec + b_dec, and in the same pass, if possible, its gradient's dots.
+
+    silent: other entries, whose values are 0 but have a gradient.
+    """
+    row_ptr, index, value = codes.row_ptr, codes.index, codes.value
+    if not batch.by_squares:
+        own = kernels.decode(row_ptr, index, value, W_dec)
+        if silent is not None:
+            own = own + kernels.decode(silent.row_ptr, silent.index, silent.value, W_dec)
+        return Reconstruction.of(FEATURES.sum(own) + b_dec, batch)
+    squared, error = kernels.decode_error(row_ptr, index, value, W_dec, b_dec, batch.target)
+    if silent is not None:  # what no decoder row has a gradient of, and no reconstruction feels
+        slope = 2 * kernels.encode_selected(
+            error, W_dec.detach(), None, silent.row_ptr, silent.index
+        )  # fmt: skip
+        squared = squared.index_add(0, silent.rows(), slope * silent.value)
+    return Reconstruction(loss=batch.of_squares(squared), batch=batch, error=error)
 
 
 def auxk(
@@ -15,34 +86,105 @@ def auxk(
     W_dec: Tensor,
     dead: Tensor,
     k_aux: int,
+    *,
+    signed: bool = False,
 ) -> Tensor:
     """AuxK: let the k_aux strongest dead features reconstruct what the living ones left over.
 
     ||e - e_hat||^2 / ||e - mean e||^2 over the batch, with e = y - y_hat detached and e_hat
     without bias (Gao et al. 2024, appendix A.2); 0 where there is no dead feature or nothing left.
 
-    Args: residual, centred (y - b_dec) [batch, d_in]; dead bool [d_sae].
+    Args: residual, centred (y - b_dec) [batch, d_in]; dead bool [d_sae]; signed: strongest in
+    magnitude, not rectified.
     """
     rows = dead.nonzero()[:, 0]
-    if len(rows) == 0 or k_aux == 0:
+    number = FEATURES.total(len(rows))
+    if number == 0 or k_aux == 0:
         return residual.new_zeros(())
-    target = residual.detach()
-    encoder, bias = W_enc_T.index_select(0, rows), b_enc.index_select(0, rows)
-    decoder = W_dec.index_select(0, rows)
-    if len(rows) <= k_aux:  # all of them are taken, and dense products on so few rows are cheap
-        e_hat = torch.relu(functional.linear(centred, encoder, bias)) @ decoder
+    residual = residual.detach()
+    encoder, decoder = rows_of(W_enc_T, rows), rows_of(W_dec, rows)
+    bias = b_enc.index_select(0, rows)
+    if number <= k_aux:  # all of them are taken, and dense products on so few rows are cheap
+        pre = functional.linear(centred, encoder, bias)
+        e_hat = FEATURES.sum((pre if signed else pre.relu()) @ decoder)
+        left = kernels.total((residual - e_hat).square())
     else:
-        index, value = kernels.encode_topk(centred, encoder, bias, k_aux)
-        row_ptr = torch.arange(0, len(residual) * k_aux + 1, k_aux, device=residual.device)
-        e_hat = kernels.decode(row_ptr, index.reshape(-1), value.reshape(-1), decoder)
-    return unpredicted(target, e_hat)
+        own = min(k_aux, len(rows))
+        if own:
+            index, value = kernels.encode_topk(centred, encoder, bias, own, signed=signed)
+        else:  # the dead features are all on other ranks
+            index, value = rows.new_zeros(len(centred), 0), residual.new_zeros(len(centred), 0)
+        codes = contest.strongest(index, value, k_aux, len(rows))
+        left = left_by(codes, residual, decoder)
+    return unpredicted(residual, left)
 
 
-def unpredicted(residual: Tensor, e_hat: Tensor) -> Tensor:
-    """||e - e_hat||^2 / ||e - mean e||^2 over a batch [batch, d_out]; 0 where e does not vary."""
-    left = (residual - e_hat).square().sum()
-    total = (residual - residual.mean(0)).square().sum()
+def left_by(codes: SparseCodes, residual: Tensor, W_dec: Tensor) -> Tensor:
+    """||e - codes W_dec||^2 over a batch e [batch, d_out]."""
+    if FEATURES.size > 1:
+        e_hat = FEATURES.sum(kernels.decode(codes.row_ptr, codes.index, codes.value, W_dec))
+        return kernels.total((residual - e_hat).square())
+    none = torch.zeros_like(residual[0])
+    squared, _ = kernels.decode_error(
+        codes.row_ptr, codes.index, codes.value, W_dec, none, residual
+    )  # fmt: skip
+    return kernels.total(squared)
+
+
+def unpredicted(residual: Tensor, left: Tensor) -> Tensor:
+    """left / ||e - mean e||^2 over a batch e [batch, d_out]; 0 where e does not vary.
+
+    Both are of this rank's rows, and summed over ranks that have others.
+    """
+    total = kernels.total((residual - ROWS.mean(residual)).square())
+    left, total = ROWS.sum(torch.stack([left, total]))
     return left / torch.where(total > 0, total, torch.inf)  # so that gradients are 0 there too
+
+
+def rows_of(W: Tensor, rows: Tensor) -> Tensor:
+    """W[rows], rows int64 [n] rising, none twice; its gradient touches no other row.
+
+    Something else has to give W a dense gradient: this one alone would be a sparse tensor.
+    """
+    return _Rows.apply(W, rows)  # type: ignore[return-value]
+
+
+class _Rows(Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = W.shape
+        return W.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (rows,) = ctx.saved_tensors
+        # index_select's own would fill and add a whole [d_sae, d_in] for a few rows
+        sparse = torch.sparse_coo_tensor(
+            rows[None], gradients[0], ctx.shape, is_coalesced=True, check_invariants=False
+        )
+        return sparse, None
+
+
+def row_norms(W: Tensor) -> Tensor:
+    """||W_i|| [d_sae] of rows [d_sae, d]; of a row of zeros the gradient is 0."""
+    return _RowNorms.apply(W)  # type: ignore[return-value]
+
+
+class _RowNorms(Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(W, dim=1)
+        ctx.save_for_backward(W, norm)
+        return norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # type: ignore[override]
+        W, norm = ctx.saved_tensors
+        # one pass over the matrix, where torch's own takes three
+        return W * torch.where(norm > 0, gradients[0] / norm, 0.0)[:, None]
 
 
 def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -1,6 +1,6 @@
 """An SAE's folder: config.json and weights.safetensors; tensors and JSON, no pickle."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,17 @@ WEIGHTS_FILE = "weights.safetensors"
 _OUTPUT = "output"
 
 
-def write_sae(sae: SparseAutoencoder, folder: Path, more: Mapping[str, Any]) -> None:
-    """Write an SAE's folder, atomically; `more` is put into config.json."""
+def write_sae(
+    sae: SparseAutoencoder,
+    folder: Path,
+    more: Mapping[str, Any],
+    save: Callable[[dict[str, Tensor], Path], None] = save_file,
+) -> None:
+    """Write an SAE's folder, atomically; `more` is put into config.json.
+
+    Args: save writes the tensors into a file (of an SAE whose features several processes share,
+    all of them).
+    """
     tensors = {name: value.detach().contiguous() for name, value in sae.state_dict().items()}
     normalisers = {"": sae.normaliser, **sae.site_normalisers}
     if sae.output_normaliser is not None:
@@ -46,7 +55,7 @@ def write_sae(sae: SparseAutoencoder, folder: Path, more: Mapping[str, Any]) -> 
     }
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        save_file(tensors, temporary / WEIGHTS_FILE)
+        save(tensors, temporary / WEIGHTS_FILE)
         write_json(temporary / CONFIG_FILE, described)
 
 

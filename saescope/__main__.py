@@ -4,9 +4,12 @@ A command's module is imported when it is called, so that help is instant.
 """
 
 import importlib
+import io
+import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 from saescope import config, memory, progress
@@ -26,6 +29,8 @@ class Command:
     """lines of help that no option shows"""
     positional: str | None = None
     resumes: bool = False
+    gives_exit_code: bool = False
+    """whether what the function returns is the exit code"""
 
     def help_lines(self) -> list[str]:
         """What stands above the options in the command's help."""
@@ -54,6 +59,11 @@ COMMANDS = {
             "saescope train configs/train/topk.toml",
             "saescope train configs/train/topk.toml --sae.k 64 --out runs/topk-64",
             "saescope train configs/train/jumprelu.toml --trainer.target_l0 64 --plan",
+        ),
+        notes=(
+            "",
+            "In several processes, to the same result (docs/training.md):",
+            "  torchrun --nproc-per-node 4 -m saescope train configs/train/topk.toml",
         ),
         resumes=True,
     ),
@@ -125,6 +135,31 @@ COMMANDS = {
         ),
         positional="source",
     ),
+    "bench": Command(
+        module="sae.bench.command",
+        config="BenchConfig",
+        function="bench",
+        summary="Time the operations of a training step, and whole steps, on this machine.",
+        examples=(
+            "saescope bench",
+            "saescope bench --shapes 4096x576x16384x64 --architectures topk jumprelu --what steps",
+            "saescope bench --settings dense torch cpu --rounds 9 --out bench.csv",
+        ),
+    ),
+    "doctor": Command(
+        module="activations.doctor",
+        config="DoctorConfig",
+        function="doctor",
+        summary="Check every file of a harvest; repair what is damaged by harvesting just that.",
+        examples=(
+            "saescope doctor data/smollm2-135m-wikipedia",
+            "saescope doctor data/smollm2-135m-wikipedia --repair",
+        ),
+        notes=("", "The exit code is 0 if all is well, 1 if anything is wrong."),
+        positional="path",
+        resumes=True,
+        gives_exit_code=True,
+    ),
 }
 
 
@@ -143,12 +178,35 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: cleaned up after as Ctrl-C is."""
+
+
 def _terminate(*_: object) -> None:
-    raise KeyboardInterrupt
+    raise _Terminated
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Of several processes with the same words (torchrun's), only the first prints what is wrong.
+
+    For what all of them do alike; each goes on, or exits with the same code.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    except SaescopeError:
+        raise SystemExit(2) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code (0 done, 2 wrong input, 130 interrupted)."""
+    """Run one command; the exit code.
+
+    0 done, 2 wrong input, 130 interrupted (SIGINT), 143 terminated (SIGTERM); doctor's 1: damage.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         progress.say(_overview())
@@ -167,21 +225,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _terminate)
         memory.keep_freed_memory()
         module = importlib.import_module(command.module)
-        chosen = config.parse(
-            getattr(module, command.config),
-            rest,
-            program=f"saescope {name}",
-            description="\n".join(command.help_lines()),
-            positional=command.positional,
-        )
-        getattr(module, command.function)(chosen)
+        with _one_voice():
+            chosen = config.parse(
+                getattr(module, command.config),
+                rest,
+                program=f"saescope {name}",
+                description="\n".join(command.help_lines()),
+                positional=command.positional,
+            )
+        result = getattr(module, command.function)(chosen)
     except SaescopeError as error:
         return config.fail(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, _Terminated)
         hint = "; run the same command again to go on" if command.resumes else ""
-        sys.stderr.write(f"\nsaescope: interrupted{hint}\n")
-        return 130
-    return 0
+        word = "terminated" if terminated else "interrupted"
+        sys.stderr.write(f"\nsaescope: {word}{hint}\n")
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+    return result if command.gives_exit_code else 0
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +34,21 @@ _RECORDED_LIBRARIES = (
     "numpy",
     "safetensors",
 )
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
+"""Names of the folders in which `atomic_path` prepares what it writes."""
+_FULL = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EFBIG: "a file may not grow further (see ulimit -f); raise the limit",
+}
+
+
+class DamagedError(ArtefactError):
+    """A file is missing, or is not what was written; `kind` says in a word in which way."""
+
+    def __init__(self, what: str, *, where: str, kind: str = "damaged") -> None:
+        super().__init__(what, where=where)
+        self.what, self.where, self.kind = what, where, kind
 
 
 def fsync_path(path: Path) -> None:
@@ -75,6 +92,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         remove(holder)
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether this is a folder that `atomic_path` left behind when its process was killed."""
+    if not _TEMPORARY.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    target = path.name[1:-9]
+    try:
+        # one with "replaced" in it may hold the only copy of what was to be replaced
+        return all(member.name == target for member in path.iterdir())
+    except FileNotFoundError:
+        return True  # its process has just ended its work
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a whole file atomically."""
     with atomic_path(path) as temporary:
@@ -94,7 +123,7 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError:
         raise ArtefactError("no such file", where=str(path)) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"not valid JSON: {error}", where=str(path)) from error
+        raise DamagedError(f"not valid JSON: {error}", where=str(path)) from error
 
 
 def sha256_file(path: str | Path) -> str:
@@ -143,9 +172,19 @@ def git_commit() -> str | None:
 
 
 def write_manifest(
-    folder: str | Path, *, kind: str, schema: int, config: dict, parent: str | None, **more: Any
+    folder: str | Path,
+    *,
+    kind: str,
+    schema: int,
+    config: dict,
+    parent: str | None,
+    sealed: bool = False,
+    **more: Any,
 ) -> dict:
-    """Write `manifest.json`: what made this artefact, from what, with which versions."""
+    """Write `manifest.json`: what made this artefact, from what, with which versions.
+
+    A sealed one carries its own sha256, so that damage to it is noticed.
+    """
     manifest = {
         "kind": kind,
         "schema": schema,
@@ -156,6 +195,8 @@ def write_manifest(
         "commit": git_commit(),
         **more,
     }
+    if sealed:
+        manifest["sha256"] = sha256_json(manifest)
     write_json(Path(folder) / MANIFEST, manifest)
     return manifest
 
@@ -172,8 +213,10 @@ def check_schema(found: object, *, supported: int, where: str) -> None:
         )
 
 
-def read_manifest(folder: str | Path, *, kind: str, schema: int) -> dict:
-    """Read and check `manifest.json`.
+def read_manifest(
+    folder: str | Path, *, kind: str, schema: int, sealed_since: int | None = None
+) -> dict:
+    """Read and check `manifest.json`, which is sealed from schema `sealed_since` on.
 
     Raises ArtefactError if it is missing, damaged, of another kind, or of a newer schema.
     """
@@ -185,6 +228,10 @@ def read_manifest(folder: str | Path, *, kind: str, schema: int) -> dict:
     if found != kind:
         raise ArtefactError("wrong kind of artefact", where=str(path), given=found, allowed=kind)
     check_schema(manifest.get("schema"), supported=schema, where=str(path))
+    unsealed = {name: value for name, value in manifest.items() if name != "sha256"}
+    must_be_sealed = sealed_since is not None and manifest["schema"] >= sealed_since
+    if (must_be_sealed or "sha256" in manifest) and manifest.get("sha256") != sha256_json(unsealed):
+        raise DamagedError("its content does not match its own sha256", where=str(path))
     return manifest
 
 
@@ -194,10 +241,66 @@ def disk_full(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise ArtefactError(
-                "the disk is full; free some space and run the same command again: it goes on "
-                "from what was committed",
+                f"{_FULL[error.errno]} and run the same command again: it goes on from what was "
+                "committed",
                 where=where,
             ) from error
         raise
+
+
+@contextmanager
+def locked(path: str | Path, work: str) -> Iterator[None]:
+    """Keep other processes from writing this artefact; the operating system lets go of the lock.
+
+    The lock is on `.NAME.lock` beside the artefact, and ends with the process that holds it however
+    that ends. `work` says what is being done, for the message that others get.
+
+    Raises ArtefactError at once if another process, or another part of this one, is at work there.
+    """
+    import fcntl
+
+    artefact = Path(path).absolute()
+    artefact.parent.mkdir(parents=True, exist_ok=True)
+    file = artefact.parent / f".{artefact.name}.lock"
+    while True:
+        with disk_full(str(path)):
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 1000).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise ArtefactError(
+                f"in use by {holder}; wait until it has ended, or choose another folder",
+                where=str(path),
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise ArtefactError(
+                f"this file system cannot lock files ({error}), so that two processes could write "
+                "here at once; choose another folder",
+                where=str(path),
+            ) from error
+        if _is_file(descriptor, file):
+            break
+        os.close(descriptor)  # who held it has just ended, and has removed it
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    holder = f"{work}, process {os.getpid()} on {socket.gethostname()}, since {now}"
+    try:
+        os.ftruncate(descriptor, 0)
+        with suppress(OSError):  # a full disk: the lock holds without its holder's name
+            os.write(descriptor, holder.encode())
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one at this path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

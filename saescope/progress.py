@@ -2,14 +2,30 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 _LINE_EVERY_S = 10.0
+_silent = [False]
+"""innermost last: whether nothing is said"""
+
+
+@contextmanager
+def silent(really: bool = True) -> Iterator[None]:
+    """Within the context nothing is printed here: another process speaks for this one."""
+    _silent.append(really)
+    try:
+        yield
+    finally:
+        _silent.pop()
 
 
 def say(text: str = "") -> None:
     """Print one line to standard output, at once."""
+    if _silent[-1]:
+        return
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
@@ -47,7 +63,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._started = self._last_line = time.monotonic()
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not _silent[-1]:
             self._bar = _RichBar(self.description, self.total, self.unit, self.done)
         else:
             resumed = f", {self.done:,} done before" if self.done else ""

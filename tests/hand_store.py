@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from activations import ActivationStore
-from activations.zarr_store import SPLITS
+from activations.layout import SPLITS
 from activations.zarr_writer import HarvestWriter, SiteSums, WindowData
 
 

@@ -60,6 +60,19 @@ PEERS = {
         ),
     )
 }
+"""whose SAEs are trained and compared with ours"""
+
+STEPPED = {
+    **PEERS,
+    # its own trainer harvests as it trains, so only its steps are compared
+    "sparsify": Peer(
+        name="sparsify",
+        package="eai-sparsify",
+        version="1.3.3",
+        script=HERE / "in_steps" / "in_sparsify.py",
+    ),
+}
+"""whose training steps are timed"""
 
 
 def python_of(peer: Peer, work: Path) -> Path:

@@ -1,13 +1,14 @@
 """AuxK, shared by the architectures that have it: dead features learn what the living left over."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import Tensor
 
 from sae import objectives
 from sae.base import SAEConfig, SparseAutoencoder, TrainingState
-from sae.batch import TrainingBatch
+from sae.distributed import FEATURES
+from sae.objectives import Reconstruction
 from saescope.errors import check_range
 
 
@@ -30,37 +31,37 @@ class AuxKConfig(SAEConfig):
 class AuxKSAE(SparseAutoencoder):
     """An SAE whose dead features are revived by AuxK."""
 
+    signed_auxk: ClassVar[bool] = False
+    """AuxK takes dead features by magnitude, and does not rectify them"""
+
     @property
     def k_aux(self) -> int:
         """Features that predict the residual of a row."""
         return cast(AuxKConfig, self.config).k_aux or max(1, self.d_in // 2)
 
-    def left_over(self, batch: TrainingBatch, y_hat: Tensor) -> Tensor:
-        """What y_hat leaves unexplained [batch, d_out]; of a masked batch, of what was hidden."""
-        residual = batch.target - y_hat
-        return residual if batch.visible is None else residual * ~batch.visible
-
     def add_auxk(
         self,
         loss: Tensor,
         terms: dict[str, Tensor],
-        batch: TrainingBatch,
         centred: Tensor,
-        y_hat: Tensor,
+        found: Reconstruction,
         state: TrainingState,
     ) -> Tensor:
         """The loss with its AuxK term added, which is also put into `terms`."""
         config = cast(AuxKConfig, self.config)
         if not config.auxk_coefficient:
             return loss
-        term = objectives.auxk(
-            self.left_over(batch, y_hat),
-            centred,
-            self.W_enc_T,
-            self.b_enc,
-            self.W_dec,
-            state.dead,
-            self.k_aux,
-        )
+        term = loss.new_zeros(())
+        if FEATURES.total(int(state.dead.any())):  # of any rank
+            term = objectives.auxk(
+                found.left_over(),
+                centred,
+                self.W_enc_T,
+                self.b_enc,
+                self.W_dec,
+                state.dead,
+                self.k_aux,
+                signed=self.signed_auxk,
+            )
         terms["auxk"] = term.detach()
         return loss + config.auxk_coefficient * term

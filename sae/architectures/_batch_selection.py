@@ -6,18 +6,22 @@ average of the smallest selected value, or the one `calibrate` found on held-out
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sae import kernels, objectives
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
 from sae.base import SparseAutoencoder, TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
-from sae.codes import SparseCodes, csr_of, top_of_batch
+from sae.codes import SparseCodes
+from sae.distributed import ALL, FEATURES, ROWS
+from sae.objectives import Reconstruction
 from saescope.errors import InputError, check_range
 
 _REFIT_EVERY = 25
@@ -88,6 +92,12 @@ class BatchSelectionSAE(AuxKSAE):
     def make_parameters(self) -> None:
         """Also the buffers, which are all of a run's state that is not in the weights."""
         super().make_parameters()
+        self._last_bar = 0.0  # the smallest value chosen in the last batch
+        if FEATURES.size > 1 and self.config.auxiliary == "zipf":
+            raise InputError(
+                "needs the densities of all features, which processes share out",
+                where="sae.auxiliary", given="zipf", allowed="auxk, or ranks rows",
+            )  # fmt: skip
         shape = self.threshold_shape()
         self.register_buffer("threshold", torch.zeros(shape))
         self.register_buffer("threshold_updates", torch.zeros(shape, dtype=torch.int64))
@@ -125,7 +135,9 @@ class BatchSelectionSAE(AuxKSAE):
         Several thresholds are all multiplied by one factor. Raises InputError without rows.
         """
         profile = self.threshold_profile()
-        self.threshold.copy_(calibrating_factor(self, rows, profile, self.config.k) * profile)
+        weight = 1 / profile if profile.ndim else None
+        factor = calibrated_threshold(self, rows, weight, self.config.k)
+        self.threshold.copy_(factor * profile)
 
     def threshold_profile(self) -> Tensor:
         """What `calibrate` multiplies by a factor, positive, of the threshold's shape."""
@@ -133,20 +145,28 @@ class BatchSelectionSAE(AuxKSAE):
 
     # ---- training ---------------------------------------------------------------------------
 
-    def select(self, pre: Tensor, state: TrainingState) -> tuple[Tensor, Tensor]:
-        """(row_ptr, index) of the entries of pre [batch, d_sae] that are kept, all positive."""
+    def select(self, centred: Tensor, state: TrainingState) -> SparseCodes:
+        """What is kept of a batch's pre-activations, all positive."""
         del state
-        return top_of_batch(pre, self.config.budget(len(pre)))
+        return self.largest(centred)
+
+    def largest(self, centred: Tensor) -> SparseCodes:
+        """The k B largest pre-activations of the batch."""
+        budget = self.config.budget(ROWS.total(len(centred)))
+        parts = kernels.encode_top_of_batch(
+            centred, self.W_enc_T, self.b_enc, budget, hint=self._last_bar
+        )
+        codes = SparseCodes(*parts, self.d_sae)
+        smallest = smallest_of(codes.value)
+        if smallest.isfinite():
+            self._last_bar = float(smallest)
+        return codes
 
     def training_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
         """The objective on a batch; thresholds and densities move in training mode only."""
         centred = self.centred(batch)
-        pre = kernels.preactivations(centred, self.W_enc_T, self.b_enc)
-        row_ptr, index = self.select(pre, state)
-        assert len(index) <= self.config.budget(len(batch)), "a selection exceeds its budget"
-        value = kernels.encode_selected(centred, self.W_enc_T, self.b_enc, row_ptr, index, pre)
-        del pre
-        codes = SparseCodes(row_ptr, index, value, self.d_sae)
+        codes = self.select(centred, state)
+        assert len(codes.index) <= self.config.budget(batch.total), "a selection exceeds its budget"
         counts = codes.counts()
         if self.training:
             self._observe(codes, counts, state)
@@ -157,20 +177,18 @@ class BatchSelectionSAE(AuxKSAE):
         self, batch: TrainingBatch, centred: Tensor, codes: SparseCodes, state: TrainingState
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Loss, its terms and y_hat of the selected codes: FVU + coefficient * auxiliary."""
-        y_hat = self.decode_normalised(codes, batch.y)
-        fvu = batch.reconstruction(y_hat)
-        terms = {"fvu": fvu.detach()}
-        loss = self.add_auxiliary(fvu, terms, batch, centred, codes, y_hat, state)
-        return loss, terms, y_hat
+        found = self.reconstruct(codes, batch)
+        terms = {"fvu": found.loss.detach()}
+        loss = self.add_auxiliary(found.loss, terms, centred, codes, found, state)
+        return loss, terms, found.y_hat
 
     def add_auxiliary(
         self,
         loss: Tensor,
         terms: dict[str, Tensor],
-        batch: TrainingBatch,
         centred: Tensor,
         codes: SparseCodes,
-        y_hat: Tensor,
+        found: Reconstruction,
         state: TrainingState,
         width: int | None = None,
     ) -> Tensor:
@@ -181,16 +199,17 @@ class BatchSelectionSAE(AuxKSAE):
             chosen = chosen & (torch.arange(self.d_sae, device=chosen.device) < width)
         if config.auxiliary == "auxk":
             limited = replace(state, dead=chosen)
-            return self.add_auxk(loss, terms, batch, centred, y_hat, limited)
+            return self.add_auxk(loss, terms, centred, found, limited)
         if not config.auxk_coefficient:
             return loss
-        residual = self.left_over(batch, y_hat).detach()
-        term = self._aux_zipf(residual, centred, codes, chosen, self.k_aux)
+        term = loss.new_zeros(())
+        if chosen.any():
+            term = self._aux_zipf(found.left_over(), centred, codes, chosen)
         terms["aux_zipf"] = term.detach()
         return loss + config.auxk_coefficient * term
 
     def _aux_zipf(
-        self, residual: Tensor, centred: Tensor, codes: SparseCodes, chosen: Tensor, k_aux: int
+        self, residual: Tensor, centred: Tensor, codes: SparseCodes, chosen: Tensor
     ) -> Tensor:
         """aux_zipf (Ayonrinde 2024): AuxK's loss, predicted by under-used features.
 
@@ -198,27 +217,27 @@ class BatchSelectionSAE(AuxKSAE):
         left out: its part of the residual is gone, and asking for it twice would shrink it.
         """
         features = chosen.nonzero()[:, 0]
-        if len(features) == 0:
-            return residual.new_zeros(())
-        encoder, bias = self.W_enc_T.index_select(0, features), self.b_enc.index_select(0, features)
-        pre = kernels.preactivations(centred, encoder, bias)
-        place = torch.full((self.d_sae,), -1, dtype=torch.int64, device=features.device)
-        place[features] = torch.arange(len(features), device=features.device)
-        column = place[codes.index]
-        taken = column >= 0
-        pre[codes.rows()[taken], column[taken]] = 0.0
-        budget = k_aux * len(residual)
-        row_ptr, index = (
-            csr_of(pre > 0) if budget >= pre.numel() else top_of_batch(pre, budget)
-        )  # fmt: skip
-        value = kernels.encode_selected(centred, encoder, bias, row_ptr, index, pre)
-        e_hat = kernels.decode(row_ptr, index, value, self.W_dec.index_select(0, features))
-        return objectives.unpredicted(residual, e_hat)
+        encoder, decoder = (objectives.rows_of(W, features) for W in (self.W_enc_T, self.W_dec))
+        bias = self.b_enc.index_select(0, features)
+        taken = codes.of(features)
+        if len(features) <= self.k_aux:  # none is too many, and dense products on few are cheap
+            pre = torch.relu(functional.linear(centred, encoder, bias))
+            free = pre.new_ones(pre.shape).view(-1).index_fill_(0, taken.flat(), 0.0)
+            e_hat = (pre * free.view_as(pre)) @ decoder
+            left = kernels.total((residual - e_hat).square())
+        else:
+            parts = kernels.encode_top_of_batch(
+                centred, encoder, bias, self.k_aux * ROWS.total(len(residual)),
+                taken=(taken.row_ptr, taken.index),
+            )  # fmt: skip
+            left = objectives.left_by(SparseCodes(*parts, len(features)), residual, decoder)
+        return objectives.unpredicted(residual, left)
 
     @torch.no_grad()
     def _observe(self, codes: SparseCodes, counts: Tensor, state: TrainingState) -> None:
-        config, rows = self.config, codes.batch
-        running_mean_(self.density, counts / rows, self.density_updates, config.ema_decay)
+        config = self.config
+        part = ROWS.sum(counts) / ROWS.total(codes.batch)
+        running_mean_(self.density, part, self.density_updates, config.ema_decay)
         self.observe_threshold(codes, state)
         known = int(self.density_updates) * (1 - config.ema_decay) >= 1
         if config.auxiliary == "zipf" and known and state.step % _REFIT_EVERY == 0:
@@ -228,9 +247,15 @@ class BatchSelectionSAE(AuxKSAE):
     def observe_threshold(self, codes: SparseCodes, state: TrainingState) -> None:
         """Move the threshold towards the smallest value selected in a batch."""
         del state
-        if len(codes.value):
-            smallest = codes.value.detach().min()
+        smallest = smallest_of(codes.value)
+        if smallest.isfinite():
             running_mean_(self.threshold, smallest, self.threshold_updates, self.config.ema_decay)
+
+
+def smallest_of(values: Tensor) -> Tensor:
+    """The smallest of all ranks' values [entries], without gradient; inf if there is none."""
+    none = values.new_full((1,), torch.inf)
+    return ALL.min(torch.cat([values.detach(), none]).min())
 
 
 def running_mean_(mean: Tensor, value: Tensor, updates: Tensor, decay: float) -> None:
@@ -243,42 +268,55 @@ def running_mean_(mean: Tensor, value: Tensor, updates: Tensor, decay: float) ->
     mean += (weight * (value - mean)).to(mean.dtype)
 
 
-def calibrating_factor(
-    sae: SparseAutoencoder, rows: Callable[[], Iterable[Tensor]], profile: Tensor, k: float
+def calibrated_threshold(
+    sae: SparseAutoencoder,
+    rows: Callable[[], Iterable[Tensor]],
+    weight: Tensor | None,
+    k: float,
 ) -> float:
-    """What thresholds of the given profile [d_sae] or [] are multiplied by for a mean L0 of k.
+    """The threshold that pre-activations, times weight [d_sae], pass k times a row on average.
 
     rows gives fresh iterators of y [n, d_in] at the normaliser's scale. Raises InputError without
     rows.
     """
+    hint = 0.0
 
-    def scores() -> Iterable[Tensor]:
+    def largest(part: Tensor, n: int) -> Tensor:
+        nonlocal hint
+        own = part[ROWS.share(len(part))]
+        _, index, value = kernels.encode_top_of_batch(
+            sae.encoder_input(own), sae.W_enc_T, sae.b_enc, n, weight=weight, hint=hint
+        )
+        score = ALL.gather(value if weight is None else value * weight[index])
+        hint = float(score.min()) if len(score) == n else 0.0
+        return score
+
+    def chunks() -> Iterator[tuple[int, Callable[[int], Tensor]]]:
         for y in rows():
             for part in y.split(_CALIBRATION_ROWS):
-                centred = sae.encoder_input(part)
-                yield kernels.preactivations(centred, sae.W_enc_T, sae.b_enc) / profile
+                yield len(part), partial(largest, part)
 
-    return threshold_for_l0(scores, k)
+    return threshold_for_l0(chunks, k)
 
 
-def threshold_for_l0(scores: Callable[[], Iterable[Tensor]], k: float) -> float:
+def threshold_for_l0(
+    chunks: Callable[[], Iterable[tuple[int, Callable[[int], Tensor]]]], k: float
+) -> float:
     """The threshold >= 0 above which lie k scores a row: exactly round(k rows), but for ties.
 
-    scores gives fresh iterators of matrices [rows, d_sae]. The largest of each are kept, and the
-    threshold read off their order, half way between two: one pass, unless rows differ so much
-    from chunk to chunk that too few were kept. 0 if fewer are positive. Raises InputError without
-    rows.
+    chunks gives fresh iterators of (number of rows, what gives the n largest positive scores of
+    those rows). The largest of each are kept, and the threshold read off their order, half way
+    between two: one pass, unless rows differ so much from chunk to chunk that too few were kept. 0
+    if fewer are positive. Raises InputError without rows.
     """
     spare = 2.0
     while True:
         rows, bar, parts = 0, 0.0, []
-        for score in scores():
-            rows += len(score)
-            wanted = min(score.numel(), math.ceil(spare * k * len(score)) + 1)
-            row_ptr, index = top_of_batch(score, wanted)
-            where = torch.repeat_interleave(row_ptr.diff()) * score.shape[1] + index
-            value = score.reshape(-1)[where]
-            if len(value) == wanted < score.numel():  # perhaps more; above the bar is all kept
+        for number, largest in chunks():
+            rows += number
+            wanted = math.ceil(spare * k * number) + 1
+            value = largest(wanted)
+            if len(value) == wanted:  # perhaps more; above the bar is all kept
                 bar = max(bar, float(value.min()))
             parts.append(value.float())
         if not rows:

@@ -5,6 +5,7 @@ from typing import cast
 
 from torch import Tensor
 
+from sae import objectives
 from sae.base import SAEConfig, SparseAutoencoder, TrainingState
 from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
@@ -49,7 +50,7 @@ class L1SAE(SparseAutoencoder):
         value = codes.value / batch.variance**0.5
         if self.unit_decoder:
             return value
-        return value * self.W_dec.norm(dim=1)[codes.index]
+        return value * objectives.row_norms(self.W_dec).index_select(0, codes.index)
 
     def l1_weight(self, state: TrainingState) -> float:
         """lambda at this step: warmed up, and moved by the trainer's controller."""

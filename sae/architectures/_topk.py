@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor
 
-from sae import kernels
+from sae import contest, kernels
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
 from sae.base import TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
@@ -77,8 +77,9 @@ class TopKFamily(AuxKSAE):
 
     def encode_normalised(self, y: Tensor) -> SparseCodes:
         """Codes of y [batch, d_in], 0 where fewer than k pre-activations are positive."""
-        index, value = self.top(self.encoder_input(y), self._fields.k)
-        return SparseCodes.from_fixed(index, value, self.d_sae)
+        k = self._fields.k
+        index, value = self.top(self.encoder_input(y), min(k, self.d_sae))
+        return contest.strongest(index, value, k, self.d_sae)
 
     def k_at(self, state: TrainingState) -> int:
         """Features kept at this step of the run."""
@@ -101,30 +102,17 @@ class TopKFamily(AuxKSAE):
         config = self._fields
         centred = self.centred(batch)
         k = self.k_at(state)
-        wide = min(config.multi_topk * k, self.d_sae) if config.multi_topk_coefficient else k
-        index, value = self.top(centred, wide)
-        codes = wide_codes = SparseCodes.from_fixed(index, value, self.d_sae)
+        wide = min(config.multi_topk * k, config.d_sae) if config.multi_topk_coefficient else k
+        index, value = self.top(centred, min(wide, self.d_sae))
+        codes = wide_codes = contest.strongest(index, value, wide, self.d_sae)
         if wide > k:
-            codes = SparseCodes.from_fixed(*strongest(index, value, k), self.d_sae)
-        y_hat = self.decode_normalised(codes, batch.y)
-        fvu = batch.reconstruction(y_hat)
-        terms = {"fvu": fvu.detach()}
-        loss = self.add_auxk(fvu, terms, batch, centred, y_hat, state)
+            codes = contest.strongest(index, value, k, self.d_sae)
+        found = self.reconstruct(codes, batch)
+        terms = {"fvu": found.loss.detach()}
+        loss = self.add_auxk(found.loss, terms, centred, found, state)
         if config.multi_topk_coefficient:
-            multi = batch.reconstruction(self.decode_normalised(wide_codes, batch.y))
+            multi = self.reconstruct(wide_codes, batch).loss
             terms["multi_topk"] = multi.detach()
             loss = loss + config.multi_topk_coefficient * multi
         loss = self.more_loss(loss, terms, codes, batch)
-        return TrainingOutput(loss, terms, codes.counts(), y_hat)
-
-
-def strongest(index: Tensor, value: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k entries of largest magnitude in each row of (index, value) [batch, wide].
-
-    >>> import torch
-    >>> index, value = torch.tensor([[5, 1, 7]]), torch.tensor([[0.1, 3.0, -0.2]])
-    >>> [each.tolist() for each in strongest(index, value, 1)]
-    [[[1]], [[3.0]]]
-    """
-    kept = value.detach().abs().topk(k, dim=1, sorted=False).indices
-    return index.gather(1, kept), value.gather(1, kept)
+        return TrainingOutput(loss, terms, codes.counts(), found.y_hat)

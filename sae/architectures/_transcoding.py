@@ -18,7 +18,7 @@ from typing import ClassVar, Literal, Self, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from sae import kernels
+from sae import kernels, objectives
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
 from sae.base import TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
@@ -110,7 +110,7 @@ class Transcoding(AuxKSAE):
                 given="standardised", allowed="none, unit_mean_square, sqrt_d, centred",
             )  # fmt: skip
         self.b_dec.copy_(batch.target.mean(0))
-        self.b_enc.copy_(-self.W_enc_T @ batch.y.mean(0))
+        self.b_enc.copy_(-(self.W_enc_T * batch.y.mean(0)).sum(1))
 
     def _codes(self, y: Tensor) -> SparseCodes:
         if self.rule.activation == "topk":
@@ -132,15 +132,14 @@ class Transcoding(AuxKSAE):
                 where="sae.activation", given="jumprelu", allowed="topk, relu",
             )  # fmt: skip
         codes = self._codes(batch.y)
-        y_hat = self.decode_normalised(codes, batch.y)
-        fvu = batch.reconstruction(y_hat)
-        terms = {"fvu": fvu.detach()}
+        found = self.reconstruct(codes, batch)
+        loss, terms = found.loss, {"fvu": found.loss.detach()}
         if config.activation == "topk":
-            loss = self.add_auxk(fvu, terms, batch, batch.y, y_hat, state)
+            loss = self.add_auxk(loss, terms, batch.y, found, state)
         else:
-            weighted = codes.value * self.W_dec.norm(dim=1)[codes.index]
-            penalty = weighted.sum() / (len(batch) * batch.variance**0.5)
+            weighted = codes.value * objectives.row_norms(self.W_dec).index_select(0, codes.index)
+            penalty = batch.mean(weighted) / batch.variance**0.5
             factor = state.ramp(config.l1_warmup_fraction) * state.penalty
-            loss = fvu + factor * config.l1_coefficient * penalty
+            loss = loss + factor * config.l1_coefficient * penalty
             terms["l1"] = penalty.detach()
-        return TrainingOutput(loss, terms, codes.counts(), y_hat)
+        return TrainingOutput(loss, terms, codes.counts(), found.y_hat)

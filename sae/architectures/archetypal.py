@@ -24,6 +24,7 @@ from sae.architectures import register
 from sae.architectures._topk import TopKFamily, TopKFields
 from sae.base import SAEConfig, TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
+from sae.kernels.totals import product
 from saescope.errors import InputError, check_range
 
 _KMEANS_ITERATIONS = 20
@@ -123,7 +124,7 @@ class ArchetypalSAE(TopKFamily):
 
     def atoms(self) -> Tensor:
         """A C + Lambda [d_sae, d_out], differentiable."""
-        return self.mixture @ self.points + self.relaxation
+        return product(self.mixture, self.points) + self.relaxation
 
     @property
     def W_dec(self) -> Tensor:  # type: ignore[override]
@@ -148,7 +149,7 @@ class ArchetypalSAE(TopKFamily):
             self._held = None
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def constrain(self) -> None:
         """Put A's rows back on the simplex and Lambda's into the ball."""
         self.mixture.clamp_min_(0)
         total = self.mixture.sum(1, keepdim=True)

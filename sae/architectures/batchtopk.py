@@ -26,3 +26,4 @@ class BatchTopKSAE(BatchSelectionSAE):
 
     Config: ClassVar[type[SAEConfig]] = BatchTopKConfig
     config: BatchTopKConfig  # type: ignore[assignment]
+    by_feature: ClassVar[tuple[str, ...]] = ("W_enc_T", "b_enc", "W_dec", "density", "underused")

@@ -21,17 +21,20 @@ from torch import Tensor
 from sae import kernels
 from sae.architectures import register
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
-from sae.architectures._batch_selection import running_mean_, threshold_for_l0
+from sae.architectures._batch_selection import (
+    calibrated_threshold,
+    running_mean_,
+    smallest_of,
+)
 from sae.base import SAEConfig, TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
-from sae.codes import SparseCodes, top_of_batch
+from sae.codes import SparseCodes
+from sae.distributed import ROWS
 from saescope.errors import InputError, check_range
 
 Activation = Literal["relu", "topk", "batchtopk"]
 _EMA_DECAY = 0.99
 """of the running mean of BatchTopK's smallest chosen value"""
-_CALIBRATION_ROWS = 2048
-"""rows encoded at a time by `calibrate`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,7 @@ class Crosscoder(AuxKSAE):
                 allowed=str(self.d_in),
             )  # fmt: skip
         super().make_parameters()
+        self._last_bar = 0.0  # the smallest w_i f_i chosen in the last batch
         self.register_buffer("norm_scale", torch.ones(self.d_out))
         if self.config.activation == "batchtopk":
             self.register_buffer("threshold", torch.zeros(()))
@@ -121,7 +125,7 @@ class Crosscoder(AuxKSAE):
     def start(self, batch: TrainingBatch) -> None:
         """b_dec at the median; pre-activations of mean 0, as there is no pre-encoder bias."""
         super().start(batch)
-        self.b_enc.copy_(-self.W_enc_T @ batch.y.mean(0))
+        self.b_enc.copy_(-(self.W_enc_T * batch.y.mean(0)).sum(1))
 
     # ---- sites ------------------------------------------------------------------------------
 
@@ -202,35 +206,35 @@ class Crosscoder(AuxKSAE):
     def _training_codes(self, y: Tensor) -> SparseCodes:
         if self.config.activation != "batchtopk":
             return self.encode_normalised(y)
-        budget = max(1, round(self.config.k * len(y)))
-        pre = kernels.preactivations(y, self.W_enc_T, self.b_enc)
-        weighted = pre * self._weight()
-        row_ptr, index = top_of_batch(weighted, budget)
-        value = kernels.encode_selected(y, self.W_enc_T, self.b_enc, row_ptr, index, pre)
-        codes = SparseCodes(row_ptr, index, value, self.d_sae)
-        if self.training and len(index):
-            smallest = weighted[codes.rows(), index].min()
-            running_mean_(self.threshold, smallest, self.threshold_updates, _EMA_DECAY)
-        return codes
+        budget = max(1, round(self.config.k * ROWS.total(len(y))))
+        weight = self._weight()
+        row_ptr, index, value = kernels.encode_top_of_batch(
+            y, self.W_enc_T, self.b_enc, budget, weight=weight, hint=self._last_bar
+        )
+        smallest = smallest_of(value * weight[index])
+        if smallest.isfinite():
+            self._last_bar = float(smallest)
+            if self.training:
+                running_mean_(self.threshold, smallest, self.threshold_updates, _EMA_DECAY)
+        return SparseCodes(row_ptr, index, value, self.d_sae)
 
     def training_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
         """FVU over all sites, with the L1 penalty or with AuxK."""
         config = self.config
         centred = self.centred(batch)
         codes = self._training_codes(centred)
-        y_hat = self.decode_normalised(codes)
-        fvu = batch.reconstruction(y_hat)
-        terms = {"fvu": fvu.detach()}
+        found = self.reconstruct(codes, batch)
+        loss, terms = found.loss, {"fvu": found.loss.detach()}
         if config.activation == "relu":
             norms = self.site_norms()
             unit = (norms.shape[1] * batch.variance) ** 0.5
-            penalty = (codes.value * norms.sum(1)[codes.index]).sum() / (len(batch) * unit)
+            penalty = batch.mean(codes.value * norms.sum(1).index_select(0, codes.index)) / unit
             factor = state.ramp(config.l1_warmup_fraction) * state.penalty
-            loss = fvu + factor * config.l1_coefficient * penalty
+            loss = loss + factor * config.l1_coefficient * penalty
             terms["l1"] = penalty.detach()
         else:
-            loss = self.add_auxk(fvu, terms, batch, centred, y_hat, state)
-        return TrainingOutput(loss, terms, codes.counts(), y_hat)
+            loss = self.add_auxk(loss, terms, centred, found, state)
+        return TrainingOutput(loss, terms, codes.counts(), found.y_hat)
 
     @torch.no_grad()
     def calibrate(self, rows: Callable[[], Iterable[Tensor]]) -> None:
@@ -240,14 +244,7 @@ class Crosscoder(AuxKSAE):
         """
         if self.config.activation != "batchtopk":
             return
-        weight = self._weight()
-
-        def scores() -> Iterable[Tensor]:
-            for y in rows():
-                for part in y.split(_CALIBRATION_ROWS):
-                    yield kernels.preactivations(part, self.W_enc_T, self.b_enc) * weight
-
-        self.threshold.fill_(threshold_for_l0(scores, self.config.k))
+        self.threshold.fill_(calibrated_threshold(self, rows, self._weight(), self.config.k))
 
     @torch.no_grad()
     def fold_parameters(self, feature_scale: float) -> None:

@@ -11,11 +11,14 @@ class, where there are any, with A(i) everything but i (supervised contrastive l
 pushes the codes of different rows apart. It is a uniformity term, not a contrast.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from sae import kernels
 from sae.architectures import register
@@ -24,7 +27,11 @@ from sae.architectures._topk import TopKFamily, TopKFields
 from sae.base import SAEConfig
 from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
+from sae.distributed import ROWS
 from saescope.errors import InputError, check_range
+
+_CHUNK_ELEMENTS = 2**22
+"""of dense codes held at a time"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,17 +83,28 @@ class CSRSAE(TiedSAE, TopKFamily):
                     "needs a class for each row", where="sae.positives", given="class",
                     allowed="self, or data with labels",
                 )  # fmt: skip
-            labels = batch.labels
-        logits = similarities(codes, unit=config.unit_codes) / config.temperature
+            labels = ROWS.gather(batch.labels)
+        whole = codes_of_all(codes)
+        logits = similarities(whole, unit=config.unit_codes) / config.temperature
         term = contrastive_loss(logits, labels)
         terms["contrastive"] = term.detach()
         return loss + config.gamma * term
 
 
+def codes_of_all(codes: SparseCodes) -> SparseCodes:
+    """The codes of all ranks' rows; the gradient is that of this rank's."""
+    if ROWS.size == 1:
+        return codes
+    entries = ROWS.gather(codes.row_ptr.diff())
+    row_ptr = torch.zeros(len(entries) + 1, dtype=torch.int64, device=entries.device)
+    torch.cumsum(entries, 0, out=row_ptr[1:])
+    return SparseCodes(row_ptr, ROWS.gather(codes.index), ROWS.gather(codes.value), codes.d_sae)
+
+
 def similarities(codes: SparseCodes, *, unit: bool) -> Tensor:
     """Inner products of all rows' codes [batch, batch], of unit length if asked.
 
-    Costs batch^2 k multiplications and d_sae x batch numbers of memory.
+    Costs batch^2 k multiplications.
     """
     value = codes.value
     if unit:
@@ -94,11 +112,45 @@ def similarities(codes: SparseCodes, *, unit: bool) -> Tensor:
         square = value.new_zeros(codes.batch).index_add(0, rows, value.square())
         # of a row without features nothing is to be divided, nor any gradient to be had
         scale = square.clamp_min(torch.finfo(value.dtype).tiny).rsqrt() * (square > 0)
-        value = value * scale[rows]
-    fixed = SparseCodes(codes.row_ptr, codes.index, value.detach(), codes.d_sae).dense().T
-    half = kernels.decode(codes.row_ptr, codes.index, value, fixed.contiguous())
-    # z z^T with one factor held fixed has half the gradient: the transpose has the other half
-    return half + half.T - half.detach()
+        value = value * scale.index_select(0, rows)
+    return _Gram.apply(value, replace(codes, value=value.detach()))  # type: ignore[return-value]
+
+
+class _Gram(Function):
+    """Z Z^T of sparse Z: (G + G^T) Z is the gradient, on Z's entries."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, codes: SparseCodes) -> Tensor:
+        ctx.codes = codes
+        parts = [
+            kernels.decode(codes.row_ptr, codes.index, value, some)
+            for _, some in _transposed(codes)
+        ]
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        codes: SparseCodes = ctx.codes
+        both = gradients[0] + gradients[0].T
+        d_value = torch.zeros_like(codes.value)
+        for part, some in _transposed(codes):
+            d_value += kernels.encode_selected(
+                both[:, part].contiguous(), some, None, codes.row_ptr, codes.index
+            )
+        return d_value, None
+
+
+def _transposed(codes: SparseCodes) -> Iterator[tuple[slice, Tensor]]:
+    """Dense codes of a few rows at a time, transposed [d_sae, rows]."""
+    size = max(1, _CHUNK_ELEMENTS // codes.d_sae)
+    for start in range(0, codes.batch, size):
+        part = slice(start, min(start + size, codes.batch))
+        low, high = codes.row_ptr[[part.start, part.stop]].tolist()
+        row_ptr = codes.row_ptr[part.start : part.stop + 1] - low
+        few = SparseCodes(row_ptr, codes.index[low:high], codes.value[low:high], codes.d_sae)
+        dense = few.value.new_zeros(codes.d_sae, few.batch)
+        yield part, dense.index_put_((few.index, few.rows()), few.value)
 
 
 def contrastive_loss(logits: Tensor, labels: Tensor | None) -> Tensor:

@@ -15,20 +15,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from sae import kernels
 from sae.architectures import register
 from sae.architectures._batch_selection import (
     BatchSelectionConfig,
     BatchSelectionSAE,
     running_mean_,
+    smallest_of,
     zipf_densities,
 )
 from sae.base import SAEConfig, TrainingState
-from sae.codes import SparseCodes, top_of_batch
+from sae.codes import SparseCodes
+from sae.distributed import ROWS
 from saescope.errors import check_range
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
-_GROUP = 16
-"""rows a group in `top_of_columns`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +79,10 @@ class FeatureChoiceSAE(BatchSelectionSAE):
         """Whether features choose at this step; decided by the step alone."""
         return state.step >= round(self.config.phase_one * state.total_steps)
 
-    def select(self, pre: Tensor, state: TrainingState) -> tuple[Tensor, Tensor]:
+    def select(self, centred: Tensor, state: TrainingState) -> SparseCodes:
         """Phase one: the k B largest of the batch. Phase two: the m_j largest of each column."""
-        budget = self.config.budget(len(pre))
         if not self.in_phase_two(state):
-            return top_of_batch(pre, budget)
+            return self.largest(centred)
         share = self.share
         if not share.any():  # the first batch of phase two
             share = zipf_densities(self.density)
@@ -91,18 +91,25 @@ class FeatureChoiceSAE(BatchSelectionSAE):
                 self.share.copy_(share)
                 # each feature's next pick replaces phase one's common threshold
                 self.threshold_updates.zero_()
-        return top_of_columns(pre, quotas(share, budget, len(pre), state.step))
+        rows = ROWS.total(len(centred))
+        quota = quotas(share, self.config.budget(rows), rows, state.step)
+        parts = kernels.encode_top_of_features(
+            centred, self.W_enc_T, self.b_enc, quota, self.threshold
+        )
+        return SparseCodes(*parts, self.d_sae)
 
     def observe_threshold(self, codes: SparseCodes, state: TrainingState) -> None:
         """Move each feature's threshold towards the smallest value it kept, if it kept any."""
         decay = self.config.ema_decay
         value = codes.value.detach().to(self.threshold.dtype)
         if not self.in_phase_two(state):
-            if len(value):
-                running_mean_(self.threshold, value.min(), self.threshold_updates, decay)
+            least = smallest_of(value)
+            if least.isfinite():
+                running_mean_(self.threshold, least, self.threshold_updates, decay)
             return
         smallest = torch.full_like(self.threshold, torch.inf)
         smallest.scatter_reduce_(0, codes.index, value, "amin")
+        smallest = ROWS.min(smallest)
         picked = smallest.isfinite().nonzero()[:, 0]
         mean, updates = self.threshold[picked], self.threshold_updates[picked]
         running_mean_(mean, smallest[picked], updates, decay)
@@ -147,44 +154,3 @@ def _bounded(share: Tensor, total: int, low: float, high: float) -> Tensor:
         else:
             above = middle
     return (above * share).clamp(low, high)
-
-
-def top_of_columns(values: Tensor, quota: Tensor) -> tuple[Tensor, Tensor]:
-    """The quota[j] largest positive entries of each column of [batch, d_sae]: (row_ptr, index).
-
-    Fewer where fewer are positive; of equals the first rows. Exact: a column's rows are dealt into
-    groups, and its m largest group maxima are m entries, so the m-th of them is a bar that at least
-    m entries reach. Only what reaches it is sorted.
-
-    >>> top_of_columns(torch.tensor([[5.0, 1.0], [3.0, -4.0]]), torch.tensor([1, 2]))
-    (tensor([0, 2, 2]), tensor([0, 1]))
-    """
-    batch, width = values.shape
-    flat = (values >= _column_bars(values, quota)).view(-1).nonzero()[:, 0]
-    column = flat % width
-    order = values.reshape(-1)[flat].argsort(descending=True, stable=True)
-    order = order[column[order].argsort(stable=True)]
-    counts = torch.bincount(column, minlength=width)
-    ordered = column[order]
-    place = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[ordered]
-    flat = flat[order[place < quota[ordered]]].sort().values
-    row_ptr = torch.zeros(batch + 1, dtype=torch.int64, device=values.device)
-    torch.cumsum(torch.bincount(flat // width, minlength=batch), 0, out=row_ptr[1:])
-    return row_ptr, flat % width
-
-
-def _column_bars(values: Tensor, quota: Tensor) -> Tensor:
-    """For each column a positive value [d_sae] that its quota of largest positives all reach."""
-    groups = len(values) // _GROUP
-    bars = torch.full_like(values[0], torch.inf)
-    few = ((quota > 0) & (quota <= groups)).nonzero()[:, 0]
-    if len(few):
-        dealt = values[: groups * _GROUP].view(_GROUP, groups, -1).amax(0)
-        ranked = dealt.T[few].contiguous().sort(dim=1, descending=True).values
-        bars[few] = ranked.gather(1, quota[few, None] - 1)[:, 0]
-    many = (quota > groups).nonzero()[:, 0]
-    if len(many):
-        most = int(quota[many].max())
-        ranked = values[:, many].T.contiguous().topk(most, dim=1).values
-        bars[many] = ranked.gather(1, quota[many, None] - 1)[:, 0]
-    return bars.clamp_min(torch.finfo(values.dtype).tiny)

@@ -18,12 +18,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from sae import kernels
+from sae import kernels, objectives
 from sae.architectures import register
 from sae.architectures._l1 import L1SAE, L1Config
 from sae.base import SAEConfig, TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
+from sae.distributed import normal_rows_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class GatedSAE(L1SAE):
 
     Config: ClassVar[type[SAEConfig]] = GatedConfig
     config: GatedConfig
+    by_feature: ClassVar[tuple[str, ...]] = ("W_enc_T", "W_dec", "b_gate", "b_mag", "r_mag")
     feature_units: ClassVar[tuple[str, ...]] = ("b_gate", "b_mag")
 
     def make_parameters(self) -> None:
@@ -57,7 +59,7 @@ class GatedSAE(L1SAE):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Decoder rows uniform on the unit sphere, W_enc = W_dec^T, biases and r_mag 0."""
-        nn.init.normal_(self.W_dec)
+        normal_rows_(self.W_dec, self.config.d_sae)
         self.normalise_decoder()
         self.W_enc_T.copy_(self.W_dec)
         for each in (self.b_gate, self.b_mag, self.r_mag, self.b_dec):
@@ -71,7 +73,8 @@ class GatedSAE(L1SAE):
 
     def _magnitudes(self, opened: SparseCodes) -> SparseCodes:
         index = opened.index
-        value = torch.relu(self.r_mag.exp()[index] * opened.value + self.b_mag[index])
+        scale, bias = self.r_mag.exp().index_select(0, index), self.b_mag.index_select(0, index)
+        value = torch.relu(scale * opened.value + bias)
         return SparseCodes(opened.row_ptr, index, value, self.d_sae)
 
     def encode_normalised(self, y: Tensor) -> SparseCodes:
@@ -82,17 +85,16 @@ class GatedSAE(L1SAE):
         """FVU + lambda(t) * L1 of the gates + FVU of the gates through the frozen decoder."""
         opened = self._open(self.centred(batch))
         codes = self._magnitudes(opened)
-        y_hat = self.decode_normalised(codes, batch.y)
-        fvu = batch.reconstruction(y_hat)
-        gate = opened.value + self.b_gate[opened.index]
+        found = self.reconstruct(codes, batch)
+        gate = opened.value + self.b_gate.index_select(0, opened.index)
         gates = SparseCodes(opened.row_ptr, opened.index, gate, self.d_sae)
-        penalty = self.weighed(gates, batch).sum() / len(batch)
-        frozen = kernels.decode(opened.row_ptr, opened.index, gate, self.W_dec.detach())
-        auxiliary = batch.reconstruction(frozen + self.b_dec.detach())
-        loss = fvu + self.l1_weight(state) * penalty + auxiliary
+        penalty = batch.mean(self.weighed(gates, batch))
+        frozen = self.W_dec.detach(), self.b_dec.detach()
+        auxiliary = objectives.reconstruct(gates, batch, *frozen).loss
+        loss = found.loss + self.l1_weight(state) * penalty + auxiliary
         terms = {
-            "fvu": fvu.detach(),
+            "fvu": found.loss.detach(),
             "l1": penalty.detach(),
             "auxiliary": auxiliary.detach(),
         }
-        return TrainingOutput(loss, terms, codes.counts(), y_hat)
+        return TrainingOutput(loss, terms, codes.counts(), found.y_hat)

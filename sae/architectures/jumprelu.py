@@ -25,15 +25,15 @@ from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from sae import kernels
+from sae import kernels, objectives
 from sae.architectures import register
-from sae.architectures._batch_selection import calibrating_factor
+from sae.architectures._batch_selection import calibrated_threshold
 from sae.architectures._ste import jump_relu, step
 from sae.base import SAEConfig, SparseAutoencoder, TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
+from sae.distributed import FEATURES
 from saescope.errors import check_range
 
 
@@ -95,6 +95,9 @@ class JumpReLUSAE(SparseAutoencoder):
 
     Config: ClassVar[type[SAEConfig]] = JumpReLUConfig
     config: JumpReLUConfig
+    by_feature: ClassVar[tuple[str, ...]] = (
+        "W_enc_T", "b_enc", "W_dec", "threshold", "log_threshold",
+    )  # fmt: skip
     penalised: ClassVar[bool] = True
     feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
     threshold: nn.Parameter
@@ -147,9 +150,8 @@ class JumpReLUSAE(SparseAutoencoder):
         return self
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Unit decoder rows; thresholds do not go below 0."""
-        super().after_step()
+    def constrain(self) -> None:
+        """Thresholds do not go below 0."""
         if self.config.parametrisation == "theta":
             self.threshold.clamp_(min=0)
 
@@ -163,8 +165,8 @@ class JumpReLUSAE(SparseAutoencoder):
         """Bring all thresholds by one factor to where the mean L0 is `calibrated_l0`, if given."""
         if self.config.calibrated_l0 is None:
             return
-        theta = self.theta.clamp_min(1e-6 * float(self.theta.mean()) + 1e-30)
-        factor = calibrating_factor(self, rows, theta, self.config.calibrated_l0)
+        theta = self.theta.clamp_min(1e-6 * float(FEATURES.mean(self.theta)) + 1e-30)
+        factor = calibrated_threshold(self, rows, 1 / theta, self.config.calibrated_l0)
         if factor > 0:
             parameter = getattr(self, self._stored)
             scaled = theta * factor
@@ -183,34 +185,59 @@ class JumpReLUSAE(SparseAutoencoder):
         unit = self._unit(batch.variance)
         eps = config.bandwidth * unit
         centred, theta = self.centred(batch), self.theta
-        # what is active, and what a threshold's estimate needs from just below it
-        reach = (theta - eps / 2).detach()
-        row_ptr, index, z = kernels.encode_above(centred, self.W_enc_T, self.b_enc, reach)
-        own = theta[index]
-        codes = SparseCodes(row_ptr, index, jump_relu(z, own, eps), self.d_sae)
-        y_hat = self.decode_normalised(codes, batch.y)
-        fvu = batch.reconstruction(y_hat)
+        parts = self._near(centred, theta.detach(), eps)
+        owns = [theta.index_select(0, part.index) for part in parts]
+        codes, silent = (
+            replace(part, value=jump_relu(part.value, own, eps))
+            for part, own in zip(parts, owns, strict=True)
+        )
+        found = objectives.reconstruct(codes, batch, self.W_dec, self.b_dec, silent)
         if config.penalty == "tanh":
-            strength = codes.value * self.W_dec.norm(dim=1)[index]
-            counted = torch.tanh(config.tanh_scale / unit * strength).sum() / len(batch)
+            scale = config.tanh_scale / unit * objectives.row_norms(self.W_dec)
+            strengths = [part.value * scale.index_select(0, part.index) for part in (codes, silent)]
+            counted = batch.mean(torch.tanh(torch.cat(strengths)))
         else:
-            counted = step(z, own, eps).sum() / len(batch)
+            active = [step(part.value, own, eps) for part, own in zip(parts, owns, strict=True)]
+            counted = batch.mean(torch.cat(active))
         if config.penalty == "quadratic":
             penalty = (counted / config.l0_target - 1).square()
         else:
             penalty = counted / self.d_in
         weight = config.l0_coefficient * state.ramp(config.l0_warmup_fraction) * state.penalty
-        loss = fvu + weight * penalty
-        terms = {"fvu": fvu.detach(), "sparsity": penalty.detach()}
+        loss = found.loss + weight * penalty
+        terms = {"fvu": found.loss.detach(), "sparsity": penalty.detach()}
         if config.pre_act_coefficient:
-            silent = self._silent(centred, theta, state.dead) / (unit * self.d_in)
-            loss = loss + config.pre_act_coefficient * silent
-            terms["pre_act"] = silent.detach()
-        return TrainingOutput(loss, terms, codes.counts(), y_hat)
+            above = replace(parts[0], value=parts[0].value - owns[0])
+            short = batch.mean(self._short(centred, theta, above, state.dead)) / (unit * self.d_in)
+            loss = loss + config.pre_act_coefficient * short
+            terms["pre_act"] = short.detach()
+        return TrainingOutput(loss, terms, codes.counts(), found.y_hat)
 
-    def _silent(self, centred: Tensor, theta: Tensor, dead: Tensor) -> Tensor:
-        """mean_batch sum ReLU(theta - z) ||W_dec|| over dead features (Anthropic, January 2025)."""
+    def _near(self, centred: Tensor, theta: Tensor, eps: float) -> list[SparseCodes]:
+        """Pre-activations above their thresholds; those just below, which thresholds feel too.
+
+        The latter are often many more; their activations are 0, so they have no gradient in z.
+        """
+        with torch.no_grad():
+            reach = kernels.encode_above(centred, self.W_enc_T, self.b_enc, theta - eps / 2)
+            near = SparseCodes(*reach, self.d_sae)
+            active = near.value > theta.index_select(0, near.index)
+            above, below = near.select(active), near.select(~active)
+        z = kernels.encode_selected(
+            centred, self.W_enc_T, self.b_enc, above.row_ptr, above.index, known=above.value
+        )
+        return [replace(above, value=z), below]
+
+    def _short(self, centred: Tensor, theta: Tensor, above: SparseCodes, dead: Tensor) -> Tensor:
+        """Sum over rows of ReLU(theta - z) ||W_dec||, of each dead feature (Anthropic, Jan. 2025).
+
+        above has z - theta where it is positive. As ReLU(u) = u + ReLU(-u), the sum over the batch
+        is that of theta - z, which the batch's sum of inputs gives, and of what is above.
+        """
         rows = dead.nonzero()[:, 0]
-        z = functional.linear(centred, self.W_enc_T[rows], self.b_enc[rows])
-        short = torch.relu(theta[rows] - z).sum(0) / len(centred)
-        return (short * self.W_dec[rows].norm(dim=1)).sum()
+        encoder, decoder = (objectives.rows_of(W, rows) for W in (self.W_enc_T, self.W_dec))
+        n = len(centred)
+        sum_z = (encoder * centred.sum(0)).sum(1) + n * self.b_enc.index_select(0, rows)
+        beyond = torch.zeros_like(theta).index_add(0, above.index, above.value)
+        short = (n * theta + beyond).index_select(0, rows) - sum_z
+        return short * decoder.norm(dim=1)

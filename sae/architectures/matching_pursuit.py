@@ -32,7 +32,7 @@ from sae.architectures._topk import KConfig
 from sae.base import SAEConfig, TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
-from sae.kernels.bags import topk_by_groups
+from sae.kernels.aten import topk_by_groups
 from saescope.errors import InputError, check_range
 
 _CHUNK_ELEMENTS = 2**20
@@ -119,11 +119,10 @@ class MatchingPursuitSAE(TiedSAE):
         """FVU + coefficient * AuxK, whose dead features go on where the pursuit stopped."""
         centred = self.centred(batch)
         codes = self._codes(centred, batch.visible)
-        y_hat = self.decode_normalised(codes, batch.y)
-        fvu = batch.reconstruction(y_hat)
-        terms = {"fvu": fvu.detach()}
-        left = batch.mask_input(batch.y - y_hat).detach()
-        loss = self.add_auxk(fvu, terms, batch, left, y_hat, state)
+        found = self.reconstruct(codes, batch)
+        y_hat, terms = found.y_hat, {"fvu": found.loss.detach()}
+        left = batch.mask_input((batch.y - y_hat).detach())
+        loss = self.add_auxk(found.loss, terms, left, found, state)
         return TrainingOutput(loss, terms, codes.counts(), y_hat)
 
 

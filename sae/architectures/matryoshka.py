@@ -13,9 +13,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sae import kernels
 from sae.architectures import register
 from sae.architectures._batch_selection import BatchSelectionConfig, BatchSelectionSAE
+from sae.architectures._nested import nested
 from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
 from sae.base import SAEConfig, TrainingState
 from sae.batch import TrainingBatch
@@ -96,42 +96,29 @@ class MatryoshkaSAE(BatchSelectionSAE):
         """Weighted FVU of the prefixes + coefficient * auxiliary; "fvu" is the full width's."""
         config = self.config
         widths, weights = config.widths(), config.weights()
-        y_hats = self._prefix_reconstructions(codes)
-        losses = [batch.reconstruction(y_hat) for y_hat in y_hats[-len(weights) :]]
-        nested = sum(
+        found = nested(self._levels(codes), batch, self.W_dec, self.b_dec)
+        losses = [each.loss for each in found[-len(weights) :]]
+        loss = sum(
             (weight * loss for weight, loss in zip(weights, losses, strict=True)),
             start=losses[0].new_zeros(()),
         )
-        terms = {"fvu": losses[-1].detach(), "nested": nested.detach()}
+        terms, y_hat = {"fvu": losses[-1].detach(), "nested": loss.detach()}, found[-1].y_hat
         if not config.aux_per_level:
-            loss = self.add_auxiliary(nested, terms, batch, centred, codes, y_hats[-1], state)
-            return loss, terms, y_hats[-1]
-        loss, parts = nested, {}
-        own = weights[-len(widths) :]
-        for width, weight, y_hat in zip(widths, own, y_hats[1:], strict=True):
-            zero, found = nested.new_zeros(()), {}
-            term = self.add_auxiliary(
-                zero, found, batch, centred, codes, y_hat, state, width=width
-            )  # fmt: skip
+            loss = self.add_auxiliary(loss, terms, centred, codes, found[-1], state)
+            return loss, terms, y_hat
+        own, parts = weights[-len(widths) :], {}
+        for width, weight, level in zip(widths, own, found[1:], strict=True):
+            zero, more = loss.new_zeros(()), {}
+            term = self.add_auxiliary(zero, more, centred, codes, level, state, width=width)
             loss = loss + weight / sum(own) * term
-            for name, value in found.items():
+            for name, value in more.items():
                 parts[name] = parts.get(name, 0.0) + weight / sum(own) * value
-        return loss, {**terms, **parts}, y_hats[-1]
+        return loss, {**terms, **parts}, y_hat
 
-    def _prefix_reconstructions(self, codes: SparseCodes) -> list[Tensor]:
-        """y_hat [batch, d_out] of no feature and of each prefix; each entry is decoded once."""
-        widths = self.config.widths()
-        # one split, so that its backward is one concatenation
-        decoders = self.W_dec.split([high - low for low, high in pairwise([0, *widths])])
-        rows = codes.rows()
-        y_hats = [self.b_dec.expand(codes.batch, -1)]
-        for (low, high), decoder in zip(pairwise([0, *widths]), decoders, strict=True):
-            inside = (codes.index >= low) & (codes.index < high)
-            row_ptr = torch.zeros_like(codes.row_ptr)
-            torch.cumsum(torch.bincount(rows[inside], minlength=codes.batch), 0, out=row_ptr[1:])
-            part = kernels.decode(row_ptr, codes.index[inside] - low, codes.value[inside], decoder)
-            y_hats.append(y_hats[-1] + part)
-        return y_hats
+    def _levels(self, codes: SparseCodes) -> list[SparseCodes]:
+        """The codes that each prefix adds to the one before."""
+        edges = pairwise([0, *self.config.widths()])
+        return [codes.select((codes.index >= low) & (codes.index < high)) for low, high in edges]
 
     @torch.no_grad()
     def prefix(self, level: int) -> BatchTopKSAE:

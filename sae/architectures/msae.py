@@ -12,6 +12,7 @@ used and measured at, `k`, so that L0 and FVU are of the same codes; `at_k` give
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from sae import kernels
 from sae.architectures import register
 from sae.architectures._auxk import AuxKSAE
+from sae.architectures._nested import nested
 from sae.architectures._topk import KConfig
 from sae.base import SAEConfig, TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
@@ -103,26 +105,17 @@ class MSAE(AuxKSAE):
         index, value = kernels.encode_topk(centred, self.W_enc_T, self.b_enc, levels[-1])
         value, order = value.sort(dim=1, descending=True, stable=True)
         index = index.gather(1, order)
-        y_hats = self._reconstructions(index, value, levels)
-        fvus = {k: batch.reconstruction(y_hat) for k, y_hat in y_hats.items()}
+        parts = [
+            SparseCodes.from_fixed(index[:, below:k], value[:, below:k], self.d_sae)
+            for below, k in pairwise([0, *levels])
+        ]
+        at = dict(zip(levels, nested(parts, batch, self.W_dec, self.b_dec)[1:], strict=True))
         loss = torch.stack(
-            [w * fvus[k] for k, w in zip(config.levels, config.weights, strict=True)]
+            [w * at[k].loss for k, w in zip(config.levels, config.weights, strict=True)]
         ).sum()
-        terms = {"fvu": fvus[config.k].detach()}
-        terms |= {f"fvu_{k}": fvus[k].detach() for k in config.levels}
-        y_hat = y_hats[config.k]
-        loss = self.add_auxk(loss, terms, batch, centred, y_hat, state)
+        terms = {"fvu": at[config.k].loss.detach()}
+        terms |= {f"fvu_{k}": at[k].loss.detach() for k in config.levels}
+        loss = self.add_auxk(loss, terms, centred, at[config.k], state)
         fired = index[:, : config.k][value[:, : config.k] > 0]
-        return TrainingOutput(loss, terms, torch.bincount(fired, minlength=self.d_sae), y_hat)
-
-    def _reconstructions(
-        self, index: Tensor, value: Tensor, levels: list[int]
-    ) -> dict[int, Tensor]:
-        """y_hat [batch, d_in] of each level, from entries sorted by falling value."""
-        y_hat = self.b_dec.expand(len(index), -1)
-        found, below = {}, 0
-        for k in levels:
-            new = SparseCodes.from_fixed(index[:, below:k], value[:, below:k], self.d_sae)
-            y_hat = y_hat + kernels.decode(new.row_ptr, new.index, new.value, self.W_dec)
-            found[k], below = y_hat, k
-        return found
+        counts = torch.bincount(fired, minlength=self.d_sae)
+        return TrainingOutput(loss, terms, counts, at[config.k].y_hat)

@@ -28,3 +28,4 @@ class MutualChoiceSAE(BatchSelectionSAE):
 
     Config: ClassVar[type[SAEConfig]] = MutualChoiceConfig
     config: MutualChoiceConfig  # type: ignore[assignment]
+    by_feature: ClassVar[tuple[str, ...]] = ("W_enc_T", "b_enc", "W_dec", "density", "underused")

@@ -21,6 +21,7 @@ from sae.architectures._l1 import L1SAE, L1Config
 from sae.base import SAEConfig, TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
+from sae.distributed import ALL, FEATURES
 from saescope.errors import InputError, check_range
 
 _SMOOTH = 1e-3
@@ -87,11 +88,17 @@ class ReLUSAE(L1SAE):
 
     Config: ClassVar[type[SAEConfig]] = ReLUConfig
     config: ReLUConfig
+    by_feature: ClassVar[tuple[str, ...]] = ("W_enc_T", "b_enc", "W_dec")
     anneal: Tensor
 
     def make_parameters(self) -> None:
         """Besides the parameters, where p is annealed: (the coefficient's factor, the level)."""
         super().make_parameters()
+        if FEATURES.size > 1 and self.config.resample_at:
+            raise InputError(
+                "features cannot be started anew where processes share them out",
+                where="sae.resample_at", given=self.config.resample_at, allowed="(), or ranks rows",
+            )  # fmt: skip
         if self.config.anneals:
             self.register_buffer("anneal", torch.tensor([1.0, 0.0]))
 
@@ -107,26 +114,25 @@ class ReLUSAE(L1SAE):
     def training_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
         """FVU + lambda(t) * L1 (or Lp)."""
         codes = self._codes(self.centred(batch))
-        y_hat = self.decode_normalised(codes, batch.y)
-        fvu = batch.reconstruction(y_hat)
+        found = self.reconstruct(codes, batch)
         weight = self.weighed(codes, batch)
         level = self.config.level(state)
-        penalty = _power(weight, self.config.exponent(level)).sum() / len(batch)
+        penalty = batch.mean(_power(weight, self.config.exponent(level)))
         if self.config.anneals:
             penalty = penalty * self._rescaled(weight.detach(), level)
-        loss = fvu + self.l1_weight(state) * penalty
-        terms = {"fvu": fvu.detach(), "l1": weight.detach().sum() / len(batch)}
+        loss = found.loss + self.l1_weight(state) * penalty
+        terms = {"fvu": found.loss.detach(), "l1": batch.mean(weight.detach())}
         if self.config.anneals:
             terms["lp"] = penalty.detach()
-        return TrainingOutput(loss, terms, codes.counts(), y_hat)
+        return TrainingOutput(loss, terms, codes.counts(), found.y_hat)
 
     @torch.no_grad()
     def _rescaled(self, weight: Tensor, level: int) -> float:
         """The coefficient's factor; at a new level, such that this batch's penalty stays."""
         factor, last = self.anneal.tolist()
         if level > last:
-            before = float(_power(weight, self.config.exponent(int(last))).sum())
-            after = float(_power(weight, self.config.exponent(level)).sum())
+            before = float(ALL.sum(_power(weight, self.config.exponent(int(last))).sum()))
+            after = float(ALL.sum(_power(weight, self.config.exponent(level)).sum()))
             factor *= before / after if after > 0 else 1.0
             self.anneal.copy_(torch.tensor([factor, float(level)]))
         return float(self.anneal[0])
@@ -154,7 +160,8 @@ class ReLUSAE(L1SAE):
         features = state.dead.nonzero()[: int((loss > 0).sum()), 0]
         if not len(features):
             return None
-        drawn = torch.multinomial(loss, len(features), generator=state.generator)
+        drawn = torch.multinomial(loss.cpu(), len(features), generator=state.generator)
+        drawn = drawn.to(loss.device)
         towards = torch.nn.functional.normalize(self.centred(batch)[drawn], dim=1)
         norms = self.W_enc_T.norm(dim=1)
         living = norms if state.dead.all() else norms[~state.dead]

@@ -27,3 +27,4 @@ class TopKSAE(TopKFamily):
 
     Config: ClassVar[type[SAEConfig]] = TopKConfig
     config: TopKConfig
+    by_feature: ClassVar[tuple[str, ...]] = ("W_enc_T", "b_enc", "W_dec")

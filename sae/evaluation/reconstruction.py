@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae.codes import SparseCodes
+from sae.distributed import FEATURES, ROWS
 from saescope.errors import InputError
 
 _ROWS = 4096
@@ -123,12 +124,15 @@ class _Sums:
         self.by_column = mean.new_zeros(2, *mean.shape)
         self.fired = torch.zeros(d_sae, dtype=torch.int64, device=mean.device)
         self.rows = 0
-        self.errors: list[Tensor] = []
-        self.variances: list[Tensor] = []
+        self.errors, self.variances = [mean.new_zeros(0)], [mean.new_zeros(0)]
         self.cosine = self.in_norm = self.out_norm = 0.0
         self.directed = 0
 
     def add(self, sae: Reconstructor, x: Tensor, target: Tensor) -> None:
+        own = ROWS.share(len(x))  # ranks that train together measure together
+        x, target = x[own], target[own]
+        if not len(x):
+            return
         codes = sae.encode_sparse(x).compact()
         x_hat = sae.decode(codes, like=x).double()
         exact = target.double()
@@ -149,6 +153,7 @@ class _Sums:
         self.directed += int(directed.sum())
 
     def result(self) -> Reconstruction:
+        self._of_all_ranks()
         error, variance = torch.cat(self.errors), torch.cat(self.variances)
         total = float(variance.sum())
         if total <= 0:
@@ -166,6 +171,18 @@ class _Sums:
             density=self.fired.double() / self.rows,
             fvu_by_site={name: self._fvu_of(name) for name in self.columns},
         )
+
+    def _of_all_ranks(self) -> None:
+        self.errors, self.variances = (
+            [ROWS.gather(torch.cat(each))] for each in (self.errors, self.variances)
+        )
+        self.by_column = ROWS.sum(self.by_column)
+        self.fired = FEATURES.gather(ROWS.sum(self.fired))
+        names = ("rows", "directed", "cosine", "in_norm", "out_norm")
+        own = [float(getattr(self, name)) for name in names]
+        sums = ROWS.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        self.rows, self.directed = round(sums[0]), round(sums[1])
+        self.cosine, self.in_norm, self.out_norm = sums[2:]
 
     def _fvu_of(self, site: str) -> float:
         error, deviation = self.by_column[:, self.columns[site]].sum(1).tolist()

@@ -19,6 +19,8 @@ class Format(ABC):
     """names that it may have and that are read then"""
     writes: ClassVar[tuple[str, ...]]
     """architectures of ours that it can hold"""
+    scales_rows: ClassVar[bool] = False
+    """whether it can say that each vector is standardised before it is encoded"""
 
     def recognise(self, folder: Path) -> bool:
         """Whether a folder holds an SAE of this format; looks at names, and into small files."""
@@ -53,4 +55,9 @@ class Format(ABC):
             raise InputError(
                 "cannot hold this architecture", where=self.name, given=kind_of(sae.config),
                 allowed=self.writes,
+            )  # fmt: skip
+        if sae.normaliser.kind == "standardised" and not self.scales_rows:
+            raise InputError(
+                "cannot hold an SAE that standardises each vector", where=self.name,
+                given=sae.normaliser.kind, allowed="a normaliser that folds into the weights",
             )  # fmt: skip

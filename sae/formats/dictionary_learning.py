@@ -71,11 +71,6 @@ class DictionaryLearning(Format):
         """Write ae.pt and config.json; see `Format.write`."""
         self.check_writable(sae)
         plain = plain_of(sae)
-        if plain.standardised:
-            raise InputError(
-                "cannot hold an SAE that standardises each vector", where=self.name,
-                given=sae.normaliser.kind, allowed="a normaliser that folds into the weights",
-            )  # fmt: skip
         dict_class, tensors = _state(plain)
         trainer: dict[str, Any] = {
             "dict_class": dict_class,

@@ -86,11 +86,6 @@ class GemmaScope(Format):
         """Write params.npz; see `Format.write`."""
         self.check_writable(sae)
         plain = plain_of(sae)
-        if plain.standardised:
-            raise InputError(
-                "cannot hold an SAE that standardises each vector", where=self.name,
-                given=sae.normaliser.kind, allowed="a normaliser that folds into the weights",
-            )  # fmt: skip
         tensors = plain.with_pre_bias(False).tensors()
         tensors.setdefault("threshold", torch.zeros(plain.d_sae))  # ReLU is JumpReLU at 0
         with atomic_path(folder) as temporary:

@@ -48,6 +48,7 @@ class SAELens(Format):
     files: ClassVar[tuple[str, ...]] = (CONFIG, WEIGHTS)
     further_files: ClassVar[tuple[str, ...]] = ("activation_scaler.json",)
     writes: ClassVar[tuple[str, ...]] = tuple(RULES)
+    scales_rows: ClassVar[bool] = True
 
     @torch.no_grad()
     def read(self, folder: Path, *, input_scale: float | None = None) -> SparseAutoencoder:

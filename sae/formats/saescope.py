@@ -22,6 +22,7 @@ class SaescopeFormat(Format):
 
     name: ClassVar[str] = "saescope"
     files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE)
+    scales_rows: ClassVar[bool] = True
 
     @property
     def writes(self) -> tuple[str, ...]:  # type: ignore[override]

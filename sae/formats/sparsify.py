@@ -72,11 +72,10 @@ class Sparsify(Format):
         """Write cfg.json and sae.safetensors; see `Format.write`."""
         self.check_writable(sae)
         plain = plain_of(sae)
-        if plain.standardised or plain.activation not in ("topk", "abstopk"):
+        if plain.activation not in ("topk", "abstopk"):
             raise InputError(
-                "cannot hold this SAE", where=self.name,
-                given="standardised" if plain.standardised else plain.activation,
-                allowed="topk or abstopk, with a normaliser that folds into the weights",
+                "cannot hold this activation", where=self.name, given=plain.activation,
+                allowed=("topk", "abstopk"),
             )  # fmt: skip
         t = plain.with_pre_bias(not plain.transcoder).tensors()
         tensors = {

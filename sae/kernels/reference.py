@@ -1,35 +1,65 @@
-"""The truth that every fast kernel is tested against: plain dense torch, differentiated by
-autograd.
+"""The truth that every fast kernel is tested against: plain dense torch.
 
-Shapes: x [batch, d_in], W_enc_T and W_dec [d_sae, d_in] (one feature a row), b_enc [d_sae].
+Shapes are those of `sae.kernels.backend`.
 """
 
 import torch
 from torch import Tensor
 
+from sae.codes import SparseCodes, csr_of
 
-def encode_topk(x: Tensor, W_enc_T: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest pre-activations of each row, rectified: (index, value), both [batch, k]."""
-    pre = x @ W_enc_T.T + b_enc
-    value, index = pre.topk(k, dim=-1, sorted=False)
-    return index, torch.relu(value)
+NAME = "reference"
+DENSE = 0.0
 
 
-def encode_selected(
-    x: Tensor, W_enc_T: Tensor, b_enc: Tensor | None, row_ptr: Tensor, index: Tensor, pre: Tensor
+def _pre(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    pre = x @ W.T
+    return pre if b is None else pre + b
+
+
+def topk(
+    x: Tensor, W: Tensor, b: Tensor | None, k: int, *, signed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The k largest pre-activations of each row (in magnitude, if signed)."""
+    pre = _pre(x, W, b)
+    index = (pre.abs() if signed else pre).topk(k, dim=-1, sorted=False).indices
+    return index, pre.gather(1, index)
+
+
+def above(
+    x: Tensor, W: Tensor, b: Tensor | None, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pre-activations above their feature's threshold."""
+    pre = _pre(x, W, b)
+    mask = pre > threshold
+    return (*csr_of(mask), pre[mask])
+
+
+def decode(row_ptr: Tensor, index: Tensor, value: Tensor, W: Tensor) -> Tensor:
+    """Sum of value W[index] over each row's entries."""
+    return SparseCodes(row_ptr, index, value, len(W)).dense() @ W
+
+
+def entry_dots(row_ptr: Tensor, index: Tensor, rows: Tensor, W: Tensor) -> Tensor:
+    """The dot product of an entry's row and its feature's row of W."""
+    return (rows @ W.T)[SparseCodes(row_ptr, index, index, len(W)).rows(), index]
+
+
+def decode_error(
+    row_ptr: Tensor, index: Tensor, value: Tensor, W: Tensor, b: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reconstruction's error, its squared norms and its dots with the entries' rows of W."""
+    error = decode(row_ptr, index, value, W) + b - target
+    return error, error.square().sum(1), entry_dots(row_ptr, index, error, W)
+
+
+def weight_gradient(
+    row_ptr: Tensor, index: Tensor, value: Tensor, rows: Tensor, d_sae: int
 ) -> Tensor:
-    """Pre-activations of the given entries, [entries]."""
-    del pre  # computed again, so that autograd sees it
-    rows = torch.repeat_interleave(
-        torch.arange(len(row_ptr) - 1, device=index.device), row_ptr.diff()
-    )
-    dense = x @ W_enc_T.T
-    return (dense if b_enc is None else dense + b_enc)[rows, index]
+    """For each feature the sum of value times its entry's row."""
+    return SparseCodes(row_ptr, index, value, d_sae).dense().T @ rows
 
 
-def decode(row_ptr: Tensor, index: Tensor, value: Tensor, W_dec: Tensor) -> Tensor:
-    """Sum of value times decoder row over each row's entries: [batch, d_in]."""
-    batch = len(row_ptr) - 1
-    rows = torch.repeat_interleave(torch.arange(batch, device=index.device), row_ptr.diff())
-    dense = value.new_zeros(batch, W_dec.shape[0])
-    return dense.index_put((rows, index), value, accumulate=True) @ W_dec
+def feature_sums(index: Tensor, value: Tensor, d_sae: int) -> Tensor:
+    """For each feature the sum of its values."""
+    return torch.zeros(d_sae, dtype=value.dtype, device=value.device).index_add(0, index, value)

@@ -44,13 +44,22 @@ def save(folder: Path, *, tensors: dict[str, dict[str, Tensor]], state: dict[str
     """
     with disk_full(str(folder)), atomic_path(folder) as temporary:
         temporary.mkdir()
-        flat = {
-            f"{group}/{name}": value.detach().contiguous()
-            for group, members in tensors.items()
-            for name, value in members.items()
-        }
-        save_file(flat, temporary / "tensors.safetensors")
-        write_json(temporary / "state.json", {"schema": SCHEMA, **state})
+        write(temporary, flatten(tensors), state)
+
+
+def flatten(groups: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors by "<group>/<name>"."""
+    return {
+        f"{group}/{name}": value.detach().contiguous()
+        for group, members in groups.items()
+        for name, value in members.items()
+    }
+
+
+def write(folder: Path, flat: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """The files of a checkpoint, into a folder that is there."""
+    save_file(flat, folder / "tensors.safetensors")
+    write_json(folder / "state.json", {"schema": SCHEMA, **state})
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, Literal, Self
 
+from sae import distributed
 from sae.architectures import architecture
 from sae.architectures.topk import TopKConfig
 from sae.base import SAEConfig, SparseAutoencoder
 from sae.harvests import open_complete
 from sae.loading import load
 from sae.normaliser import NormaliserKind
+from sae.training import ranks
 from sae.training.end_to_end import EndToEndConfig
 from sae.training.plan import describe
 from sae.training.setup import Run
@@ -71,6 +73,12 @@ class TrainConfig(Config):
     """Held-out rows measured during training."""
     calibration_rows: int = 16384
     """Held-out rows that inference thresholds are set on at the end."""
+    ranks: Literal["rows", "features"] = "rows"
+    """What the processes of torchrun share: the rows of each batch, or, for a dictionary that
+    outgrows one card, its features (topk, abstopk, batchtopk, mutual_choice, relu, gated,
+    jumprelu). The result is the same but for rounding."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the SAE is trained; cuda: each process has a card of its own."""
     plan: bool = False
     """Only say what it would take (steps, memory, disk, time), and write nothing."""
     sae: SAEConfig = dataclasses.field(default_factory=TopKConfig)
@@ -110,18 +118,21 @@ def _specialised(kind: str) -> type[TrainConfig]:
 def train(config: TrainConfig) -> SparseAutoencoder | None:
     """Train an SAE as configured, going on from the run's last checkpoint if it has one.
 
-    With `plan` nothing is trained and None returned. Raises InputError if the folder holds another
+    With `plan` nothing is trained and None returned. Under torchrun its processes train together,
+    and each returns what it holds. Raises InputError if the folder holds another
     run, the sites are unknown or do not fit the architecture, or there are too few rows;
     ArtefactError if the harvest is missing, unfinished or damaged.
     """
-    run = Run(config, open_complete(config.harvest))
-    if config.plan:
-        for line in describe([run]):
-            say(line)
-        return None
-    if run.finished():
-        say(f"{run.folder}: already trained")
-        return load(run.folder)
-    run.start()
-    run.trainer.run()
-    return run.release()
+    with ranks.session(config.ranks, config.device):
+        run = Run(config, open_complete(config.harvest))
+        if config.plan:
+            for line in describe([run]):
+                say(line)
+            return None
+        if run.finished():
+            say(f"{run.folder}: already trained")
+            with distributed.alone():
+                return load(run.folder)
+        run.start()
+        run.trainer.run()
+        return run.release()

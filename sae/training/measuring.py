@@ -9,6 +9,7 @@ from torch import Tensor
 from sae.base import SparseAutoencoder
 from sae.batch import RawBatch
 from sae.evaluation.reconstruction import Reconstruction, measure_reconstruction
+from sae.training.finite import check_finite
 from sae.training.objective import BatchMaker
 
 HeldOutRows = Callable[[], Iterable[RawBatch | Tensor]]
@@ -16,8 +17,11 @@ HeldOutRows = Callable[[], Iterable[RawBatch | Tensor]]
 _ROWS = 4096
 
 
-def _raw(batches: Iterable[RawBatch | Tensor]) -> Iterator[RawBatch]:
-    return (RawBatch(each) if isinstance(each, Tensor) else each for each in batches)
+def _raw(sae: SparseAutoencoder, batches: Iterable[RawBatch | Tensor]) -> Iterator[RawBatch]:
+    for each in batches:
+        raw = (RawBatch(each) if isinstance(each, Tensor) else each).to(sae.b_dec.device)
+        check_finite(raw, "held-out rows")
+        yield raw
 
 
 def measure(sae: SparseAutoencoder, held_out: HeldOutRows) -> dict[str, Any]:
@@ -26,12 +30,12 @@ def measure(sae: SparseAutoencoder, held_out: HeldOutRows) -> dict[str, Any]:
     A feature of a several-layer SAE is dead if it fires at no layer.
     """
     if not sae.site_normalisers:
-        found = measure_reconstruction(sae, lambda: _rows(held_out))
+        found = measure_reconstruction(sae, lambda: _rows(sae, held_out))
         return _summary(found)
     layers = {}
     for number, site in enumerate(sae.site_normalisers):
         own = sae.at(site)
-        layers[site] = measure_reconstruction(own, lambda n=number: _layer(held_out, n))
+        layers[site] = measure_reconstruction(own, lambda n=number: _layer(sae, held_out, n))
     density = torch.stack([found.density for found in layers.values()])
     each = [_summary(found) for found in layers.values()]
     mean = {name: sum(one[name] for one in each) / len(each) for name in ("l0", "fvu", "cosine")}
@@ -47,19 +51,19 @@ def normalised_rows(maker: BatchMaker, held_out: HeldOutRows) -> Callable[[], It
     """Fresh iterators of what the encoder takes, y [n, d_in] at the normaliser's scale."""
 
     def rows() -> Iterator[Tensor]:
-        for raw in _raw(held_out()):
+        for raw in _raw(maker.sae, held_out()):
             yield from maker.normalised(raw).split(_ROWS)
 
     return rows
 
 
-def _rows(held_out: HeldOutRows) -> Iterator[Any]:
-    for raw in _raw(held_out()):
+def _rows(sae: SparseAutoencoder, held_out: HeldOutRows) -> Iterator[Any]:
+    for raw in _raw(sae, held_out()):
         yield raw.x if raw.target is None else (raw.x, raw.target)
 
 
-def _layer(held_out: HeldOutRows, number: int) -> Iterator[Tensor]:
-    for raw in _raw(held_out()):
+def _layer(sae: SparseAutoencoder, held_out: HeldOutRows, number: int) -> Iterator[Tensor]:
+    for raw in _raw(sae, held_out()):
         if raw.group is not None:
             yield raw.x[raw.group == number]
 

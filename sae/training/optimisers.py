@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.base import SparseAutoencoder
+from sae.kernels import optimiser as fused
 from saescope.errors import InputError, check_range
 
 OptimiserKind = Literal["adam", "signum", "schedule_free_adam", "schedule_free_signum"]
@@ -40,11 +41,13 @@ def make_optimiser(
     beta2: float = 0.999,
     eps: float = 6.25e-10,
     momentum: float = 0.95,
+    unit_rows: Iterable[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """An optimiser by its name.
 
     Args: beta1, beta2 and eps are Adam's; schedule-free Adam has beta1 for its interpolation.
     momentum is signum's, and the interpolation of schedule-free signum, which needs no other.
+    unit_rows are those of the parameters whose rows Adam holds at unit norm; the others do not.
 
     Raises InputError for an unknown name or a value out of range.
     """
@@ -53,7 +56,7 @@ def make_optimiser(
         check_range(f"optimiser.{name}", value, low=0, below=1)
     check_range("optimiser.eps", eps, above=0)
     if kind == "adam":
-        return torch.optim.Adam(parameters, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
+        return Adam(parameters, lr=lr, beta1=beta1, beta2=beta2, eps=eps, unit_rows=unit_rows)
     if kind == "signum":
         return Signum(parameters, lr=lr, momentum=momentum)
     if kind == "schedule_free_adam":
@@ -68,6 +71,53 @@ def make_optimiser(
 def decays(kind: OptimiserKind) -> bool:
     """Whether the learning rate should fall at the end; averaging stands for that otherwise."""
     return not kind.startswith("schedule_free")
+
+
+class Adam(torch.optim.Optimizer):
+    """Adam (Kingma & Ba 2015) in one pass over each parameter, which may hold rows at unit norm.
+
+    Of the gradient of such `unit_rows` only what is orthogonal to the rows counts, in
+    `gradient_squares` as in `step`, and a step puts the rows back to unit norm. Gradients are left
+    as they are. The state is that of torch's Adam: exp_avg, exp_avg_sq, step.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 6.25e-10,
+        unit_rows: Iterable[nn.Parameter] = (),
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps})
+        self.unit_rows = frozenset(unit_rows)
+
+    @torch.no_grad()
+    def gradient_squares(self) -> dict[nn.Parameter, Tensor]:
+        """Squared norm of each parameter's gradient, float64 []; of those that have one."""
+        return {
+            parameter: fused.gradient_square(parameter, gradient, parameter in self.unit_rows)
+            for _, parameter, gradient in _with_gradient(self)
+        }
+
+    @torch.no_grad()
+    def step(self, closure: None = None, *, scale: float = 1.0) -> None:  # type: ignore[override]
+        """One step on the gradient times `scale`; parameters without one stay where they are."""
+        del closure
+        for group, parameter, gradient in _with_gradient(self):
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(())
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(parameter)
+            state["step"] += 1
+            fused.adam_(
+                parameter, gradient, state["exp_avg"], state["exp_avg_sq"],
+                lr=group["lr"], beta1=group["beta1"], beta2=group["beta2"], eps=group["eps"],
+                step=int(state["step"]), scale=scale, unit_rows=parameter in self.unit_rows,
+            )  # fmt: skip
 
 
 class Signum(torch.optim.Optimizer):

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from activations import ActivationStore
+from sae import distributed
 from sae.analysis.lens import TunedLens
 from sae.architectures import architecture
 from sae.base import SparseAutoencoder, kind_of
 from sae.harvests import choose_site, load_harvested_model
 from sae.loading import SAE_FOLDER, load
 from sae.normaliser import Normaliser
+from sae.training import ranks, shards
 from sae.training.end_to_end import EndToEnd, EndToEndStream
 from sae.training.outliers import OutlierFilter
 from sae.training.streams import Stream, make_stream
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 RUN_SCHEMA = 1
 _NOT_IDENTITY = ("harvest", "out", "plan", "lens")
 """settings that may differ between a run and its continuation"""
+_HOW = ("kernels", "deterministic")
+"""the same of the trainer's; checkpoints have what was used"""
 _SAMPLE_ROWS = 16384
 
 
@@ -58,10 +62,9 @@ class Run:
         self.cls = architecture(kind_of(config.sae))
         self.sites = _sites(config, harvest, self.cls)
         self.settings = {**to_dict(config), "sites": list(self.sites), "site": None}
-        identity = {**self.settings, **dict.fromkeys(_NOT_IDENTITY)}
         self._lens = TunedLens.load(config.lens) if config.lens else None
         self.tag = sha256_json({
-            "config": identity, "harvest": harvest.hash,
+            "config": _identity(self.settings), "harvest": harvest.hash,
             **({"lens": self._lens.hash} if self._lens else {}),
         })  # fmt: skip
         if (self.folder / MANIFEST).exists():
@@ -123,6 +126,12 @@ class Run:
             raise InputError(
                 "end-to-end training is of one site's SAE", where="objective", given=self.sites
             )
+        ranks.refuse_several("end-to-end training", where="objective")
+        if config.device != "cpu":
+            raise InputError(
+                "end-to-end training goes through the model on the CPU", where="device",
+                given=config.device, allowed="cpu",
+            )  # fmt: skip
         model = load_harvested_model(self.harvest, self.harvest.manifest["model"]["dtype"])
         return EndToEnd(model, site, config.end_to_end)
 
@@ -142,10 +151,11 @@ class Run:
     def start(self) -> None:
         """Make the trainer and, in a new folder, write the manifest."""
         trainer = self.trainer  # before anything is written: wrong input leaves no folder behind
-        if not (self.folder / MANIFEST).exists():
+        if ranks.first() and not (self.folder / MANIFEST).exists():
             write_manifest(
                 self.folder, kind="run", schema=RUN_SCHEMA, config=self.settings,
                 parent=self.harvest.hash, tag=trainer.tag, site=self.sites[0],
+                processes=distributed.size(), numerics=trainer.numerics.state_dict(),
             )  # fmt: skip
 
     @cached_property
@@ -156,7 +166,7 @@ class Run:
     def make_trainer(self, folder: Path) -> Trainer:
         """A trainer into a folder."""
         config, with_loss = self.config, None
-        sae = self.make_sae()
+        sae = self.make_sae().to(ranks.device(config.device))
         if isinstance(self.stream, EndToEndStream):
             with_loss = partial(self.stream.objective.batch, sae)
         return Trainer(
@@ -235,15 +245,16 @@ class Run:
 
     def release(self) -> SparseAutoencoder:
         """Write the trained SAE, folded, with what was measured; the SAE."""
-        sae, last = self.trainer.sae.eval().fold(), self.trainer.last_held_out
+        sae, last = self.trainer.sae.eval().cpu().fold(), self.trainer.last_held_out
         sae.metadata["held_out"] = last
+        sae.metadata["numerics"] = self.trainer.numerics.state_dict()
         if self.stream.outliers is not None:
             sae.metadata["outliers"] = {
                 **self.stream.outliers.to_dict(), "rows_left_out": self.stream.removed,
             }  # fmt: skip
-        sae.save(self.folder / SAE_FOLDER)
+        shards.release(sae, self.folder / SAE_FOLDER)
         say(
-            f"{self.folder}: {kind_of(sae.config)}, d_in {sae.d_in}, d_sae {sae.d_sae}; on "
+            f"{self.folder}: {kind_of(sae.config)}, d_in {sae.d_in}, d_sae {sae.config.d_sae}; on "
             f"{last['rows']:,} held-out rows: L0 {last['l0']:.1f}, FVU {last['fvu']:.4f}, "
             f"cosine {last['cosine']:.4f}"
         )
@@ -253,16 +264,24 @@ class Run:
         manifest = read_manifest(self.folder, kind="run", schema=RUN_SCHEMA)
         if manifest["tag"] == self.tag:
             return
+        before = _identity(manifest["config"])
         differing = [
-            name
-            for name, value in self.settings.items()
-            if name not in _NOT_IDENTITY and manifest["config"].get(name) != value
+            name for name, value in _identity(self.settings).items() if before.get(name) != value
         ]
         raise InputError(
             f"holds another run (differs in: {', '.join(differing) or 'the harvest'}); choose "
             "another out, or remove it",
             where=str(self.folder),
         )
+
+
+def _identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that make a run another run."""
+    identity = {**settings, **dict.fromkeys(_NOT_IDENTITY)}
+    identity["trainer"] = {k: v for k, v in settings["trainer"].items() if k not in _HOW}
+    for name in ("ranks", "device"):  # they change nothing; older runs have none
+        identity.pop(name, None)
+    return identity
 
 
 def _sites(
@@ -295,13 +314,16 @@ def _sites(
 
 def _go_on_from(sae: SparseAutoencoder, path: str) -> None:
     """Give `sae` the weights of a released one, at its own normaliser's scale."""
-    given = load(path)
+    with distributed.alone():
+        given = load(path)
     same = kind_of(given.config) == kind_of(sae.config)
-    if not same or (given.d_in, given.d_out, given.d_sae) != (sae.d_in, sae.d_out, sae.d_sae):
+    width = sae.config.d_sae
+    if not same or (given.d_in, given.d_out, given.d_sae) != (sae.d_in, sae.d_out, width):
         raise InputError(
             "of another architecture or size", where="start_from",
             given=f"{kind_of(given.config)} {given.d_in} x {given.d_sae}",
-            allowed=f"{kind_of(sae.config)} {sae.d_in} x {sae.d_sae}",
+            allowed=f"{kind_of(sae.config)} {sae.d_in} x {width}",
         )  # fmt: skip
-    ready = given.unfold(sae.normaliser, sae.output_normaliser)
-    sae.load_state_dict(ready.state_dict())
+    with distributed.alone():
+        ready = given.unfold(sae.normaliser, sae.output_normaliser).state_dict()
+    sae.load_state_dict(shards.own_rows(ready, shards.has_rows(sae)))

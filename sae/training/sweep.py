@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.harvests import open_complete
+from sae.training import ranks
 from sae.training.command import TrainConfig
 from sae.training.plan import describe
 from sae.training.setup import Run
@@ -77,6 +78,8 @@ def sweep(config: SweepConfig) -> list[Path]:
 
     Raises InputError as a single run does, before anything is trained.
     """
+    with ranks.session():
+        ranks.refuse_several("a sweep", where="torchrun")
     harvest = open_complete(config.harvest)
     streams: dict[str, Stream] = {}
     runs = {name: Run(each, harvest, streams=streams) for name, each in members(config).items()}

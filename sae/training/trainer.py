@@ -1,24 +1,29 @@
 """The training loop: batches in, a trained SAE and its metrics out; it knows of no store."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sae.base import SparseAutoencoder, TrainingState
 from sae.batch import RawBatch, TrainingBatch
-from sae.training import checkpoint
+from sae.distributed import FEATURES, ROWS
+from sae.kernels import spare
+from sae.training import checkpoint, ranks, shards
 from sae.training.controller import L0Controller, warmup_fraction
+from sae.training.finite import check_finite
 from sae.training.measuring import HeldOutRows, measure, normalised_rows
-from sae.training.objective import BatchMaker, ObjectiveConfig
-from sae.training.optimisers import OptimiserKind, averaged, clear_rows, decays, make_optimiser
+from sae.training.numerics import Numerics
+from sae.training.objective import BatchMaker
+from sae.training.optimisers import averaged, clear_rows, decays, make_optimiser
 from sae.training.schedules import base_lr, lr_factor
-from sae.training.telemetry import MetricsLog, SinkKind, check_sink, sinks
-from saescope.config import Config, to_dict
-from saescope.errors import InputError, SaescopeError, check_range
+from sae.training.telemetry import MetricsLog, sinks
+from sae.training.trainer_config import TrainerConfig
+from sae.training.update import update
+from saescope.config import to_dict
+from saescope.errors import InputError, check_range
 from saescope.progress import Progress
 
 CHECKPOINT = Path("checkpoints") / "last"
@@ -31,67 +36,6 @@ class BatchSource(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig(Config):
-    """How to train, whatever the architecture."""
-
-    batch_size: int = 2048
-    """Rows a step."""
-    accumulate: int = 1
-    """Parts that a batch is split into for memory; their gradients are averaged into one step.
-    Batch-level selectors and AuxK then see one part at a time."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs matrix products under autocast; weights and thresholds stay float32."""
-    optimiser: OptimiserKind = "adam"
-    """adam, signum, or the schedule-free version of either."""
-    lr: float | None = None
-    """Peak learning rate; 2e-4 / sqrt(d_sae / 2^14) times lr_multiplier if not given."""
-    lr_multiplier: float = 1.0
-    """Factor on the rule above; short runs want more than 1."""
-    warmup_fraction: float = 0.05
-    """Part of the run over which the learning rate rises."""
-    decay_fraction: float = 0.2
-    """Part of the run, at its end, over which the learning rate falls to 0."""
-    beta1: float = 0.9
-    """Decay of the gradient mean (the momentum of signum and of the schedule-free average)."""
-    beta2: float = 0.999
-    """Adam's decay of the gradient square."""
-    eps: float = 6.25e-10
-    """Adam's epsilon (Gao et al. 2024)."""
-    grad_clip: float = 1.0
-    """Largest norm of the whole gradient; 0 turns clipping off."""
-    target_l0: float | None = None
-    """Mean L0 to reach on held-out rows: k, for architectures that have it; else the sparsity
-    coefficient is moved during training until L0 is this."""
-    dead_after_tokens: int = 10_000_000
-    """A feature is dead when it has not fired for this many tokens."""
-    evaluate_every: int = 250
-    """Steps between held-out evaluations."""
-    checkpoint_every: int = 250
-    """Steps between checkpoints."""
-    telemetry: SinkKind = "none"
-    """Where metrics go besides metrics.jsonl: none, wandb or tensorboard (if installed)."""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """Changes to the reconstruction loss that every architecture can take."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "dead_after_tokens", "evaluate_every"):
-            check_range(f"trainer.{name}", getattr(self, name), low=1)
-        check_range("trainer.checkpoint_every", self.checkpoint_every, low=1)
-        check_range("trainer.accumulate", self.accumulate, high=self.batch_size)
-        check_range("trainer.lr_multiplier", self.lr_multiplier, above=0)
-        for name in ("lr", "target_l0"):
-            if getattr(self, name) is not None:
-                check_range(f"trainer.{name}", getattr(self, name), above=0)
-        for name in ("warmup_fraction", "decay_fraction"):
-            check_range(f"trainer.{name}", getattr(self, name), low=0, high=1)
-        for name in ("beta1", "beta2"):
-            check_range(f"trainer.{name}", getattr(self, name), low=0, below=1)
-        check_range("trainer.eps", self.eps, above=0)
-        check_range("trainer.grad_clip", self.grad_clip, low=0)
-        check_sink(self.telemetry)
 
 
 class Trainer:
@@ -123,17 +67,21 @@ class Trainer:
         seed: int = 0,
     ) -> None:
         check_range("training steps", total_steps, low=1)
+        ranks.check_batch(config.batch_size, config.accumulate)
         self.sae, self.batches, self.config = sae, batches, config
         self.total_steps, self.held_out = total_steps, held_out
         self.calibration = calibration or held_out
         self.with_loss = with_loss
         self.initialise = initialise
         self.folder, self.tag = folder, tag
-        self.lr = config.lr or base_lr(sae.d_sae, config.optimiser) * config.lr_multiplier
+        self.lr = config.lr or base_lr(sae.config.d_sae, config.optimiser) * config.lr_multiplier
         self.optimiser = make_optimiser(
             config.optimiser, sae.parameters(), lr=self.lr, beta1=config.beta1, beta2=config.beta2,
-            eps=config.eps,
+            eps=config.eps, unit_rows=sae.unit_rows,
         )  # fmt: skip
+        self.numerics = Numerics(
+            config.kernels, deterministic=config.deterministic, like=sae.b_dec, d_in=sae.d_in
+        )
         self.maker = BatchMaker(sae, config.objective)
         self.controller = None
         if config.target_l0 is not None and sae.penalised:
@@ -148,10 +96,14 @@ class Trainer:
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.b_dec.device)
         if (folder / CHECKPOINT).exists():
             self._restore()
-        extra = sinks(
-            config.telemetry, folder, folder.name, to_dict(config), tag=tag, resume_step=self.step
-        )
-        self.log = MetricsLog(folder / METRICS, resume_step=self.step, sinks=extra)
+        ranks.check_alike("their step or kernels", (self.step, self.numerics.kernels))
+        self.log: MetricsLog | None = None
+        if ranks.first():
+            extra = sinks(
+                config.telemetry, folder, folder.name, to_dict(config), tag=tag,
+                resume_step=self.step,
+            )  # fmt: skip
+            self.log = MetricsLog(folder / METRICS, resume_step=self.step, sinks=extra)
 
     @property
     def finished(self) -> bool:
@@ -176,13 +128,21 @@ class Trainer:
             note = self._evaluate(terms)
         if self.step % config.checkpoint_every == 0 or self.finished:
             self._save()
-        if self.finished:
+        if self.finished and self.log is not None:
             self.log.close()
         return note
 
     def train_step(self, raw: RawBatch | Tensor) -> dict[str, float]:
-        """One optimiser step on rows [batch, d_in]; the named parts of the loss."""
-        raw = RawBatch(raw) if isinstance(raw, Tensor) else raw
+        """One optimiser step on rows [batch, d_in]; the named parts of the loss.
+
+        Raises InputError, with nothing changed, if a row is not finite.
+        """
+        raw = (RawBatch(raw) if isinstance(raw, Tensor) else raw).to(self.sae.b_dec.device)
+        check_finite(raw, f"step {self.step}")
+        with self.numerics.running():
+            return self._step(raw)
+
+    def _step(self, raw: RawBatch) -> dict[str, float]:
         sae, config = self.sae.train(), self.config
         state = TrainingState(
             step=self.step,
@@ -191,44 +151,40 @@ class Trainer:
             penalty=self.controller.penalty if self.controller else 1.0,
             generator=self.generator,
         )
+        spare.give(each.grad for each in sae.parameters() if each.grad is not None)
         self.optimiser.zero_grad(set_to_none=True)
         terms, counts, rows = self._backward(raw, state)
-        # the projection comes first: what it removes must not count in the clipped norm
-        sae.before_step()
-        clip = config.grad_clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), clip, foreach=True)
-        if not torch.isfinite(norm):
-            raise SaescopeError(
-                f"step {self.step}: the gradient is not finite "
-                f"(loss {terms['loss']}); lower trainer.lr, or check the harvest"
-            )
-        factor = lr_factor(
-            self.step,
-            self.total_steps,
-            warmup=round(config.warmup_fraction * self.total_steps),
-            decay=round(config.decay_fraction * self.total_steps)
-            if decays(config.optimiser)
-            else 0,
-        )
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.lr * factor
-        self.optimiser.step()
-        sae.after_step()
+        ranks.add_up_gradients(sae, counts)
+        # here every gradient is that of the whole batch
+        lr = self.lr * self._lr_factor()
+        norm = update(
+            sae, self.optimiser, lr=lr, clip=config.grad_clip,
+            what=f"step {self.step} (loss {terms['loss']:.4g})",
+        )  # fmt: skip
         self.tokens_since_fired += rows
         self.tokens_since_fired[counts > 0] = 0
         self._resample(raw, state)
-        l0 = float(counts.sum()) / rows
+        l0 = float(FEATURES.sum(counts.sum())) / rows
         if self.controller:
             self.controller.update(l0, self.step)
         self.step += 1
         return {
             **terms,
             "l0": l0,
-            "dead": int(state.dead.sum()),
-            "grad_norm": norm.item(),
-            "lr": self.lr * factor,
+            "dead": FEATURES.total(int(state.dead.sum())),
+            "grad_norm": norm,
+            "lr": lr,
             **({"penalty": state.penalty} if self.controller else {}),
         }
+
+    def _lr_factor(self) -> float:
+        """Factor on the learning rate of this step."""
+        config, steps = self.config, self.total_steps
+        decay = config.decay_fraction if decays(config.optimiser) else 0
+        return lr_factor(
+            self.step, steps, warmup=round(config.warmup_fraction * steps),
+            decay=round(decay * steps),
+        )  # fmt: skip
 
     def _backward(
         self, raw: RawBatch, state: TrainingState
@@ -245,6 +201,7 @@ class Trainer:
                 batch = self.with_loss(part, batch)
             if self.step == 0 and start == 0 and self.initialise:
                 self.sae.start(batch)
+            batch = batch.share()
             with torch.autocast(part.x.device.type, torch.bfloat16, enabled=low):
                 output = batch.finish(self.sae.training_output(batch, state))
             share = len(part) / len(raw)
@@ -252,7 +209,7 @@ class Trainer:
             counts += output.counts
             for name, value in {"loss": output.loss.detach(), **output.terms}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * share
-        return sums, counts, len(raw)
+        return sums, ROWS.sum(counts), len(raw)
 
     def _resample(self, raw: RawBatch, state: TrainingState) -> None:
         if not self.sae.resamples(state):
@@ -264,24 +221,30 @@ class Trainer:
 
     def _settle(self) -> None:
         """After the last step: the averaged weights, where there are, and inference thresholds."""
-        with averaged(self.optimiser, self.sae.after_step):
+        with self.numerics.running(), averaged(self.optimiser, self.sae.after_step):
             released = {name: value.clone() for name, value in self.sae.state_dict().items()}
         self.sae.load_state_dict(released)
-        self.sae.eval().calibrate(normalised_rows(self.maker, self.calibration))
+        with self.numerics.running():
+            self.sae.eval().calibrate(normalised_rows(self.maker, self.calibration))
 
     def _evaluate(self, terms: dict[str, float]) -> str:
-        with averaged(self.optimiser, self.sae.after_step):
+        with self.numerics.running(), averaged(self.optimiser, self.sae.after_step):
             held_out = measure(self.sae.eval(), self.held_out)
         self.last_held_out = held_out
-        values = {"tokens": self.step * self.config.batch_size, "train": terms}
-        self.log.append(self.step, **values, held_out=held_out)
+        values = {
+            "tokens": self.step * self.config.batch_size, "kernels": self.numerics.kernels,
+            "train": terms,
+        }  # fmt: skip
+        if self.log is not None:
+            self.log.append(self.step, **values, held_out=held_out)
         return (
             f"held-out FVU {held_out['fvu']:.4f}, L0 {held_out['l0']:.1f}, dead {terms['dead']:,}"
         )
 
     def _save(self) -> None:
-        checkpoint.save(
+        shards.save(
             self.folder / CHECKPOINT,
+            self.sae,
             tensors={
                 "sae": dict(self.sae.state_dict()),
                 "optimiser": checkpoint.optimiser_tensors(self.optimiser),
@@ -296,16 +259,19 @@ class Trainer:
                 "batches": self.batches.state_dict(),
                 "controller": self.controller.state_dict() if self.controller else None,
                 "last_held_out": self.last_held_out,
+                "numerics": self.numerics.state_dict(),
             },
         )
 
     def _restore(self) -> None:
-        tensors, state = checkpoint.load(self.folder / CHECKPOINT)
+        tensors, state = shards.load(self.folder / CHECKPOINT, self.sae)
         if state["tag"] != self.tag:
             raise InputError(
                 "holds a run with another configuration; choose another folder",
                 where=str(self.folder),
             )
+        if "numerics" in state:  # older checkpoints do not say
+            self.numerics.load_state_dict(state["numerics"], where=str(self.folder))
         self.sae.load_state_dict(tensors["sae"])
         checkpoint.restore_optimiser(self.optimiser, tensors["optimiser"])
         self.tokens_since_fired = tensors["run"]["tokens_since_fired"].to(self.sae.b_dec.device)

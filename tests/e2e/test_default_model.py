@@ -62,8 +62,9 @@ def harvest(work: Path) -> activations.ActivationStore:
     ]  # fmt: skip
 
     def one_window() -> bool:
-        manifest = out / "manifest.json"
-        return manifest.exists() and len(json.loads(manifest.read_text())["windows"]) >= 1
+        return (out / "manifest.json").exists() and bool(
+            activations.ActivationStore.open(out).windows
+        )
 
     run_killed(one_window, *words)
     assert not activations.ActivationStore.open(out).complete

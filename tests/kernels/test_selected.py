@@ -1,13 +1,11 @@
-"""Chosen entries: gradients against a dense float64 objective, and exact selection of a batch."""
+"""Chosen entries: values and gradients against a dense float64 objective."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sae import kernels
-from sae.codes import SparseCodes, csr_of, top_of_batch
-from saescope.errors import InputError
+from sae.codes import SparseCodes, csr_of
+from sae.kernels import aten
 
 
 def problem(share: float) -> tuple[torch.Tensor, ...]:
@@ -31,9 +29,10 @@ def test_selected_entries_differentiate_like_a_dense_mask(
     monkeypatch.setenv("SAESCOPE_KERNELS", backend)
     x, W_enc_T, b_enc, W_dec, mask = problem(share)
     row_ptr, index = csr_of(mask)
-    pre = kernels.preactivations(x, W_enc_T, b_enc)
-    value = kernels.encode_selected(x, W_enc_T, b_enc, row_ptr, index, pre)
-    out = kernels.decode(row_ptr, index, value.square(), W_dec)
+    value = kernels.encode_selected(x, W_enc_T, b_enc, row_ptr, index)
+    again = kernels.encode_selected(x, W_enc_T, b_enc, row_ptr, index, known=value.detach())
+    assert torch.equal(value, again)
+    out = kernels.decode(row_ptr, index, value * again, W_dec)
     weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
     found = torch.autograd.grad((out * weight).sum(), (x, W_enc_T, b_enc, W_dec), allow_unused=True)
     dense = (x @ W_enc_T.T + b_enc).square() * mask @ W_dec
@@ -43,7 +42,7 @@ def test_selected_entries_differentiate_like_a_dense_mask(
         torch.testing.assert_close(one, other)
 
 
-def test_selected_without_a_bias_and_without_pre() -> None:
+def test_selected_without_a_bias() -> None:
     x, W_enc_T, _, _, mask = problem(0.1)
     row_ptr, index = csr_of(mask)
     value = kernels.encode_selected(x, W_enc_T, None, row_ptr, index)
@@ -52,7 +51,7 @@ def test_selected_without_a_bias_and_without_pre() -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.7])
 def test_encode_above_is_the_dense_mask(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_CHUNK_ELEMENTS", 4 * 70)  # several chunks of rows
+    monkeypatch.setattr(aten, "_CHUNK_ELEMENTS", 4 * 70)  # several chunks of rows
     x, W_enc_T, b_enc, _, _ = problem(0.0)
     each = torch.full((70,), threshold, dtype=torch.float64)
     row_ptr, index, value = kernels.encode_above(x, W_enc_T, b_enc, each)
@@ -61,36 +60,6 @@ def test_encode_above_is_the_dense_mask(threshold: float, monkeypatch: pytest.Mo
     torch.testing.assert_close(SparseCodes(row_ptr, index, value, 70).dense(), expected)
     (gradient,) = torch.autograd.grad(value.square().sum(), b_enc)
     torch.testing.assert_close(gradient, 2 * expected.sum(0))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.integers(1, 90), width=st.integers(1, 40), share=st.floats(0.01, 1.2),
-    levels=st.integers(1, 40), seed=st.integers(0, 999),
-)  # fmt: skip
-def test_top_of_batch_is_exact(rows: int, width: int, share: float, levels: int, seed: int) -> None:
-    """Exactly n where n are positive, none smaller than one left out; ties among few levels."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(-levels, levels + 1, (rows, width), generator=generator).float()
-    n = max(1, int(share * values.numel()))
-    row_ptr, index = top_of_batch(values, n)
-    chosen = torch.zeros_like(values, dtype=torch.bool)
-    counts = row_ptr.diff()
-    at = torch.repeat_interleave(torch.arange(rows), counts)
-    chosen[at, index] = True
-    assert int(chosen.sum()) == len(index) == min(n, int((values > 0).sum()))
-    assert (values[chosen] > 0).all()
-    left = values[~chosen].clamp_min(0)
-    if len(index) and len(left):
-        assert values[chosen].min() >= left.max()
-    if len(index) > 1:  # in CSR order: increasing within a row
-        flat = at * width + index
-        assert (flat.diff() > 0).all()
-
-
-def test_top_of_batch_of_nothing_is_refused() -> None:
-    with pytest.raises(InputError, match="at least 1"):
-        top_of_batch(torch.ones(2, 2), 0)
 
 
 def test_codes_of_a_single_column_of_a_wider_selection() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sae import kernels
 from sae.codes import SparseCodes
-from sae.kernels import bags, reference
+from sae.kernels import aten, reference
 from saescope.errors import InputError
 
 SHAPES = [(1, 1, 1, 1), (3, 5, 7, 2), (17, 33, 65, 9), (64, 24, 100, 100), (40, 8, 300, 1)]
@@ -25,11 +25,12 @@ def problem(shape: tuple[int, int, int, int]) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_encode_topk(shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bags, "_CHUNK_ELEMENTS", 3 * shape[2])  # several chunks, the last short
+    monkeypatch.setattr(aten, "_CHUNK_ELEMENTS", 3 * shape[2])  # several chunks, the last short
     results = []
-    for backend in (reference, bags):
+    for name in ("reference", "torch"):
+        monkeypatch.setenv("SAESCOPE_KERNELS", name)
         x, W, b = problem(shape)
-        index, value = backend.encode_topk(x, W, b, shape[3])
+        index, value = kernels.encode_topk(x, W, b, shape[3])
         dense = SparseCodes.from_fixed(index, value, shape[2]).dense()
         weight = torch.arange(1.0, dense.numel() + 1, dtype=torch.float64).view_as(dense).cos()
         (dense * weight).sum().backward()
@@ -38,26 +39,27 @@ def test_encode_topk(shape: tuple[int, int, int, int], monkeypatch: pytest.Monke
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", "bags"])
-def test_decode_gradcheck(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_decode_gradcheck(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAESCOPE_KERNELS", backend)
     row_ptr = torch.tensor([0, 2, 2, 5])  # the middle row is empty
     index = torch.tensor([1, 3, 0, 3, 2])
     value = torch.randn(5, dtype=torch.float64, requires_grad=True)
     W_dec = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    decode = kernels.BACKENDS[backend].decode
     expected = torch.stack(
         [value[0] * W_dec[1] + value[1] * W_dec[3], 0 * W_dec[0],
          value[2] * W_dec[0] + value[3] * W_dec[3] + value[4] * W_dec[2]]
     )  # fmt: skip
-    torch.testing.assert_close(decode(row_ptr, index, value, W_dec), expected)
-    assert torch.autograd.gradcheck(lambda v, w: decode(row_ptr, index, v, w), (value, W_dec))
+    torch.testing.assert_close(kernels.decode(row_ptr, index, value, W_dec), expected)
+    inputs = (value, W_dec)
+    assert torch.autograd.gradcheck(lambda v, w: kernels.decode(row_ptr, index, v, w), inputs)
 
 
 def test_weight_gradient_counts_every_entry() -> None:
     row_ptr, index = torch.tensor([0, 2, 2, 4]), torch.tensor([1, 1, 0, 1])
     value = torch.tensor([1.0, 2.0, 3.0, 4.0])
     rows = torch.tensor([[1.0, 0.0], [9.0, 9.0], [0.0, 1.0]])
-    found = bags.weight_gradient(row_ptr, index, value, rows, 3)
+    found = aten.weight_gradient(row_ptr, index, value, rows, 3)
     assert found.tolist() == [[0, 3], [3, 4], [0, 0]]
 
 
@@ -67,7 +69,7 @@ def test_topk_by_groups_is_exact(width: int, k: int) -> None:
     pre = torch.randn(50, width, generator=generator)
     pre[:10] = pre[:10].round()  # ties
     pre[10:20] = -torch.arange(width).float()  # sorted rows
-    value, index = bags.topk_by_groups(pre, k)
+    value, index = aten.topk_by_groups(pre, k)
     assert torch.equal(value.sort(descending=True).values, pre.topk(k).values)
     assert torch.equal(pre.gather(1, index), value)
     assert all(len(set(row)) == k for row in index.tolist())
@@ -75,8 +77,8 @@ def test_topk_by_groups_is_exact(width: int, k: int) -> None:
 
 def test_ties_give_k_entries() -> None:
     x, W = torch.ones(2, 3), torch.ones(6, 3)
-    for backend in (reference, bags):
-        index, value = backend.encode_topk(x, W, torch.zeros(6), 4)
+    for backend in (reference, aten):
+        index, value = backend.topk(x, W, torch.zeros(6), 4)
         assert value.tolist() == [[3.0] * 4] * 2
         assert all(len(set(row)) == 4 for row in index.tolist())
 
@@ -85,7 +87,7 @@ def test_no_gradient_through_rectified_entries() -> None:
     """An entry that TopK picked but ReLU cut must not move its feature."""
     x = torch.tensor([[1.0]])
     W, b = torch.tensor([[1.0], [-1.0]], requires_grad=True), torch.zeros(2, requires_grad=True)
-    _, value = bags.encode_topk(x, W, b, 2)
+    _, value = kernels.encode_topk(x, W, b, 2)
     value.sum().backward()
     assert W.grad is not None
     assert b.grad is not None
@@ -97,7 +99,7 @@ def test_override(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAESCOPE_KERNELS", "reference")
     assert kernels.backend() == "reference"
     monkeypatch.setenv("SAESCOPE_KERNELS", "cuda")
-    with pytest.raises(InputError, match="allowed: reference, bags"):
+    with pytest.raises(InputError, match="allowed: auto, reference, torch"):
         kernels.backend()
 
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from sae.architectures import abstopk
-from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE, encode_by_magnitude
+from sae import kernels
+from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.base import TrainingState
 from sae.batch import TrainingBatch
+from sae.kernels import aten
 
 X = torch.tensor([[3.0, 1.0], [1.0, 1.0], [0.0, -4.0]])
 
@@ -61,7 +62,7 @@ def dense_objective(sae: AbsTopKSAE, y: torch.Tensor, dead: torch.Tensor, k_aux:
 def test_gradients_equal_the_dense_float64_objective(
     k_aux: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(abstopk, "_CHUNK_ELEMENTS", 400)  # several chunks of ten rows
+    monkeypatch.setattr(aten, "_CHUNK_ELEMENTS", 400)  # several chunks of ten rows
     torch.manual_seed(0)
     sae = AbsTopKSAE(AbsTopKConfig(d_sae=40, k=5, k_aux=k_aux), 7).double()
     with torch.no_grad():
@@ -87,7 +88,9 @@ def test_gradcheck() -> None:
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
         for shape in [(6, 4), (9, 4), (9,)]
     ]
-    assert torch.autograd.gradcheck(lambda x, W, b: encode_by_magnitude(x, W, b, 3)[1], inputs)
+    assert torch.autograd.gradcheck(
+        lambda x, W, b: kernels.encode_topk(x, W, b, 3, signed=True)[1], inputs
+    )
 
 
 def test_opposite_rows_have_opposite_codes() -> None:

@@ -250,10 +250,17 @@ def test_threshold_stays_float32_in_a_bfloat16_module() -> None:
 # ---- calibration ----------------------------------------------------------------------------
 
 
+def scored(scores: torch.Tensor, rows: int):
+    """Chunks of a score matrix, as `threshold_for_l0` takes them."""
+    for part in scores.split(rows):
+        positive = part[part > 0].sort(descending=True).values
+        yield len(part), lambda n, positive=positive: positive[:n]
+
+
 @pytest.mark.parametrize("k", [0.2, 1.0, 3.7, 11.0])
 def test_threshold_for_l0_is_an_exact_order_statistic(k: float) -> None:
     scores = torch.randn(500, 12, generator=torch.Generator().manual_seed(0)) + 2
-    threshold = threshold_for_l0(lambda: iter(scores.split(77)), k)
+    threshold = threshold_for_l0(lambda: scored(scores, 77), k)
     wanted = min(round(500 * k), int((scores > 0).sum()))
     assert int((scores > threshold).sum()) == wanted
 
@@ -266,7 +273,7 @@ def test_threshold_for_l0_with_chunks_that_differ() -> None:
 
     def chunks():
         passes.append(1)
-        return iter(scores.split(100))
+        return scored(scores, 100)
 
     threshold = threshold_for_l0(chunks, 1.0)
     assert int((scores > threshold).sum()) == 1000

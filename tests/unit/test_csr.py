@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sae.architectures import csr
 from sae.architectures.csr import CSRSAE, CSRConfig, contrastive_loss, similarities
 from sae.base import TrainingState
 from sae.batch import TrainingBatch
@@ -67,8 +68,12 @@ def test_contrastive_loss_by_hand() -> None:
     assert float(none) == pytest.approx(sum(expected) / 3)
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 100])
 @pytest.mark.parametrize("unit", [True, False])
-def test_similarities_and_gradients_equal_the_dense_ones(unit: bool) -> None:
+def test_similarities_and_gradients_equal_the_dense_ones(
+    unit: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(csr, "_CHUNK_ELEMENTS", at_once * 90)
     torch.manual_seed(0)
     dense = torch.relu(torch.randn(7, 90, dtype=torch.float64) - 1.8)
     dense[3] = 0  # a row on which nothing fires

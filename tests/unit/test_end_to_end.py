@@ -232,10 +232,8 @@ def test_the_loss_takes_the_reconstructions_place(
     torch.testing.assert_close(output.loss.detach(), expected)
     (found,) = torch.autograd.grad(output.loss, sae.W_dec, retain_graph=True)
     x_hat = sae(raw.x).x_hat
-    total = (
-        own.loss(raw.sequences, x_hat).loss
-        + usual.loss + (0.25 - 1) * plain.reconstruction(usual.y_hat)
-    )  # fmt: skip
+    fvu = plain.reconstruction(sae.decode_normalised(sae.encode_normalised(plain.y)))
+    total = own.loss(raw.sequences, x_hat).loss + usual.loss + (0.25 - 1) * fvu
     (reference,) = torch.autograd.grad(total, sae.W_dec)
     torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-6)
 

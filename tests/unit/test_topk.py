@@ -106,8 +106,25 @@ def test_auxk_reaches_dead_encoder_rows_and_no_living_ones() -> None:
     auxk(torch.randn(9, 5), torch.randn(9, 5), W_enc_T, b_enc, W_dec, dead, 3).backward()
     for gradient in (W_enc_T.grad, b_enc.grad, W_dec.grad):
         assert gradient is not None
+        gradient = gradient.to_dense()  # of chosen rows alone, until a loss adds the others
         assert gradient[:4].any()
         assert not gradient[4:].any()
+
+
+@pytest.mark.parametrize("k_aux", [2, 9])
+def test_dead_encoder_rows_have_a_gradient_in_training(k_aux: int) -> None:
+    torch.manual_seed(0)
+    sae = TopKSAE(TopKConfig(d_sae=12, k=2, k_aux=k_aux), 5).train()
+    with torch.no_grad():
+        sae.b_enc[4:] = 9.0  # those below are never chosen
+    state = TrainingState(dead=torch.arange(12) < 4)
+    output = sae.training_output(TrainingBatch.of(torch.randn(9, 5)), state)
+    output.loss.backward()
+    assert output.counts[:4].tolist() == [0] * 4
+    for weight in (sae.W_enc_T, sae.W_dec):
+        assert weight.grad is not None
+        assert weight.grad.layout == torch.strided
+        assert weight.grad[:4].any(1).all()
 
 
 def test_auxk_is_detached_from_the_residual() -> None:

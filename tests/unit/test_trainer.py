@@ -11,7 +11,9 @@ import torch
 
 from sae.architectures import architecture, architectures
 from sae.base import SparseAutoencoder
+from sae.batch import RawBatch
 from sae.training import checkpoint
+from sae.training.finite import check_finite
 from sae.training.schedules import base_lr, lr_factor
 from sae.training.telemetry import MetricsLog, read_metrics
 from sae.training.trainer import CHECKPOINT, METRICS, Trainer, TrainerConfig
@@ -185,32 +187,63 @@ def test_decoder_keeps_unit_norm_through_training(tmp_path: Path) -> None:
 def test_a_gradient_that_is_not_finite_stops_training(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     before = bits(trainer.sae)
-    with pytest.raises(SaescopeError, match=r"step 0: the gradient is not finite"):
-        trainer.train_step(torch.full((BATCH, D_IN), math.nan))
+    with pytest.raises(SaescopeError, match=r"step 0 \(loss nan\): the gradient is not finite"):
+        trainer.train_step(torch.full((BATCH, D_IN), 1e30))
     same = {name: torch.equal(value, before[name]) for name, value in bits(trainer.sae).items()}
     assert all(same[name] for name in ("W_enc_T", "W_dec", "b_enc"))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_not_finite_are_found_before_anything_changes(
+    tmp_path: Path, value: float
+) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.train_step(torch.randn(BATCH, D_IN))
+    x = torch.randn(BATCH, D_IN)
+    x[[3, 9], 5] = value
+    before, generator = bits(trainer.sae), trainer.generator.get_state()
+    message = r"step 1: rows of activations that are not finite: 2 of 16, the first is row 3"
+    with pytest.raises(InputError, match=message + r"; check"):
+        trainer.train_step(x)
+    with pytest.raises(InputError, match=message + r", of token 103;"):
+        trainer.train_step(RawBatch(x, row_token=torch.arange(100, 100 + BATCH)))
+    with pytest.raises(InputError, match=r"step 1: rows of targets"):
+        trainer.train_step(RawBatch(torch.randn(BATCH, D_IN), target=x))
+    assert all(torch.equal(each, before[name]) for name, each in bits(trainer.sae).items())
+    assert torch.equal(trainer.generator.get_state(), generator)
+    assert trainer.step == 1
+    # a sum that overflows is no such row
+    check_finite(RawBatch(torch.full((2, D_IN), 3e38)), "here")
+
+
+def test_held_out_rows_that_are_not_finite_are_one_clear_error(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.held_out = lambda: iter([torch.full((4, D_IN), math.nan)])
+    with pytest.raises(InputError, match=r"held-out rows: rows of activations .* 4 of 4"):
+        trainer.run()
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "moment", "share"), [("adam", "exp_avg", 0.1), ("signum", "momentum", 0.05)]
+)
 def test_gradient_is_projected_before_it_is_clipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, optimiser: str, moment: str, share: float
 ) -> None:
     """The clipped norm must not count the part that the projection removes."""
-    trainer = make_trainer(tmp_path, grad_clip=1e-3)
-    seen = {}
-    clip = torch.nn.utils.clip_grad_norm_
-
-    def record(*arguments: Any, **options: Any) -> torch.Tensor:
-        weights = trainer.sae.W_dec
-        assert weights.grad is not None
-        seen["along"] = float((weights.grad * weights.detach()).sum(1).abs().max())
-        return clip(*arguments, **options)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
-    trainer.train_step(torch.randn(BATCH, D_IN))
-    assert seen["along"] < 1e-6
-    gradients = [p.grad for p in trainer.sae.parameters() if p.grad is not None]
-    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
-    assert norm == pytest.approx(1e-3, rel=1e-3)
+    trainer = make_trainer(tmp_path, grad_clip=1e-3, optimiser=optimiser)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        unit = trainer.sae.W_dec.detach().clone()
+        terms = trainer.train_step(torch.randn(BATCH, D_IN, generator=generator))
+        if trainer.step > 1:
+            continue
+        # after one step the mean is the clipped gradient, times its weight
+        found = {each: trainer.optimiser.state[each][moment] for each in trainer.sae.parameters()}
+        norm = math.sqrt(sum(float(mean.double().square().sum()) for mean in found.values()))
+        assert norm == pytest.approx(share * 1e-3, rel=1e-4)
+        assert (found[trainer.sae.W_dec] * unit).sum(1).abs().max() < 1e-6 * norm
+        assert terms["grad_norm"] > 1e-2
+    torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(D_SAE))
 
 
 def test_learning_rate_rule() -> None:

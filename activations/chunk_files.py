@@ -1,0 +1,90 @@
+"""Chunks of Zarr arrays as files: values and a trailing crc32c, read and written directly.
+
+Four times as fast as through Zarr, and a chunk that is not there, or that is another one, is found:
+Zarr would read the first as fill values, and no checksum inside a file can tell the second.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from saescope.artefact import DamagedError, write_bytes
+
+
+def crc32c(values: NDArray[Any] | bytes) -> int:
+    """Checksum of an array's bytes, little-endian, or of bytes."""
+    if isinstance(values, bytes):
+        return int(google_crc32c.value(values))
+    return int(google_crc32c.value(cast(bytes, _flat_bytes(values))))
+
+
+def _flat_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
+    ordered = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    return ordered.reshape(-1).view(np.uint8)
+
+
+def chunk_path(group: Path, array: str, chunk: int, ndim: int) -> Path:
+    """Where a chunk of whole rows of an array with `ndim` dimensions is."""
+    return group.joinpath(array, "c", str(chunk), *["0"] * (ndim - 1))
+
+
+def write_chunk(path: Path, values: NDArray[Any], *, replaces: bool = False) -> int:
+    """Write a chunk and return its crc32c.
+
+    One that replaces another does so at once, flushed to the disk; a new one is for the caller to
+    flush before it commits it.
+    """
+    data = _flat_bytes(values)
+    crc = crc32c(data)
+    if replaces:
+        write_bytes(path, data.tobytes() + crc.to_bytes(4, "little"))
+        return crc
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb", buffering=0) as stream:
+        for part in (memoryview(cast(bytes, data)), memoryview(crc.to_bytes(4, "little"))):
+            left = part
+            while left:  # a write may be cut short, by a full disk for one
+                left = left[os.write(stream.fileno(), left) :]
+    return crc
+
+
+def read_chunk(
+    path: Path, what: str, dtype: Any, shape: tuple[int, ...], crc: int | None
+) -> NDArray[Any]:
+    """A chunk's values, its checksum verified, and that it is the one that was committed.
+
+    `crc` is the checksum that was committed; None where it is not known. Raises DamagedError.
+    """
+    try:
+        content = np.fromfile(path, np.uint8)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{what} is missing", where=str(path), kind="missing") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DamagedError(
+            f"{what} is unreadable: {reason}", where=str(path), kind="unreadable"
+        ) from error
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    data = content[:-4]
+    if len(data) != size:
+        kind = "truncated" if len(data) < size else "damaged"
+        raise DamagedError(
+            f"{what} is damaged: it has {len(content):,} bytes and should have {size + 4:,}",
+            where=str(path), kind=kind,
+        )  # fmt: skip
+    found = crc32c(data)
+    if found != int.from_bytes(content[-4:].tobytes(), "little"):
+        raise DamagedError(f"{what} is damaged: its checksum does not match", where=str(path))
+    if crc is not None and found != crc:
+        raise not_the_one(what, path)
+    return data.view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
+
+
+def not_the_one(what: str, path: Path) -> DamagedError:
+    """The error of a file that is whole, but in the place of another."""
+    message = f"{what} is damaged: it is whole, but not the one that was committed here"
+    return DamagedError(message, where=str(path), kind="swapped")

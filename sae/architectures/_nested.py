@@ -1,0 +1,63 @@
+"""Reconstructions that each go on from the one before: prefixes of a dictionary, rising k.
+
+    y_hat_0 = b_dec,   y_hat_l = y_hat_(l-1) + f_l W_dec
+Every entry is decoded once. The error e_l = y_hat_l - t of each level and its squares are made in
+one pass; with L = sum_l c_l ||e_l||^2, row by row, dL/d(f_l W_dec) = 2 sum_(i >= l) c_i e_i.
+"""
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from sae import kernels
+from sae.batch import TrainingBatch
+from sae.codes import SparseCodes
+from sae.kernels.totals import of_rows
+from sae.objectives import Reconstruction
+
+
+def nested(
+    parts: list[SparseCodes], batch: TrainingBatch, W_dec: Tensor, b_dec: Tensor
+) -> list[Reconstruction]:
+    """Reconstructions of a batch by no code, by parts[0], by parts[0] and parts[1], and so on."""
+    joined = SparseCodes.concatenate(parts)  # a part's rows below another's
+    decoded = kernels.decode(joined.row_ptr, joined.index, joined.value, W_dec)
+    steps = decoded.view(len(parts), len(batch), -1)
+    if not batch.by_squares:
+        y_hats = accumulate(steps, initial=b_dec.expand(len(batch), -1))
+        return [Reconstruction.of(y_hat, batch) for y_hat in y_hats]
+    squared, errors = _Squares.apply(steps, b_dec, batch.target)  # type: ignore[misc]
+    return [
+        Reconstruction(loss=batch.of_squares(level), batch=batch, error=error)
+        for level, error in zip(squared, errors, strict=True)
+    ]
+
+
+class _Squares(Function):
+    """||e_l||^2 [levels + 1, batch] and e_l [levels + 1, batch, d_out], the latter for good."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        errors = steps.new_empty(len(steps) + 1, *target.shape)
+        torch.sub(b_dec, target, out=errors[0])
+        for level, step in enumerate(steps):
+            torch.add(errors[level], step, out=errors[level + 1])
+        ctx.mark_non_differentiable(errors)
+        ctx.save_for_backward(errors)
+        return torch.linalg.vector_norm(errors, dim=-1).square(), errors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        (errors,) = ctx.saved_tensors
+        weight = 2 * gradients[0]
+        d_steps = torch.empty_like(errors[1:])
+        torch.mul(errors[-1], weight[-1, :, None], out=d_steps[-1])
+        for level in range(len(errors) - 2, 0, -1):
+            later = d_steps[level]
+            torch.addcmul(later, errors[level], weight[level, :, None], out=d_steps[level - 1])
+        return d_steps, of_rows(weight.view(-1), errors.flatten(0, 1)), None

@@ -1,0 +1,88 @@
+"""Rows of results: what was timed, on what, with which versions."""
+
+import csv
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saescope import __version__
+from saescope.artefact import git_commit
+from saescope.errors import InputError
+
+COLUMNS: tuple[str, ...] = (
+    "date", "kind", "name", "library", "version", "setting", "options", "data", "batch", "d_in",
+    "d_sae", "k", "l0", "dead", "dtype", "device", "threads", "rounds", "median_s", "least_s",
+    "cpu_s", "processor", "instructions", "torch", "python", "saescope", "commit",
+)  # fmt: skip
+"""kind: operation or step; name: the operation's, or the architecture's; l0: what was reached;
+cpu_s: processor seconds (median); at threads * median_s the machine was this process' alone"""
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
+
+def facts(device: str) -> dict[str, Any]:
+    """The columns that are the same for a whole run."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
+        "instructions": " ".join(name for name in _INSTRUCTIONS if name in _flags()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "saescope": __version__,
+        "commit": git_commit() or "",
+    }
+
+
+def processor() -> str:
+    """The processor's name, and how many of them there are."""
+    return f"{_cpuinfo('model name') or platform.machine()} x{os.cpu_count()}"
+
+
+def _flags() -> list[str]:
+    return _cpuinfo("flags").split()
+
+
+def _cpuinfo(name: str) -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == name:
+                return value.strip()
+    return ""
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a file; none if there is no file. InputError if it has other columns."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise InputError(
+                "holds other columns than these results have; choose another file",
+                where=str(path), given=",".join(reader.fieldnames or ())[:80],
+            )  # fmt: skip
+        return list(reader)
+
+
+def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a file, which is made if it is not there.
+
+    Raises InputError if the file has other columns.
+    """
+    new = not path.exists()
+    read(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})

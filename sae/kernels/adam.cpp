@@ -1,0 +1,163 @@
+// The optimiser's step: each row is read once from memory, and all that is done to it is done while
+// it is in the cache. A row is summed by one thread in a fixed order, so results do not depend on
+// the number of threads.
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "lanes.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+// no vector crosses the library's boundary, so how one would does not matter
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace {
+
+typedef float Floats __attribute__((vector_size(32)));
+typedef double Doubles __attribute__((vector_size(64)));
+constexpr int64_t kLanes = 8;     // doubles summed at a time
+constexpr int64_t kSums = 4;       // independent sums, so that additions overlap
+constexpr int64_t kBlock = 4096;   // "row" of a parameter without rows of its own
+constexpr int64_t kSmall = 32768;  // elements up to which a second thread costs more than it gives
+
+// Moments of features that get no gradient decay until they are denormal, where arithmetic is a
+// hundred times slower; within a kernel such numbers are 0.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040u); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  FlushDenormals() {}
+  ~FlushDenormals() {}
+#endif
+};
+
+inline Doubles load(const float *from) {
+  Floats values;
+  std::memcpy(&values, from, sizeof values);
+  return __builtin_convertvector(values, Doubles);
+}
+
+// The sum over i of term(load, i); `term` is given how to read 8 values at i as doubles.
+template <class Term>
+inline double sum_over(int64_t n, Term term) {
+  Doubles sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums * kLanes <= n; i += kSums * kLanes)
+    for (int64_t s = 0; s < kSums; ++s)
+      sums[s] += term([](const float *from) { return load(from); }, i + s * kLanes);
+  for (; i < n; i += kLanes) {
+    const size_t left = static_cast<size_t>(std::min(kLanes, n - i));
+    sums[0] += term(
+        [left](const float *from) {
+          float padded[kLanes] = {};
+          std::memcpy(padded, from, left * sizeof(float));
+          return load(padded);
+        },
+        i);
+  }
+  const Doubles all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return ((all[0] + all[1]) + (all[2] + all[3])) + ((all[4] + all[5]) + (all[6] + all[7]));
+}
+
+inline double dot(const float *a, const float *b, int64_t n) {
+  return sum_over(n, [a, b](auto read, int64_t i) { return read(a + i) * read(b + i); });
+}
+
+struct Constants {
+  float one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, scale;
+};
+
+// Adam on n values; the gradient is (grad - along * p) * scale.
+inline void adam(float *__restrict p, const float *__restrict grad, float *__restrict m,
+                 float *__restrict v, int64_t n, float along, const Constants &c) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float g = (grad[i] - along * p[i]) * c.scale;
+    const float mean = m[i] + c.one_minus_beta1 * (g - m[i]);
+    const float square = c.beta2 * v[i] + c.one_minus_beta2 * (g * g);
+    m[i] = mean;
+    v[i] = square;
+    p[i] -= c.step_size * mean / (std::sqrt(square) * c.root_correction + c.eps);
+  }
+}
+
+inline void scale_row(float *p, int64_t n, float factor) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) p[i] *= factor;
+}
+
+inline int64_t blocks(int64_t total, int64_t width) { return (total + width - 1) / width; }
+
+}  // namespace
+
+// Squared norm of grad [total]; with unit (rows of `width`, each of norm 1) of what is left of it
+// when each row's part along the unit row is taken away.
+EXPORT double saescope_gradient_square(const float *grad, const float *unit, int64_t total,
+                                       int64_t width, int threads) {
+  if (unit == nullptr) width = kBlock;
+  const int64_t rows = width > 0 ? blocks(total, width) : 0;
+  std::vector<double> squares(static_cast<size_t>(rows));
+#pragma omp parallel num_threads(threads) if (total > kSmall)
+  {
+    const FlushDenormals flush;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+      const float *g = grad + r * width;
+      const int64_t n = std::min(width, total - r * width);
+      double square = dot(g, g, n);
+      if (unit != nullptr && square != 0.0) {
+        const float *w = unit + r * width;
+        const double along = dot(g, w, n);
+        square = sum_over(n, [g, w, along](auto read, int64_t i) {
+          const Doubles left = read(g + i) - along * read(w + i);
+          return left * left;
+        });
+      }
+      squares[static_cast<size_t>(r)] = square;
+    }
+  }
+  double sum = 0.0;
+  for (const double each : squares) sum += each;
+  return sum;
+}
+
+// One step of Adam on p [total]. unit_rows: rows of `width` have norm 1 before and after, and their
+// gradient is taken without its part along them. step_size is lr / (1 - beta1^t), root_correction
+// (1 - beta2^t)^-1/2.
+EXPORT void saescope_adam(float *p, const float *grad, float *m, float *v, int64_t total,
+                          int64_t width, int unit_rows, double beta1, double beta2, double eps,
+                          double step_size, double root_correction, double scale, int threads) {
+  const Constants constants = {
+      static_cast<float>(1 - beta1),       static_cast<float>(beta2),
+      static_cast<float>(1 - beta2),       static_cast<float>(eps),
+      static_cast<float>(step_size),       static_cast<float>(root_correction),
+      static_cast<float>(scale)};
+  if (!unit_rows) width = kBlock;
+  const int64_t rows = width > 0 ? blocks(total, width) : 0;
+#pragma omp parallel num_threads(threads) if (total > kSmall)
+  {
+    const FlushDenormals flush;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * width, n = std::min(width, total - at);
+      const float along = unit_rows ? static_cast<float>(dot(grad + at, p + at, n)) : 0.0f;
+      adam(p + at, grad + at, m + at, v + at, n, along, constants);
+      if (unit_rows) {
+        const double norm = std::sqrt(dot(p + at, p + at, n));
+        if (norm > FLT_MIN) scale_row(p + at, n, static_cast<float>(1.0 / norm));
+      }
+    }
+  }
+}

@@ -1,0 +1,453 @@
+// Exact encoding through an approximate product: lists of candidates, exact values, selection.
+#include "screen.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace screen {
+
+float dot(const float* x, const float* w, int64_t d) {
+  Lanes s0{}, s1{}, s2{}, s3{};
+  int64_t j = 0;
+  for (; j + 4 * LANES <= d; j += 4 * LANES) {
+    s0 += lanes(x + j) * lanes(w + j);
+    s1 += lanes(x + j + LANES) * lanes(w + j + LANES);
+    s2 += lanes(x + j + 2 * LANES) * lanes(w + j + 2 * LANES);
+    s3 += lanes(x + j + 3 * LANES) * lanes(w + j + 3 * LANES);
+  }
+  for (; j + LANES <= d; j += LANES) s0 += lanes(x + j) * lanes(w + j);
+  float rest = 0;
+  for (; j < d; j++) rest += x[j] * w[j];
+  return sum_of((s0 + s1) + (s2 + s3)) + rest;
+}
+
+namespace {
+
+constexpr float ROUNDING = 1.0f / (1 << 20);  // a few float operations, relative
+constexpr float HALF_ROUNDING = 1.0f / 256;  // storing a number as bfloat16, relative
+constexpr int64_t AHEAD = 3;  // features
+constexpr float NEVER = std::numeric_limits<float>::quiet_NaN();
+
+// Reused from block to block by one thread.
+struct Scratch {
+  struct Pair {
+    int32_t row, feature;
+  };
+  std::vector<int64_t> first;
+  std::vector<Pair> pairs;
+  std::vector<float> ranks, best, dense;
+};
+
+struct Entries {
+  std::vector<int64_t> index;
+  std::vector<float> value;
+};
+
+float exact(const Job& job, const float* x, int64_t feature) {
+  const float product = dot(x, job.W + feature * job.d, job.d);
+  return job.b ? product + job.b[feature] : product;
+}
+
+float rank(const Job& job, float value) { return job.by_magnitude ? std::fabs(value) : value; }
+
+int64_t count_from(const float* u, int64_t n, float cut) {
+  int32_t count = 0;
+  for (int64_t i = 0; i < n; i++) count += u[i] >= cut;
+  return count;
+}
+
+// A value that at least k of n reach, and not many more.
+float cut_for(const float* u, int64_t n, int64_t k) {
+  float low = u[0], high = u[0];
+  int64_t i = 0;
+  if (n >= LANES) {
+    Lanes lows = lanes(u), highs = lows;
+    for (; i + LANES <= n; i += LANES) {
+      const Lanes& now = lanes(u + i);
+      lows = now < lows ? now : lows;
+      highs = now > highs ? now : highs;
+    }
+    for (int64_t lane = 0; lane < LANES; lane++) {
+      low = std::min(low, lows[lane]);
+      high = std::max(high, highs[lane]);
+    }
+  }
+  for (; i < n; i++) {
+    low = std::min(low, u[i]);
+    high = std::max(high, u[i]);
+  }
+  for (int step = 0; step < 30; step++) {
+    const float middle = low + (high - low) / 2;
+    if (!(middle > low && middle < high)) break;
+    const int64_t count = count_from(u, n, middle);
+    if (count < k) {
+      high = middle;
+      continue;
+    }
+    low = middle;
+    if (count <= k + k / 16) break;
+  }
+  return low;
+}
+
+// Raises a row's bar to what its k-th largest value surely reaches, but for very few rows: the
+// errors of rounding add up like those of independent coordinates, to about 1 / sqrt(d) of their
+// bound, so less than the whole bound is kept in reserve below it.
+void tighten(const Job& job, const Features& features, Lists& lists, Row& row) {
+  if (row.count < job.k) return;
+  const auto share = static_cast<float>(1 + job.deviations / std::sqrt(job.d));
+  const float stored = job.half ? 2 * HALF_ROUNDING : 0;
+  const float on_a = share * row.a, on_b = share * row.b;
+  const float *a = features.a.data(), *b = features.b.data(), *u = row.u;
+  const int32_t* feature = row.feature;
+  const int32_t n = row.count;
+  float* sure = lists.sure.data();
+  for (int32_t i = 0; i < n; i++) {
+    const int32_t f = feature[i];
+    sure[i] = u[i] - (on_a * a[f] + on_b * b[f]) - stored * std::fabs(u[i]);
+  }
+  const float bar = cut_for(sure, n, job.k);
+  if (bar <= row.bar) return;
+  row.bar = bar;
+  row.tau = bar - ROUNDING * std::fabs(bar);
+  row.count = sieve(row.u, row.feature, row.count, row.tau, row.u, row.feature);
+}
+
+// Overwrites bounds with exact values, in the order of features, so that rows of W are read once.
+void rescore(const Job& job, Lists& lists, int64_t first, int64_t rows, Scratch& scratch) {
+  auto& at = scratch.first;
+  at.assign(std::max(job.features, rows) + 1, 0);
+  int64_t total = 0;
+  for (int64_t r = 0; r < rows; r++) {
+    const Row& row = lists.rows[r];
+    if (row.overflown) continue;
+    for (int32_t i = 0; i < row.count; i++) at[row.feature[i] + 1]++;
+    total += row.count;
+  }
+  for (int64_t f = 0; f < job.features; f++) at[f + 1] += at[f];
+  scratch.pairs.resize(total);
+  for (int64_t r = 0; r < rows; r++) {
+    const Row& row = lists.rows[r];
+    if (row.overflown) continue;
+    for (int32_t i = 0; i < row.count; i++)
+      scratch.pairs[at[row.feature[i]]++] = {static_cast<int32_t>(r), row.feature[i]};
+  }
+  std::fill_n(at.begin(), rows, 0);  // from here on: how many of a row are done
+  int64_t last = -1;
+  for (const auto& pair : scratch.pairs) {
+    if (pair.feature != last) {  // most features have pairs: the next ones will be needed
+      last = pair.feature;
+      const float* later = job.W + std::min(last + AHEAD, job.features - 1) * job.d;
+      for (int64_t j = 0; j < job.d; j += LANES) __builtin_prefetch(later + j);
+    }
+    const float* x = job.x + (first + pair.row) * job.d;
+    lists.rows[pair.row].u[at[pair.row]++] = exact(job, x, pair.feature);
+  }
+}
+
+// The k largest of n values, ties to the lower index. False if the k-th is below the bar.
+bool choose(const Job& job, const float* value, const int32_t* feature, int64_t n, float bar,
+            int64_t row, Scratch& scratch) {
+  if (n < job.k) return false;
+  auto &ranks = scratch.ranks, &best = scratch.best;
+  ranks.resize(n);
+  best.resize(n + 1);
+  for (int64_t i = 0; i < n; i++) ranks[i] = rank(job, value[i]);
+  const float cut = cut_for(ranks.data(), n, job.k);
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; i++) {
+    best[kept] = ranks[i];
+    kept += ranks[i] >= cut;
+  }
+  std::nth_element(best.begin(), best.begin() + (job.k - 1), best.begin() + kept,
+                   std::greater<float>());
+  const float last = best[job.k - 1];
+  if (!(last >= bar)) return false;
+  int64_t ties = job.k, out = row * job.k;
+  for (int64_t i = 0; i < kept; i++) ties -= best[i] > last;
+  for (int64_t i = 0; i < n; i++) {
+    if (!(ranks[i] > last || (ranks[i] == last && ties-- > 0))) continue;
+    job.index[out] = feature ? feature[i] : i;
+    job.value[out++] = value[i];
+  }
+  return true;
+}
+
+void keep_above(const Job& job, const float* value, const int32_t* feature, int64_t n, int64_t row,
+                Entries& entries) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t f = feature ? feature[i] : i;
+    if (!(value[i] > job.threshold[f])) continue;
+    entries.index.push_back(f);
+    entries.value.push_back(value[i]);
+    kept++;
+  }
+  job.row_ptr[row + 1] = kept;
+}
+
+// Exact values of the lists, and what is kept of them. Returns the products taken.
+int64_t settle(const Job& job, Lists& lists, int64_t first, int64_t rows, Scratch& scratch,
+               Entries* entries) {
+  rescore(job, lists, first, rows, scratch);
+  int64_t taken = 0;
+  for (int64_t r = 0; r < rows; r++) {
+    const Row& row = lists.rows[r];
+    const int64_t at = first + r;
+    if (!row.overflown) {
+      taken += row.count;
+      if (job.k == 0) {
+        keep_above(job, row.u, row.feature, row.count, at, *entries);
+        continue;
+      }
+      if (choose(job, row.u, row.feature, row.count, row.bar, at, scratch)) continue;
+    }
+    taken += job.features;
+    scratch.dense.resize(job.features);
+    for (int64_t f = 0; f < job.features; f++) {
+      scratch.dense[f] = exact(job, job.x + at * job.d, f);
+    }
+    if (job.k == 0) {
+      keep_above(job, scratch.dense.data(), nullptr, job.features, at, *entries);
+    } else {
+      choose(job, scratch.dense.data(), nullptr, job.features, -FLT_MAX, at, scratch);
+    }
+  }
+  return taken;
+}
+
+// Whether a sample of rows has few enough candidates. The same for any number of threads.
+bool worthwhile(const Job& job, const Collect& collect) {
+  const int64_t sample = std::min(job.rows, std::clamp<int64_t>(job.rows / 32, 24, 96));
+  const int64_t step = job.rows / sample;
+  const int64_t parts = std::min<int64_t>(job.threads, sample);
+  int64_t candidates = 0;
+#pragma omp parallel for num_threads(job.threads) reduction(+ : candidates)
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t from = sample * part / parts, rows = sample * (part + 1) / parts - from;
+    Lists lists(job, rows);
+    collect(lists, from * step, step, rows);
+    for (int64_t r = 0; r < rows; r++) {
+      const Row& row = lists.rows[r];
+      candidates += row.overflown ? job.features : row.count;
+    }
+  }
+  return candidates <= job.limit * sample;
+}
+
+}  // namespace
+
+Lists::Lists(const Job& job, int64_t n) : rows(n) {
+  const int64_t length = job.k ? std::max<int64_t>(4096, 16 * job.k) : job.features / 8 + 1024;
+  capacity = std::min(job.features, length) + STRIP + 2 * SPARE;
+  u.reset(new float[n * capacity]);
+  feature.reset(new int32_t[n * capacity]);
+  sure.resize(capacity);
+}
+
+void Lists::reset(const Job& job) {
+  for (size_t r = 0; r < rows.size(); r++) {
+    const float bar = job.k ? -FLT_MAX : 0.0f;
+    rows[r] = Row{};
+    rows[r].bar = rows[r].tau = bar;
+    rows[r].watermark = static_cast<int32_t>(std::max<int64_t>(256, 4 * job.k));
+    rows[r].u = u.get() + r * capacity;
+    rows[r].feature = feature.get() + r * capacity;
+  }
+}
+
+void look(const Job& job, const Features& features, Lists& lists, int64_t rows, bool last) {
+  for (int64_t r = 0; r < rows; r++) {
+    Row& row = lists.rows[r];
+    if (row.overflown) continue;
+    const bool full = row.count > lists.capacity - STRIP - SPARE;
+    if (job.k && (last || full || row.count >= row.watermark)) {
+      tighten(job, features, lists, row);
+      row.watermark = std::max(row.watermark, 3 * row.count);
+    }
+    if (!last && row.count > lists.capacity - STRIP - SPARE) {
+      row.overflown = true;
+      row.tau = NEVER;
+    }
+  }
+}
+
+bool make_base(const Job& job, Features& features, int64_t padded) {
+  features.base.assign(padded, 0.0f);
+  for (int64_t f = 0; f < job.features; f++) {
+    float base = job.b ? job.b[f] : 0.0f;
+    if (!std::isfinite(base)) return false;
+    if (job.k == 0) {
+      const float threshold = job.threshold[f];
+      base -= threshold;
+      base += ROUNDING * std::fabs(base);
+      if (!std::isfinite(threshold)) base = threshold < 0 ? INFINITY : -INFINITY;
+    }
+    features.base[f] = base;
+  }
+  return true;
+}
+
+void run(Job& job, int64_t block, const Collect& collect) {
+  if (job.limit > 0 && !worthwhile(job, collect)) {
+    job.status = TOO_MANY;
+    return;
+  }
+  const int64_t blocks = (job.rows + block - 1) / block;
+  auto entries = std::make_unique<std::vector<Entries>>(job.k ? 0 : blocks);
+  int64_t taken = 0;
+#pragma omp parallel num_threads(job.threads) reduction(+ : taken)
+  {
+    Scratch scratch;
+    Lists lists(job, std::min(block, job.rows));
+#pragma omp for schedule(dynamic)
+    for (int64_t part = 0; part < blocks; part++) {
+      const int64_t first = part * block, rows = std::min(block, job.rows - first);
+      collect(lists, first, 1, rows);
+      if (job.upper) {
+        for (int64_t r = 0; r < rows; r++) {
+          const Row& row = lists.rows[r];
+          float* out = job.upper + (first + r) * job.features;
+          for (int32_t i = 0; i < row.count; i++) out[row.feature[i]] = row.u[i];
+        }
+        continue;
+      }
+      taken += settle(job, lists, first, rows, scratch, job.k ? nullptr : &(*entries)[part]);
+    }
+  }
+  job.candidates += taken;
+  if (job.k == 0) {
+    job.row_ptr[0] = 0;
+    for (int64_t r = 0; r < job.rows; r++) job.row_ptr[r + 1] += job.row_ptr[r];
+    job.entries = entries.release();
+  }
+  job.status = DONE;
+}
+
+namespace {
+
+// Sixty-four bounds of a row from its scores.
+template <bool HALF>
+void bounds(const Job& job, const Features& features, const Row& row, const void* scores,
+            int64_t first, int64_t n, float* u) {
+  for (int64_t i = 0; i < n; i++) {
+    float score;
+    if (HALF) {
+      const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(scores)[i]) << 16;
+      std::memcpy(&score, &bits, sizeof score);
+    } else {
+      score = static_cast<const float*>(scores)[i];
+    }
+    const float stored = HALF ? HALF_ROUNDING * std::fabs(score) : 0;
+    score += features.base[first + i];
+    if (job.by_magnitude) score = std::fabs(score);
+    u[i] = score + stored + (row.a * features.a[first + i] + row.b * features.b[first + i]);
+  }
+}
+
+template <bool HALF>
+void collect_scores(const Job& job, const Features& features, Lists& lists, int64_t at,
+                    int64_t rows, int64_t step) {
+  lists.reset(job);
+  const auto* scores = static_cast<const char*>(job.scores);
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t mine = at + r * step;
+    lists.rows[r].a = job.row_bounds[2 * mine];
+    lists.rows[r].b = job.row_bounds[2 * mine + 1];
+  }
+  constexpr int64_t WIDTH = 64;
+  for (int64_t strip = 0; strip < job.features; strip += STRIP) {
+    const int64_t end = std::min(strip + STRIP, job.features);
+    for (int64_t r = 0; r < rows; r++) {
+      Row& row = lists.rows[r];
+      const char* mine = scores + (at + r * step) * job.features * (HALF ? 2 : 4);
+      for (int64_t f = strip; f < end; f += WIDTH) {
+        const int64_t n = std::min(WIDTH, end - f);
+        float u[WIDTH];
+        bounds<HALF>(job, features, row, mine + f * (HALF ? 2 : 4), f, n, u);
+        bool any = false;
+        for (int64_t i = 0; i < n; i++) any |= u[i] >= row.tau;
+        if (!any) continue;
+        for (int64_t i = 0; i < n; i++) {
+          row.u[row.count] = u[i];
+          row.feature[row.count] = static_cast<int32_t>(f + i);
+          row.count += u[i] >= row.tau;
+        }
+      }
+    }
+    look(job, features, lists, rows, end == job.features);
+  }
+}
+
+}  // namespace
+}  // namespace screen
+
+// Encodes with the scores given, approximate products made elsewhere.
+EXPORT void screen_scores(screen::Job* job) {
+  using namespace screen;
+  Features features;
+  if (!make_base(*job, features, job->features)) {
+    job->status = UNFIT;
+    return;
+  }
+  features.a.resize(job->features);
+  features.b.resize(job->features);
+  for (int64_t f = 0; f < job->features; f++) {
+    features.a[f] = job->feature_bounds[2 * f];
+    features.b[f] = job->feature_bounds[2 * f + 1];
+  }
+  const int64_t block = std::max<int64_t>(1, (job->rows + job->threads - 1) / job->threads);
+  run(*job, block, [&](Lists& lists, int64_t first, int64_t step, int64_t rows) {
+    if (job->half) {
+      collect_scores<true>(*job, features, lists, first, rows, step);
+    } else {
+      collect_scores<false>(*job, features, lists, first, rows, step);
+    }
+  });
+}
+
+// The entries that a call with k = 0 found, in order; once.
+EXPORT void screen_take(void* found, int64_t* index, float* value) {
+  std::unique_ptr<std::vector<screen::Entries>> entries(
+      static_cast<std::vector<screen::Entries>*>(found));
+  for (const auto& part : *entries) {
+    index = std::copy(part.index.begin(), part.index.end(), index);
+    value = std::copy(part.value.begin(), part.value.end(), value);
+  }
+}
+
+// Bounds for the product of rows x that were rounded to `half` (bfloat16; null: not rounded):
+// out [rows, 2] is, for one side, the norm of what rounding took and the norm of what it left; for
+// the other (`weights`) the norm and that of what rounding took. False if not finite.
+EXPORT int screen_bounds(const float* x, const uint16_t* half, int64_t rows, int64_t d, int weights,
+                         float* out, int threads) {
+  using namespace screen;
+  // of adding up d products in any order, there and here, in units of 2^-24, with room
+  const float sums = static_cast<float>(2 * d + 64) / (1 << 24);
+  bool good = true;
+#pragma omp parallel num_threads(threads) reduction(&& : good)
+  {
+    std::vector<float> near(d), error(d);
+#pragma omp for
+    for (int64_t r = 0; r < rows; r++) {
+      const float* row = x + r * d;
+      for (int64_t j = 0; j < d; j++) {
+        near[j] = row[j];
+        if (half) {
+          const uint32_t bits = static_cast<uint32_t>(half[r * d + j]) << 16;
+          std::memcpy(&near[j], &bits, sizeof bits);
+        }
+        error[j] = row[j] - near[j];
+      }
+      const float size = std::sqrt(dot(row, row, d)) * SUMMED;
+      const float lost = std::sqrt(dot(error.data(), error.data(), d)) * SUMMED;
+      good = good && fit(size);
+      out[2 * r] = weights ? size : lost + sums * size;
+      out[2 * r + 1] = weights ? lost : std::sqrt(dot(near.data(), near.data(), d)) * SUMMED;
+    }
+  }
+  return good;
+}

@@ -1,0 +1,78 @@
+"""How to train, whatever the architecture: the fields of a training file's [trainer]."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sae.training.numerics import KernelsKind
+from sae.training.objective import ObjectiveConfig
+from sae.training.optimisers import OptimiserKind
+from sae.training.telemetry import SinkKind, check_sink
+from saescope.config import Config
+from saescope.errors import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig(Config):
+    """How to train, whatever the architecture."""
+
+    batch_size: int = 2048
+    """Rows a step."""
+    accumulate: int = 1
+    """Parts that a batch is split into for memory; their gradients are averaged into one step.
+    Batch-level selectors and AuxK then see one part at a time."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs matrix products under autocast; weights and thresholds stay float32."""
+    optimiser: OptimiserKind = "adam"
+    """adam, signum, or the schedule-free version of either."""
+    lr: float | None = None
+    """Peak learning rate; 2e-4 / sqrt(d_sae / 2^14) times lr_multiplier if not given."""
+    lr_multiplier: float = 1.0
+    """Factor on the rule above; short runs want more than 1."""
+    warmup_fraction: float = 0.05
+    """Part of the run over which the learning rate rises."""
+    decay_fraction: float = 0.2
+    """Part of the run, at its end, over which the learning rate falls to 0."""
+    beta1: float = 0.9
+    """Decay of the gradient mean (the momentum of signum and of the schedule-free average)."""
+    beta2: float = 0.999
+    """Adam's decay of the gradient square."""
+    eps: float = 6.25e-10
+    """Adam's epsilon (Gao et al. 2024)."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0 turns clipping off."""
+    target_l0: float | None = None
+    """Mean L0 to reach on held-out rows: k, for architectures that have it; else the sparsity
+    coefficient is moved during training until L0 is this."""
+    dead_after_tokens: int = 10_000_000
+    """A feature is dead when it has not fired for this many tokens."""
+    evaluate_every: int = 250
+    """Steps between held-out evaluations."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints."""
+    kernels: KernelsKind = "auto"
+    """What computes sparse operations: auto (the fastest there is; a run that is resumed keeps to
+    what it began with), reference, torch, cpu (C++) or triton. SAESCOPE_KERNELS overrides it."""
+    deterministic: bool = False
+    """Sums have an order that neither chance (on a GPU) nor the number of threads decides, and
+    nothing is chosen by measuring: a run repeats bit for bit on machines of one kind. Slower."""
+    telemetry: SinkKind = "none"
+    """Where metrics go besides metrics.jsonl: none, wandb or tensorboard (if installed)."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Changes to the reconstruction loss that every architecture can take."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "dead_after_tokens", "evaluate_every"):
+            check_range(f"trainer.{name}", getattr(self, name), low=1)
+        check_range("trainer.checkpoint_every", self.checkpoint_every, low=1)
+        check_range("trainer.accumulate", self.accumulate, high=self.batch_size)
+        check_range("trainer.lr_multiplier", self.lr_multiplier, above=0)
+        for name in ("lr", "target_l0"):
+            if getattr(self, name) is not None:
+                check_range(f"trainer.{name}", getattr(self, name), above=0)
+        for name in ("warmup_fraction", "decay_fraction"):
+            check_range(f"trainer.{name}", getattr(self, name), low=0, high=1)
+        for name in ("beta1", "beta2"):
+            check_range(f"trainer.{name}", getattr(self, name), low=0, below=1)
+        check_range("trainer.eps", self.eps, above=0)
+        check_range("trainer.grad_clip", self.grad_clip, low=0)
+        check_sink(self.telemetry)

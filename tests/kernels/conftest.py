@@ -1,0 +1,22 @@
+"""Fixtures of the C++ backend's tests."""
+
+import pytest
+
+from sae.kernels import cpu
+
+
+@pytest.fixture
+def no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests the plain product and what follows it, whatever the shape would choose."""
+    monkeypatch.setenv("SAESCOPE_SCREEN", "none")
+
+
+@pytest.fixture(params=["by row", "by tile"])
+def sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to decode, whatever the shape would choose."""
+    if request.param == "by tile":
+        monkeypatch.setattr(cpu, "_FEW", 0)
+        monkeypatch.setattr(cpu, "_IN_CACHE", -1)
+    else:
+        monkeypatch.setattr(cpu, "_FEW", 2**40)
+    return request.param

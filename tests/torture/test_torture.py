@@ -1,0 +1,246 @@
+"""Harvests killed, interrupted, flooded and damaged at random: `make torture`.
+
+The default suite runs a small share of the trials.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from activations import ActivationLoader, ActivationStore, HarvestConfig, ModelConfig, harvest
+from activations.corpora import CorpusConfig
+from activations.doctor import DoctorConfig, doctor
+from activations.store_check import examine
+from saescope.artefact import MANIFEST
+from saescope.errors import ArtefactError
+from tests.damage import DAMAGES, SITES, assert_same_content, restore
+from tests.tiny import make_tiny_corpus, make_tiny_model
+from tests.torture.child import Child, command
+
+FEW_OR_ALL = pytest.mark.parametrize(
+    "share", ["few", pytest.param("all", marks=pytest.mark.torture)]
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> HarvestConfig:
+    root = tmp_path_factory.mktemp("torture")
+    model = make_tiny_model(root / "model")
+    corpus = make_tiny_corpus(root, documents=30)
+    return HarvestConfig(
+        model=ModelConfig(spec=str(model), dtype="float32"),
+        corpus=CorpusConfig(source=str(corpus)),
+        sites=SITES, out=str(root / "whole"), context=16, chunk_rows=128, window_chunks=4,
+        batch_sequences=8, held_out_fraction=0.3,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(config: HarvestConfig) -> Path:
+    return harvest(config).path
+
+
+@pytest.fixture(scope="module")
+def length(config: HarvestConfig, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Seconds that a harvest takes in a process of its own."""
+    folder = tmp_path_factory.mktemp("timed")
+    Child(replace(config, out=str(folder / "first")), folder).end()
+    started = time.monotonic()
+    assert Child(replace(config, out=str(folder / "second")), folder).end() == 0
+    return time.monotonic() - started
+
+
+def goes_on(config: HarvestConfig, whole: Path) -> None:
+    """What is committed is whole, and the resumed store is the one of an uninterrupted harvest."""
+    out = Path(config.out)
+    if (out / MANIFEST).exists():
+        assert examine(ActivationStore.open(out)).faults == []
+    harvest(config)
+    assert_same_content(out, whole)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["child.log", out.name]
+    assert ActivationStore.open(out).verify() > 0
+
+
+@pytest.mark.timeout(3600)
+@FEW_OR_ALL
+def test_killed_at_random_instants(
+    config: HarvestConfig, whole: Path, length: float, tmp_path: Path, share: str
+) -> None:
+    chance, ends = random.Random(share), []
+    for trial in range(2 if share == "few" else 25):
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        config = replace(config, out=str(folder / "out"))
+        times = [chance.uniform(0, 1.05 * length) for _ in range(chance.choice([1, 1, 2]))]
+        ends += [Child(config, folder).kill_after(seconds) for seconds in times]
+        goes_on(config, whole)
+    assert set(ends) <= {0, -signal.SIGKILL}
+    assert -signal.SIGKILL in ends or share == "few"
+
+
+@pytest.mark.timeout(3600)
+@FEW_OR_ALL
+def test_killed_before_random_changes_of_the_disk(
+    config: HarvestConfig, whole: Path, tmp_path: Path, share: str
+) -> None:
+    """Half of them in the finalisation: the last window's commit, and that of the end."""
+    (tmp_path / "counted").mkdir()
+    full = Child(replace(config, out=str(tmp_path / "counted" / "out")), tmp_path / "counted")
+    assert full.end() == 0
+    changes, chance = full.changes, random.Random(share)
+    assert changes > 200
+    last = range(changes - 60, changes + 1)
+    few = [chance.randrange(1, changes), chance.choice(last)]
+    many = [chance.randrange(1, changes) for _ in range(13)] + chance.sample(last, 12)
+    for trial, kill_at in enumerate(few if share == "few" else many):
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        config = replace(config, out=str(folder / "out"))
+        assert Child(config, folder, kill_at).end() == -signal.SIGKILL
+        goes_on(config, whole)
+
+
+@pytest.mark.timeout(3600)
+@FEW_OR_ALL
+def test_interrupted_at_random_instants(
+    config: HarvestConfig, whole: Path, length: float, tmp_path: Path, share: str
+) -> None:
+    """Ctrl-C and SIGTERM stop cleanly: their exit code, and one line that says how to go on."""
+    text = "\n".join(
+        f"{name} = {value!r}" if not isinstance(value, tuple) else f"{name} = {list(value)}"
+        for name, value in vars(config).items()
+        if isinstance(value, int | float | str | tuple) and name != "out"
+    )
+    file = tmp_path / "harvest.toml"
+    model, corpus = config.model, config.corpus
+    file.write_text(
+        f"{text}\n[model]\nspec = '{model.spec}'\ndtype = '{model.dtype}'\n"
+        f"[corpus]\nsource = '{corpus.source}'\n"
+    )
+    chance = random.Random(share)
+    for trial in range(2 if share == "few" else 20):
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        log, signum = folder / "child.log", (signal.SIGINT, signal.SIGTERM)[trial % 2]
+        process = command(["harvest", str(file), "--out", str(folder / "out")], log)
+        while not log.exists() or "harvest" not in log.read_text():
+            assert process.is_alive(), log.read_text()
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.8 * length))
+        if process.is_alive():
+            os.kill(process.pid or 0, signum)
+        process.join(60)
+        if process.exitcode != 0:
+            assert process.exitcode == 128 + signum
+            assert "run the same command again to go on" in log.read_text().splitlines()[-1]
+        goes_on(replace(config, out=str(folder / "out")), whole)
+
+
+@pytest.mark.timeout(3600)
+@FEW_OR_ALL
+def test_every_damage_is_named_refused_and_repaired(
+    whole: Path, tmp_path: Path, share: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "store"))
+    chance, named = random.Random(share), 0
+    trials = 40 if share == "few" else 200
+    for trial in range(trials):
+        damage = DAMAGES[trial % len(DAMAGES)](folder, chance)
+        try:
+            store = ActivationStore.read(folder)
+        except ArtefactError as error:  # the ledger
+            found = {str(Path(str(error).split(":")[0]).relative_to(folder))}
+        else:
+            found = {fault.path for fault in examine(store).faults}
+            assert found == set(damage.paths), damage
+            if not damage.paths[0].endswith("zarr.json"):  # for those who read by Zarr
+                with pytest.raises(ArtefactError):
+                    read_everything(store)
+        named += found == set(damage.paths)
+        if trial % (20 if share == "few" else 4) == 0:
+            assert doctor(DoctorConfig(path=str(folder), repair=True)) == 0, damage
+            assert_same_content(folder, whole)
+        else:
+            restore(folder, whole, damage)
+    assert named == trials
+    with capsys.disabled():
+        print(f"\n{named} of {trials} damages named")  # noqa: T201
+
+
+def read_everything(store: ActivationStore) -> None:
+    """As training, evaluation and indexing read."""
+    for split in ("train", "held_out"):
+        for _ in ActivationLoader(store, store.sites, batch_size=100, epochs=1, split=split):
+            pass
+    for array in (store.tokens, store.document, store.keep):
+        _ = array[:]
+    for window in range(len(store.windows)):
+        store.read_sequences("split", window)
+    store.document_table()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of half a megabyte, where this process may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if mounted.returncode:
+        pytest.skip("may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.timeout(3600)
+@FEW_OR_ALL
+def test_a_full_disk(config: HarvestConfig, whole: Path, small_disk: Path, share: str) -> None:
+    """One clear error, what is committed is whole, and it goes on once there is room."""
+    config, chance = replace(config, out=str(small_disk / "out")), random.Random(share)
+    size = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    assert size > 300_000
+    for _ in range(2 if share == "few" else 20):
+        room = chance.randrange(0, 300_000)
+        ballast = small_disk / "ballast"
+        ballast.write_bytes(bytes(512 * 1024 - room))
+        with pytest.raises(ArtefactError, match=r"disk is full.*run the same command again"):
+            harvest(config)
+        if Path(config.out).exists():
+            assert examine(ActivationStore.open(config.out)).faults == []
+        ballast.unlink()
+        subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+        harvest(config)
+        assert_same_content(Path(config.out), whole)
+        shutil.rmtree(config.out)
+        subprocess.run(["mount", "-o", "remount,size=512k", str(small_disk)], check=True)
+
+
+@pytest.mark.timeout(3600)
+@FEW_OR_ALL
+def test_two_processes_on_one_store(
+    config: HarvestConfig, whole: Path, tmp_path: Path, share: str
+) -> None:
+    for trial in range(1 if share == "few" else 10):
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        config = replace(config, out=str(folder / "out"))
+        logs = [folder / "a", folder / "b"]
+        for log in logs:
+            log.mkdir()
+        both = [Child(config, log) for log in logs]
+        codes = sorted(child.end() for child in both)
+        assert codes in ([0, 0], [0, 1])  # the second may have come when the first had ended
+        if codes == [0, 1]:
+            shown = "".join((log / "child.log").read_text() for log in logs)
+            assert "in use by harvest, process" in shown
+        assert_same_content(Path(config.out), whole)
