@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 namespace screen {
@@ -27,7 +26,6 @@ float dot(const float* x, const float* w, int64_t d) {
 namespace {
 
 constexpr float ROUNDING = 1.0f / (1 << 20);  // a few float operations, relative
-constexpr float HALF_ROUNDING = 1.0f / 256;  // storing a number as bfloat16, relative
 constexpr int64_t AHEAD = 3;  // features
 constexpr float NEVER = std::numeric_limits<float>::quiet_NaN();
 
@@ -220,22 +218,21 @@ int64_t settle(const Job& job, Lists& lists, int64_t first, int64_t rows, Scratc
 }
 
 // Whether a sample of rows has few enough candidates. The same for any number of threads.
-bool worthwhile(const Job& job, const Collect& collect) {
+Status trial(const Job& job, const Collect& collect) {
   const int64_t sample = std::min(job.rows, std::clamp<int64_t>(job.rows / 32, 24, 96));
   const int64_t step = job.rows / sample;
   const int64_t parts = std::min<int64_t>(job.threads, sample);
   int64_t candidates = 0;
-#pragma omp parallel for num_threads(job.threads) reduction(+ : candidates)
+  bool good = true;
+#pragma omp parallel for num_threads(job.threads) reduction(+ : candidates) reduction(&& : good)
   for (int64_t part = 0; part < parts; part++) {
     const int64_t from = sample * part / parts, rows = sample * (part + 1) / parts - from;
     Lists lists(job, rows);
-    collect(lists, from * step, step, rows);
-    for (int64_t r = 0; r < rows; r++) {
-      const Row& row = lists.rows[r];
-      candidates += row.overflown ? job.features : row.count;
-    }
+    good = good && collect(lists, from * step, step, rows);
+    for (const Row& row : lists.rows) candidates += row.overflown ? job.features : row.count;
   }
-  return candidates <= job.limit * sample;
+  if (!good) return UNFIT;
+  return candidates <= job.limit * static_cast<double>(sample) ? DONE : TOO_MANY;
 }
 
 }  // namespace
@@ -292,21 +289,21 @@ bool make_base(const Job& job, Features& features, int64_t padded) {
 }
 
 void run(Job& job, int64_t block, const Collect& collect) {
-  if (job.limit > 0 && !worthwhile(job, collect)) {
-    job.status = TOO_MANY;
-    return;
-  }
+  job.status = job.limit > 0 ? trial(job, collect) : DONE;
+  if (job.status != DONE) return;
   const int64_t blocks = (job.rows + block - 1) / block;
   auto entries = std::make_unique<std::vector<Entries>>(job.k ? 0 : blocks);
   int64_t taken = 0;
-#pragma omp parallel num_threads(job.threads) reduction(+ : taken)
+  bool good = true;
+#pragma omp parallel num_threads(job.threads) reduction(+ : taken) reduction(&& : good)
   {
     Scratch scratch;
     Lists lists(job, std::min(block, job.rows));
 #pragma omp for schedule(dynamic)
     for (int64_t part = 0; part < blocks; part++) {
       const int64_t first = part * block, rows = std::min(block, job.rows - first);
-      collect(lists, first, 1, rows);
+      good = good && collect(lists, first, 1, rows);
+      if (!good) continue;
       if (job.upper) {
         for (int64_t r = 0; r < rows; r++) {
           const Row& row = lists.rows[r];
@@ -318,96 +315,19 @@ void run(Job& job, int64_t block, const Collect& collect) {
       taken += settle(job, lists, first, rows, scratch, job.k ? nullptr : &(*entries)[part]);
     }
   }
+  if (!good) {
+    job.status = UNFIT;
+    return;
+  }
   job.candidates += taken;
   if (job.k == 0) {
     job.row_ptr[0] = 0;
     for (int64_t r = 0; r < job.rows; r++) job.row_ptr[r + 1] += job.row_ptr[r];
     job.entries = entries.release();
   }
-  job.status = DONE;
 }
 
-namespace {
-
-// Sixty-four bounds of a row from its scores.
-template <bool HALF>
-void bounds(const Job& job, const Features& features, const Row& row, const void* scores,
-            int64_t first, int64_t n, float* u) {
-  for (int64_t i = 0; i < n; i++) {
-    float score;
-    if (HALF) {
-      const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(scores)[i]) << 16;
-      std::memcpy(&score, &bits, sizeof score);
-    } else {
-      score = static_cast<const float*>(scores)[i];
-    }
-    const float stored = HALF ? HALF_ROUNDING * std::fabs(score) : 0;
-    score += features.base[first + i];
-    if (job.by_magnitude) score = std::fabs(score);
-    u[i] = score + stored + (row.a * features.a[first + i] + row.b * features.b[first + i]);
-  }
-}
-
-template <bool HALF>
-void collect_scores(const Job& job, const Features& features, Lists& lists, int64_t at,
-                    int64_t rows, int64_t step) {
-  lists.reset(job);
-  const auto* scores = static_cast<const char*>(job.scores);
-  for (int64_t r = 0; r < rows; r++) {
-    const int64_t mine = at + r * step;
-    lists.rows[r].a = job.row_bounds[2 * mine];
-    lists.rows[r].b = job.row_bounds[2 * mine + 1];
-  }
-  constexpr int64_t WIDTH = 64;
-  for (int64_t strip = 0; strip < job.features; strip += STRIP) {
-    const int64_t end = std::min(strip + STRIP, job.features);
-    for (int64_t r = 0; r < rows; r++) {
-      Row& row = lists.rows[r];
-      const char* mine = scores + (at + r * step) * job.features * (HALF ? 2 : 4);
-      for (int64_t f = strip; f < end; f += WIDTH) {
-        const int64_t n = std::min(WIDTH, end - f);
-        float u[WIDTH];
-        bounds<HALF>(job, features, row, mine + f * (HALF ? 2 : 4), f, n, u);
-        bool any = false;
-        for (int64_t i = 0; i < n; i++) any |= u[i] >= row.tau;
-        if (!any) continue;
-        for (int64_t i = 0; i < n; i++) {
-          row.u[row.count] = u[i];
-          row.feature[row.count] = static_cast<int32_t>(f + i);
-          row.count += u[i] >= row.tau;
-        }
-      }
-    }
-    look(job, features, lists, rows, end == job.features);
-  }
-}
-
-}  // namespace
 }  // namespace screen
-
-// Encodes with the scores given, approximate products made elsewhere.
-EXPORT void screen_scores(screen::Job* job) {
-  using namespace screen;
-  Features features;
-  if (!make_base(*job, features, job->features)) {
-    job->status = UNFIT;
-    return;
-  }
-  features.a.resize(job->features);
-  features.b.resize(job->features);
-  for (int64_t f = 0; f < job->features; f++) {
-    features.a[f] = job->feature_bounds[2 * f];
-    features.b[f] = job->feature_bounds[2 * f + 1];
-  }
-  const int64_t block = std::max<int64_t>(1, (job->rows + job->threads - 1) / job->threads);
-  run(*job, block, [&](Lists& lists, int64_t first, int64_t step, int64_t rows) {
-    if (job->half) {
-      collect_scores<true>(*job, features, lists, first, rows, step);
-    } else {
-      collect_scores<false>(*job, features, lists, first, rows, step);
-    }
-  });
-}
 
 // The entries that a call with k = 0 found, in order; once.
 EXPORT void screen_take(void* found, int64_t* index, float* value) {
@@ -417,37 +337,4 @@ EXPORT void screen_take(void* found, int64_t* index, float* value) {
     index = std::copy(part.index.begin(), part.index.end(), index);
     value = std::copy(part.value.begin(), part.value.end(), value);
   }
-}
-
-// Bounds for the product of rows x that were rounded to `half` (bfloat16; null: not rounded):
-// out [rows, 2] is, for one side, the norm of what rounding took and the norm of what it left; for
-// the other (`weights`) the norm and that of what rounding took. False if not finite.
-EXPORT int screen_bounds(const float* x, const uint16_t* half, int64_t rows, int64_t d, int weights,
-                         float* out, int threads) {
-  using namespace screen;
-  // of adding up d products in any order, there and here, in units of 2^-24, with room
-  const float sums = static_cast<float>(2 * d + 64) / (1 << 24);
-  bool good = true;
-#pragma omp parallel num_threads(threads) reduction(&& : good)
-  {
-    std::vector<float> near(d), error(d);
-#pragma omp for
-    for (int64_t r = 0; r < rows; r++) {
-      const float* row = x + r * d;
-      for (int64_t j = 0; j < d; j++) {
-        near[j] = row[j];
-        if (half) {
-          const uint32_t bits = static_cast<uint32_t>(half[r * d + j]) << 16;
-          std::memcpy(&near[j], &bits, sizeof bits);
-        }
-        error[j] = row[j] - near[j];
-      }
-      const float size = std::sqrt(dot(row, row, d)) * SUMMED;
-      const float lost = std::sqrt(dot(error.data(), error.data(), d)) * SUMMED;
-      good = good && fit(size);
-      out[2 * r] = weights ? size : lost + sums * size;
-      out[2 * r + 1] = weights ? lost : std::sqrt(dot(near.data(), near.data(), d)) * SUMMED;
-    }
-  }
-  return good;
 }

@@ -93,13 +93,14 @@ float dot(const float* x, const float* w, int64_t d);
 // Whether a row of this size has squares, and products with others, that floats hold well.
 inline bool fit(float size) { return size == 0 || (size >= 1e-15f && size <= 1e15f); }
 
+constexpr float HALF_ROUNDING = 1.0f / 256;  // storing a number as bfloat16, relative
 constexpr float SUMMED = 1 + 1.0f / 1024;            // what adding up squares may lose, relative
 
 constexpr int64_t STRIP = 512;  // features between two looks at the lists
 constexpr int64_t SPARE = 16;   // appending writes whole vectors
 
-// Row i of what is collected is row first + i step of x.
-using Collect = std::function<void(Lists&, int64_t first, int64_t step, int64_t rows)>;
+// Row i of what is collected is row first + i step of x. False if x is unfit.
+using Collect = std::function<bool(Lists&, int64_t first, int64_t step, int64_t rows)>;
 
 // Collects and settles all rows, after a trial on a sample of them if there is a limit.
 void run(Job& job, int64_t block, const Collect& collect);

@@ -10,7 +10,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 
 namespace screen {
@@ -293,27 +292,25 @@ EXPORT int screen_int8_usable() { return 1; }
 EXPORT void screen_int8(screen::Job* job) {
   using namespace screen;
   Packed W(*job);
-  std::atomic<bool> good{W.pack(*job)};
-  if (good) {
-    const int64_t share = (job->rows + job->threads - 1) / job->threads;
-    const int64_t parts = (share + BLOCK - 1) / BLOCK;
-    const int64_t block = ((share + parts - 1) / parts + ROWS - 1) / ROWS * ROWS;
-    run(*job, block, [&](Lists& lists, int64_t first, int64_t step, int64_t rows) {
-      lists.reset(*job);
-      std::vector<int8_t> x((rows + ROWS - 1) / ROWS * ROWS * W.padded);
-      std::vector<float> work(W.padded);
-      if (!round_block(*job, W, lists, first, step, rows, x, work)) {
-        good = false;
-        return;
-      }
-      if (job->by_magnitude) {
-        collect<true>(*job, W, lists, x.data(), rows);
-      } else {
-        collect<false>(*job, W, lists, x.data(), rows);
-      }
-    });
+  if (!W.pack(*job)) {
+    job->status = UNFIT;
+    return;
   }
-  if (!good) job->status = UNFIT;
+  const int64_t share = (job->rows + job->threads - 1) / job->threads;
+  const int64_t parts = (share + BLOCK - 1) / BLOCK;
+  const int64_t block = ((share + parts - 1) / parts + ROWS - 1) / ROWS * ROWS;
+  run(*job, block, [&](Lists& lists, int64_t first, int64_t step, int64_t rows) {
+    lists.reset(*job);
+    std::vector<int8_t> x((rows + ROWS - 1) / ROWS * ROWS * W.padded);
+    std::vector<float> work(W.padded);
+    if (!round_block(*job, W, lists, first, step, rows, x, work)) return false;
+    if (job->by_magnitude) {
+      collect<true>(*job, W, lists, x.data(), rows);
+    } else {
+      collect<false>(*job, W, lists, x.data(), rows);
+    }
+    return true;
+  });
 }
 
 #else
