@@ -13,8 +13,9 @@ from sae.training.outliers import OutlierFilter
 from sae.training.sweep import SweepConfig, members
 from sae.training.telemetry import read_metrics
 from sae.training.trainer import Trainer
+from saescope.artefact import locked, read_json
 from saescope.config import from_dict
-from saescope.errors import InputError
+from saescope.errors import ArtefactError, InputError
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
 SITES = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -80,6 +81,30 @@ def test_members_that_read_alike_share_one_reading(
     grid = ({"sae.kind": "topk", "sae.k": [3, 5], "site": [*SITES], "outliers": 2.0},)
     sweep.sweep(config(harvest, tmp_path, grid=grid, at_once=1))
     assert len(fits) == len(SITES)
+
+
+def test_a_second_process_is_refused_before_it_writes(harvest: Path, tmp_path: Path) -> None:
+    chosen = config(harvest, tmp_path / "sweep")
+    with locked(tmp_path / "sweep", "sweep"), pytest.raises(ArtefactError, match="in use by sweep"):
+        sweep.sweep(chosen)
+    assert not (tmp_path / "sweep").exists()
+    name, alone = next(iter(members(chosen).items()))
+    member = tmp_path / "sweep" / name
+    with locked(member, "training"):
+        with pytest.raises(ArtefactError, match=f"{name}: in use by training, process"):
+            train(alone)
+        with pytest.raises(ArtefactError, match=f"{name}: in use by training, process"):
+            sweep.sweep(chosen)
+    assert not member.exists()
+    train(alone)
+    assert same(member, sweep.sweep(chosen)[0])
+
+
+def test_sweeps_into_one_folder_list_the_members_of_all(harvest: Path, tmp_path: Path) -> None:
+    for k in (3, 5):
+        grid = ({"sae.kind": "topk", "sae.k": [k], "site": SITES[1]},)
+        sweep.sweep(config(harvest, tmp_path, grid=grid))
+    assert list(read_json(tmp_path / sweep.MEMBERS)) == ["topk-k=3", "topk-k=5"]
 
 
 class Killed(BaseException):
