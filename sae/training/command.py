@@ -121,8 +121,8 @@ def train(config: TrainConfig) -> SparseAutoencoder | None:
     With `plan` nothing is trained and None returned. Under torchrun its processes train together,
     and each returns what it holds. Raises InputError if the folder holds another
     run, the sites are unknown or do not fit the architecture, or there are too few rows;
-    ArtefactError if the harvest is missing, unfinished or damaged, or if another process trains into
-    the same folder.
+    ArtefactError if the harvest is missing, unfinished or damaged, or if another process trains
+    into the same folder.
     """
     with ranks.session(config.ranks, config.device):
         run = Run(config, open_complete(config.harvest))

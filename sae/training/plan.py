@@ -1,50 +1,64 @@
 """What a training run will take, said before anything starts: steps, memory, disk, time."""
 
+import dataclasses
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sae.base import kind_of
+from sae.base import SparseAutoencoder, kind_of
 from sae.training.setup import Run
+from sae.training.trainer import Trainer
+from saescope.artefact import sha256_json
+from saescope.config import to_dict
 
 _WARM, _MEASURED = 2, 5
 _CHUNK_ROWS = 16384
 _STATE = {"adam": 2, "signum": 1, "schedule_free_adam": 3, "schedule_free_signum": 2}
 """tensors of the parameters' size that each optimiser keeps"""
 _FLOAT = 4
+_SCRATCH = 2**24
+"""floats of the encoder's product that are there at once"""
+_ENTRY = 96
+"""bytes an active feature of a row takes in a step: index, value, both by feature, gradients"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What a step of a run takes."""
+
+    seconds: float
+    working: int
+    """bytes beside the parameters, their gradients and the optimiser's state"""
 
 
 def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
     """Lines for people on what training these runs takes; a few steps of each are measured.
 
-    Nothing is written. Runs of equal architecture and size are measured once.
+    Nothing is written. Runs whose SAE and trainer are alike are measured once.
     """
-    seconds: dict[object, float] = {}
+    steps: dict[str, _Step] = {}
     lines, total_time, total_disk, memory = [], 0.0, 0, []
     for run in runs:
         if run.finished():
             lines.append(f"{run.folder}: already trained")
             continue
-        sae = run.make_sae()
+        sae, trainer = run.make_sae(), run.config.trainer
         parameters = sum(p.numel() for p in sae.parameters())
-        trainer = run.config.trainer
-        like = (kind_of(run.sae_config), sae.d_in, sae.d_out, sae.d_sae, trainer.batch_size)
-        if like not in seconds:
-            seconds[like] = _seconds_a_step(run)
-        took = run.total_steps * seconds[like]
-        held = parameters * _FLOAT * (2 + _STATE[trainer.optimiser])
-        batch = trainer.batch_size // trainer.accumulate
-        working = batch * (2 * sae.d_sae + 6 * sae.d_in) * _FLOAT
-        disk = parameters * _FLOAT * (2 + _STATE[trainer.optimiser])
-        memory.append(held + working)
-        total_time, total_disk = total_time + took, total_disk + disk
+        like = sha256_json([to_dict(run.sae_config), sae.d_in, sae.d_out, to_dict(trainer)])
+        if like not in steps:
+            steps[like] = _measured(run)
+        step = steps[like]
+        took = run.total_steps * step.seconds
+        kept = parameters * _FLOAT * (2 + _STATE[trainer.optimiser])
+        memory.append(kept + step.working)
+        total_time, total_disk = total_time + took, total_disk + kept
         lines.append(
-            f"{run.folder}: {like[0]}, {sae.d_in} -> {sae.d_sae} ({parameters / 1e6:.1f} M "
-            f"parameters), {run.total_steps:,} steps of {trainer.batch_size:,} rows "
-            f"({run.total_steps * run.stream.tokens_per_batch:,} tokens); "
-            f"{1000 * seconds[like]:.0f} ms a step, {_duration(took)}"
+            f"{run.folder}: {kind_of(run.sae_config)}, {sae.d_in} -> {sae.d_sae} "
+            f"({parameters / 1e6:.1f} M parameters), {run.total_steps:,} steps of "
+            f"{trainer.batch_size:,} rows ({run.total_steps * run.stream.tokens_per_batch:,} "
+            f"tokens); {1000 * step.seconds:.0f} ms a step, {_duration(took)}"
         )
     buffers = max((_stream_bytes(run) for run in runs), default=0)
     needed = sum(sorted(memory)[-at_once:]) + buffers
@@ -61,19 +75,27 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
     return lines
 
 
-def _seconds_a_step(run: Run) -> float:
-    """Median wall time of a step, on batches of the run's own, in a folder that is thrown away."""
+def _measured(run: Run) -> _Step:
+    """Some steps on batches of the run's own, in a folder that is thrown away."""
     again = Run(run.config, run.harvest)
     with tempfile.TemporaryDirectory() as folder:
         trainer = again.make_trainer(Path(folder))
         batches = iter(again.stream)
-        times = []
+        times, l0 = [], 0.0
         for _ in range(_WARM + _MEASURED):
             raw = next(batches)
             start = time.perf_counter()
-            trainer.train_step(raw)
+            l0 = max(l0, trainer.train_step(raw)["l0"])
             times.append(time.perf_counter() - start)
-    return sorted(times[_WARM:])[_MEASURED // 2]
+    return _Step(sorted(times[_WARM:])[_MEASURED // 2], _working(trainer.sae, trainer, l0))
+
+
+def _working(sae: SparseAutoencoder, trainer: Trainer, l0: float) -> int:
+    """Bytes of a step's intermediate values: of rows, of codes, and of a part of the product."""
+    rows = trainer.config.batch_size // trainer.config.accumulate
+    dense = trainer.numerics.kernels == "reference"
+    product = 3 * rows * sae.d_sae if dense else min(rows * sae.d_sae, _SCRATCH)
+    return int(_FLOAT * (product + 6 * rows * (sae.d_in + sae.d_out)) + _ENTRY * rows * l0)
 
 
 def _stream_bytes(run: Run) -> int:

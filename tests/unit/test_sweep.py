@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae.loading import load
-from sae.training import setup, sweep
+from sae.training import plan, setup, sweep
 from sae.training.command import TrainConfig, train
 from sae.training.outliers import OutlierFilter
 from sae.training.sweep import SweepConfig, members
@@ -145,6 +145,16 @@ def test_plan_writes_nothing(
     for word in ("memory", "disk", "time"):
         assert f"\n{word} " in printed
     assert not out.exists()
+
+
+def test_plan_measures_each_kind_of_step_once(
+    harvest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another k is another step; another seed or site is not."""
+    measured, real = [], plan._measured
+    monkeypatch.setattr(plan, "_measured", lambda run: measured.append(run) or real(run))
+    sweep.sweep(config(harvest, tmp_path / "sweep", plan=True))
+    assert [getattr(run.sae_config, "k", None) for run in measured] == [3, 5, None]
 
 
 @pytest.mark.parametrize(
