@@ -3,12 +3,12 @@
 python -m benchmarks.performance
 """
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.charts import write_bars
+from benchmarks.running import run
 from benchmarks.steps import (
     ADAM,
     DICTIONARY,
@@ -28,8 +28,8 @@ from benchmarks.steps import (
 from sae.bench import rows
 from sae.bench.inputs import Shape
 from saescope.artefact import write_bytes
-from saescope.config import Config, fail, parse
-from saescope.errors import InputError, SaescopeError
+from saescope.config import Config
+from saescope.errors import InputError
 from saescope.progress import say
 
 Row = Mapping[str, str]
@@ -269,19 +269,5 @@ def write(config: PerformanceConfig) -> None:
     say(f"{docs / 'performance.md'}: {len(steps)} rows")
 
 
-def main() -> int:
-    """Write the page."""
-    try:
-        write(
-            parse(
-                PerformanceConfig, sys.argv[1:], program="python -m benchmarks.performance",
-                description=__doc__ or "",
-            )
-        )  # fmt: skip
-    except SaescopeError as error:
-        return fail(error)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(PerformanceConfig, write)

@@ -9,7 +9,6 @@ rows of another recipe stay, and the page is made of this one's. About 10 minute
 import csv
 import io
 import platform
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -32,12 +31,13 @@ from benchmarks.planted_training import (
     recipe_of,
     train,
 )
+from benchmarks.running import run
 from sae.architectures import architectures
 from sae.evaluation.planted import PlantedConfig, PlantedDictionary, Structure
 from saescope import __version__
 from saescope.artefact import git_commit, write_bytes
-from saescope.config import Config, fail, parse
-from saescope.errors import InputError, SaescopeError, check_range
+from saescope.config import Config
+from saescope.errors import InputError, check_range
 from saescope.progress import say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,27 +207,14 @@ def _facts() -> dict[str, str]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run what is not there yet and write the page; the exit code."""
-    try:
-        config = parse(
-            PlantedBenchmark,
-            sys.argv[1:] if arguments is None else arguments,
-            program="python -m benchmarks.planted",
-            description="What every architecture finds of planted dictionaries.",
-        )
-        torch.set_num_threads(config.threads)
-        rows, masking = architecture_rows(config), masking_rows(config)
-        if not config.kinds:
-            write_bytes(PAGE, page(rows, masking).encode())
-            say(f"{PAGE.relative_to(ROOT)} written")
-    except SaescopeError as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        say("interrupted; run the same command again to go on")
-        return 130
-    return 0
+def write(config: PlantedBenchmark) -> None:
+    """Run what is not there yet and write the page."""
+    torch.set_num_threads(config.threads)
+    rows, masking = architecture_rows(config), masking_rows(config)
+    if not config.kinds:
+        write_bytes(PAGE, page(rows, masking).encode())
+        say(f"{PAGE.relative_to(ROOT)} written")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(PlantedBenchmark, write)
