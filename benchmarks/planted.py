@@ -8,7 +8,6 @@ rows of another recipe stay, and the page is made of this one's. About 10 minute
 
 import csv
 import io
-import platform
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -33,6 +32,7 @@ from benchmarks.planted_training import (
 )
 from benchmarks.running import run
 from sae.architectures import architectures
+from sae.bench.rows import processor
 from sae.evaluation.planted import PlantedConfig, PlantedDictionary, Structure
 from saescope import __version__
 from saescope.artefact import git_commit, write_bytes
@@ -195,14 +195,11 @@ def _distance(size: Hiding, **options: Any) -> dict[str, float]:
 
 
 def _facts() -> dict[str, str]:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "saescope": __version__,
         "torch": torch.__version__,
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": processor(),
         "commit": git_commit() or "",
     }
 

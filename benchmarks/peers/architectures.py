@@ -8,7 +8,6 @@ of the best peer's front our own are (`benchmarks.pareto`). Run again after an i
 on with what has no row yet.
 """
 
-import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +26,7 @@ from benchmarks.peers.results import OUR_LR, OWN, append_row, read_rows, report,
 from benchmarks.peers.training import CHECK_ROWS, check_against_library, train
 from benchmarks.running import run
 from sae.base import SparseAutoencoder
+from sae.bench.rows import processor
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.reconstruction import measure_reconstruction
 from sae.harvests import choose_site, load_harvested_model, open_complete
@@ -247,17 +247,10 @@ def _row(
         "settings": ", ".join(f"{name}={value}" for name, value in noted["settings"].items()),
         "training_seconds_not_a_speed_benchmark": round(noted["seconds"]),
         "torch": noted["torch"],
-        "cpu": _cpu(),
+        "cpu": processor(),
         "commit": git_commit() or "",
         "run": folder.name,
     }
-
-
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main(config: PeersConfig) -> None:
