@@ -13,8 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from activations import sites as vocabulary
-from activations.hooks import EditFunction, SiteMap, run_until_captured, splicing
+from activations.hooks import EditFunction, run_until_captured, shapes_of, splicing
 from activations.packaged import PACKAGED_MODELS, packaged_folder, quiet_transformers
+from activations.site_map import SiteMap
 from activations.text import TextCodec
 from saescope.artefact import sha256_file, sha256_json
 from saescope.config import Config
@@ -224,27 +225,43 @@ class Model:
 
     def sites(self, pattern: str = "*") -> list[str]:
         """Names of the sites that match a pattern (see activations.sites), in the model's order."""
-        return [site for site in self._sites.names if vocabulary.matches(site, pattern)]
+        wanted = vocabulary.full_name(pattern)
+        return [site for site in self._sites.names if vocabulary.matches(site, wanted)]
 
     def resolve(self, site: str | Sequence[str]) -> list[str]:
         """The sites that names or patterns stand for, each once.
 
         Raises InputError for a site this model does not have, naming the nearest that it has.
         """
-        chosen: list[str] = []
-        for item in [site] if isinstance(site, str) else site:
-            if vocabulary.is_pattern(item):
-                chosen += vocabulary.select([item], self._sites.names, where=self.spec)
-            else:
-                chosen.append(self._sites.target(item).site)
-        return list(dict.fromkeys(chosen))
+        return self._sites.resolve([site] if isinstance(site, str) else site)
 
     def d_in(self, site: str) -> int:
-        """Width of a site, found by running one token up to it."""
-        if site not in self._widths:
+        """Width of a site, found by running a token or two.
+
+        Raises InputError for an unknown site, or a module whose activation has not one row a token.
+        """
+        if site in self._widths:
+            return self._widths[site]
+        if site.startswith(vocabulary.MODULE_PREFIX):
+            self._widths[site] = self._module_width(site)
+        else:
             token = torch.zeros(1, 1, dtype=torch.long)
             self._widths[site] = int(self.capture(token, [site])[site].shape[-1])
         return self._widths[site]
+
+    def _module_width(self, site: str) -> int:
+        tokens = self._checked(torch.zeros(3, 2, dtype=torch.long))
+        with torch.no_grad():
+            shapes = shapes_of([self._sites.target(site)], lambda: self._run(tokens))
+        if shapes[site][:2] != tokens.shape:
+            raise InputError(
+                "this module's activation has not one row a token", where=site,
+                given=f"{shapes[site]} of 3 sequences of 2 tokens",
+            )  # fmt: skip
+        return shapes[site][2]
+
+    def _run(self, tokens: Tensor) -> object:
+        return self.hf.base_model(input_ids=tokens, use_cache=False)
 
     def capture(
         self, tokens: Int[Tensor, "batch pos"], sites: Sequence[str]
@@ -258,9 +275,9 @@ class Model:
         if not targets:
             return {}
         with torch.no_grad():
-            return run_until_captured(
-                targets, lambda: self.hf.base_model(input_ids=tokens, use_cache=False)
-            )
+            found = run_until_captured(targets, lambda: self._run(tokens))
+        # embeddings of positions are computed once for all sequences
+        return {site: x.expand(len(tokens), -1, -1) for site, x in found.items()}
 
     def logits(self, tokens: Int[Tensor, "batch pos"], *, gradient: bool = False) -> Tensor:
         """Next-token logits [batch, pos, d_vocab]; `gradient`: differentiable in what edits put in.
