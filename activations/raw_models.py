@@ -165,6 +165,16 @@ class RawModel(ABC):
         """Raise InputError if a site cannot give such rows with so many positions a sequence."""
 
 
+def check_places(site: str, places: int, rows: str, context: int) -> None:
+    """Raise InputError unless `context` is the number of rows that a feature map's places give."""
+    expected = places if rows == "position" else 1
+    if context != expected:
+        raise InputError(
+            f"{site} has {places} positions, which with rows = {rows} are {expected} of a sequence",
+            where="context", given=context, allowed=str(expected),
+        )  # fmt: skip
+
+
 def one_device(kind: str, device: str) -> torch.device:
     """The device for a model that is not spread. Raises InputError."""
     if device in SPREAD:

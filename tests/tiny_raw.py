@@ -59,3 +59,51 @@ def make_tiny_encoder(folder: Path) -> Path:
     )  # fmt: skip
     random_weights(config).save_pretrained(folder)
     return folder
+
+
+def make_tiny_vit(folder: Path) -> Path:
+    """A vision transformer of 2 layers over 4 x 4 patches and a class token, with its processor."""
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = transformers.ViTConfig(
+        hidden_size=D_MODEL, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        image_size=16, patch_size=4,
+    )  # fmt: skip
+    random_weights(config).save_pretrained(folder)
+    _save_processor(folder, 16)
+    return folder
+
+
+def make_tiny_resnet(folder: Path) -> Path:
+    """A residual network: 32 pixels become 8 x 8 places of 8 channels, then 4 x 4 of 12."""
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic"
+    )
+    random_weights(config).save_pretrained(folder)
+    _save_processor(folder, 32)
+    return folder
+
+
+def _save_processor(folder: Path, pixels: int) -> None:
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    processor = ViTImageProcessorPil(size={"height": pixels, "width": pixels})
+    processor.save_pretrained(folder)
+
+
+def make_pictures(folder: Path, count: int = 10) -> str:
+    """PNG files of random pictures of different sizes; a pattern for them."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    chance = np.random.default_rng(0)
+    for number in range(count):
+        shape = (20 + number, 30 - number, 3)
+        picture = Image.fromarray(chance.integers(0, 256, shape, np.uint8))
+        picture.save(folder / f"picture{number:02}.png")
+    return str(folder / "*.png")
