@@ -133,6 +133,7 @@ def _go_on(config: HarvestConfig, out: Path, begun: ActivationStore | None) -> A
         device=config.model.device,
         revision=config.model.revision,
         kind=config.model.kind,
+        diffusion=config.model.diffusion,
     )
     if begun is None:
         for path in out.parent.iterdir():

@@ -180,6 +180,46 @@ def run_until_captured(
     return found
 
 
+def run_through(
+    targets: Sequence[HookTarget], run: Callable[[], object], clock: nn.Module, calls: Sequence[int]
+) -> list[dict[str, Tensor]]:
+    """Keep each target's activation in some calls, from 0, of a module that `run` calls repeatedly.
+
+    Stops once all have been seen. Raises InputError for a site that a call never reaches.
+    """
+    found: dict[int, dict[str, Tensor]] = {call: {} for call in calls}
+    now = -1
+
+    def count(*_: Any) -> None:
+        nonlocal now
+        now += 1
+
+    def seeing(target: HookTarget) -> Callable[[Tensor], None]:
+        def see(value: Tensor) -> None:
+            if target.site in found.get(now, {target.site: value}):
+                return
+            found[now][target.site] = target.keep(value)
+            if all(len(seen) == len(wanted) for seen in found.values()):
+                raise _AllFound
+
+        return see
+
+    wanted = {target.site: target for target in targets}
+    handles: list[Any] = [clock.register_forward_pre_hook(count)]
+    for target in wanted.values():
+        handles += _hook(target, seeing(target))
+    try:
+        run()
+    except _AllFound:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    for seen in found.values():
+        _check_reached(wanted, seen)
+    return list(found.values())
+
+
 def _check_reached(wanted: Mapping[str, object], found: Mapping[str, object]) -> None:
     missing = [site for site in wanted if site not in found]
     if missing:

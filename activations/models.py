@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from activations import sites as vocabulary
 from activations.hooks import EditFunction, run_until_captured, shapes_of, splicing
+from activations.model_config import DenoisingConfig, ModelConfig
 from activations.model_files import (
     DTYPES,
     SPREAD,
@@ -27,47 +27,13 @@ from activations.model_files import (
 from activations.packaged import PACKAGED_MODELS, quiet_transformers
 from activations.site_map import SiteMap
 from activations.text import TextCodec
-from saescope.config import Config
 from saescope.errors import InputError, check_range
 
 if TYPE_CHECKING:
     from activations.packing import Sequences
     from activations.raw_models import RawModel
 
-KINDS = ("language", "text_encoder", "vision", "diffusion")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(Config):
-    """Which model, in which precision, where."""
-
-    spec: str = "smollm2-135m"
-    """A packaged model (smollm2-135m, minilm, efficientnet-lite0), a folder, or a hub name."""
-
-    kind: str = "language"
-    """language (causal, named sites), text_encoder, vision or diffusion (sites by module)."""
-
-    dtype: str = "auto"
-    """float32, bfloat16, float16, or auto: whichever of the first two is faster here."""
-
-    device: str = "cpu"
-    """cpu, cuda, cuda:N, or spread over the devices there are: auto, balanced, sequential."""
-
-    revision: str | None = None
-    """Branch, tag or commit of a model on the hub."""
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("auto", *DTYPES):
-            raise InputError(
-                "unknown precision", where="model.dtype", given=self.dtype,
-                allowed=("auto", *DTYPES),
-            )  # fmt: skip
-        if self.kind not in KINDS:
-            raise InputError(
-                "unknown kind of model", where="model.kind", given=self.kind, allowed=KINDS
-            )
-        if not self.spec:
-            raise InputError("empty", where="model.spec", given=self.spec, allowed=PACKAGED_MODELS)
+_PLAIN = DenoisingConfig()
 
 
 @overload
@@ -76,7 +42,13 @@ def load_model(
 ) -> "Model": ...
 @overload
 def load_model(
-    spec: str, *, dtype: str = ..., device: str = ..., revision: str | None = ..., kind: str
+    spec: str,
+    *,
+    dtype: str = ...,
+    device: str = ...,
+    revision: str | None = ...,
+    kind: str,
+    diffusion: DenoisingConfig = ...,
 ) -> "Model | RawModel": ...
 def load_model(
     spec: str,
@@ -85,6 +57,7 @@ def load_model(
     device: str = "cpu",
     revision: str | None = None,
     kind: str = "language",
+    diffusion: DenoisingConfig = _PLAIN,
 ) -> "Model | RawModel":
     """Load a causal language model and its tokenizer, or a model of another kind.
 
@@ -99,7 +72,9 @@ def load_model(
     >>> model.generate("The capital of France is", max_new_tokens=2)  # doctest: +SKIP
     'The capital of France is Paris.'
     """
-    ModelConfig(spec=spec, kind=kind, dtype=dtype, device=device, revision=revision)
+    ModelConfig(
+        spec=spec, kind=kind, dtype=dtype, device=device, revision=revision, diffusion=diffusion
+    )
     if PACKAGED_MODELS.get(spec, kind) != kind:
         raise InputError(
             f"{spec} is a model of another kind", where="model.kind", given=kind,
@@ -110,7 +85,7 @@ def load_model(
     if kind != "language":
         from activations.raw_models import load_raw_model
 
-        return load_raw_model(kind, spec, revision, DTYPES[precision], device)
+        return load_raw_model(kind, spec, revision, DTYPES[precision], device, diffusion)
     folder, commit = folder_of(spec, revision)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -8,6 +8,7 @@ A kind of model is a subclass that says which inputs a corpus gives, and how to 
     diffusion       a prompt at a denoising step    places of the latent picture's feature map
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from activations.corpora import CorpusConfig, Document, documents
 from activations.hooks import run_until_captured, shapes_of
+from activations.model_config import DenoisingConfig
 from activations.model_files import SPREAD, device_of, hash_of_weights
 from activations.packing import PackingCounts, Sequences
 from activations.site_map import ModuleSites
@@ -165,6 +167,50 @@ class RawModel(ABC):
         """Raise InputError if a site cannot give such rows with so many positions a sequence."""
 
 
+def grouped(
+    entries: Iterable[tuple[Document, str, Any]],
+    *,
+    context: int,
+    per_group: int,
+    counts: PackingCounts,
+    limit: int | None,
+) -> Iterator[Sequences]:
+    """Groups of sequences of inputs that are no tokens: (document, hexadecimal digest, input) each.
+
+    `tokens` have 31 bits of the digest at each position: they tell inputs apart.
+    """
+    left = sys.maxsize if limit is None else limit
+    waiting: list[tuple[Document, str, Any]] = []
+    last = -1
+
+    def group() -> Sequences:
+        nonlocal waiting, left, last
+        marks = np.array([int(digest[:8], 16) >> 1 for _, digest, _ in waiting], np.int32)
+        ids = np.array([document.id for document, _, _ in waiting], np.int32)
+        begun = {d.id: (d.id, d.key, d.title) for d, _, _ in waiting if d.id > last}
+        last = int(ids[-1])
+        inputs = [each for _, _, each in waiting]
+        left, waiting = left - len(waiting), []
+        tokens, document = (np.repeat(each[:, None], context, 1) for each in (marks, ids))
+        return Sequences(tokens, document, list(begun.values()), inputs)
+
+    counted = -1
+    for entry in entries:
+        document = entry[0]
+        if document.id > counted:
+            counts.digest.update(document.text.encode() + b"\0")
+            counts.documents += 1
+            counted = document.id
+        counts.tokens += context
+        waiting.append(entry)
+        if len(waiting) == min(per_group, left):
+            yield group()
+        if not left:
+            return
+    if waiting:
+        yield group()
+
+
 def check_places(site: str, places: int, rows: str, context: int) -> None:
     """Raise InputError unless `context` is the number of rows that a feature map's places give."""
     expected = places if rows == "position" else 1
@@ -186,7 +232,12 @@ def one_device(kind: str, device: str) -> torch.device:
 
 
 def load_raw_model(
-    kind: str, spec: str, revision: str | None, dtype: torch.dtype, device: str
+    kind: str,
+    spec: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: str,
+    denoising: DenoisingConfig,
 ) -> RawModel:
     """Load a model of a kind other than language. Raises InputError."""
     place = one_device(kind, device)
@@ -200,4 +251,4 @@ def load_raw_model(
         return load_vision_model(spec, revision, dtype, place)
     from activations.diffusion import load_diffusion_model
 
-    return load_diffusion_model(spec, revision, dtype, place)
+    return load_diffusion_model(spec, revision, dtype, place, denoising)

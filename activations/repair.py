@@ -116,8 +116,9 @@ class Repair:
         dtype = self.store.manifest["model"]["dtype"]
         device = self.device or chosen.device
         model = load_model(
-            chosen.spec, dtype=dtype, device=device, revision=chosen.revision, kind=chosen.kind
-        )
+            chosen.spec, dtype=dtype, device=device, revision=chosen.revision, kind=chosen.kind,
+            diffusion=chosen.diffusion,
+        )  # fmt: skip
         check_same_model(model, self.store)
         return model
 

@@ -1,7 +1,6 @@
 """Vision encoders: each picture a sequence, the places of its feature map the positions."""
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from activations.images import pictures, read_picture
 from activations.model_files import folder_of
 from activations.packaged import PACKAGED_MODELS, WEIGHTS, packaged_folder, quiet_transformers
 from activations.packing import PackingCounts, Sequences
-from activations.raw_models import RawModel, check_places
+from activations.raw_models import RawModel, check_places, grouped
 from saescope.artefact import sha256_json
 from saescope.errors import InputError
 
@@ -156,21 +155,8 @@ class VisionModel(RawModel):
         limit: int | None = None,
     ) -> Iterator[Sequences]:
         """See `RawModel.sequences`; the inputs are files with their sha256."""
-        left = sys.maxsize if limit is None else limit
-        waiting: list[Document] = []
-        for document in documents:
-            counts.digest.update(document.text.encode() + b"\0")
-            counts.documents += 1
-            counts.tokens += context
-            waiting.append(document)
-            if left and len(waiting) == min(per_group, left):
-                yield _group(waiting, context)
-                left -= len(waiting)
-                waiting = []
-            if not left:
-                return
-        if waiting:
-            yield _group(waiting, context)
+        entries = ((each, each.text, (each.key, each.text)) for each in documents)
+        return grouped(entries, context=context, per_group=per_group, counts=counts, limit=limit)
 
     def inputs(
         self, group: Sequences, chosen: NDArray[np.int64]
@@ -186,14 +172,3 @@ class VisionModel(RawModel):
     def check_rows(self, site: str, rows: str, context: int) -> None:
         """Positions are the site's places; a mean has one."""
         check_places(site, self.positions(site), rows, context)
-
-
-def _group(documents: Sequence[Document], context: int) -> Sequences:
-    marks = np.array([int(document.text[:8], 16) >> 1 for document in documents], np.int32)
-    ids = np.array([document.id for document in documents], np.int32)
-    return Sequences(
-        np.repeat(marks[:, None], context, 1),
-        np.repeat(ids[:, None], context, 1),
-        [(document.id, document.key, document.title) for document in documents],
-        inputs=[(document.key, document.text) for document in documents],
-    )
