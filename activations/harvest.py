@@ -6,7 +6,7 @@ split, `run_window` runs the model over one. While a window is computed the one 
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from activations.batch_size import BATCH_SEQUENCES, check_batch_memory, fitting_batch
 from activations.corpora import CorpusConfig, Document, documents
 from activations.layout import SPLITS
+from activations.model_facts import check_same_model, facts_of
 from activations.models import Model, ModelConfig, load_model
 from activations.packing import PackingCounts, Sequences, pack
+from activations.raw_models import RawModel
+from activations.rows import RowKind, WindowRows, check_rows, rows_per_sequence
 from activations.zarr_store import ActivationStore
 from activations.zarr_writer import HarvestWriter, SiteSums, WindowData
 from saescope.artefact import MANIFEST, is_leftover, locked, remove
@@ -37,13 +41,18 @@ class HarvestConfig(Config):
     """Run a model over text and store the activations of some sites."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The language model."""
+    """The model."""
 
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     """The texts."""
 
     sites: tuple[str, ...] = ("blocks.9.hook_resid_post",)
-    """TransformerLens names, or patterns such as blocks.4-12.hook_mlp_out."""
+    """Short or full TransformerLens names, modules, or patterns: resid_post:9, z:4-12,
+    blocks.4-12.hook_mlp_out, module:encoder.layer.*:output (docs/harvests.md)."""
+
+    rows: RowKind = "position"
+    """position: a row each kept position; mean: one each sequence, the mean over its kept positions
+    (of a site without positions, its vector)."""
 
     out: str = "data/smollm2-135m-wikipedia"
     """Folder of the store."""
@@ -57,8 +66,11 @@ class HarvestConfig(Config):
     held_out_fraction: float = 0.05
     """Share of documents kept out of training, chosen by a hash of their text."""
 
-    batch_sequences: int = 16
+    batch_sequences: int = BATCH_SEQUENCES
     """Sequences in one forward pass."""
+
+    batch_memory: float | None = None
+    """Instead of batch_sequences: GiB that one forward pass may take besides the weights."""
 
     chunk_rows: int = 16384
     """Rows (kept positions) of one chunk on disk."""
@@ -74,9 +86,11 @@ class HarvestConfig(Config):
             raise InputError("name at least one site", where="sites", given=self.sites)
         if not self.out:
             raise InputError("empty", where="out", given=self.out, allowed="a folder")
-        check_range("context", self.context, low=2)
+        check_range("context", self.context, low=1)
         check_range("held_out_fraction", self.held_out_fraction, low=0, below=1)
         check_range("batch_sequences", self.batch_sequences, low=1)
+        if self.batch_memory is not None:
+            check_batch_memory(self.batch_memory, self.batch_sequences)
         check_range("chunk_rows", self.chunk_rows, low=1)
         check_range("window_chunks", self.window_chunks, low=1)
         check_range("seed", self.seed, low=0)
@@ -118,6 +132,8 @@ def _go_on(config: HarvestConfig, out: Path, begun: ActivationStore | None) -> A
         dtype=dtype,
         device=config.model.device,
         revision=config.model.revision,
+        kind=config.model.kind,
+        diffusion=config.model.diffusion,
     )
     if begun is None:
         for path in out.parent.iterdir():
@@ -147,7 +163,9 @@ def _begun(config: HarvestConfig, out: Path) -> ActivationStore | None:
             raise InputError("exists and holds no harvest; choose another folder", where=str(out))
         return None
     store = ActivationStore.open(out)
-    there, here = _flat(store.manifest["config"]), _flat(to_dict(config))
+    # a harvest that is older than a setting was made with what is its default
+    there = _flat(to_dict(HarvestConfig())) | _flat(store.manifest["config"])
+    here = _flat(to_dict(config))
     names = [n for n in {**there, **here} if n != "out" and there.get(n) != here.get(n)]
     if names:
         what = ", ".join(f"{n} is {there.get(n)!r} there and {here.get(n)!r} here" for n in names)
@@ -166,24 +184,11 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same_model(model: Model, begun: ActivationStore) -> None:
-    facts = begun.manifest["model"]
-    for name in ("weights_hash", "tokenizer_hash"):
-        if getattr(model, name) != facts[name]:
-            raise InputError(
-                f"the model is not the one this harvest began with ({name} differs)",
-                where=str(begun.path),
-            )
-
-
-def _plan(config: HarvestConfig, model: Model) -> dict[str, Any]:
+def _plan(config: HarvestConfig, model: Model | RawModel) -> dict[str, Any]:
     """What the manifest says from the start; everything that can be wrong is found here."""
-    if config.context > model.n_ctx:
-        raise InputError(
-            f"longer than the context of {model.name}", where="context", given=config.context,
-            allowed=f"2 to {model.n_ctx}",
-        )  # fmt: skip
-    sites = {site: model.d_in(site) for site in model.resolve(config.sites)}
+    names = model.resolve(config.sites)
+    check_rows(model, names, config.rows, config.context)
+    sites = {site: model.d_in(site) for site in names}
     row_bytes = 2 * sum(sites.values())
     if config.chunk_rows * row_bytes > _CHUNK_BYTES:
         raise InputError(
@@ -192,18 +197,23 @@ def _plan(config: HarvestConfig, model: Model) -> dict[str, Any]:
         )  # fmt: skip
     fitting = max(1, _WINDOW_BYTES // (config.chunk_rows * row_bytes))
     window_chunks = min(config.window_chunks, fitting)
-    sequences = window_chunks * config.chunk_rows // (config.context - 1)
+    per_sequence = rows_per_sequence(model, config.rows, config.context)
+    sequences = window_chunks * config.chunk_rows // per_sequence
     if sequences == 0:
         raise InputError(
             "a window holds less than one sequence", where="chunk_rows", given=config.chunk_rows,
-            allowed=f"at least {-(-(config.context - 1) // window_chunks)}",
+            allowed=f"at least {-(-per_sequence // window_chunks)}",
         )  # fmt: skip
-    if sequences > config.batch_sequences:
-        sequences -= sequences % config.batch_sequences
+    batch = config.batch_sequences
+    if config.batch_memory is not None:
+        batch = fitting_batch(config.batch_memory, model, names, config.context, sequences)
+    if sequences > batch:
+        sequences -= sequences % batch
     return {
         "config": to_dict(config),
-        "model": _model_facts(model),
+        "model": facts_of(model),
         "sites": sites,
+        "batch_sequences": batch,
         "chunk_rows": config.chunk_rows,
         "window_chunks": window_chunks,
         "sequences_per_window": sequences,
@@ -211,25 +221,7 @@ def _plan(config: HarvestConfig, model: Model) -> dict[str, Any]:
     }
 
 
-def _model_facts(model: Model) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "spec": model.spec,
-        "revision": model.revision,
-        "weights_hash": model.weights_hash,
-        "tokenizer_hash": model.tokenizer_hash,
-        "dtype": model.dtype_name,
-        "bos_token_id": model.bos_token_id,
-        "eos_token_id": model.eos_token_id,
-        "special_token_ids": sorted(model.special_token_ids),
-        "n_ctx": model.n_ctx,
-        "n_layers": model.n_layers,
-        "d_model": model.d_model,
-        "d_vocab": model.d_vocab,
-    }
-
-
-def _planned_sequences(config: HarvestConfig, model: Model) -> dict[str, int]:
+def _planned_sequences(config: HarvestConfig, model: Model | RawModel) -> dict[str, int]:
     """How many sequences each split is to have (with max_tokens: at most).
 
     Without max_tokens the corpus is read through once to count, which costs about 1/200 of what
@@ -262,21 +254,27 @@ def _planned_sequences(config: HarvestConfig, model: Model) -> dict[str, int]:
 def packed(
     split: str,
     config: HarvestConfig,
-    model: Model,
+    model: Model | RawModel,
     per_group: int,
     counts: PackingCounts,
     limit: int | None,
 ) -> Iterator[Sequences]:
-    """Packed sequences of one split's documents, always the same ones."""
+    """The sequences of one split's documents, always the same ones."""
+    raw = model if isinstance(model, RawModel) else None
 
     def chosen() -> Iterator[Document]:
         held_out = split == "held_out"
-        for document in documents(config.corpus):
+        for document in (raw.documents if raw else documents)(config.corpus):
             if document.is_held_out(config.held_out_fraction) == held_out:
                 yield document
 
     if limit == 0:
         return iter(())
+    if raw:
+        return raw.sequences(
+            chosen(), context=config.context, per_group=per_group, counts=counts, limit=limit
+        )
+    assert isinstance(model, Model)
     return pack(
         chosen(), model, context=config.context, per_group=per_group, counts=counts, limit=limit
     )
@@ -292,10 +290,17 @@ def counted(counts: PackingCounts) -> dict[str, Any]:
 
 
 def _harvest_split(
-    split: str, config: HarvestConfig, model: Model, writer: HarvestWriter, progress: Progress
+    split: str,
+    config: HarvestConfig,
+    model: Model | RawModel,
+    writer: HarvestWriter,
+    progress: Progress,
 ) -> PackingCounts:
     """Compute and commit the windows of a split that are not committed yet."""
     begun = writer.store
+    # a resumed harvest runs batches of the size that it began with
+    batch = begun.manifest.get("batch_sequences", config.batch_sequences)
+    config = replace(config, batch_sequences=batch, batch_memory=None)
     committed = [window for window in begun.windows if window.split == split]
     counts = PackingCounts()
     limit = begun.manifest["planned_sequences"][split]
@@ -330,35 +335,32 @@ def run_window(
     split: str,
     group: Sequences,
     first_sequence: int,
-    model: Model,
+    model: Model | RawModel,
     sites: tuple[str, ...],
     config: HarvestConfig,
     seed: tuple[int, ...],
     progress: Progress,
 ) -> WindowData:
     """Run the model over a window's sequences and keep the rows that count."""
-    tokens = torch.from_numpy(group.tokens)
-    keep = model.keep_mask(tokens)
-    kept = keep.flatten().nonzero()[:, 0]
-    if len(kept) == 0:
+    window = WindowRows(model, group, config.rows)
+    if len(window.places) == 0:
         raise InputError("nothing but special tokens", where=config.corpus.source)
-    rows = {site: _SiteRows(site, len(kept), model.d_in(site)) for site in sites}
-    for start in range(0, len(tokens), config.batch_sequences):
-        batch = slice(start, start + config.batch_sequences)
-        found = model.capture(tokens[batch], sites)
-        chosen = keep[batch].flatten().nonzero()[:, 0].to(model.device)
+    rows = {site: _SiteRows(site, len(window.places), model.d_in(site)) for site in sites}
+    for start in range(0, len(window.running), config.batch_sequences):
+        batch = window.running[start : start + config.batch_sequences]
+        found = model.capture(model.inputs(group, batch), sites)
         for site, x in found.items():
-            rows[site].append(x.flatten(0, 1).index_select(0, chosen))
-        progress.advance(tokens[batch].numel())
+            rows[site].append(window.of(site, x, batch))
+        progress.advance(len(batch) * config.context)
     return WindowData(
         split=split,
         tokens=group.tokens,
         document=group.document,
-        keep=keep.numpy(),
+        keep=window.keep,
         described=group.described,
-        row_token=first_sequence * config.context + kept.numpy(),
+        row_token=first_sequence * config.context + window.places,
         rows={site: part.bits for site, part in rows.items()},
-        order=np.random.default_rng(seed).permutation(len(kept)),
+        order=window.order(seed),
         sums={site: part.sums() for site, part in rows.items()},
     )
 

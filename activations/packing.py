@@ -4,6 +4,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ class Sequences:
     """[sequence, position]: id of the document of each token."""
     described: list[tuple[int, str, str]]
     """(id, key, title) of each document that first appears here."""
+    inputs: list[Any] | None = None
+    """What each sequence is computed from, where that is not its tokens."""
 
 
 @dataclass

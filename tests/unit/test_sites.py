@@ -2,7 +2,7 @@
 
 import pytest
 
-from activations.sites import is_pattern, layer_of, matches, select, unknown_site
+from activations.sites import full_name, is_pattern, layer_of, matches, select, unknown_site
 from saescope.errors import InputError
 
 SITES = [
@@ -41,8 +41,45 @@ def test_a_pattern_without_match_names_what_there_is() -> None:
 
 def test_what_is_a_pattern() -> None:
     patterns = ["*", "blocks.*.hook_z", "blocks.1-2.hook_z", "blocks.1,2.hook_z", "blocks.?.hook_z"]
-    assert all(map(is_pattern, patterns))
-    assert not any(map(is_pattern, ["blocks.1.hook_z", "hook_embed", "module:a.1-2.*:output"]))
+    assert all(map(is_pattern, [*patterns, "module:a.1-2.b:output", "module:a.*:input"]))
+    assert not any(map(is_pattern, ["blocks.1.hook_z", "hook_embed", "module:a.1.b:output"]))
+
+
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [
+        ("resid_post:*", "blocks.*.hook_resid_post"),
+        ("z:4-12", "blocks.4-12.attn.hook_z"),
+        ("mlp_out:0,3,6-8", "blocks.0,3,6-8.hook_mlp_out"),
+        ("mlp_pre:7", "blocks.7.mlp.hook_pre"),
+        ("ln2:*", "blocks.*.ln2.hook_out"),
+        ("embed", "hook_embed"),
+        ("ln_final", "ln_final.hook_out"),
+        ("blocks.4.hook_resid_post", "blocks.4.hook_resid_post"),
+        ("module:a.1.b:update", "module:a.1.b:update"),
+    ],
+)
+def test_short_names(short: str, full: str) -> None:
+    assert full_name(short) == full
+
+
+@pytest.mark.parametrize("site", ["z", "z:", "z:x", "z:4-", "resid_pots:4", "embed:3", "ln:*"])
+def test_what_is_no_short_name(site: str) -> None:
+    with pytest.raises(InputError, match=r"no such short name.*resid_pre, .*z:0,4-12"):
+        full_name(site)
+
+
+def test_patterns_of_modules() -> None:
+    modules = [f"module:layer.{n}.{name}:output" for n in range(12) for name in ("a", "b")]
+    assert select(["module:layer.9-11.a:output"], modules, where="m") == modules[18::2]
+    assert select(["module:layer.*.b:output"], modules, where="m") == modules[1::2]
+    assert not matches(modules[0], "module:layer.*.a:input")
+    assert not matches(modules[0], "*")
+
+
+def test_a_range_beyond_the_last_layer_is_an_error() -> None:
+    with pytest.raises(InputError, match="layer 13: its last layer is 12"):
+        select(["blocks.4-13.hook_resid_post"], SITES, where="model")
 
 
 def test_layer_of() -> None:
