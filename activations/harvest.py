@@ -6,21 +6,20 @@ split, `run_window` runs the model over one. While a window is computed the one 
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from activations.corpora import CorpusConfig, Document, documents
-from activations.layout import SPLITS
+from activations.layout import SPLITS, row_arrays
 from activations.models import Model, ModelConfig, load_model
 from activations.packing import PackingCounts, Sequences, pack
+from activations.row_storage import SiteRows, StorageKind
 from activations.zarr_store import ActivationStore
-from activations.zarr_writer import HarvestWriter, SiteSums, WindowData
+from activations.zarr_writer import HarvestWriter, WindowData
 from saescope.artefact import MANIFEST, is_leftover, locked, remove
 from saescope.config import Config, to_dict
 from saescope.errors import ArtefactError, InputError, check_range
@@ -66,6 +65,15 @@ class HarvestConfig(Config):
     window_chunks: int = 8
     """Chunks over which rows are shuffled, and that are committed together."""
 
+    storage: StorageKind = "bfloat16"
+    """How rows are stored: bfloat16; int8 with a scale a row, which takes half the disk; or none:
+    the text alone is stored, and its readers compute activations with the model, window by window.
+    """
+
+    statistics_windows: int | None = None
+    """Windows, spread over the train split, that the sites' means and scales are taken over;
+    without it, all. With storage none the model runs over these alone."""
+
     seed: int = 0
     """Decides the shuffling of rows."""
 
@@ -80,6 +88,8 @@ class HarvestConfig(Config):
         check_range("chunk_rows", self.chunk_rows, low=1)
         check_range("window_chunks", self.window_chunks, low=1)
         check_range("seed", self.seed, low=0)
+        if self.statistics_windows is not None:
+            check_range("statistics_windows", self.statistics_windows, low=1)
         if self.max_tokens is not None:
             check_range("max_tokens", self.max_tokens, low=self.context)
 
@@ -135,8 +145,8 @@ def _go_on(config: HarvestConfig, out: Path, begun: ActivationStore | None) -> A
         counts = {split: _harvest_split(split, config, model, writer, progress) for split in SPLITS}
     writer.finish({split: counted(count) for split, count in counts.items()})
     store = writer.store
-    size = sum(store.n_rows() * store.d_in(site) * 2 for site in store.sites)
-    say(f"{out}: {store.n_rows():,} rows, {size / 1e9:.2f} GB")
+    row = sum(each.nbytes for each in row_arrays(store.manifest).values())
+    say(f"{out}: {store.n_rows():,} rows, {store.n_rows() * row / 1e9:.2f} GB")
     return store
 
 
@@ -147,7 +157,9 @@ def _begun(config: HarvestConfig, out: Path) -> ActivationStore | None:
             raise InputError("exists and holds no harvest; choose another folder", where=str(out))
         return None
     store = ActivationStore.open(out)
-    there, here = _flat(store.manifest["config"]), _flat(to_dict(config))
+    # a harvest that is older than a setting was made with what is its default
+    there = _flat(to_dict(HarvestConfig())) | _flat(store.manifest["config"])
+    here = _flat(to_dict(config))
     names = [n for n in {**there, **here} if n != "out" and there.get(n) != here.get(n)]
     if names:
         what = ", ".join(f"{n} is {there.get(n)!r} there and {here.get(n)!r} here" for n in names)
@@ -309,13 +321,27 @@ def _harvest_split(
                 continue
             seed = (config.seed, SPLITS.index(split), number)
             first = begun.n_sequences + per_window * (number - len(committed))
-            data = run_window(split, group, first, model, begun.sites, config, seed, progress)
+            measured = _is_measured(split, number, begun)
+            sites = begun.sites if measured or config.storage != "none" else ()
+            data = run_window(split, group, first, model, sites, config, seed, progress)
+            if not measured:
+                data = replace(data, sums={})
             if writing is not None:
                 writing.result()
             writing = pool.submit(writer.write, data)
         if writing is not None:
             writing.result()
     return counts
+
+
+def _is_measured(split: str, number: int, begun: ActivationStore) -> bool:
+    """Whether the statistics are of this window, among others, of a split."""
+    wanted = begun.manifest["config"].get("statistics_windows")
+    planned = begun.manifest["planned_sequences"][split]
+    total = -(-planned // begun.manifest["sequences_per_window"])
+    if split != "train" or wanted is None or wanted >= total:
+        return split == "train"
+    return number in {n * total // wanted for n in range(wanted)}
 
 
 def _check_same_text(group: Sequences, begun: ActivationStore, first: int) -> None:
@@ -342,7 +368,7 @@ def run_window(
     kept = keep.flatten().nonzero()[:, 0]
     if len(kept) == 0:
         raise InputError("nothing but special tokens", where=config.corpus.source)
-    rows = {site: _SiteRows(site, len(kept), model.d_in(site)) for site in sites}
+    rows = {site: SiteRows(site, len(kept), model.d_in(site), config.storage) for site in sites}
     for start in range(0, len(tokens), config.batch_sequences):
         batch = slice(start, start + config.batch_sequences)
         found = model.capture(tokens[batch], sites)
@@ -357,38 +383,7 @@ def run_window(
         keep=keep.numpy(),
         described=group.described,
         row_token=first_sequence * config.context + kept.numpy(),
-        rows={site: part.bits for site, part in rows.items()},
+        rows={name: x for part in rows.values() for name, x in part.arrays.items()},
         order=np.random.default_rng(seed).permutation(len(kept)),
         sums={site: part.sums() for site, part in rows.items()},
     )
-
-
-class _SiteRows:
-    """The rows of one site in one window, as bfloat16 bits, and their sums."""
-
-    def __init__(self, site: str, rows: int, d_in: int) -> None:
-        self._site = site
-        self._filled = 0
-        self._total = torch.zeros(d_in, dtype=torch.float64)
-        self._square = 0.0
-        self.bits: NDArray[np.uint16] = np.empty((rows, d_in), np.uint16)
-
-    def append(self, x: Tensor) -> None:
-        """Add rows [n, d_in]; the sums are of what is stored, after rounding to bfloat16."""
-        stored = x.to(torch.bfloat16)
-        rounded = stored.float()
-        total = rounded.sum(0, dtype=torch.float64).cpu()
-        square = float(rounded.flatten().square_().sum(dtype=torch.float64))
-        if not np.isfinite(square):
-            raise InputError(
-                "activations are not finite; try another model.dtype", where=self._site,
-                given=str(x.dtype).removeprefix("torch."),
-            )  # fmt: skip
-        self._total += total
-        self._square += square
-        last = self._filled + len(x)
-        self.bits[self._filled : last] = stored.cpu().view(torch.uint16).numpy()
-        self._filled = last
-
-    def sums(self) -> SiteSums:
-        return SiteSums(self._filled, self._total.numpy(), self._square)
