@@ -21,7 +21,7 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
 
     Nothing is written. Runs of equal architecture and size are measured once.
     """
-    seconds: dict[object, float] = {}
+    seconds: dict[object, tuple[float, float]] = {}
     lines, total_time, total_disk, memory = [], 0.0, 0, []
     for run in runs:
         if run.finished():
@@ -32,8 +32,9 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
         trainer = run.config.trainer
         like = (kind_of(run.sae_config), sae.d_in, sae.d_out, sae.d_sae, trainer.batch_size)
         if like not in seconds:
-            seconds[like] = _seconds_a_step(run)
-        took = run.total_steps * seconds[like]
+            seconds[like] = _measured(run)
+        step, window = seconds[like]
+        took = run.total_steps * step + _windows(run) * window
         held = parameters * _FLOAT * (2 + _STATE[trainer.optimiser])
         batch = trainer.batch_size // trainer.accumulate
         working = batch * (2 * sae.d_sae + 6 * sae.d_in) * _FLOAT
@@ -44,8 +45,13 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
             f"{run.folder}: {like[0]}, {sae.d_in} -> {sae.d_sae} ({parameters / 1e6:.1f} M "
             f"parameters), {run.total_steps:,} steps of {trainer.batch_size:,} rows "
             f"({run.total_steps * run.stream.tokens_per_batch:,} tokens); "
-            f"{1000 * seconds[like]:.0f} ms a step, {_duration(took)}"
+            f"{1000 * step:.0f} ms a step, {_duration(took)}"
         )
+        if _computes(run):
+            lines.append(
+                f"    of it {_duration(_windows(run) * window)} in the model, which computes "
+                f"{_windows(run):,.0f} windows of the harvest, {_duration(window)} each"
+            )
     buffers = max((_stream_bytes(run) for run in runs), default=0)
     needed = sum(sorted(memory)[-at_once:]) + buffers
     folder = runs[0].folder if runs else Path()
@@ -61,24 +67,48 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
     return lines
 
 
-def _seconds_a_step(run: Run) -> float:
-    """Median wall time of a step, on batches of the run's own, in a folder that is thrown away."""
+def _computes(run: Run) -> bool:
+    """Whether activations come straight from the model, window by window."""
+    return run.harvest.storage == "none" and run.config.objective != "end_to_end"
+
+
+def _windows(run: Run) -> float:
+    """Windows that the run reads, over all passes."""
+    count = sum(window.split == "train" for window in run.harvest.windows)
+    return count * run.total_steps / run.stream.batches_per_epoch
+
+
+def _measured(run: Run) -> tuple[float, float]:
+    """Wall time of a step and of computing a window, where activations are not stored (else 0).
+
+    The step's is the median, on batches of the run's own, in a folder that is thrown away.
+    """
     again = Run(run.config, run.harvest)
     with tempfile.TemporaryDirectory() as folder:
         trainer = again.make_trainer(Path(folder))
         batches = iter(again.stream)
-        times = []
+        times, reading = [], []
         for _ in range(_WARM + _MEASURED):
+            start = time.perf_counter()
             raw = next(batches)
+            reading.append(time.perf_counter() - start)
             start = time.perf_counter()
             trainer.train_step(raw)
             times.append(time.perf_counter() - start)
-    return sorted(times[_WARM:])[_MEASURED // 2]
+    # a window is computed, after the model is loaded, when its first batch is asked for
+    window = max(reading) if _computes(run) else 0.0
+    return sorted(times[_WARM:])[_MEASURED // 2], window
 
 
 def _stream_bytes(run: Run) -> int:
     read = [*run.sites, *([run.config.target_site] if run.config.target_site else [])]
-    return sum(8 * _CHUNK_ROWS * run.harvest.d_in(site) * 2 for site in read)
+    group = sum(8 * _CHUNK_ROWS * run.harvest.d_in(site) * 2 for site in read)
+    if not _computes(run):
+        return group
+    # two windows of all sites are kept, one of each split
+    facts = run.harvest.manifest
+    rows = int(facts["chunk_rows"]) * int(facts["window_chunks"])
+    return group + 2 * rows * sum(run.harvest.d_in(site) * 2 for site in run.harvest.sites)
 
 
 def _duration(seconds: float) -> str:

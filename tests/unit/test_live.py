@@ -279,6 +279,17 @@ def test_several_processes_are_refused(
         Run(config(text, tmp_path / "run"), text)
 
 
+def test_the_plan_counts_the_time_in_the_model(
+    text: ActivationStore, disk: ActivationStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    windows = sum(window.split == "train" for window in text.windows)
+    train(config(text, tmp_path / "run", plan=True, passes=2.0))
+    assert f"in the model, which computes {2 * windows} windows" in capsys.readouterr().out
+    train(config(disk, tmp_path / "run", plan=True))
+    assert "in the model" not in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 def test_it_is_evaluated_and_indexed(
     text: ActivationStore, tmp_path: Path, computed: list[int]
 ) -> None:
