@@ -99,7 +99,8 @@ class SiteRows:
     """
 
     def __init__(self, site: str, rows: int, d_in: int, storage: StorageKind = "bfloat16") -> None:
-        self._site, self._storage = site, storage
+        self._site = site
+        self._storage: StorageKind = storage
         self._filled = 0
         self._total = torch.zeros(d_in, dtype=torch.float64)
         self._square = 0.0

@@ -155,6 +155,7 @@ def test_a_state_of_another_order_is_refused(small: ActivationStore) -> None:
 
 def test_windows_come_one_after_another(small: ActivationStore) -> None:
     order = ReadingOrder(small, "train", "windows", mix_chunks=1, seed=0)
+    chunks: list[int] = []
     for epoch in range(3):
         chunks = [part.chunk for group in order.groups(epoch) for part in group]
         by_window = np.array(chunks).reshape(5, 5)
@@ -242,7 +243,7 @@ def test_the_thread_ends_with_the_iterator(small: ActivationStore) -> None:
         return sum(t.name.startswith("activation-loader") for t in threading.enumerate())
 
     loader = ActivationLoader(small, SITE, batch_size=16)
-    batches = loader.with_rows()
+    batches: Any = loader.with_rows()
     next(batches)
     assert threads() == 1
     batches.close()
