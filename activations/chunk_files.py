@@ -5,6 +5,7 @@ Zarr would read the first as fill values, and no checksum inside a file can tell
 """
 
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,35 +54,71 @@ def write_chunk(path: Path, values: NDArray[Any], *, replaces: bool = False) -> 
 
 
 def read_chunk(
-    path: Path, what: str, dtype: Any, shape: tuple[int, ...], crc: int | None
+    path: Path,
+    what: str,
+    dtype: Any,
+    shape: tuple[int, ...],
+    crc: int | None,
+    out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """A chunk's values, its checksum verified, and that it is the one that was committed.
 
-    `crc` is the checksum that was committed; None where it is not known. Raises DamagedError.
+    `crc` is the checksum that was committed; None where it is not known. They are read into `out`
+    if it is given: contiguous, of this shape and dtype. Raises DamagedError.
     """
+    values = np.empty(shape, np.dtype(dtype).newbyteorder("<")) if out is None else out
+    data = values.reshape(-1).view(np.uint8)
     try:
-        content = np.fromfile(path, np.uint8)
-    except FileNotFoundError as error:
-        raise DamagedError(f"{what} is missing", where=str(path), kind="missing") from error
+        with path.open("rb", buffering=0) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            _fill(stream, data)
+            last = stream.read(4)
     except OSError as error:
-        reason = error.strerror or str(error)
+        raise _unreadable(what, path, error) from error
+    expected = len(data) + 4
+    if size != expected:
+        kind = "truncated" if size < expected else "damaged"
         raise DamagedError(
-            f"{what} is unreadable: {reason}", where=str(path), kind="unreadable"
-        ) from error
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    data = content[:-4]
-    if len(data) != size:
-        kind = "truncated" if len(data) < size else "damaged"
-        raise DamagedError(
-            f"{what} is damaged: it has {len(content):,} bytes and should have {size + 4:,}",
+            f"{what} is damaged: it has {size:,} bytes and should have {expected:,}",
             where=str(path), kind=kind,
         )  # fmt: skip
     found = crc32c(data)
-    if found != int.from_bytes(content[-4:].tobytes(), "little"):
+    if found != int.from_bytes(last, "little"):
         raise DamagedError(f"{what} is damaged: its checksum does not match", where=str(path))
     if crc is not None and found != crc:
         raise not_the_one(what, path)
-    return data.view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
+    return values
+
+
+def read_part(path: Path, what: str, first: int, out: NDArray[Any]) -> None:
+    """Put consecutive entries of a chunk from number `first` on into `out`, unchecked.
+
+    Raises DamagedError if they are not there.
+    """
+    data = out.reshape(-1).view(np.uint8)
+    try:
+        with path.open("rb", buffering=0) as stream:
+            stream.seek(first * (out.nbytes // len(out)))
+            missing = _fill(stream, data)
+    except OSError as error:
+        raise _unreadable(what, path, error) from error
+    if missing:
+        raise DamagedError(f"{what} is damaged: cut short", where=str(path), kind="truncated")
+
+
+def _unreadable(what: str, path: Path, error: OSError) -> DamagedError:
+    if isinstance(error, FileNotFoundError):
+        return DamagedError(f"{what} is missing", where=str(path), kind="missing")
+    reason = error.strerror or str(error)
+    return DamagedError(f"{what} is unreadable: {reason}", where=str(path), kind="unreadable")
+
+
+def _fill(stream: FileIO, data: NDArray[np.uint8]) -> int:
+    """Read until all of it is there, or the file ends; how many bytes are missing."""
+    left = memoryview(cast(bytes, data))
+    while left and (count := stream.readinto(left)):
+        left = left[count:]
+    return len(left)
 
 
 def not_the_one(what: str, path: Path) -> DamagedError:

@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from activations.batch_size import BATCH_SEQUENCES, check_batch_memory, fitting_batch
 from activations.corpora import CorpusConfig, Document, documents
-from activations.layout import SPLITS
+from activations.layout import SPLITS, row_arrays
 from activations.model_facts import check_same_model, facts_of
 from activations.models import Model, ModelConfig, load_model
 from activations.packing import PackingCounts, Sequences, pack
 from activations.raw_models import RawModel
+from activations.row_storage import SiteRows, StorageKind
 from activations.rows import RowKind, WindowRows, check_rows, rows_per_sequence
 from activations.zarr_store import ActivationStore
-from activations.zarr_writer import HarvestWriter, SiteSums, WindowData
+from activations.zarr_writer import HarvestWriter, WindowData
 from saescope.artefact import MANIFEST, is_leftover, locked, remove
 from saescope.config import Config, to_dict
 from saescope.errors import ArtefactError, InputError, check_range
@@ -78,6 +76,15 @@ class HarvestConfig(Config):
     window_chunks: int = 8
     """Chunks over which rows are shuffled, and that are committed together."""
 
+    storage: StorageKind = "bfloat16"
+    """How rows are stored: bfloat16; int8 with a scale a row, which takes half the disk; or none:
+    the text alone is stored, and its readers compute activations with the model, window by window.
+    """
+
+    statistics_windows: int | None = None
+    """Windows, spread over the train split, that the sites' means and scales are taken over;
+    without it, all. With storage none the model runs over these alone."""
+
     seed: int = 0
     """Decides the shuffling of rows."""
 
@@ -89,11 +96,19 @@ class HarvestConfig(Config):
         check_range("context", self.context, low=1)
         check_range("held_out_fraction", self.held_out_fraction, low=0, below=1)
         check_range("batch_sequences", self.batch_sequences, low=1)
+        if self.storage == "none" and not self.model.reads_tokens:
+            raise InputError(
+                "without stored rows a model must read tokens, which are stored", where="storage",
+                given=f"{self.storage}, with model.kind {self.model.kind}",
+                allowed="bfloat16, int8",
+            )  # fmt: skip
         if self.batch_memory is not None:
             check_batch_memory(self.batch_memory, self.batch_sequences)
         check_range("chunk_rows", self.chunk_rows, low=1)
         check_range("window_chunks", self.window_chunks, low=1)
         check_range("seed", self.seed, low=0)
+        if self.statistics_windows is not None:
+            check_range("statistics_windows", self.statistics_windows, low=1)
         if self.max_tokens is not None:
             check_range("max_tokens", self.max_tokens, low=self.context)
 
@@ -151,8 +166,8 @@ def _go_on(config: HarvestConfig, out: Path, begun: ActivationStore | None) -> A
         counts = {split: _harvest_split(split, config, model, writer, progress) for split in SPLITS}
     writer.finish({split: counted(count) for split, count in counts.items()})
     store = writer.store
-    size = sum(store.n_rows() * store.d_in(site) * 2 for site in store.sites)
-    say(f"{out}: {store.n_rows():,} rows, {size / 1e9:.2f} GB")
+    row = sum(each.nbytes for each in row_arrays(store.manifest).values())
+    say(f"{out}: {store.n_rows():,} rows, {store.n_rows() * row / 1e9:.2f} GB")
     return store
 
 
@@ -314,13 +329,27 @@ def _harvest_split(
                 continue
             seed = (config.seed, SPLITS.index(split), number)
             first = begun.n_sequences + per_window * (number - len(committed))
-            data = run_window(split, group, first, model, begun.sites, config, seed, progress)
+            measured = _is_measured(split, number, begun)
+            sites = begun.sites if measured or config.storage != "none" else ()
+            data = run_window(split, group, first, model, sites, config, seed, progress)
+            if not measured:
+                data = replace(data, sums={})
             if writing is not None:
                 writing.result()
             writing = pool.submit(writer.write, data)
         if writing is not None:
             writing.result()
     return counts
+
+
+def _is_measured(split: str, number: int, begun: ActivationStore) -> bool:
+    """Whether the statistics are of this window, among others, of a split."""
+    wanted = begun.manifest["config"].get("statistics_windows")
+    planned = begun.manifest["planned_sequences"][split]
+    total = -(-planned // begun.manifest["sequences_per_window"])
+    if split != "train" or wanted is None or wanted >= total:
+        return split == "train"
+    return number in {n * total // wanted for n in range(wanted)}
 
 
 def _check_same_text(group: Sequences, begun: ActivationStore, first: int) -> None:
@@ -345,7 +374,8 @@ def run_window(
     window = WindowRows(model, group, config.rows)
     if len(window.places) == 0:
         raise InputError("nothing but special tokens", where=config.corpus.source)
-    rows = {site: _SiteRows(site, len(window.places), model.d_in(site)) for site in sites}
+    places = window.places
+    rows = {site: SiteRows(site, len(places), model.d_in(site), config.storage) for site in sites}
     for start in range(0, len(window.running), config.batch_sequences):
         batch = window.running[start : start + config.batch_sequences]
         found = model.capture(model.inputs(group, batch), sites)
@@ -358,39 +388,8 @@ def run_window(
         document=group.document,
         keep=window.keep,
         described=group.described,
-        row_token=first_sequence * config.context + window.places,
-        rows={site: part.bits for site, part in rows.items()},
+        row_token=first_sequence * config.context + places,
+        rows={name: x for part in rows.values() for name, x in part.arrays.items()},
         order=window.order(seed),
         sums={site: part.sums() for site, part in rows.items()},
     )
-
-
-class _SiteRows:
-    """The rows of one site in one window, as bfloat16 bits, and their sums."""
-
-    def __init__(self, site: str, rows: int, d_in: int) -> None:
-        self._site = site
-        self._filled = 0
-        self._total = torch.zeros(d_in, dtype=torch.float64)
-        self._square = 0.0
-        self.bits: NDArray[np.uint16] = np.empty((rows, d_in), np.uint16)
-
-    def append(self, x: Tensor) -> None:
-        """Add rows [n, d_in]; the sums are of what is stored, after rounding to bfloat16."""
-        stored = x.to(torch.bfloat16)
-        rounded = stored.float()
-        total = rounded.sum(0, dtype=torch.float64).cpu()
-        square = float(rounded.flatten().square_().sum(dtype=torch.float64))
-        if not np.isfinite(square):
-            raise InputError(
-                "activations are not finite; try another model.dtype", where=self._site,
-                given=str(x.dtype).removeprefix("torch."),
-            )  # fmt: skip
-        self._total += total
-        self._square += square
-        last = self._filled + len(x)
-        self.bits[self._filled : last] = stored.cpu().view(torch.uint16).numpy()
-        self._filled = last
-
-    def sums(self) -> SiteSums:
-        return SiteSums(self._filled, self._total.numpy(), self._square)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from activations.row_storage import FILLS, SCALE, RowArray, StorageKind, site_arrays
 from saescope.artefact import read_json, write_json
 
 GROUP, DOCUMENTS, METADATA = "activations.zarr", "documents.parquet", "zarr.json"
 SPLITS = ("train", "held_out")
-NAN_BITS = 0x7FC0
 ROW_TOKEN = "row_token"
 SEQUENCE_ARRAYS = {"tokens": "int32", "document": "int32", "keep": "bool", "split": "int8"}
 """Their chunks hold `sequences_per_window` sequences; those of all others `chunk_rows` rows."""
@@ -37,16 +37,24 @@ def documents_window(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def row_arrays(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the arrays [row, ...] of a store."""
-    return (ROW_TOKEN, *facts["sites"])
+def storage_of(facts: Mapping[str, Any]) -> StorageKind:
+    """How a store has its rows; harvests older than the setting have bfloat16."""
+    return facts["config"].get("storage", "bfloat16")
 
 
-def fill_value(array: str) -> Any:
-    """What stands where an array has no value."""
+def row_arrays(facts: Mapping[str, Any]) -> dict[str, RowArray]:
+    """The arrays [row, ...] of a store, by name."""
+    found = {ROW_TOKEN: RowArray("int64", ())}
+    for site, width in facts["sites"].items():
+        found |= site_arrays(site, width, storage_of(facts))
+    return found
+
+
+def fill_value(array: str, dtype: Any) -> Any:
+    """What stands where an array of this dtype has no value."""
     if array in SEQUENCE_ARRAYS:
         return False if SEQUENCE_ARRAYS[array] == "bool" else -1
-    return -1 if array == ROW_TOKEN else NAN_BITS
+    return FILLS[str(dtype)]
 
 
 def create_arrays(path: Path, facts: Mapping[str, Any]) -> None:
@@ -58,20 +66,29 @@ def create_arrays(path: Path, facts: Mapping[str, Any]) -> None:
     per_window = facts["sequences_per_window"]
     group = zarr.create_group(path, zarr_format=3)
 
-    def create(name: str, width: int | None, chunk: int, dtype: str, **attributes: Any) -> None:
-        tail = () if width is None else (width,)
+    def create(name: str, tail: tuple[int, ...], chunk: int, dtype: str, **attributes: Any) -> None:
         group.create_array(
             name, shape=(0, *tail), chunks=(chunk, *tail), dtype=dtype,
-            fill_value=fill_value(name), compressors=[Crc32cCodec()], attributes=attributes,
+            fill_value=fill_value(name, dtype), compressors=[Crc32cCodec()], attributes=attributes,
         )  # fmt: skip
 
     # as we write it when it is repaired
     write_json(path / METADATA, read_json(path / METADATA))
     for name, dtype in SEQUENCE_ARRAYS.items():
-        create(name, None if name == "split" else context, per_window, dtype)
-    create(ROW_TOKEN, None, chunk_rows, "int64")
-    for site, width in facts["sites"].items():
-        create(site, width, chunk_rows, "uint16", bits_of="bfloat16", site=site)
+        create(name, () if name == "split" else (context,), per_window, dtype)
+    for name, array in row_arrays(facts).items():
+        create(name, array.tail, chunk_rows, array.dtype, **_attributes(name, array))
+
+
+def _attributes(name: str, array: RowArray) -> dict[str, str]:
+    """What tells other readers of Zarr how an array of rows is to be understood."""
+    if array.site is None:
+        return {}
+    if array.dtype == "uint16":
+        return {"bits_of": "bfloat16", "site": array.site}
+    if name == array.site:
+        return {"scaled_by": name + SCALE, "site": name}
+    return {"scale_of": array.site}
 
 
 def described_arrays(group: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Batches for training: chunks in random order, rows mixed over a few, exactly resumable."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar, cast, overload
 
 import numpy as np
@@ -9,20 +11,31 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from activations.layout import ROW_TOKEN
+from activations.reading_order import Order, PartReader, ReadingOrder
+from activations.row_storage import RowArray, floats
 from activations.zarr_store import ActivationStore, Chunk
 from saescope.errors import InputError, check_range
 
 BatchT = TypeVar("BatchT", covariant=True)
 """A tensor [batch, d_in] for one site by its name, a tuple of them for several."""
+ItemT = TypeVar("ItemT")
 
 
 class ActivationLoader(Generic[BatchT]):
     """Iterate over shuffled batches [batch, d_in] in float32 of one site of a store, or of several.
 
-    Whole chunks are read in a random order, different in each epoch, and the rows of `mix_chunks`
-    of them are shuffled together; batches run across the borders of chunks. `epochs` None goes on
-    for ever. After the last batch the loader stands at the beginning again. `with_rows` also
-    tells where each row comes from.
+    Chunks are read in a random order, different in each epoch, and as many rows as `mix_chunks` of
+    them have are shuffled together; batches run across the borders of these groups. `epochs` None
+    goes on for ever. After the last batch the loader stands at the beginning again. `with_rows`
+    also tells where each row comes from.
+
+    Args:
+        order: chunks, spread (nearest to independent draws) or windows; see reading_order. Where
+            activations are computed there is windows alone, else chunks if it is not given.
+        device: where batches are put; on CUDA through pinned memory, turned to float32 there.
+        prefetch: batches that a thread has ready before they are asked for; where activations are
+            computed it is 0. What was not handed out yet does not count in the state.
 
     One site's name gives a tensor a batch. A sequence of names gives a tuple of tensors, one a
     site in the order given, of the very same rows; their widths may differ. The order of rows
@@ -51,6 +64,9 @@ class ActivationLoader(Generic[BatchT]):
         epochs: int | None = ...,
         drop_last: bool = ...,
         mix_chunks: int = ...,
+        order: Order | None = ...,
+        device: torch.device | str = ...,
+        prefetch: int = ...,
     ) -> None: ...
     @overload
     def __init__(
@@ -64,6 +80,9 @@ class ActivationLoader(Generic[BatchT]):
         epochs: int | None = ...,
         drop_last: bool = ...,
         mix_chunks: int = ...,
+        order: Order | None = ...,
+        device: torch.device | str = ...,
+        prefetch: int = ...,
     ) -> None: ...
     def __init__(
         self,
@@ -76,16 +95,19 @@ class ActivationLoader(Generic[BatchT]):
         epochs: int | None = None,
         drop_last: bool = True,
         mix_chunks: int = 4,
+        order: Order | None = None,
+        device: torch.device | str = "cpu",
+        prefetch: int = 4,
     ) -> None:
         check_range("batch_size", batch_size, low=1)
         check_range("mix_chunks", mix_chunks, low=1)
         check_range("seed", seed, low=0)
+        check_range("prefetch", prefetch, low=0)
         if epochs is not None:
             check_range("epochs", epochs, low=1)
         self.sites = _checked_sites(store, sites)
         self.widths = tuple(store.d_in(site) for site in self.sites)
         self._alone = isinstance(sites, str)
-        self._chunks = store.chunks(split)
         self._rows = store.n_rows(split)
         if self._rows < (batch_size if drop_last else 1):
             raise InputError(
@@ -94,8 +116,12 @@ class ActivationLoader(Generic[BatchT]):
             )  # fmt: skip
         self.batch_size = batch_size
         self.epochs = epochs
+        self._reading = ReadingOrder(store, split, order, mix_chunks=mix_chunks, seed=seed)
+        self._reader = PartReader(store)
+        self.device = torch.device(device)
+        self._prefetch = 0 if store.storage == "none" else prefetch
         self._store = store
-        self._drop_last, self._mix = drop_last, mix_chunks
+        self._drop_last = drop_last
         self._identity = {
             "harvest": store.hash,
             "site": sites if isinstance(sites, str) else list(sites),
@@ -104,6 +130,7 @@ class ActivationLoader(Generic[BatchT]):
             "batch_size": batch_size,
             "mix_chunks": mix_chunks,
             "drop_last": drop_last,
+            "order": self._reading.order,
         }
         self._seed = seed
         self._epoch = self._batch = 0
@@ -133,6 +160,7 @@ class ActivationLoader(Generic[BatchT]):
 
         Raises InputError if the state is of another store, site or setting.
         """
+        state = {"order": "chunks", **state}  # older states do not say
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise InputError(
@@ -146,76 +174,86 @@ class ActivationLoader(Generic[BatchT]):
 
     def with_rows(self) -> Iterator[tuple[BatchT, Int64[Tensor, " batch"]]]:
         """The same batches, each with the flat token index (row_token) of its rows."""
-        while self.epochs is None or self._epoch < self.epochs:
-            for bits, row_token in self._epoch_batches(self._epoch, self._batch):
-                # moved before the batch is handed out: a state taken now goes on after it
-                self._batch += 1
-                if self._batch == self.batches_per_epoch:
-                    self._epoch, self._batch = self._epoch + 1, 0
-                x = tuple(torch.from_numpy(part).view(torch.bfloat16).float() for part in bits)
-                yield cast(BatchT, x[0] if self._alone else x), torch.from_numpy(row_token)
+        for batch in _made_ahead(self._made(self._epoch, self._batch), self._prefetch):
+            # moved before the batch is handed out: a state taken now goes on after it
+            self._batch += 1
+            if self._batch == self.batches_per_epoch:
+                self._epoch, self._batch = self._epoch + 1, 0
+            x = tuple(self._floats(site, batch) for site in self.sites)
+            yield cast(BatchT, x[0] if self._alone else x), batch[ROW_TOKEN]
         self._epoch = self._batch = 0
 
-    def _epoch_batches(self, epoch: int, first: int) -> Iterator[tuple[list[NDArray], NDArray]]:
-        """Batches of one epoch from number `first` on: a site's bits [n, d_in]; row_token [n]."""
-        skip = first * self.batch_size
-        left = self.batches_per_epoch - first
-        waiting: list[list[NDArray]] = []
-        n_waiting = 0
-        for arrays, order in self._groups(epoch, skip):
-            start = 0
-            while start < len(order):
-                part = order[start : start + self.batch_size - n_waiting]
-                start += len(part)
-                n_waiting += len(part)
-                waiting.append([np.take(array, part, axis=0, mode="clip") for array in arrays])
-                if n_waiting == self.batch_size:
-                    yield _joined(waiting)
-                    waiting, n_waiting, left = [], 0, left - 1
-                    if left == 0:
-                        return
-        if waiting and left:
-            yield _joined(waiting)
+    def _floats(self, site: str, batch: Mapping[str, Tensor]) -> Tensor:
+        arrays = [batch[name] for name in self._store.arrays_of(site)]
+        return floats([array.to(self.device, non_blocking=True) for array in arrays])
 
-    def _groups(self, epoch: int, skip: int) -> Iterator[tuple[list[NDArray], NDArray]]:
-        """Arrays of a few chunks at a time and the order to take rows in; `skip` rows left out.
+    def _made(self, epoch: int, first: int) -> Iterator[dict[str, Tensor]]:
+        """Batches from number `first` of an epoch on: by name, the arrays read of their rows."""
+        arrays = {ROW_TOKEN: RowArray("int64", ())}
+        for site in self.sites:
+            arrays |= self._store.arrays_of(site)
+        longest = self._reading.longest
+        # filled again and again: fresh memory costs as much as what is done with it
+        space = {name: np.empty((longest, *a.tail), a.dtype) for name, a in arrays.items()}
+        while self.epochs is None or epoch < self.epochs:
+            groups = self._groups(epoch, first * self.batch_size, space)
+            order = np.empty(0, np.int64)
+            for number in range(first, self.batches_per_epoch):
+                size = min(self.batch_size, self._rows - number * self.batch_size)
+                batch = {name: self._empty(size, array) for name, array in arrays.items()}
+                filled = 0
+                while filled < size:
+                    if not len(order):
+                        order = next(groups)
+                    part, order = np.split(order, [size - filled])
+                    for name, x in batch.items():
+                        out = x.numpy()[filled : filled + len(part)]
+                        np.take(space[name], part, axis=0, out=out, mode="clip")
+                    filled += len(part)
+                yield batch
+            epoch, first = epoch + 1, 0
 
-        Groups that are skipped whole are not read.
+    def _empty(self, rows: int, array: RowArray) -> Tensor:
+        """Space for rows; in memory that a CUDA device copies from by itself, if they go to one."""
+        dtype = getattr(torch, array.dtype)
+        return torch.empty((rows, *array.tail), dtype=dtype, pin_memory=self.device.type == "cuda")
+
+    def _groups(
+        self, epoch: int, skip: int, space: Mapping[str, NDArray[Any]]
+    ) -> Iterator[NDArray[np.int64]]:
+        """Put a group's rows at a time into `space`; the order to take them in.
+
+        The first `skip` rows are left out; groups that are skipped whole are not read.
         """
-        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._chunks))
-        for group, start in enumerate(range(0, len(order), self._mix)):
-            chunks = [self._chunks[n] for n in order[start : start + self._mix]]
-            rows = sum(chunk.rows for chunk in chunks)
+        whole = self._reading.order != "spread"
+        for number, group in enumerate(self._reading.groups(epoch)):
+            rows = sum(part.rows for part in group)
             if skip >= rows:
                 skip -= rows
                 continue
-            arrays = self._read(chunks, rows)
-            shuffled = np.random.default_rng((self._seed, epoch, group)).permutation(rows)
-            yield arrays, shuffled[skip:]
+            self._reader.read(group, whole, space)
+            yield np.random.default_rng((self._seed, epoch, number)).permutation(rows)[skip:]
             skip = 0
 
-    def _read(self, chunks: list[Chunk], rows: int) -> list[NDArray]:
-        """The bits [rows, d_in] of each site, and last the row_token [rows]."""
-        bits: list[NDArray] = [np.empty((rows, width), np.uint16) for width in self.widths]
-        row_token = np.empty(rows, np.int64)
-        start = 0
-        for chunk in chunks:
-            part = slice(start, start + chunk.rows)
-            for site, filled in zip(self.sites, bits, strict=True):
-                x, where = self._store.read_chunk(site, chunk.index)
-                filled[part] = x.view(torch.uint16).numpy()
-                row_token[part] = where.numpy()
-            start += chunk.rows
-        return [*bits, row_token]
 
+def _made_ahead(source: Iterator[ItemT], count: int) -> Iterator[ItemT]:
+    """The items of an iterator, up to `count` of them made in a thread before they are asked for.
 
-def _joined(parts: list[list[NDArray]]) -> tuple[list[NDArray], NDArray]:
-    """Pieces of one batch, each [*bits, row_token], as the bits of each site and the row_token."""
-    if len(parts) == 1:
-        *bits, row_token = parts[0]
-    else:
-        *bits, row_token = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
-    return bits, row_token
+    An error comes out where its item would have. The thread ends with the iterator, also when that
+    is closed or let go of.
+    """
+    if count == 0:
+        yield from source
+        return
+    end: Any = object()
+    with ThreadPoolExecutor(1, "activation-loader") as pool:
+        waiting = deque(pool.submit(next, source, end) for _ in range(count))
+        try:
+            while (item := waiting.popleft().result()) is not end:
+                waiting.append(pool.submit(next, source, end))
+                yield item
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _checked_sites(store: ActivationStore, sites: str | Sequence[str]) -> tuple[str, ...]:

@@ -61,6 +61,11 @@ class ModelConfig(Config):
     diffusion: DenoisingConfig = field(default_factory=DenoisingConfig)
     """How a diffusion model is run."""
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the tokens of a sequence are all that its activations are computed from."""
+        return self.kind in ("language", "text_encoder")
+
     def __post_init__(self) -> None:
         if self.kind != "diffusion" and self.diffusion != DenoisingConfig():
             raise InputError(

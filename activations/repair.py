@@ -11,7 +11,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,49 +21,40 @@ import torch
 from numpy.typing import NDArray
 
 from activations.chunk_files import chunk_path, crc32c, write_chunk
-from activations.harvest import HarvestConfig, counted, packed, run_window
+from activations.harvest import HarvestConfig, counted, packed
 from activations.layout import (
     GROUP,
     METADATA,
-    ROW_TOKEN,
     SEQUENCE_ARRAYS,
     SPLITS,
     row_arrays,
 )
 from activations.ledger import LEDGER, Window, correction_line, window_line
-from activations.model_facts import check_same_model
-from activations.models import Model, load_model
+from activations.models import Model
 from activations.packing import PackingCounts, Sequences
 from activations.raw_models import RawModel
+from activations.recompute import config_of, dealt, group_of, model_of, recompute
 from activations.rows import WindowRows
 from activations.store_check import Fault, Report, descriptions
 from activations.zarr_store import ActivationStore
 from activations.zarr_writer import HarvestWriter, filled_up, write_documents
-from saescope.artefact import (
-    MANIFEST,
-    DamagedError,
-    disk_full,
-    library_versions,
-    read_json,
-    write_json,
-)
-from saescope.config import from_dict
+from saescope.artefact import DamagedError, disk_full, library_versions, read_json, write_json
 from saescope.errors import ArtefactError, SaescopeError
 from saescope.progress import Progress, say
 
 
 @dataclass
 class Agreement:
-    """How recomputed chunks of a site compare with stored ones that are whole."""
+    """How recomputed chunks of an array of a site compare with stored ones that are whole."""
 
     chunks: int = 0
     values: int = 0
     differing: int = 0
     largest: float = 0.0
 
-    def add(self, stored: NDArray[np.uint16], found: NDArray[np.uint16]) -> None:
-        """Compare bits of bfloat16 [row, d_in]."""
-        one, other = (torch.from_numpy(x).view(torch.bfloat16).float() for x in (stored, found))
+    def add(self, stored: NDArray[Any], found: NDArray[Any]) -> None:
+        """Compare rows of an array of a site: bits of bfloat16, int8, or scales."""
+        one, other = (_numbers(torch.from_numpy(x)) for x in (stored, found))
         self.chunks += 1
         self.values += stored.size
         self.differing += int((stored != found).sum())
@@ -71,11 +62,15 @@ class Agreement:
 
     def __str__(self) -> str:
         if not self.chunks:
-            return "the window has no undamaged chunk of this site to compare with"
+            return "the window has no undamaged chunk of this array to compare with"
         return (
             f"in {self.chunks} undamaged chunks {self.differing:,} of {self.values:,} values "
             f"differ, by {self.largest:.2g} at most"
         )
+
+
+def _numbers(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.bfloat16).float() if x.dtype == torch.uint16 else x.float()
 
 
 @dataclass
@@ -104,23 +99,12 @@ class Repair:
     @cached_property
     def config(self) -> HarvestConfig:
         """The configuration of the harvest."""
-        manifest = self.store.manifest
-        config = from_dict(HarvestConfig, manifest["config"], str(self.store.path / MANIFEST))
-        batch = manifest.get("batch_sequences", config.batch_sequences)
-        return replace(config, batch_sequences=batch, batch_memory=None)
+        return config_of(self.store)
 
     @cached_property
     def model(self) -> Model | RawModel:
         """The model of the harvest, by its hash."""
-        chosen = self.config.model
-        dtype = self.store.manifest["model"]["dtype"]
-        device = self.device or chosen.device
-        model = load_model(
-            chosen.spec, dtype=dtype, device=device, revision=chosen.revision, kind=chosen.kind,
-            diffusion=chosen.diffusion,
-        )  # fmt: skip
-        check_same_model(model, self.store)
-        return model
+        return model_of(self.store, self.device)
 
     def _faults(self, *arrays: str) -> list[Fault]:
         return [
@@ -240,57 +224,42 @@ class Repair:
 
     def _group(self, number: int) -> Sequences:
         """What a window was computed from: its stored tokens, or what the corpus holds."""
-        if not self.config.model.kind.startswith(("language", "text")):
-            return dict(self._groups({number}))[number]
-        tokens, document = (
-            self.store.read_sequences(array, number) for array in ("tokens", "document")
-        )
-        return Sequences(tokens, document, [])
+        if self.config.model.reads_tokens:
+            return group_of(self.store, number)
+        return dict(self._groups({number}))[number]
 
     def _window(self, number: int, window: Window, faults: Sequence[Fault]) -> None:
         """Compute a window again and put back its damaged chunks."""
-        store, config = self.store, self.config
-        sites = tuple(site for site in store.sites if any(f.array == site for f in faults))
+        store, arrays = self.store, row_arrays(self.store.manifest)
+        damaged = {arrays[str(fault.array)].site for fault in faults}
+        sites = [site for site in store.sites if site in damaged]
+        total = window.sequences * store.context if sites else 0
         try:
             group = self._group(number)
+            with Progress(f"window {number}", total, "tokens") as progress:
+                data = recompute(store, number, group, self.model, sites, self.config, progress)
         except SaescopeError as error:
             self.left += [f"{fault.path}: needs what cannot be had: {error}" for fault in faults]
             return
-        position = sum(before.split == window.split for before in store.windows[:number])
-        seed = (config.seed, SPLITS.index(window.split), position)
-        with Progress(f"window {number}", group.tokens.size if sites else 0, "tokens") as progress:
-            data = run_window(
-                window.split,
-                group,
-                window.first_sequence,
-                self.model,
-                sites,
-                config,
-                seed,
-                progress,
-            )
         chunk_rows = int(store.manifest["chunk_rows"])
 
         def computed(array: str, chunk: int) -> NDArray[Any]:
-            values = data.row_token if array == ROW_TOKEN else data.rows[array]
-            start = (chunk - window.first_chunk) * chunk_rows
-            order = data.order[start : start + chunk_rows]
-            return filled_up(array, np.take(values, order, axis=0, mode="clip"), chunk_rows)
+            return dealt(data, window, array, chunk, chunk_rows)
 
-        agreements = {site: self._compare(site, window, computed) for site in sites}
+        agreements = {array: self._compare(array, window, computed) for array in data.rows}
         for fault in faults:
             array, chunk = str(fault.array), int(fault.chunk or 0)
             self._put_back(fault, computed(array, chunk), agreements.get(array))
 
-    def _compare(self, site: str, window: Window, computed: Any) -> Agreement:
+    def _compare(self, array: str, window: Window, computed: Any) -> Agreement:
         """Recomputed against stored, for the chunks of a window that are whole."""
         agreement = Agreement()
         for chunk in window.chunks(int(self.store.manifest["chunk_rows"])):
             try:
-                stored = self.store.read_rows(site, chunk.index)
+                stored = self.store.read_rows(array, chunk.index)
             except DamagedError:
                 continue
-            found = computed(site, chunk.index)
+            found = computed(array, chunk.index)
             agreement.add(stored[: chunk.rows], found[: chunk.rows])
         return agreement
 

@@ -10,7 +10,6 @@ from activations.layout import (
     DOCUMENTS,
     GROUP,
     METADATA,
-    ROW_TOKEN,
     SEQUENCE_ARRAYS,
     array_names,
     documents_part,
@@ -150,9 +149,8 @@ def _files(
         yield path, "documents", window, [lambda w=window: store.read_documents(w)]
     for split in ("train", "held_out"):
         for chunk in store.chunks(split):
-            for array in row_arrays(store.manifest):
-                ndim = 1 if array == ROW_TOKEN else 2
-                path = chunk_path(group, array, chunk.index, ndim)
+            for array, described in row_arrays(store.manifest).items():
+                path = chunk_path(group, array, chunk.index, 1 + len(described.tail))
                 yield (
                     path,
                     array,
@@ -237,12 +235,15 @@ def strangers(store: "ActivationStore") -> Iterator[Path]:
             case (_, _, name):
                 return name == ("c" if is_folder else METADATA)
             case (_, array, _, name):
-                flat = array in (ROW_TOKEN, "split")
+                flat = array in flat_arrays
                 known = name.isdigit() and str(int(name)) == name and int(name) < counts[array]
                 return known and is_folder != flat
             case (_, _, _, _, name):
                 return name == "0" and not is_folder
         return False
+
+    rows = row_arrays(store.manifest)
+    flat_arrays = {"split", *(name for name, each in rows.items() if not each.tail)}
 
     def walk(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
         for path in sorted(folder.iterdir()):

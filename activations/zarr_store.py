@@ -11,6 +11,9 @@ A store is a folder:
         split                int8  [sequence], 0 train, 1 held out
         row_token            int64 [row], sequence * context + position of each row; -1: no row
         <site>               uint16 [row, d_in], the bits of bfloat16
+        <site>, <site>.scale int8 [row, d_in] and float32 [row] instead, in a harvest to int8;
+                             neither in one that stores no activations: then they are computed by
+                             the model when they are read (activations.live)
 
 Rows of all sites share one order. A window of rows is of one split, fills whole chunks (the last
 may be part empty) and is shuffled before it is cut into them, so a chunk is a fair sample of it.
@@ -21,17 +24,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import BFloat16, Int64
+from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from pyarrow import parquet
 from torch import Tensor
 
-from activations.chunk_files import chunk_path, crc32c, not_the_one, read_chunk
+from activations.chunk_files import chunk_path, crc32c, not_the_one, read_chunk, read_part
 from activations.layout import (
     DOCUMENT_SCHEMA,
     DOCUMENTS,
@@ -41,11 +44,16 @@ from activations.layout import (
     SPLITS,
     documents_part,
     row_arrays,
+    storage_of,
 )
 from activations.ledger import LEDGER_SINCE, Checksums, Chunk, Ledger, Piece
+from activations.row_storage import RowArray, StorageKind, floats, site_arrays
 from activations.store_check import examine
 from saescope.artefact import DamagedError, read_manifest, sha256_json
 from saescope.errors import ArtefactError, InputError
+
+if TYPE_CHECKING:
+    from activations.live import ComputedRows
 
 KIND, SCHEMA = "harvest", 2
 
@@ -110,6 +118,11 @@ class ActivationStore:
     def sites(self) -> tuple[str, ...]:
         """Names of the sites stored."""
         return tuple(self.manifest["sites"])
+
+    @property
+    def storage(self) -> StorageKind:
+        """How rows are stored: bfloat16, int8, or none: they are computed when they are read."""
+        return storage_of(self.manifest)
 
     @property
     def context(self) -> int:
@@ -216,33 +229,65 @@ class ActivationStore:
 
     def read_chunk(
         self, site: str, chunk_index: int
-    ) -> tuple[BFloat16[Tensor, "rows d_in"], Int64[Tensor, " rows"]]:
+    ) -> tuple[Float[Tensor, "rows d_in"], Int64[Tensor, " rows"]]:
         """Activations of a chunk and the flat token (sequence * context + position) of each row.
 
-        Raises InputError for a chunk that is not committed, ArtefactError for one that is missing
-        or damaged.
+        They are bfloat16, or float32 if they are stored as int8. Raises InputError for a chunk that
+        is not committed, ArtefactError for one that is missing or damaged.
         """
-        self.d_in(site)
+        arrays = self.arrays_of(site)
         rows = self._rows_of_chunk.get(chunk_index)
         if rows is None:
             raise InputError(
                 "no such committed chunk", where=str(self.path), given=chunk_index,
                 allowed=f"0 to {max(self._rows_of_chunk, default=-1)}",
             )  # fmt: skip
-        bits = self.read_rows(site, chunk_index)[:rows]
-        row_token = self.read_rows(ROW_TOKEN, chunk_index)[:rows]
-        return torch.from_numpy(bits).view(torch.bfloat16), torch.from_numpy(row_token)
+        parts = [torch.from_numpy(self.read_rows(name, chunk_index)[:rows]) for name in arrays]
+        row_token = torch.from_numpy(self.read_rows(ROW_TOKEN, chunk_index)[:rows])
+        return (floats(parts) if len(parts) > 1 else parts[0].view(torch.bfloat16)), row_token
 
-    def read_rows(self, array: str, chunk: int) -> NDArray[Any]:
-        """A committed chunk of a site's bits, uint16 [row, d_in], or of row_token, int64 [row].
+    def arrays_of(self, site: str) -> dict[str, RowArray]:
+        """The arrays of a site's rows, as they are read. Raises InputError if it is not stored."""
+        # what is computed when it is read is given as it would be stored
+        storage = "bfloat16" if self.storage == "none" else self.storage
+        return site_arrays(site, self.d_in(site), storage)
 
-        Raises DamagedError if it is missing, damaged, or not the one that was committed.
+    @cached_property
+    def _row_arrays(self) -> dict[str, RowArray]:
+        return row_arrays(self.manifest)
+
+    @cached_property
+    def _computed(self) -> "ComputedRows":
+        from activations.live import ComputedRows
+
+        return ComputedRows(self)
+
+    def read_rows(self, array: str, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """A committed chunk of row_token, int64 [row], or of an array of a site (`arrays_of`).
+
+        It is read into `out` if given, of the chunk's shape and dtype. Raises DamagedError if it is
+        missing, damaged, or not the one that was committed.
         """
-        tail = () if array == ROW_TOKEN else (self.d_in(array),)
-        path = chunk_path(self.path / GROUP, array, chunk, 1 + len(tail))
-        dtype = np.int64 if array == ROW_TOKEN else np.uint16
+        if self.storage == "none" and array != ROW_TOKEN:
+            values = self._computed.chunk(array, chunk)
+            if out is not None:
+                out[:] = values
+            return values if out is None else out
+        dtype, tail, _ = self._row_arrays[array]
         crc = self.ledger.rows_crc(array, chunk)
-        return read_chunk(path, f"chunk {chunk} of {array}", dtype, (self._chunk_rows, *tail), crc)
+        shape = (self._chunk_rows, *tail)
+        path = self._row_path(array, chunk)
+        return read_chunk(path, f"chunk {chunk} of {array}", dtype, shape, crc, out)
+
+    def read_part(self, array: str, chunk: int, first: int, out: NDArray[Any]) -> None:
+        """Put rows of a chunk from number `first` on into `out`.
+
+        The chunk's checksum, which is of all of it, is not looked at: read it whole before.
+        """
+        read_part(self._row_path(array, chunk), f"chunk {chunk} of {array}", first, out)
+
+    def _row_path(self, array: str, chunk: int) -> Path:
+        return chunk_path(self.path / GROUP, array, chunk, 1 + len(self._row_arrays[array].tail))
 
     def read_sequences(self, array: str, window: int) -> NDArray[Any]:
         """One window's part of an array [sequence, ...].

@@ -27,6 +27,7 @@ from activations.layout import (
     with_length,
 )
 from activations.ledger import LEDGER, Checksums, Ledger, Window, window_line
+from activations.row_storage import SiteSums
 from activations.store_check import is_partial, is_uncommitted, strangers
 from activations.zarr_store import KIND, SCHEMA, ActivationStore
 from saescope.artefact import (
@@ -46,16 +47,6 @@ _WRITTEN_ANEW = (
 
 
 @dataclass(frozen=True)
-class SiteSums:
-    """Sums over rows of one site, in float64."""
-
-    count: int
-    total: NDArray[np.float64]
-    """[d_in]"""
-    square: float
-
-
-@dataclass(frozen=True)
 class WindowData:
     """A window's content, rows already shuffled."""
 
@@ -66,11 +57,12 @@ class WindowData:
     described: list[tuple[int, str, str]]
     """(id, key, title) of the documents that first appear here."""
     row_token: NDArray[np.int64]
-    rows: Mapping[str, NDArray[np.uint16]]
-    """Of each site, the bits of bfloat16 [row, d_in]."""
+    rows: Mapping[str, NDArray[Any]]
+    """The arrays [row, ...] of all sites, by name (row_storage.site_arrays)."""
     order: NDArray[np.int64]
     """The shuffled order in which the rows are written."""
     sums: Mapping[str, SiteSums]
+    """Of each site; empty in a window that statistics are not of."""
 
 
 class HarvestWriter:
@@ -255,7 +247,7 @@ class HarvestWriter:
 
     def _add_sums(self, sums: Mapping[str, SiteSums]) -> None:
         before = self._facts["sums"]
-        self._facts["sums"] = {
+        self._facts["sums"] = before | {
             site: {
                 "count": before[site]["count"] + new.count,
                 "sum": (np.array(before[site]["sum"]) + new.total).tolist(),
@@ -269,7 +261,7 @@ def filled_up(array: str, values: NDArray[Any], length: int) -> NDArray[Any]:
     """The values of a chunk of `length` along the first axis, filled up where there are fewer."""
     if len(values) == length:
         return values
-    whole = np.full((length, *values.shape[1:]), fill_value(array), values.dtype)
+    whole = np.full((length, *values.shape[1:]), fill_value(array, values.dtype), values.dtype)
     whole[: len(values)] = values
     return whole
 

@@ -32,8 +32,6 @@ class RawBatch:
 
     def to(self, device: torch.device) -> Self:
         """The same rows on a device."""
-        if self.x.device == device:
-            return self
         moved = {
             each.name: value.to(device, non_blocking=True)
             for each in fields(RawBatch)

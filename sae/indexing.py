@@ -126,7 +126,7 @@ def weights_hash(sae: SparseAutoencoder) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(sae.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from activations import ActivationStore
 from activations.layout import SPLITS
-from activations.zarr_writer import HarvestWriter, SiteSums, WindowData
+from activations.row_storage import SiteSums
+from activations.zarr_writer import HarvestWriter, WindowData
 
 
 def make_hand_store(
@@ -28,16 +30,10 @@ def make_hand_store(
     """
     count = len(next(iter(train.values())))
     sequences = count // (context - 1)
-    facts = {
-        "config": {"context": context, "out": None},
-        "model": {"name": "none", "spec": "none", "revision": None, "weights_hash": "0",
-                  "n_layers": n_layers, "dtype": "float32"},
-        "sites": {site: x.shape[1] for site, x in train.items()},
-        "chunk_rows": chunk_rows,
-        "window_chunks": -(-count // chunk_rows),
-        "sequences_per_window": sequences,
-        "planned_sequences": {},
-    }  # fmt: skip
+    facts = hand_facts(
+        {site: x.shape[1] for site, x in train.items()}, context=context, chunk_rows=chunk_rows,
+        sequences=sequences, n_layers=n_layers,
+    )  # fmt: skip
     writer = HarvestWriter.create(folder, facts)
     first = 0
     for split, rows in zip(SPLITS, (train, held_out), strict=True):
@@ -47,6 +43,27 @@ def make_hand_store(
             first += len(data.tokens)
     writer.finish({})
     return writer.store
+
+
+def hand_facts(
+    sites: Mapping[str, int],
+    *,
+    context: int,
+    chunk_rows: int,
+    sequences: int,
+    n_layers: int = 12,
+) -> dict[str, Any]:
+    """What the manifest of a harvest by hand says; `sequences` make a window."""
+    return {
+        "config": {"context": context, "out": None},
+        "model": {"name": "none", "spec": "none", "revision": None, "weights_hash": "0",
+                  "n_layers": n_layers, "dtype": "float32"},
+        "sites": dict(sites),
+        "chunk_rows": chunk_rows,
+        "window_chunks": -(-sequences * (context - 1) // chunk_rows),
+        "sequences_per_window": sequences,
+        "planned_sequences": {},
+    }  # fmt: skip
 
 
 def _window(split: str, rows: Mapping[str, Tensor], first: int, context: int) -> WindowData:

@@ -33,7 +33,8 @@ class TrainConfig(Config):
     SELECTORS: ClassVar[tuple[str, ...]] = ("sae.kind",)
 
     harvest: str
-    """Folder of a finished harvest."""
+    """Folder of a finished harvest; of one with storage none, activations come straight from the
+    model."""
     out: str
     """Folder of the run to write."""
     site: str | None = None
@@ -67,6 +68,11 @@ class TrainConfig(Config):
     mix_chunks: int = 4
     """Chunks of the harvest whose rows are shuffled together; so many of every site are in memory
     (19 MB each at width 576)."""
+    order: Literal["chunks", "spread", "windows"] | None = None
+    """How the harvest is gone through: chunks (the rows of mix_chunks of them, drawn at random, are
+    shuffled together), spread (as many rows, but from all over the harvest; nearest to independent
+    draws) or windows (one window of the harvest after another: the order of training straight from
+    the model, where it is the only one; else the default is chunks)."""
     start_from: str | None = None
     """An SAE to go on from (fine-tuning); its architecture and size must be those given here."""
     evaluation_rows: int = 8192

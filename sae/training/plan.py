@@ -31,6 +31,8 @@ class _Step:
     seconds: float
     working: int
     """bytes beside the parameters, their gradients and the optimiser's state"""
+    window: float
+    """seconds to compute a window, where activations are not stored; else 0"""
 
 
 def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
@@ -50,7 +52,7 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
         if like not in steps:
             steps[like] = _measured(run)
         step = steps[like]
-        took = run.total_steps * step.seconds
+        took = run.total_steps * step.seconds + _windows(run) * step.window
         kept = parameters * _FLOAT * (2 + _STATE[trainer.optimiser])
         memory.append(kept + step.working)
         total_time, total_disk = total_time + took, total_disk + kept
@@ -60,6 +62,11 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
             f"{trainer.batch_size:,} rows ({run.total_steps * run.stream.tokens_per_batch:,} "
             f"tokens); {1000 * step.seconds:.0f} ms a step, {_duration(took)}"
         )
+        if _computes(run):
+            lines.append(
+                f"    of it {_duration(_windows(run) * step.window)} in the model, which computes "
+                f"{_windows(run):,.0f} windows of the harvest, {_duration(step.window)} each"
+            )
     buffers = max((_stream_bytes(run) for run in runs), default=0)
     needed = sum(sorted(memory)[-at_once:]) + buffers
     folder = runs[0].folder if runs else Path()
@@ -75,19 +82,35 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
     return lines
 
 
+def _computes(run: Run) -> bool:
+    """Whether activations come straight from the model, window by window."""
+    return run.harvest.storage == "none" and run.config.objective != "end_to_end"
+
+
+def _windows(run: Run) -> float:
+    """Windows that the run reads, over all passes."""
+    count = sum(window.split == "train" for window in run.harvest.windows)
+    return count * run.total_steps / run.stream.batches_per_epoch
+
+
 def _measured(run: Run) -> _Step:
     """Some steps on batches of the run's own, in a folder that is thrown away."""
     again = Run(run.config, run.harvest)
     with tempfile.TemporaryDirectory() as folder:
         trainer = again.make_trainer(Path(folder))
         batches = iter(again.stream)
-        times, l0 = [], 0.0
+        times, reading, l0 = [], [], 0.0
         for _ in range(_WARM + _MEASURED):
+            start = time.perf_counter()
             raw = next(batches)
+            reading.append(time.perf_counter() - start)
             start = time.perf_counter()
             l0 = max(l0, trainer.train_step(raw)["l0"])
             times.append(time.perf_counter() - start)
-    return _Step(sorted(times[_WARM:])[_MEASURED // 2], _working(trainer.sae, trainer, l0))
+    # a window is computed, after the model is loaded, when its first batch is asked for
+    window = max(reading) if _computes(run) else 0.0
+    seconds = sorted(times[_WARM:])[_MEASURED // 2]
+    return _Step(seconds, _working(trainer.sae, trainer, l0), window)
 
 
 def _working(sae: SparseAutoencoder, trainer: Trainer, l0: float) -> int:
@@ -100,7 +123,13 @@ def _working(sae: SparseAutoencoder, trainer: Trainer, l0: float) -> int:
 
 def _stream_bytes(run: Run) -> int:
     read = [*run.sites, *([run.config.target_site] if run.config.target_site else [])]
-    return sum(8 * _CHUNK_ROWS * run.harvest.d_in(site) * 2 for site in read)
+    group = sum(8 * _CHUNK_ROWS * run.harvest.d_in(site) * 2 for site in read)
+    if not _computes(run):
+        return group
+    # two windows of all sites are kept, one of each split
+    facts = run.harvest.manifest
+    rows = int(facts["chunk_rows"]) * int(facts["window_chunks"])
+    return group + 2 * rows * sum(run.harvest.d_in(site) * 2 for site in run.harvest.sites)
 
 
 def _duration(seconds: float) -> str:

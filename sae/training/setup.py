@@ -68,6 +68,8 @@ class Run:
         if config.trainer.target_l0 is not None:
             self.sae_config = config.sae.with_target_l0(config.trainer.target_l0)
         self.cls = architecture(kind_of(config.sae))
+        if harvest.storage == "none":
+            ranks.refuse_several("training straight from the model", where="harvest")
         self.sites = _sites(config, harvest, self.cls)
         self.settings = {**to_dict(config), "sites": list(self.sites), "site": None}
         self._lens = TunedLens.load(config.lens) if config.lens else None
@@ -97,7 +99,7 @@ class Run:
         return sha256_json([
             self.sites, config.target_site, config.mix, self.cls.concatenates,
             config.trainer.batch_size, self._data_seed, config.outliers, self._labels,
-            self._lens and self._lens.hash, config.mix_chunks, config.objective,
+            self._lens and self._lens.hash, config.mix_chunks, config.order, config.objective,
             to_dict(config.end_to_end),
         ])  # fmt: skip
 
@@ -124,6 +126,8 @@ class Run:
             labels=self._labels,
             transform=self._lens,
             mix_chunks=config.mix_chunks,
+            order=config.order,
+            device=ranks.device(config.device),
         )
 
     def _end_to_end(self) -> EndToEnd:
@@ -134,6 +138,11 @@ class Run:
             raise InputError(
                 "end-to-end training is of one site's SAE", where="objective", given=self.sites
             )
+        if config.order is not None:
+            raise InputError(
+                "end-to-end training reads whole sequences, in an order of its own", where="order",
+                given=config.order, allowed="leave it out",
+            )  # fmt: skip
         ranks.refuse_several("end-to-end training", where="objective")
         if config.device != "cpu":
             raise InputError(
@@ -296,6 +305,8 @@ def _identity(settings: dict[str, Any]) -> dict[str, Any]:
     identity["trainer"] = {k: v for k, v in settings["trainer"].items() if k not in _HOW}
     for name in ("ranks", "device"):  # they change nothing; older runs have none
         identity.pop(name, None)
+    if identity.get("order") is None:  # older runs have none
+        identity.pop("order", None)
     return identity
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from activations import ActivationLoader, ActivationStore, SiteStatistics
 from activations.loader import aligned_rows
+from activations.reading_order import Order
 from sae.batch import RawBatch
 from sae.training.labels import Labels, RowLabels
 from sae.training.outliers import OutlierFilter
@@ -46,6 +47,8 @@ class Stream(ABC):
             [sequence, position] of the harvest; None for no labels.
         outliers: which rows to leave out, of training and held-out rows alike.
         transform: what is done to each site's rows (after outliers are found).
+        order: chunks, spread or windows; activations.reading_order says what each is.
+        device: where the rows of batches are put as soon as they can be.
 
     Raises InputError for an unknown, repeated or missing site, or fewer rows than a batch.
     """
@@ -63,6 +66,8 @@ class Stream(ABC):
         labels: Labels | None = None,
         outliers: OutlierFilter | None = None,
         transform: RowTransform | None = None,
+        order: Order | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         check_range("batch_size", batch_size, low=1)
         self.store = store
@@ -74,8 +79,10 @@ class Stream(ABC):
         self._number, self._seed = 0, seed
         self.tokens_per_batch = self._tokens_of(batch_size)
         self._loader = ActivationLoader(
-            store, self.sites, batch_size=self.tokens_per_batch, seed=seed, mix_chunks=mix_chunks
-        )
+            store, self.sites, batch_size=self.tokens_per_batch, seed=seed, mix_chunks=mix_chunks,
+            # outliers and transforms are worked out on the CPU
+            order=order, device="cpu" if outliers or transform else device,
+        )  # fmt: skip
 
     @property
     def d_in(self) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from activations import ActivationStore
+from activations.reading_order import Order
 from sae.training.labels import Labels
 from sae.training.outliers import OutlierFilter
 from sae.training.stream_base import HeldOut, RawBatch, RowTransform, Stream, Tokens
@@ -180,6 +181,8 @@ def make_stream(
     labels: Labels | None = None,
     transform: RowTransform | None = None,
     mix_chunks: int = 4,
+    order: Order | None = None,
+    device: torch.device | str = "cpu",
 ) -> Stream:
     """The stream that an SAE of these sites is trained on; see the classes for what each gives.
 
@@ -198,7 +201,7 @@ def make_stream(
         outliers = OutlierFilter.fit(store, read, outlier_multiple)
     return kind(
         store, read, batch_size=batch_size, seed=seed, mix_chunks=mix_chunks, labels=labels,
-        outliers=outliers, transform=transform,
+        outliers=outliers, transform=transform, order=order, device=device,
     )  # fmt: skip
 
 

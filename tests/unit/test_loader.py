@@ -124,14 +124,17 @@ def test_resuming_reads_no_chunk_that_is_past(
     first = make(store, mix_chunks=2)
     rows_of(first, limit=40)
     read = []
-    original = ActivationStore.read_chunk
-    monkeypatch.setattr(
-        ActivationStore, "read_chunk", lambda s, site, n: read.append(n) or original(s, site, n)
-    )
+    original = ActivationStore.read_rows
+
+    def counted(own: ActivationStore, array: str, chunk: int, out: Any = None) -> Any:
+        read.append(chunk)
+        return original(own, array, chunk, out)
+
+    monkeypatch.setattr(ActivationStore, "read_rows", counted)
     second = make(store, mix_chunks=2)
     second.load_state_dict(first.state_dict())
     rows_of(second)
-    assert 0 < len(read) <= 6
+    assert 0 < len(set(read)) <= 6
 
 
 def test_stands_at_the_beginning_after_the_end(store: ActivationStore) -> None:

@@ -1,0 +1,143 @@
+"""In which order an epoch goes through a split: groups of parts, whose rows are shuffled together.
+
+Rows of a window are dealt over its chunks, so any part of a chunk is a fair sample of its window.
+How near batches are to independent draws depends on how many windows a group has parts of:
+
+    chunks    whole chunks in a random order, `mix_chunks` in a group; every chunk read is checked
+    spread    as many rows a group, in 32 times as many parts, each from another stretch of the
+              split; a chunk is read whole, and checked, when the first of its parts is
+    windows   windows in a random order, each one's chunks one after another: a window that has to
+              be computed is computed once an epoch
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from activations.zarr_store import ActivationStore
+from saescope.errors import InputError
+
+Order = Literal["chunks", "spread", "windows"]
+_PARTS = 32
+"""of a chunk, where it is spread over groups: 512 rows, which disks still read in one go"""
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+class Part(NamedTuple):
+    """Some rows of a chunk, one after another."""
+
+    chunk: int
+    start: int
+    rows: int
+
+
+class ReadingOrder:
+    """The groups of each epoch; they depend on the store's windows, the seed and the settings.
+
+    Raises InputError for an order that there is not, or that the store cannot be read in.
+    """
+
+    def __init__(
+        self, store: ActivationStore, split: str, order: Order | None, *, mix_chunks: int, seed: int
+    ) -> None:
+        self.order = _checked(store, order)
+        self._seed = seed
+        chunks = store.chunks(split)
+        chunk_rows = int(store.manifest["chunk_rows"])
+        parts = _PARTS if self.order == "spread" else 1
+        size = -(-chunk_rows // parts)
+        cut = [
+            [(c.index, at, min(size, c.rows - at)) for at in range(0, c.rows, size)] for c in chunks
+        ]
+        self._parts = np.array([part for each in cut for part in each], np.int64).reshape(-1, 3)
+        self._group = mix_chunks * parts
+        if self.order == "spread" and 0 < len(chunks) < self._group:
+            self._group -= self._group % len(chunks)  # as many of each chunk
+        self.longest = min(mix_chunks, len(chunks)) * parts * size
+        """rows that a group has at most, each of its parts taken as whole"""
+        counts = np.array([len(each) for each in cut], np.int64)
+        self._table = _numbered(counts)
+        lengths = [len(w.chunks(chunk_rows)) for w in store.windows if w.split == split]
+        self._windows = _numbered(np.array(lengths, np.int64))
+
+    def groups(self, epoch: int) -> Iterator[list[Part]]:
+        """The groups of an epoch, each part of the split in one of them."""
+        random = np.random.default_rng((self._seed, epoch))
+        if self.order == "chunks":
+            order = random.permutation(len(self._parts))
+        elif self.order == "windows":
+            order = _present(random.permutation(self._windows))
+        else:
+            order = self._spread(random)
+        for start in range(0, len(order), self._group):
+            yield [Part(*map(int, self._parts[n])) for n in order[start : start + self._group]]
+
+    def _spread(self, random: np.random.Generator) -> NDArray[np.int64]:
+        """Part numbers, so that any that follow each other are from evenly all over the split.
+
+        Each chunk's parts are as far from each other as can be, and where in their round a chunk's
+        turn is goes by the golden ratio: chunks whose turns are close are then evenly spaced.
+        """
+        table = random.permuted(self._table, axis=1)
+        turn = (random.random() + _GOLDEN * np.arange(len(table))) % 1
+        when = np.arange(table.shape[1]) + turn[:, None]
+        return _present(table.reshape(-1)[when.reshape(-1).argsort(kind="stable")])
+
+
+class PartReader:
+    """Reads parts of chunks; each chunk is checked whole the first time."""
+
+    def __init__(self, store: ActivationStore) -> None:
+        self._store = store
+        self._chunk_rows = int(store.manifest["chunk_rows"])
+        self._checked: set[tuple[str, int]] = set()
+
+    def read(self, group: list[Part], whole: bool, space: Mapping[str, NDArray[Any]]) -> None:
+        """Put the rows of parts, one after another, at the beginning of each array of `space`.
+
+        Args: whole: whether parts are whole chunks, that are read and checked each time.
+
+        Raises DamagedError if a chunk is missing, damaged, or not the one that was committed.
+        """
+        first = 0
+        for part in group:
+            for name, array in space.items():
+                if whole:
+                    # what fills up a chunk that is not full is overwritten by the next
+                    self._store.read_rows(name, part.chunk, array[first : first + self._chunk_rows])
+                else:
+                    self._read_part(name, part, array[first : first + part.rows])
+            first += part.rows
+
+    def _read_part(self, name: str, part: Part, out: NDArray[Any]) -> None:
+        if (name, part.chunk) in self._checked:
+            self._store.read_part(name, part.chunk, part.start, out)
+        else:
+            values = self._store.read_rows(name, part.chunk)
+            out[:] = values[part.start : part.start + part.rows]
+            self._checked.add((name, part.chunk))
+
+
+def _numbered(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Running numbers, so many a row; -1 where a row has fewer than another."""
+    inside = np.arange(counts.max(initial=0)) < counts[:, None]
+    found = np.full(inside.shape, -1, np.int64)
+    found[inside] = np.arange(counts.sum())
+    return found
+
+
+def _present(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those that are there, row by row."""
+    flat = numbers.reshape(-1)
+    return flat[flat >= 0]
+
+
+def _checked(store: ActivationStore, order: Order | None) -> Order:
+    computed = store.storage == "none"
+    allowed: tuple[Order, ...] = ("windows",) if computed else get_args(Order)
+    if order is not None and order not in allowed:
+        why = "activations are computed by windows here" if computed else "no such order"
+        raise InputError(why, where="order", given=order, allowed=allowed)
+    return order or allowed[0]

@@ -1,0 +1,84 @@
+"""A committed window computed again: its rows from the stored tokens, its order from the seed."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from activations.harvest import HarvestConfig, run_window
+from activations.layout import ROW_TOKEN, SPLITS
+from activations.ledger import Window
+from activations.model_facts import check_same_model
+from activations.models import Model, load_model
+from activations.packing import Sequences
+from activations.raw_models import RawModel
+from activations.zarr_store import ActivationStore
+from activations.zarr_writer import WindowData, filled_up
+from saescope.artefact import MANIFEST
+from saescope.config import from_dict
+from saescope.progress import Progress
+
+
+def config_of(store: ActivationStore) -> HarvestConfig:
+    """The configuration of a harvest, with batches of the size that it ran."""
+    manifest = store.manifest
+    config = from_dict(HarvestConfig, manifest["config"], str(store.path / MANIFEST))
+    batch = manifest.get("batch_sequences", config.batch_sequences)
+    return replace(config, batch_sequences=batch, batch_memory=None)
+
+
+def model_of(store: ActivationStore, device: str | None = None) -> Model | RawModel:
+    """The model of a harvest, in its precision; by default where the harvest ran.
+
+    Raises InputError if it has other weights, or another tokenizer, by now.
+    """
+    chosen = config_of(store).model
+    dtype = store.manifest["model"]["dtype"]
+    model = load_model(
+        chosen.spec, dtype=dtype, device=device or chosen.device, revision=chosen.revision,
+        kind=chosen.kind, diffusion=chosen.diffusion,
+    )  # fmt: skip
+    check_same_model(model, store)
+    return model
+
+
+def group_of(store: ActivationStore, number: int) -> Sequences:
+    """What a window of a model that reads tokens was computed from; documents are not described.
+
+    Raises DamagedError if it is damaged.
+    """
+    tokens, document = (store.read_sequences(array, number) for array in ("tokens", "document"))
+    return Sequences(tokens, document, [])
+
+
+def recompute(
+    store: ActivationStore,
+    number: int,
+    group: Sequences,
+    model: Model | RawModel,
+    sites: Sequence[str],
+    config: HarvestConfig,
+    progress: Progress,
+) -> WindowData:
+    """A window's rows at some sites, as a harvest computes them from its sequences.
+
+    On the same machine they have the same bits.
+    """
+    window = store.windows[number]
+    position = sum(before.split == window.split for before in store.windows[:number])
+    seed = (config.seed, SPLITS.index(window.split), position)
+    return run_window(
+        window.split, group, window.first_sequence, model, tuple(sites), config, seed, progress
+    )
+
+
+def dealt(
+    data: WindowData, window: Window, array: str, chunk: int, chunk_rows: int
+) -> NDArray[Any]:
+    """What a chunk of an array [row, ...] has of a window, filled up where its rows end."""
+    values = data.row_token if array == ROW_TOKEN else data.rows[array]
+    start = (chunk - window.first_chunk) * chunk_rows
+    order = data.order[start : start + chunk_rows]
+    return filled_up(array, np.take(values, order, axis=0, mode="clip"), chunk_rows)
