@@ -15,6 +15,7 @@ import torch
 
 from activations import ActivationStore, CorpusConfig, HarvestConfig, Model, ModelConfig, harvest
 from activations.ledger import Ledger
+from activations.packaged import PACKAGED_MODELS
 from activations.zarr_writer import HarvestWriter
 from saescope import config as configuration
 from saescope.artefact import locked
@@ -488,9 +489,11 @@ def test_the_configurations_that_come_with_saescope_load() -> None:
     assert default == HarvestConfig(max_tokens=default.max_tokens)
     assert {"gpt2-small", "pythia-70m", "pythia-160m", "gemma-2-2b", "llama-3.2-1b"} < loaded.keys()
     assert len({config.out for config in loaded.values()}) == len(loaded)
+    kinds = {config.model.kind for config in loaded.values()}
+    assert kinds == {"language", "text_encoder", "vision", "diffusion"}
     for name, config in loaded.items():
         assert Path(config.out).parts[0] == "data"
-        if config != default:
+        if config != default and config.model.spec not in PACKAGED_MODELS:
             assert config.corpus.source.startswith("hf:"), name
             assert config.max_tokens is not None, name
     with pytest.raises(InputError, match="contxt"):
