@@ -15,7 +15,6 @@ import torch
 
 from activations import ActivationStore, CorpusConfig, HarvestConfig, Model, ModelConfig, harvest
 from activations.ledger import Ledger
-from activations.packaged import PACKAGED_MODELS
 from activations.zarr_writer import HarvestWriter
 from saescope import config as configuration
 from saescope.artefact import locked
@@ -493,7 +492,7 @@ def test_the_configurations_that_come_with_saescope_load() -> None:
     assert kinds == {"language", "text_encoder", "vision", "diffusion"}
     for name, config in loaded.items():
         assert Path(config.out).parts[0] == "data"
-        if config != default and config.model.spec not in PACKAGED_MODELS:
+        if config != default and config.model.kind == "language":
             assert config.corpus.source.startswith("hf:"), name
             assert config.max_tokens is not None, name
     with pytest.raises(InputError, match="contxt"):
