@@ -105,9 +105,7 @@ class DiffusionModel(RawModel):
         files = sorted(self.folder.glob("*/*.safetensors"))
         return sha256_json([[str(f.relative_to(self.folder)), sha256_file(f)] for f in files])
 
-    @cached_property
-    def inputs_hash(self) -> str:
-        """Hash of tokenizers and schedule, by their files."""
+    def _hash_of_inputs(self) -> str:
         files = sorted([*self.folder.glob("tokenizer*/*"), *self.folder.glob("scheduler/*")])
         return sha256_json([[str(f.relative_to(self.folder)), sha256_file(f)] for f in files])
 

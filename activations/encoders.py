@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +71,7 @@ class TextEncoder(RawModel):
         limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
         self._n_ctx = min(int(limit) for limit in limits if limit is not None)
 
-    @cached_property
-    def inputs_hash(self) -> str:
-        """The tokenizer's hash."""
+    def _hash_of_inputs(self) -> str:
         return self._text.hash
 
     @property

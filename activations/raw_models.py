@@ -66,10 +66,13 @@ class RawModel(ABC):
         """sha256 over the model's weight files, whatever precision they were loaded in."""
         return hash_of_weights(self.folder)
 
-    @property
-    @abstractmethod
+    @cached_property
     def inputs_hash(self) -> str:
         """Of all that makes the model's inputs from a corpus: tokenizer, size of pictures, ..."""
+        return self._hash_of_inputs()
+
+    @abstractmethod
+    def _hash_of_inputs(self) -> str: ...
 
     @property
     @abstractmethod

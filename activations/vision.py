@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,9 +119,7 @@ class VisionModel(RawModel):
         super().__init__(module, spec=spec, folder=folder, revision=revision)
         self._prepare, self._prepared_by = prepare, prepared_by
 
-    @cached_property
-    def inputs_hash(self) -> str:
-        """Hash of how pictures are prepared."""
+    def _hash_of_inputs(self) -> str:
         return sha256_json(self._prepared_by)
 
     @property

@@ -111,8 +111,18 @@ def open_harvest(
 
 
 def load_harvested_model(harvest: ActivationStore, dtype: str) -> Model:
-    """The model of a harvest; InputError if what its name stands for has other weights by now."""
+    """The language model of a harvest.
+
+    Raises InputError if its model is of another kind, or if what its name stands for has other
+    weights by now.
+    """
     facts = harvest.manifest["model"]
+    kind = facts.get("kind", "language")
+    if kind != "language":
+        raise InputError(
+            "this needs a language model, and the harvest is of one of another kind (eval does "
+            "without it with tokens = 0)", where=str(harvest.path), given=kind,
+        )  # fmt: skip
     model = load_model(facts["spec"], dtype=dtype, revision=facts["revision"])
     if model.weights_hash != facts["weights_hash"]:
         raise InputError("is not the model that was harvested", where=facts["spec"])

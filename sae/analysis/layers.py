@@ -52,7 +52,7 @@ def residual_sites(store: ActivationStore, *, include_last: bool = False) -> tup
     >>> residual_sites(store)  # doctest: +SKIP
     ('blocks.0.hook_resid_post', ..., 'blocks.28.hook_resid_post')
     """
-    last = int(store.manifest["model"]["n_layers"]) - 1
+    last = int(store.manifest["model"].get("n_layers", 0)) - 1
     found = [site for site in store.sites if site.endswith(".hook_resid_post")]
     return tuple(site for site in found if include_last or layer_of(site) != last)
 

@@ -146,17 +146,18 @@ def test_what_cannot_be_harvested(
 
 
 def test_settings_that_cannot_be() -> None:
-    for fields, message in (
+    bad: tuple[tuple[dict[str, Any], str], ...] = (
         ({"steps": 2, "at": (0, 2)}, "diffusion.at.*0 to 1"),
         ({"steps": 3, "at": (1, 0)}, "diffusion.at"),
         ({"at": ()}, "diffusion.at"),
         ({"steps": 0}, "steps"),
         ({"guidance": -1.0}, "guidance"),
         ({"pixels": 0}, "pixels"),
-    ):
+    )
+    for fields, message in bad:
         with pytest.raises(InputError, match=message):
             DenoisingConfig(**fields)
-    with pytest.raises(InputError, match="model.diffusion: is for models of the kind diffusion"):
+    with pytest.raises(InputError, match=r"model\.diffusion: is for models of the kind diffusion"):
         ModelConfig(diffusion=DenoisingConfig(steps=2))
-    with pytest.raises(InputError, match="model.kind"):
+    with pytest.raises(InputError, match=r"model\.kind"):
         load_model("smollm2-135m", kind="sound")

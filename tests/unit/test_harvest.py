@@ -488,9 +488,11 @@ def test_the_configurations_that_come_with_saescope_load() -> None:
     assert default == HarvestConfig(max_tokens=default.max_tokens)
     assert {"gpt2-small", "pythia-70m", "pythia-160m", "gemma-2-2b", "llama-3.2-1b"} < loaded.keys()
     assert len({config.out for config in loaded.values()}) == len(loaded)
+    kinds = {config.model.kind for config in loaded.values()}
+    assert kinds == {"language", "text_encoder", "vision", "diffusion"}
     for name, config in loaded.items():
         assert Path(config.out).parts[0] == "data"
-        if config != default:
+        if config != default and config.model.kind == "language":
             assert config.corpus.source.startswith("hf:"), name
             assert config.max_tokens is not None, name
     with pytest.raises(InputError, match="contxt"):

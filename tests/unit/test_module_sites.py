@@ -66,6 +66,7 @@ def captured(toy: Toy, *sites: str) -> dict[str, Tensor]:
 def test_every_shape_and_side(toy: Toy) -> None:
     pixels = torch.randn(2, 3, 3, 5, generator=torch.Generator().manual_seed(1))
     maps = torch.einsum("bchw,dc->bhwd", pixels, toy.convolution.weight[:, :, 0, 0])
+    assert toy.convolution.bias is not None
     maps = (maps + toy.convolution.bias).flatten(1, 2)  # [batch, height * width, channel]
     after = maps.clamp(min=0)
     expected = {

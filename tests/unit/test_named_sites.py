@@ -131,9 +131,10 @@ def model(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Model:
 def test_each_name_is_what_a_plain_hook_sees(architecture: str, model: Model) -> None:
     tokens = torch.randint(5, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     layer = LAYER[architecture]
-    places: dict[str, Place] = {
-        f"{name}:1": (layer + path, *rest) for name, (path, *rest) in PLACES[architecture].items()
-    }
+    places: dict[str, Place] = {}
+    for name, place in PLACES[architecture].items():
+        whole = layer + place[0]
+        places[f"{name}:1"] = (whole, place[1], place[2]) if len(place) == 3 else (whole, place[1])
     places |= {name: (path, "output") for name, path in OUTSIDE[architecture].items()}
     expected = seen_by_hand(model, tokens, places)
     full = {name: model.resolve(name)[0] for name in places}
