@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from activations.row_storage import SiteRows, StorageKind
 from activations.zarr_writer import HarvestWriter, WindowData
 from benchmarks.peers.environments import HERE, PEERS, python_of
 from sae.bench import rows as measured
+from saescope import __version__
 from saescope.artefact import atomic_path, remove, sha256_json
 from saescope.config import Config, fail, parse
 from saescope.errors import ArtefactError, SaescopeError, check_range
@@ -218,7 +220,7 @@ def measure(config: LoaderBenchConfig) -> list[dict[str, Any]]:
         (SHARDS, f"{MIXED} at a time", "bfloat16"): lambda n: shard_batches(shards, batch, n),
     }
     rates: dict[tuple[str, str, str], list[float]] = {who: [] for who in readers}
-    versions = {SHARDS: "", OURS: ""}
+    versions = {SHARDS: version("safetensors"), OURS: __version__}
     for number in range(config.rounds + 1):
         for who, one in readers.items():
             rate = timed(one, number)
@@ -245,7 +247,7 @@ def _write(
         say(f"{library:<12}{setting:<14}{storage:<10}{rate / 1e6:8.3f} M tokens/s")
         known = {name: facts[name] for name in ("date", "threads", "processor", "torch", "commit")}
         found.append({
-            **known, "library": library, "version": versions[library] or facts["saescope"],
+            **known, "library": library, "version": versions[library],
             "setting": setting, "storage": storage, "rows": rows, "d_in": d_in, "batch": batch,
             "mix_chunks": "" if library == SAELENS else MIXED, "tokens_per_s": round(rate),
             "least_tokens_per_s": round(min(each)), "gb_per_s": f"{rate * d_in * 2 / 1e9:.3f}",

@@ -80,6 +80,8 @@ def test_batches_of_the_spread_order_are_near_independent_draws(
 ) -> None:
     for ratio in against_independent_draws(*text, order="spread"):
         assert ratio < 1.2
+    # a group that cannot have a part of every chunk has parts of evenly spaced ones
+    assert max(against_independent_draws(*text, order="spread", mix_chunks=1)) < 6
 
 
 def test_batches_of_other_orders_are_as_near_as_the_documentation_says(
