@@ -2,23 +2,28 @@
 
 The main path, read downwards: `harvest` plans, `_harvest_split` goes through the windows of a
 split, `run_window` runs the model over one. While a window is computed the one before is written.
+`activations.append` does the same with new text for a harvest that is there.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from activations.corpora import CorpusConfig, Document, documents
+from activations.begun import check_same_model, check_same_settings
+from activations.corpora import CorpusConfig
 from activations.layout import SPLITS
 from activations.models import Model, ModelConfig, load_model
-from activations.packing import PackingCounts, Sequences, pack
+from activations.outliers import Limits, norm_limits, outlier_facts, within
+from activations.packing import JOINED, SEPARATE, PackingCounts, Sequences
+from activations.parts import Part, numbers_before, parts
+from activations.plan import check_space
+from activations.reading import Text
 from activations.zarr_store import ActivationStore
 from activations.zarr_writer import HarvestWriter, SiteSums, WindowData
 from saescope.artefact import MANIFEST, is_leftover, locked, remove
@@ -57,6 +62,15 @@ class HarvestConfig(Config):
     held_out_fraction: float = 0.05
     """Share of documents kept out of training, chosen by a hash of their text."""
 
+    packing: Literal["joined", "separate"] = "joined"
+    """joined: documents follow each other, EOS between them, and a sequence may have parts of
+    several. separate: a sequence has one document only, and what is left of it is filled up with
+    EOS, which is not stored."""
+
+    outliers: float | None = None
+    """Positions whose norm at any site exceeds so many times the site's median norm are not stored,
+    and counted."""
+
     batch_sequences: int = 16
     """Sequences in one forward pass."""
 
@@ -80,19 +94,26 @@ class HarvestConfig(Config):
         check_range("chunk_rows", self.chunk_rows, low=1)
         check_range("window_chunks", self.window_chunks, low=1)
         check_range("seed", self.seed, low=0)
+        if self.packing not in (JOINED, SEPARATE):
+            raise InputError(
+                "no such packing", where="packing", given=self.packing, allowed=(JOINED, SEPARATE)
+            )
+        if self.outliers is not None:
+            check_range("outliers", self.outliers, above=1)
         if self.max_tokens is not None:
             check_range("max_tokens", self.max_tokens, low=self.context)
 
 
-def harvest(config: HarvestConfig) -> ActivationStore:
+def harvest(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationStore:
     """Store the activations that a configuration asks for, and return the store.
 
     An interrupted harvest goes on from its last committed window; a complete one returns at once.
     Memory does not grow with the corpus.
 
     Raises InputError for a model, site, corpus or context that cannot be used (before anything is
-    written), or if `out` holds a harvest of another configuration; ArtefactError if the disk is
-    full, or if another process writes to `out`.
+    written), if `out` holds a harvest of another configuration, or if the disk has too little space
+    for it (unless `ignore_space`); ArtefactError if the disk is full, or if another process writes
+    to `out`.
 
     >>> config = HarvestConfig(sites=("blocks.4-9.hook_resid_post",), out="data/six")
     >>> store = harvest(config)  # doctest: +SKIP
@@ -100,83 +121,79 @@ def harvest(config: HarvestConfig) -> ActivationStore:
     (1031337, 576)
     """
     out = Path(config.out)
-    begun = _begun(config, out)
-    if begun is None or not begun.complete:
+    store = begun(config, out)
+    if store is None or not store.complete:
         with locked(out, "harvest"):
-            begun = _begun(config, out)  # another process may have written until now
-            if begun is None or not begun.complete:
-                return _go_on(config, out, begun)
-    say(f"{out}: complete already, {begun.n_rows():,} rows")
-    return begun
-
-
-def _go_on(config: HarvestConfig, out: Path, begun: ActivationStore | None) -> ActivationStore:
-    """Begin a harvest, or go on with one, and finish it."""
-    dtype = config.model.dtype if begun is None else begun.manifest["model"]["dtype"]
-    model = load_model(
-        config.model.spec,
-        dtype=dtype,
-        device=config.model.device,
-        revision=config.model.revision,
-    )
-    if begun is None:
-        for path in out.parent.iterdir():
-            if path.name.startswith(f".{out.name}.") and is_leftover(path):
-                remove(path)
-        writer = HarvestWriter.create(out, _plan(config, model))
-    else:
-        check_same_model(model, begun)
-        writer = HarvestWriter(begun)
-        writer.trim()
-    store = writer.store
-    total = sum(store.manifest["planned_sequences"].values()) * config.context
-    name = f"harvest of {len(store.sites)} site(s)" if len(store.sites) > 1 else "harvest"
-    with Progress(name, total, "tokens", done=store.n_tokens) as progress:
-        counts = {split: _harvest_split(split, config, model, writer, progress) for split in SPLITS}
-    writer.finish({split: counted(count) for split, count in counts.items()})
-    store = writer.store
-    size = sum(store.n_rows() * store.d_in(site) * 2 for site in store.sites)
-    say(f"{out}: {store.n_rows():,} rows, {size / 1e9:.2f} GB")
+            store = begun(config, out)  # another process may have written until now
+            if store is None or not store.complete:
+                return _go_on(config, out, store, ignore_space=ignore_space)
+    say(f"{out}: complete already, {store.n_rows():,} rows")
     return store
 
 
-def _begun(config: HarvestConfig, out: Path) -> ActivationStore | None:
+def _go_on(
+    config: HarvestConfig, out: Path, store: ActivationStore | None, *, ignore_space: bool
+) -> ActivationStore:
+    """Begin a harvest, or go on with one, and finish it."""
+    model = model_of(config, store)
+    if store is None:
+        facts = planned_facts(config, model)
+        if not ignore_space:
+            check_space(facts, facts["planned_sequences"], Text.of(config), model, out)
+        for path in out.parent.iterdir():
+            if path.name.startswith(f".{out.name}.") and is_leftover(path):
+                remove(path)
+        writer = HarvestWriter.create(out, facts)
+    else:
+        writer = HarvestWriter(store)
+        writer.trim()
+    return fill(config, model, writer)
+
+
+def model_of(config: HarvestConfig, store: ActivationStore | None) -> Model:
+    """The model of a configuration; of a harvest that is there, the same in the same precision.
+
+    Raises InputError if it cannot be loaded, or is another one.
+    """
+    chosen = config.model
+    dtype = chosen.dtype if store is None else store.manifest["model"]["dtype"]
+    model = load_model(chosen.spec, dtype=dtype, device=chosen.device, revision=chosen.revision)
+    if store is not None:
+        check_same_model(model, store)
+    return model
+
+
+def fill(config: HarvestConfig, model: Model, writer: HarvestWriter) -> ActivationStore:
+    """Harvest what is missing of the last part of a store, and mark it as complete."""
+    store = writer.store
+    part = parts(store)[-1]
+    total = sum(part.planned_sequences.values()) * config.context
+    done = store.n_tokens - part.first_sequence * config.context
+    name = f"harvest of {len(store.sites)} site(s)" if len(store.sites) > 1 else "harvest"
+    with Progress(name, total, "tokens", done=done) as progress:
+        counts = {
+            split: _harvest_split(split, part, config, model, writer, progress) for split in SPLITS
+        }
+    text = Text.of(config, part)
+    writer.finish({split: text.counted(count) for split, count in counts.items()})
+    store = writer.store
+    size = sum(store.n_rows() * store.d_in(site) * 2 for site in store.sites)
+    say(f"{store.path}: {store.n_rows():,} rows, {size / 1e9:.2f} GB")
+    return store
+
+
+def begun(config: HarvestConfig, out: Path) -> ActivationStore | None:
     """The harvest that `out` already holds, if any; it must be of this configuration."""
     if not (out / MANIFEST).exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError("exists and holds no harvest; choose another folder", where=str(out))
         return None
     store = ActivationStore.open(out)
-    there, here = _flat(store.manifest["config"]), _flat(to_dict(config))
-    names = [n for n in {**there, **here} if n != "out" and there.get(n) != here.get(n)]
-    if names:
-        what = ", ".join(f"{n} is {there.get(n)!r} there and {here.get(n)!r} here" for n in names)
-        raise InputError(
-            f"holds a harvest of another configuration: {what}. Choose another out, or remove it",
-            where=str(out),
-        )
+    check_same_settings(store, config, ("out",))
     return store
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
-        flat |= {} if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def check_same_model(model: Model, begun: ActivationStore) -> None:
-    facts = begun.manifest["model"]
-    for name in ("weights_hash", "tokenizer_hash"):
-        if getattr(model, name) != facts[name]:
-            raise InputError(
-                f"the model is not the one this harvest began with ({name} differs)",
-                where=str(begun.path),
-            )
-
-
-def _plan(config: HarvestConfig, model: Model) -> dict[str, Any]:
+def planned_facts(config: HarvestConfig, model: Model) -> dict[str, Any]:
     """What the manifest says from the start; everything that can be wrong is found here."""
     if config.context > model.n_ctx:
         raise InputError(
@@ -207,7 +224,8 @@ def _plan(config: HarvestConfig, model: Model) -> dict[str, Any]:
         "chunk_rows": config.chunk_rows,
         "window_chunks": window_chunks,
         "sequences_per_window": sequences,
-        "planned_sequences": _planned_sequences(config, model),
+        "planned_sequences": Text.of(config).planned_sequences(model, config.max_tokens),
+        **outlier_facts(config, model, list(sites)),
     }
 
 
@@ -229,87 +247,40 @@ def _model_facts(model: Model) -> dict[str, Any]:
     }
 
 
-def _planned_sequences(config: HarvestConfig, model: Model) -> dict[str, int]:
-    """How many sequences each split is to have (with max_tokens: at most).
-
-    Without max_tokens the corpus is read through once to count, which costs about 1/200 of what
-    running the model over it does, and finds a damaged record before hours of work.
-    """
-    if config.max_tokens is None:
-        say("counting the tokens of the corpus")
-        limits: dict[str, int | None] = dict.fromkeys(SPLITS)
-    else:
-        wanted = config.max_tokens // config.context
-        held_out = round(wanted * config.held_out_fraction)
-        limits = {"train": wanted - held_out, "held_out": held_out}
-    planned = {}
-    for split, limit in limits.items():
-        # with a limit it is enough to know that there is text for one sequence
-        read = min(limit, 1) if limit is not None else None
-        found = packed(split, config, model, 64, PackingCounts(), read)
-        number = sum(len(group.tokens) for group in found)
-        planned[split] = number if limit is None else limit * min(number, 1)
-    if planned["train"] == 0:
-        raise InputError(
-            f"not enough text for one training sequence of {config.context} tokens",
-            where=config.corpus.source,
-        )
-    if planned["held_out"] == 0 and config.held_out_fraction > 0:
-        say("the corpus is too small for a held-out sequence: everything is for training")
-    return planned
-
-
-def packed(
+def _harvest_split(
     split: str,
+    part: Part,
     config: HarvestConfig,
     model: Model,
-    per_group: int,
-    counts: PackingCounts,
-    limit: int | None,
-) -> Iterator[Sequences]:
-    """Packed sequences of one split's documents, always the same ones."""
-
-    def chosen() -> Iterator[Document]:
-        held_out = split == "held_out"
-        for document in documents(config.corpus):
-            if document.is_held_out(config.held_out_fraction) == held_out:
-                yield document
-
-    if limit == 0:
-        return iter(())
-    return pack(
-        chosen(), model, context=config.context, per_group=per_group, counts=counts, limit=limit
-    )
-
-
-def counted(counts: PackingCounts) -> dict[str, Any]:
-    return {
-        "documents": counts.documents,
-        "tokens": counts.tokens,
-        "dropped_tokens": counts.dropped_tokens,
-        "hash": counts.digest.hexdigest(),
-    }
-
-
-def _harvest_split(
-    split: str, config: HarvestConfig, model: Model, writer: HarvestWriter, progress: Progress
+    writer: HarvestWriter,
+    progress: Progress,
 ) -> PackingCounts:
     """Compute and commit the windows of a split that are not committed yet."""
     begun = writer.store
-    committed = [window for window in begun.windows if window.split == split]
+    committed = [begun.windows[number] for number in part.windows(begun, split)]
+    earlier = sum(w.split == split for w in begun.windows[: part.first_window])
+    # a place is that of the last window that was committed, which is thus read and compared again
+    place = begun.manifest.get("places", {}).get(split) if committed else None
+    at = 0 if place is None else len(committed) - 1
     counts = PackingCounts()
-    limit = begun.manifest["planned_sequences"][split]
     per_window = begun.manifest["sequences_per_window"]
-    groups = packed(split, config, model, per_window, counts, limit)
+    groups = Text.of(config, part).packed(
+        split, model, per_group=per_window, counts=counts, limit=part.planned_sequences[split],
+        before=numbers_before(begun, part, split, place), place=place,
+        to_end=part.max_tokens is None,
+    )  # fmt: skip
+    limits = norm_limits(begun.manifest)
     with ThreadPoolExecutor(1, "harvest-writer") as pool:
         writing: Future[None] | None = None
-        for number, group in enumerate(groups):
+        for number, group in enumerate(groups, start=at):
             if number < len(committed):
                 _check_same_text(group, begun, committed[number].first_sequence)
                 continue
-            seed = (config.seed, SPLITS.index(split), number)
+            seed = (config.seed, SPLITS.index(split), earlier + number)
             first = begun.n_sequences + per_window * (number - len(committed))
-            data = run_window(split, group, first, model, begun.sites, config, seed, progress)
+            data = run_window(
+                split, group, first, model, begun.sites, config, seed, progress, limits=limits
+            )
             if writing is not None:
                 writing.result()
             writing = pool.submit(writer.write, data)
@@ -335,21 +306,31 @@ def run_window(
     config: HarvestConfig,
     seed: tuple[int, ...],
     progress: Progress,
+    *,
+    limits: Limits | None = None,
+    keep: Tensor | None = None,
 ) -> WindowData:
-    """Run the model over a window's sequences and keep the rows that count."""
+    """Run the model over a window's sequences and keep the rows that count.
+
+    Those are the positions of `keep` [sequence, position], or all that are no special tokens, whose
+    norms are within the limits of all sites.
+    """
     tokens = torch.from_numpy(group.tokens)
-    keep = model.keep_mask(tokens)
-    kept = keep.flatten().nonzero()[:, 0]
-    if len(kept) == 0:
-        raise InputError("nothing but special tokens", where=config.corpus.source)
-    rows = {site: _SiteRows(site, len(kept), model.d_in(site)) for site in sites}
+    keep = model.keep_mask(tokens) if keep is None else keep
+    candidates = int(keep.sum())
+    rows = {site: _SiteRows(site, candidates, model.d_in(site)) for site in sites}
     for start in range(0, len(tokens), config.batch_sequences):
         batch = slice(start, start + config.batch_sequences)
         found = model.capture(tokens[batch], sites)
+        if limits is not None:
+            keep[batch] &= within(found, limits)
         chosen = keep[batch].flatten().nonzero()[:, 0].to(model.device)
         for site, x in found.items():
             rows[site].append(x.flatten(0, 1).index_select(0, chosen))
         progress.advance(tokens[batch].numel())
+    kept = keep.flatten().nonzero()[:, 0]
+    if len(kept) == 0:
+        raise InputError("no position of a whole window is kept", where=config.corpus.source)
     return WindowData(
         split=split,
         tokens=group.tokens,
@@ -357,9 +338,11 @@ def run_window(
         keep=keep.numpy(),
         described=group.described,
         row_token=first_sequence * config.context + kept.numpy(),
-        rows={site: part.bits for site, part in rows.items()},
+        rows={site: part.bits[: len(kept)] for site, part in rows.items()},
         order=np.random.default_rng(seed).permutation(len(kept)),
         sums={site: part.sums() for site, part in rows.items()},
+        positions=group.positions(candidates, len(kept)),
+        place=group.place,
     )
 
 

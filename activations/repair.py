@@ -8,6 +8,7 @@ it is written only if asked for, and the ledger says so from then on.
 """
 
 import hashlib
+import itertools
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,22 +21,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from activations.begun import check_same_model
 from activations.chunk_files import chunk_path, crc32c, write_chunk
-from activations.harvest import HarvestConfig, check_same_model, counted, packed, run_window
+from activations.harvest import HarvestConfig, run_window
 from activations.layout import (
     GROUP,
     METADATA,
     ROW_TOKEN,
     SEQUENCE_ARRAYS,
     SPLITS,
+    document_schema,
     row_arrays,
 )
 from activations.ledger import LEDGER, Window, correction_line, window_line
 from activations.models import Model, load_model
+from activations.outliers import norm_limits
 from activations.packing import PackingCounts, Sequences
+from activations.parts import Part, numbers_before, parts
+from activations.reading import Text
 from activations.store_check import Fault, Report, descriptions
 from activations.zarr_store import ActivationStore
-from activations.zarr_writer import HarvestWriter, filled_up, write_documents
+from activations.zarr_writer import HarvestWriter, WindowData, filled_up, write_documents
 from saescope.artefact import DamagedError, disk_full, library_versions, read_json, write_json
 from saescope.config import from_dict
 from saescope.errors import ArtefactError, SaescopeError
@@ -151,41 +157,57 @@ class Repair:
 
     def _groups(self, wanted: set[int | None]) -> Iterator[tuple[int, Sequences]]:
         """The packed sequences of some windows, from the corpus."""
-        store = self.store
-        for split in SPLITS:
-            numbers = [n for n, window in enumerate(store.windows) if window.split == split]
-            if not wanted & set(numbers):
-                continue
-            say(f"reading the {split} text again")
-            counts, limit = PackingCounts(), store.manifest["planned_sequences"][split]
-            per_window = store.manifest["sequences_per_window"]
-            groups = packed(split, self.config, self.model, per_window, counts, limit)
-            for position, group in enumerate(groups):
-                if position >= len(numbers):
-                    break
-                if numbers[position] in wanted:
-                    self._check_text(numbers[position], group)
-                    yield numbers[position], group
-            if store.complete and counted(counts) != store.manifest["corpus"][split]:
-                raise ArtefactError(
-                    "the corpus is not the one that was harvested (its hash differs)",
-                    where=self.config.corpus.source,
-                )
+        for part in parts(self.store):
+            for split in SPLITS:
+                numbers = part.windows(self.store, split)
+                if wanted & set(numbers):
+                    say(f"reading the {split} text again")
+                    yield from self._groups_of(part, split, numbers, wanted)
 
-    def _check_text(self, number: int, group: Sequences) -> None:
+    def _groups_of(
+        self, part: Part, split: str, numbers: Sequence[int], wanted: set[int | None]
+    ) -> Iterator[tuple[int, Sequences]]:
+        """The packed sequences of some windows of a split of one part."""
+        text, counts = Text.of(self.config, part), PackingCounts()
+        groups = text.packed(
+            split,
+            self.model,
+            per_group=self.store.manifest["sequences_per_window"],
+            counts=counts,
+            limit=part.planned_sequences[split],
+            before=numbers_before(self.store, part, split, None),
+            to_end=part.max_tokens is None,
+        )
+        for position, group in enumerate(groups):
+            if position >= len(numbers):
+                break
+            if numbers[position] in wanted:
+                self._check_text(numbers[position], group, part.corpus.source)
+                yield numbers[position], group
+        if part.counts is not None and not text.agrees(counts, part.counts[split]):
+            raise ArtefactError(
+                "the corpus is not the one that was harvested (its hash differs)",
+                where=part.corpus.source,
+            )
+
+    def _check_text(self, number: int, group: Sequences, source: str) -> None:
         window = self.store.windows[number]
-        for array, found in self._sequence_values(window, group).items():
+        for array, found in self._sequence_values(number, group).items():
             for piece in window.pieces(int(self.store.manifest["sequences_per_window"])):
                 crc = self.store.ledger.sequences_crc(array, number, piece)
                 part = found[piece.offset : piece.offset + piece.sequences]
                 if len(found) != window.sequences or crc not in (None, crc32c(part)):
                     raise ArtefactError(
                         f"the corpus is not the one that was harvested ({array} of window {number} "
-                        "differ)", where=self.config.corpus.source,
+                        "differ)", where=source,
                     )  # fmt: skip
 
-    def _sequence_values(self, window: Window, group: Sequences) -> dict[str, NDArray[Any]]:
-        keep = self.model.keep_mask(torch.from_numpy(group.tokens)).numpy()
+    def _sequence_values(self, number: int, group: Sequences) -> dict[str, NDArray[Any]]:
+        window = self.store.windows[number]
+        if norm_limits(self.store.manifest) is None:
+            keep = self.model.keep_mask(torch.from_numpy(group.tokens)).numpy()
+        else:
+            keep = self._computed(number, group, self.store.sites, keep=None).keep
         split = np.full(len(group.tokens), SPLITS.index(window.split), np.int8)
         return {"tokens": group.tokens, "document": group.document, "keep": keep, "split": split}
 
@@ -195,7 +217,7 @@ class Repair:
         for number, window in enumerate(store.windows):
             for piece in window.pieces(per_chunk):
                 if piece.chunk == chunk:
-                    values = self._sequence_values(window, groups[number])[array]
+                    values = self._sequence_values(number, groups[number])[array]
                     parts.append(values[piece.offset : piece.offset + piece.sequences])
         whole = filled_up(array, np.concatenate(parts), per_chunk)
         write_chunk(store.sequence_chunk_path(array, chunk), whole, replaces=True)
@@ -204,7 +226,8 @@ class Repair:
     def _rewrite_list(self, fault: Fault, group: Sequences) -> None:
         window = int(fault.chunk or 0)
         split = self.store.windows[window].split
-        crc = write_documents(self.store.path, window, split, group.described)
+        schema = document_schema(self.store.manifest)
+        crc = write_documents(self.store.path, window, split, group.described, schema)
         expected = self.store.ledger.documents_crc(window)
         if expected is not None and crc != expected:
             # the text was just found to be the same; another pyarrow writes other bytes
@@ -225,10 +248,12 @@ class Repair:
 
     def _window(self, number: int, window: Window, faults: Sequence[Fault]) -> None:
         """Compute a window again and put back its damaged chunks."""
-        store, config = self.store, self.config
+        store = self.store
         sites = tuple(site for site in store.sites if any(f.array == site for f in faults))
         try:
-            tokens = store.read_sequences("tokens", number)
+            tokens, keep = store.read_sequences("tokens", number), None
+            if norm_limits(store.manifest) is not None:  # else the tokens tell what is kept
+                keep = torch.from_numpy(store.read_sequences("keep", number))
         except DamagedError as error:
             self.left += [
                 f"{fault.path}: needs what is damaged itself: {error}" for fault in faults
@@ -236,19 +261,7 @@ class Repair:
             return
         # which document a token is of does not matter here
         group = Sequences(tokens, np.zeros_like(tokens), [])
-        position = sum(before.split == window.split for before in store.windows[:number])
-        seed = (config.seed, SPLITS.index(window.split), position)
-        with Progress(f"window {number}", tokens.size if sites else 0, "tokens") as progress:
-            data = run_window(
-                window.split,
-                group,
-                window.first_sequence,
-                self.model,
-                sites,
-                config,
-                seed,
-                progress,
-            )
+        data = self._computed(number, group, sites, keep=keep)
         chunk_rows = int(store.manifest["chunk_rows"])
 
         def computed(array: str, chunk: int) -> NDArray[Any]:
@@ -261,6 +274,21 @@ class Repair:
         for fault in faults:
             array, chunk = str(fault.array), int(fault.chunk or 0)
             self._put_back(fault, computed(array, chunk), agreements.get(array))
+
+    def _computed(
+        self, number: int, group: Sequences, sites: tuple[str, ...], *, keep: torch.Tensor | None
+    ) -> WindowData:
+        """A window computed again; without `keep`, which positions are kept is found out too."""
+        store, config = self.store, self.config
+        window = store.windows[number]
+        position = sum(before.split == window.split for before in store.windows[:number])
+        seed = (config.seed, SPLITS.index(window.split), position)
+        limits = norm_limits(store.manifest) if keep is None else None
+        with Progress(f"window {number}", group.tokens.size if sites else 0, "tokens") as progress:
+            return run_window(
+                window.split, group, window.first_sequence, self.model, sites, config, seed,
+                progress, limits=limits, keep=keep,
+            )  # fmt: skip
 
     def _compare(self, site: str, window: Window, computed: Any) -> Agreement:
         """Recomputed against stored, for the chunks of a window that are whole."""
@@ -326,13 +354,15 @@ def _windows(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     whole = {**manifest, "schema": 1, "windows": [vars(Window(SPLITS[0], 0, 0, 0, count))]}
     everything = ActivationStore(folder, whole)
     split, keep = (everything.read_sequences(name, 0) for name in ("split", "keep"))
+    begun = {part["first_sequence"] for part in manifest.get("appended", [])}
+    changes = {*(np.flatnonzero(np.diff(split)) + 1).tolist(), *begun, 0}
+    borders = [*sorted(border for border in changes if border < count), count]
     found: list[dict[str, Any]] = []
     chunk = 0
-    for number, name in enumerate(SPLITS):
-        inside = np.flatnonzero(split == number)
-        for start in range(0, len(inside), per_window):
-            first, size = int(inside[start]), min(per_window, len(inside) - start)
+    for start, end in itertools.pairwise(borders):
+        for first in range(start, end, per_window):
+            size = min(per_window, end - first)
             rows = int(keep[first : first + size].sum())
-            found.append(vars(Window(name, chunk, rows, first, size)))
+            found.append(vars(Window(SPLITS[split[first]], chunk, rows, first, size)))
             chunk += -(-rows // chunk_rows)
     return found

@@ -445,11 +445,11 @@ def test_at_most_two_windows_are_in_memory(
     alive, most = 0, 0
     run, write = harvest_module.run_window, HarvestWriter.write
 
-    def counted_run(*args: Any) -> Any:
+    def counted_run(*args: Any, **options: Any) -> Any:
         nonlocal alive, most
         alive += 1
         most = max(most, alive)
-        return run(*args)
+        return run(*args, **options)
 
     def counted_write(self: HarvestWriter, data: Any) -> None:
         nonlocal alive
