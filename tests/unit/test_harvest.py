@@ -488,7 +488,7 @@ def test_the_configurations_that_come_with_saescope_load() -> None:
     for name, config in loaded.items():
         assert Path(config.out).parts[0] == "data"
         if config != default:
-            assert config.corpus.source.startswith("hf:"), name
+            assert all(member.is_streamed for member in config.corpus.members), name
             assert config.max_tokens is not None, name
     with pytest.raises(InputError, match="contxt"):
         configuration.from_dict(HarvestConfig, {"contxt": 3}, "test")

@@ -18,7 +18,7 @@ from saescope.__main__ import main
 from saescope.errors import InputError
 from tests.tiny import make_tiny_corpus
 
-Make = Callable[..., HarvestConfig]
+Make = Callable[..., Any]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from activations.corpora import Document, DocumentStream, MixedConfig, documents
 from activations.packing import PackingCounts, Sequences, pack
 from activations.reading import Seen, Text
 from activations.text import TextCodec
-from saescope.errors import InputError
+from saescope.errors import ArtefactError, InputError
 
 
 def write_texts(path: Path, texts: list[Any], field: str = "text") -> str:
@@ -153,6 +153,16 @@ def test_shards_that_were_read_are_not_read_again(tmp_path: Path) -> None:
     for shard in range(2):  # of the one before, datasets skips what was read
         write_texts(tmp_path / "jsonl" / f"train-{shard}.jsonl", ["another"] * 99)
     assert list(DocumentStream(config, state=state)) == whole[35:]
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_stream_that_breaks_off(tmp_path: Path) -> None:
+    config = corpora(tmp_path)["hub, Parquet"]
+    path = tmp_path / "parquet" / "train-4.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    stream = DocumentStream(config)
+    with pytest.raises(ArtefactError, match=r"parquet#\d+: the stream broke off \(\w+: .*to go on"):
+        list(stream)
 
 
 class LetterModel:
