@@ -176,8 +176,9 @@ def test_an_interrupted_append_goes_on(
         assert_same_content(done.path, whole.path)
 
 
-def test_what_was_appended_is_repaired(make: Make) -> None:
-    store = grown(make())
+@pytest.mark.parametrize("held_out_fraction", [0.3, 0.0])
+def test_what_was_appended_is_repaired(make: Make, held_out_fraction: float) -> None:
+    store = grown(make(held_out_fraction=held_out_fraction))
     whole = files(store.path)
     (part,) = store.manifest["appended"]
     window = store.windows[part["first_window"]]
