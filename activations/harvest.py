@@ -2,23 +2,29 @@
 
 The main path, read downwards: `harvest` plans, `_harvest_split` goes through the windows of a
 split, `run_window` runs the model over one. While a window is computed the one before is written.
+`activations.append` does the same with new text for a harvest that is there.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from activations.batch_size import BATCH_SEQUENCES, check_batch_memory, fitting_batch
-from activations.corpora import CorpusConfig, Document, documents
+from activations.begun import check_same_settings
+from activations.corpora import CorpusConfig
 from activations.layout import SPLITS, row_arrays
 from activations.model_facts import check_same_model, facts_of
 from activations.models import Model, ModelConfig, load_model
-from activations.packing import PackingCounts, Sequences, pack
+from activations.outliers import Limits, norm_limits, outlier_facts, within
+from activations.packing import JOINED, SEPARATE, PackingCounts, Sequences
+from activations.parts import Part, numbers_before, parts
+from activations.plan import check_space
 from activations.raw_models import RawModel
+from activations.reading import Text
 from activations.row_storage import SiteRows, StorageKind
 from activations.rows import RowKind, WindowRows, check_rows, rows_per_sequence
 from activations.zarr_store import ActivationStore
@@ -64,6 +70,15 @@ class HarvestConfig(Config):
     held_out_fraction: float = 0.05
     """Share of documents kept out of training, chosen by a hash of their text."""
 
+    packing: Literal["joined", "separate"] = "joined"
+    """joined: documents follow each other, EOS between them, and a sequence may have parts of
+    several. separate: a sequence has one document only, and what is left of it is filled up with
+    EOS, which is not stored."""
+
+    outliers: float | None = None
+    """Positions whose norm at any site exceeds so many times the site's median norm are not stored,
+    and counted."""
+
     batch_sequences: int = BATCH_SEQUENCES
     """Sequences in one forward pass."""
 
@@ -96,32 +111,55 @@ class HarvestConfig(Config):
         check_range("context", self.context, low=1)
         check_range("held_out_fraction", self.held_out_fraction, low=0, below=1)
         check_range("batch_sequences", self.batch_sequences, low=1)
-        if self.storage == "none" and not self.model.reads_tokens:
-            raise InputError(
-                "without stored rows a model must read tokens, which are stored", where="storage",
-                given=f"{self.storage}, with model.kind {self.model.kind}",
-                allowed="bfloat16, int8",
-            )  # fmt: skip
-        if self.batch_memory is not None:
-            check_batch_memory(self.batch_memory, self.batch_sequences)
         check_range("chunk_rows", self.chunk_rows, low=1)
         check_range("window_chunks", self.window_chunks, low=1)
         check_range("seed", self.seed, low=0)
+        if self.batch_memory is not None:
+            check_batch_memory(self.batch_memory, self.batch_sequences)
         if self.statistics_windows is not None:
             check_range("statistics_windows", self.statistics_windows, low=1)
+        if self.packing not in (JOINED, SEPARATE):
+            raise InputError(
+                "no such packing", where="packing", given=self.packing, allowed=(JOINED, SEPARATE)
+            )
+        if self.outliers is not None:
+            check_range("outliers", self.outliers, above=1)
         if self.max_tokens is not None:
             check_range("max_tokens", self.max_tokens, low=self.context)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise InputError for settings that exclude each other."""
+        kind = self.model.kind
+        if self.storage == "none" and not self.model.reads_tokens:
+            raise InputError(
+                "without stored rows a model must read tokens, which are stored", where="storage",
+                given=f"{self.storage}, with model.kind {kind}", allowed="bfloat16, int8",
+            )  # fmt: skip
+        for where, given in (
+            ("packing", self.packing != JOINED),
+            ("outliers", self.outliers is not None),
+            ("corpus.deduplicate", self.corpus.deduplicate),
+        ):
+            if given and kind != "language":
+                raise InputError("is for language models", where=where, given=f"model.kind {kind}")
+        if self.outliers is not None and self.rows != "position":
+            raise InputError(
+                "are left out of rows of positions", where="outliers", given=f"rows = {self.rows}",
+                allowed="rows = position",
+            )  # fmt: skip
 
 
-def harvest(config: HarvestConfig) -> ActivationStore:
+def harvest(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationStore:
     """Store the activations that a configuration asks for, and return the store.
 
     An interrupted harvest goes on from its last committed window; a complete one returns at once.
     Memory does not grow with the corpus.
 
     Raises InputError for a model, site, corpus or context that cannot be used (before anything is
-    written), or if `out` holds a harvest of another configuration; ArtefactError if the disk is
-    full, or if another process writes to `out`.
+    written), if `out` holds a harvest of another configuration, or if the disk has too little space
+    for it (unless `ignore_space`); ArtefactError if the disk is full, or if another process writes
+    to `out`.
 
     >>> config = HarvestConfig(sites=("blocks.4-9.hook_resid_post",), out="data/six")
     >>> store = harvest(config)  # doctest: +SKIP
@@ -129,77 +167,82 @@ def harvest(config: HarvestConfig) -> ActivationStore:
     (1031337, 576)
     """
     out = Path(config.out)
-    begun = _begun(config, out)
-    if begun is None or not begun.complete:
+    store = begun(config, out)
+    if store is None or not store.complete:
         with locked(out, "harvest"):
-            begun = _begun(config, out)  # another process may have written until now
-            if begun is None or not begun.complete:
-                return _go_on(config, out, begun)
-    say(f"{out}: complete already, {begun.n_rows():,} rows")
-    return begun
-
-
-def _go_on(config: HarvestConfig, out: Path, begun: ActivationStore | None) -> ActivationStore:
-    """Begin a harvest, or go on with one, and finish it."""
-    dtype = config.model.dtype if begun is None else begun.manifest["model"]["dtype"]
-    model = load_model(
-        config.model.spec,
-        dtype=dtype,
-        device=config.model.device,
-        revision=config.model.revision,
-        kind=config.model.kind,
-        diffusion=config.model.diffusion,
-    )
-    if begun is None:
-        for path in out.parent.iterdir():
-            if path.name.startswith(f".{out.name}.") and is_leftover(path):
-                remove(path)
-        writer = HarvestWriter.create(out, _plan(config, model))
-    else:
-        check_same_model(model, begun)
-        writer = HarvestWriter(begun)
-        writer.trim()
-    store = writer.store
-    total = sum(store.manifest["planned_sequences"].values()) * config.context
-    name = f"harvest of {len(store.sites)} site(s)" if len(store.sites) > 1 else "harvest"
-    with Progress(name, total, "tokens", done=store.n_tokens) as progress:
-        counts = {split: _harvest_split(split, config, model, writer, progress) for split in SPLITS}
-    writer.finish({split: counted(count) for split, count in counts.items()})
-    store = writer.store
-    row = sum(each.nbytes for each in row_arrays(store.manifest).values())
-    say(f"{out}: {store.n_rows():,} rows, {store.n_rows() * row / 1e9:.2f} GB")
+            store = begun(config, out)  # another process may have written until now
+            if store is None or not store.complete:
+                return _go_on(config, out, store, ignore_space=ignore_space)
+    say(f"{out}: complete already, {store.n_rows():,} rows")
     return store
 
 
-def _begun(config: HarvestConfig, out: Path) -> ActivationStore | None:
+def _go_on(
+    config: HarvestConfig, out: Path, store: ActivationStore | None, *, ignore_space: bool
+) -> ActivationStore:
+    """Begin a harvest, or go on with one, and finish it."""
+    model = model_of(config, store)
+    if store is None:
+        facts = planned_facts(config, model)
+        if not ignore_space:
+            check_space(facts, facts["planned_sequences"], Text.of(config), model, out)
+        for path in out.parent.iterdir():
+            if path.name.startswith(f".{out.name}.") and is_leftover(path):
+                remove(path)
+        writer = HarvestWriter.create(out, facts)
+    else:
+        writer = HarvestWriter(store)
+        writer.trim()
+    return fill(config, model, writer)
+
+
+def model_of(config: HarvestConfig, store: ActivationStore | None) -> Model | RawModel:
+    """The model of a configuration; of a harvest that is there, the same in the same precision.
+
+    Raises InputError if it cannot be loaded, or is another one.
+    """
+    chosen = config.model
+    dtype = chosen.dtype if store is None else store.manifest["model"]["dtype"]
+    model = load_model(
+        chosen.spec, dtype=dtype, device=chosen.device, revision=chosen.revision,
+        kind=chosen.kind, diffusion=chosen.diffusion,
+    )  # fmt: skip
+    if store is not None:
+        check_same_model(model, store)
+    return model
+
+
+def fill(config: HarvestConfig, model: Model | RawModel, writer: HarvestWriter) -> ActivationStore:
+    """Harvest what is missing of the last part of a store, and mark it as complete."""
+    store = writer.store
+    part = parts(store)[-1]
+    total = sum(part.planned_sequences.values()) * config.context
+    done = store.n_tokens - part.first_sequence * config.context
+    name = f"harvest of {len(store.sites)} site(s)" if len(store.sites) > 1 else "harvest"
+    with Progress(name, total, "tokens", done=done) as progress:
+        counts = {
+            split: _harvest_split(split, part, config, model, writer, progress) for split in SPLITS
+        }
+    text = Text.of(config, part)
+    writer.finish({split: text.counted(count) for split, count in counts.items()})
+    store = writer.store
+    row = sum(each.nbytes for each in row_arrays(store.manifest).values())
+    say(f"{store.path}: {store.n_rows():,} rows, {store.n_rows() * row / 1e9:.2f} GB")
+    return store
+
+
+def begun(config: HarvestConfig, out: Path) -> ActivationStore | None:
     """The harvest that `out` already holds, if any; it must be of this configuration."""
     if not (out / MANIFEST).exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError("exists and holds no harvest; choose another folder", where=str(out))
         return None
     store = ActivationStore.open(out)
-    # a harvest that is older than a setting was made with what is its default
-    there = _flat(to_dict(HarvestConfig())) | _flat(store.manifest["config"])
-    here = _flat(to_dict(config))
-    names = [n for n in {**there, **here} if n != "out" and there.get(n) != here.get(n)]
-    if names:
-        what = ", ".join(f"{n} is {there.get(n)!r} there and {here.get(n)!r} here" for n in names)
-        raise InputError(
-            f"holds a harvest of another configuration: {what}. Choose another out, or remove it",
-            where=str(out),
-        )
+    check_same_settings(store, config, ("out",))
     return store
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
-        flat |= {} if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _plan(config: HarvestConfig, model: Model | RawModel) -> dict[str, Any]:
+def planned_facts(config: HarvestConfig, model: Model | RawModel) -> dict[str, Any]:
     """What the manifest says from the start; everything that can be wrong is found here."""
     names = model.resolve(config.sites)
     check_rows(model, names, config.rows, config.context)
@@ -229,83 +272,18 @@ def _plan(config: HarvestConfig, model: Model | RawModel) -> dict[str, Any]:
         "model": facts_of(model),
         "sites": sites,
         "batch_sequences": batch,
+        "rows_per_sequence": per_sequence,
         "chunk_rows": config.chunk_rows,
         "window_chunks": window_chunks,
         "sequences_per_window": sequences,
-        "planned_sequences": _planned_sequences(config, model),
-    }
-
-
-def _planned_sequences(config: HarvestConfig, model: Model | RawModel) -> dict[str, int]:
-    """How many sequences each split is to have (with max_tokens: at most).
-
-    Without max_tokens the corpus is read through once to count, which costs about 1/200 of what
-    running the model over it does, and finds a damaged record before hours of work.
-    """
-    if config.max_tokens is None:
-        say("counting the tokens of the corpus")
-        limits: dict[str, int | None] = dict.fromkeys(SPLITS)
-    else:
-        wanted = config.max_tokens // config.context
-        held_out = round(wanted * config.held_out_fraction)
-        limits = {"train": wanted - held_out, "held_out": held_out}
-    planned = {}
-    for split, limit in limits.items():
-        # with a limit it is enough to know that there is text for one sequence
-        read = min(limit, 1) if limit is not None else None
-        found = packed(split, config, model, 64, PackingCounts(), read)
-        number = sum(len(group.tokens) for group in found)
-        planned[split] = number if limit is None else limit * min(number, 1)
-    if planned["train"] == 0:
-        raise InputError(
-            f"not enough text for one training sequence of {config.context} tokens",
-            where=config.corpus.source,
-        )
-    if planned["held_out"] == 0 and config.held_out_fraction > 0:
-        say("the corpus is too small for a held-out sequence: everything is for training")
-    return planned
-
-
-def packed(
-    split: str,
-    config: HarvestConfig,
-    model: Model | RawModel,
-    per_group: int,
-    counts: PackingCounts,
-    limit: int | None,
-) -> Iterator[Sequences]:
-    """The sequences of one split's documents, always the same ones."""
-    raw = model if isinstance(model, RawModel) else None
-
-    def chosen() -> Iterator[Document]:
-        held_out = split == "held_out"
-        for document in (raw.documents if raw else documents)(config.corpus):
-            if document.is_held_out(config.held_out_fraction) == held_out:
-                yield document
-
-    if limit == 0:
-        return iter(())
-    if raw:
-        return raw.sequences(
-            chosen(), context=config.context, per_group=per_group, counts=counts, limit=limit
-        )
-    assert isinstance(model, Model)
-    return pack(
-        chosen(), model, context=config.context, per_group=per_group, counts=counts, limit=limit
-    )
-
-
-def counted(counts: PackingCounts) -> dict[str, Any]:
-    return {
-        "documents": counts.documents,
-        "tokens": counts.tokens,
-        "dropped_tokens": counts.dropped_tokens,
-        "hash": counts.digest.hexdigest(),
+        "planned_sequences": Text.of(config).planned_sequences(model, config.max_tokens),
+        **outlier_facts(config, model, names),
     }
 
 
 def _harvest_split(
     split: str,
+    part: Part,
     config: HarvestConfig,
     model: Model | RawModel,
     writer: HarvestWriter,
@@ -316,22 +294,32 @@ def _harvest_split(
     # a resumed harvest runs batches of the size that it began with
     batch = begun.manifest.get("batch_sequences", config.batch_sequences)
     config = replace(config, batch_sequences=batch, batch_memory=None)
-    committed = [window for window in begun.windows if window.split == split]
+    committed = [begun.windows[number] for number in part.windows(begun, split)]
+    earlier = sum(w.split == split for w in begun.windows[: part.first_window])
+    # a place is that of the last window that was committed, which is thus read and compared again
+    place = begun.manifest.get("places", {}).get(split) if committed else None
+    at = 0 if place is None else len(committed) - 1
     counts = PackingCounts()
-    limit = begun.manifest["planned_sequences"][split]
     per_window = begun.manifest["sequences_per_window"]
-    groups = packed(split, config, model, per_window, counts, limit)
+    groups = Text.of(config, part).packed(
+        split, model, per_group=per_window, counts=counts, limit=part.planned_sequences[split],
+        before=numbers_before(begun, part, split, place), place=place,
+        to_end=part.max_tokens is None,
+    )  # fmt: skip
+    limits = norm_limits(begun.manifest)
     with ThreadPoolExecutor(1, "harvest-writer") as pool:
         writing: Future[None] | None = None
-        for number, group in enumerate(groups):
+        for number, group in enumerate(groups, start=at):
             if number < len(committed):
                 _check_same_text(group, begun, committed[number].first_sequence)
                 continue
-            seed = (config.seed, SPLITS.index(split), number)
+            seed = (config.seed, SPLITS.index(split), earlier + number)
             first = begun.n_sequences + per_window * (number - len(committed))
-            measured = _is_measured(split, number, begun)
-            sites = begun.sites if measured or config.storage != "none" else ()
-            data = run_window(split, group, first, model, sites, config, seed, progress)
+            measured = _is_measured(split, number, part, begun)
+            sites = begun.sites if measured or config.storage != "none" or limits else ()
+            data = run_window(
+                split, group, first, model, sites, config, seed, progress, limits=limits
+            )
             if not measured:
                 data = replace(data, sums={})
             if writing is not None:
@@ -342,11 +330,10 @@ def _harvest_split(
     return counts
 
 
-def _is_measured(split: str, number: int, begun: ActivationStore) -> bool:
-    """Whether the statistics are of this window, among others, of a split."""
+def _is_measured(split: str, number: int, part: Part, begun: ActivationStore) -> bool:
+    """Whether the statistics are of this window, among others, of a part's split."""
     wanted = begun.manifest["config"].get("statistics_windows")
-    planned = begun.manifest["planned_sequences"][split]
-    total = -(-planned // begun.manifest["sequences_per_window"])
+    total = -(-part.planned_sequences[split] // begun.manifest["sequences_per_window"])
     if split != "train" or wanted is None or wanted >= total:
         return split == "train"
     return number in {n * total // wanted for n in range(wanted)}
@@ -369,27 +356,40 @@ def run_window(
     config: HarvestConfig,
     seed: tuple[int, ...],
     progress: Progress,
+    *,
+    limits: Limits | None = None,
+    keep: NDArray[np.bool_] | None = None,
 ) -> WindowData:
-    """Run the model over a window's sequences and keep the rows that count."""
-    window = WindowRows(model, group, config.rows)
-    if len(window.places) == 0:
-        raise InputError("nothing but special tokens", where=config.corpus.source)
-    places = window.places
-    rows = {site: SiteRows(site, len(places), model.d_in(site), config.storage) for site in sites}
+    """Run the model over a window's sequences and keep the rows that count.
+
+    Those are the positions of `keep` [sequence, position], or all that are no special tokens, whose
+    norms are within the limits of all sites.
+    """
+    window = WindowRows(model, group, config.rows, keep)
+    candidates = len(window.places)
+    rows = {site: SiteRows(site, candidates, model.d_in(site), config.storage) for site in sites}
     for start in range(0, len(window.running), config.batch_sequences):
         batch = window.running[start : start + config.batch_sequences]
         found = model.capture(model.inputs(group, batch), sites)
+        if limits is not None:
+            window.keep_only(batch, within(found, limits).numpy())
         for site, x in found.items():
             rows[site].append(window.of(site, x, batch))
         progress.advance(len(batch) * config.context)
+    kept = len(window.places)
+    if kept == 0:
+        raise InputError("no position of a whole window is kept", where=config.corpus.source)
+    packed = config.model.kind == "language" and config.rows == "position"
     return WindowData(
         split=split,
         tokens=group.tokens,
         document=group.document,
         keep=window.keep,
         described=group.described,
-        row_token=first_sequence * config.context + places,
-        rows={name: x for part in rows.values() for name, x in part.arrays.items()},
+        row_token=first_sequence * config.context + window.places,
+        rows={name: x[:kept] for part in rows.values() for name, x in part.arrays.items()},
         order=window.order(seed),
         sums={site: part.sums() for site, part in rows.items()},
+        positions=group.positions(candidates, kept) if packed else {},
+        place=group.place,
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 
 
-def pictures(config: CorpusConfig) -> Iterator[Document]:
+def pictures(config: CorpusConfig, *, first: int = 0) -> Iterator[Document]:
     """Every picture of a corpus, in a fixed order: its file is its key, its sha256 its text.
 
     So equal pictures are on the same side of the held-out split, as equal texts are. Raises
@@ -32,7 +32,7 @@ def pictures(config: CorpusConfig) -> Iterator[Document]:
             given=str(strange[0]) if strange else config.source,
             allowed=f"a pattern such as photos/**/*.png, of files ending in {', '.join(SUFFIXES)}",
         )  # fmt: skip
-    for number, path in enumerate(paths):
+    for number, path in enumerate(paths, first):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         yield Document(number, str(path), digest, path.stem)
 

@@ -24,6 +24,17 @@ DOCUMENT_SCHEMA = pa.schema(
         ("split", pa.int8()),
     ]
 )
+DOCUMENT_NUMBER = pa.field("number", pa.uint64())
+
+
+def document_schema(facts: Mapping[str, Any]) -> pa.Schema:
+    """Columns of the lists of documents; with a number that tells texts apart where that is done.
+
+    So lists of other harvests stay what they were, to the byte.
+    """
+    corpus = facts["config"].get("corpus") or {}
+    apart = corpus.get("deduplicate", False)
+    return DOCUMENT_SCHEMA.append(DOCUMENT_NUMBER) if apart else DOCUMENT_SCHEMA
 
 
 def documents_part(window: int) -> str:

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from activations.corpora import CorpusConfig, Document, documents
+from activations.corpora import CorpusConfig, Document, DocumentStream
 from activations.hooks import run_until_captured, shapes_of
 from activations.model_config import DenoisingConfig
 from activations.model_files import SPREAD, device_of, hash_of_weights
@@ -133,9 +133,12 @@ class RawModel(ABC):
         with torch.no_grad():
             return run_until_captured(targets, lambda: self._run(inputs))
 
-    def documents(self, corpus: CorpusConfig) -> Iterator[Document]:
-        """What a corpus holds for this kind of model. Raises InputError as corpora do."""
-        return documents(corpus)
+    def documents(self, corpus: CorpusConfig, *, first: int = 0) -> Iterator[Document]:
+        """What a corpus holds for this kind of model, numbered from `first`.
+
+        Raises InputError as corpora do.
+        """
+        return iter(DocumentStream(corpus, first=first))
 
     @abstractmethod
     def example(self, count: int, positions: int | None = None) -> Any:
@@ -201,8 +204,7 @@ def grouped(
     for entry in entries:
         document = entry[0]
         if document.id > counted:
-            counts.digest.update(document.text.encode() + b"\0")
-            counts.documents += 1
+            counts.add(document, 0)
             counted = document.id
         counts.tokens += context
         waiting.append(entry)

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from activations.harvest import HarvestConfig, run_window
+from activations.harvest import model_of as harvested_model
 from activations.layout import ROW_TOKEN, SPLITS
 from activations.ledger import Window
-from activations.model_facts import check_same_model
-from activations.models import Model, load_model
+from activations.models import Model
+from activations.outliers import norm_limits
 from activations.packing import Sequences
 from activations.raw_models import RawModel
 from activations.zarr_store import ActivationStore
@@ -34,14 +35,9 @@ def model_of(store: ActivationStore, device: str | None = None) -> Model | RawMo
 
     Raises InputError if it has other weights, or another tokenizer, by now.
     """
-    chosen = config_of(store).model
-    dtype = store.manifest["model"]["dtype"]
-    model = load_model(
-        chosen.spec, dtype=dtype, device=device or chosen.device, revision=chosen.revision,
-        kind=chosen.kind, diffusion=chosen.diffusion,
-    )  # fmt: skip
-    check_same_model(model, store)
-    return model
+    config = config_of(store)
+    model = replace(config.model, device=device or config.model.device)
+    return harvested_model(replace(config, model=model), store)
 
 
 def group_of(store: ActivationStore, number: int) -> Sequences:
@@ -61,17 +57,26 @@ def recompute(
     sites: Sequence[str],
     config: HarvestConfig,
     progress: Progress,
+    *,
+    find_kept: bool = False,
 ) -> WindowData:
     """A window's rows at some sites, as a harvest computes them from its sequences.
 
-    On the same machine they have the same bits.
+    On the same machine they have the same bits. Where outliers were left out, the stored `keep`
+    says which, or they are found again (`find_kept`, with all sites).
+
+    Raises DamagedError if what has to be read is damaged.
     """
     window = store.windows[number]
     position = sum(before.split == window.split for before in store.windows[:number])
     seed = (config.seed, SPLITS.index(window.split), position)
+    limits, keep = norm_limits(store.manifest), None
+    if limits is not None and not find_kept:
+        keep, limits = store.read_sequences("keep", number), None
     return run_window(
-        window.split, group, window.first_sequence, model, tuple(sites), config, seed, progress
-    )
+        window.split, group, window.first_sequence, model, tuple(sites), config, seed, progress,
+        limits=limits, keep=keep,
+    )  # fmt: skip
 
 
 def dealt(

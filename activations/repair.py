@@ -8,6 +8,7 @@ it is written only if asked for, and the ledger says so from then on.
 """
 
 import hashlib
+import itertools
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,23 +22,27 @@ import torch
 from numpy.typing import NDArray
 
 from activations.chunk_files import chunk_path, crc32c, write_chunk
-from activations.harvest import HarvestConfig, counted, packed
+from activations.harvest import HarvestConfig
 from activations.layout import (
     GROUP,
     METADATA,
     SEQUENCE_ARRAYS,
     SPLITS,
+    document_schema,
     row_arrays,
 )
 from activations.ledger import LEDGER, Window, correction_line, window_line
 from activations.models import Model
+from activations.outliers import norm_limits
 from activations.packing import PackingCounts, Sequences
+from activations.parts import Part, numbers_before, parts
 from activations.raw_models import RawModel
+from activations.reading import Text
 from activations.recompute import config_of, dealt, group_of, model_of, recompute
 from activations.rows import WindowRows
 from activations.store_check import Fault, Report, descriptions
 from activations.zarr_store import ActivationStore
-from activations.zarr_writer import HarvestWriter, filled_up, write_documents
+from activations.zarr_writer import HarvestWriter, WindowData, filled_up, write_documents
 from saescope.artefact import DamagedError, disk_full, library_versions, read_json, write_json
 from saescope.errors import ArtefactError, SaescopeError
 from saescope.progress import Progress, say
@@ -150,41 +155,57 @@ class Repair:
 
     def _groups(self, wanted: set[int | None]) -> Iterator[tuple[int, Sequences]]:
         """The packed sequences of some windows, from the corpus."""
-        store = self.store
-        for split in SPLITS:
-            numbers = [n for n, window in enumerate(store.windows) if window.split == split]
-            if not wanted & set(numbers):
-                continue
-            say(f"reading the {split} text again")
-            counts, limit = PackingCounts(), store.manifest["planned_sequences"][split]
-            per_window = store.manifest["sequences_per_window"]
-            groups = packed(split, self.config, self.model, per_window, counts, limit)
-            for position, group in enumerate(groups):
-                if position >= len(numbers):
-                    break
-                if numbers[position] in wanted:
-                    self._check_text(numbers[position], group)
-                    yield numbers[position], group
-            if store.complete and counted(counts) != store.manifest["corpus"][split]:
-                raise ArtefactError(
-                    "the corpus is not the one that was harvested (its hash differs)",
-                    where=self.config.corpus.source,
-                )
+        for part in parts(self.store):
+            for split in SPLITS:
+                numbers = part.windows(self.store, split)
+                if wanted & set(numbers):
+                    say(f"reading the {split} text again")
+                    yield from self._groups_of(part, split, numbers, wanted)
 
-    def _check_text(self, number: int, group: Sequences) -> None:
+    def _groups_of(
+        self, part: Part, split: str, numbers: Sequence[int], wanted: set[int | None]
+    ) -> Iterator[tuple[int, Sequences]]:
+        """The packed sequences of some windows of a split of one part."""
+        text, counts = Text.of(self.config, part), PackingCounts()
+        groups = text.packed(
+            split,
+            self.model,
+            per_group=self.store.manifest["sequences_per_window"],
+            counts=counts,
+            limit=part.planned_sequences[split],
+            before=numbers_before(self.store, part, split, None),
+            to_end=part.max_tokens is None,
+        )
+        for position, group in enumerate(groups):
+            if position >= len(numbers):
+                break
+            if numbers[position] in wanted:
+                self._check_text(numbers[position], group, part.corpus.source)
+                yield numbers[position], group
+        if part.counts is not None and not text.agrees(counts, part.counts[split]):
+            raise ArtefactError(
+                "the corpus is not the one that was harvested (its hash differs)",
+                where=part.corpus.source,
+            )
+
+    def _check_text(self, number: int, group: Sequences, source: str) -> None:
         window = self.store.windows[number]
-        for array, found in self._sequence_values(window, group).items():
+        for array, found in self._sequence_values(number, group).items():
             for piece in window.pieces(int(self.store.manifest["sequences_per_window"])):
                 crc = self.store.ledger.sequences_crc(array, number, piece)
                 part = found[piece.offset : piece.offset + piece.sequences]
                 if len(found) != window.sequences or crc not in (None, crc32c(part)):
                     raise ArtefactError(
                         f"the corpus is not the one that was harvested ({array} of window {number} "
-                        "differ)", where=self.config.corpus.source,
+                        "differ)", where=source,
                     )  # fmt: skip
 
-    def _sequence_values(self, window: Window, group: Sequences) -> dict[str, NDArray[Any]]:
-        keep = WindowRows(self.model, group, self.config.rows).keep
+    def _sequence_values(self, number: int, group: Sequences) -> dict[str, NDArray[Any]]:
+        window = self.store.windows[number]
+        if norm_limits(self.store.manifest) is None:
+            keep = WindowRows(self.model, group, self.config.rows).keep
+        else:
+            keep = self._computed(number, group, self.store.sites, find_kept=True).keep
         split = np.full(len(group.tokens), SPLITS.index(window.split), np.int8)
         return {"tokens": group.tokens, "document": group.document, "keep": keep, "split": split}
 
@@ -194,7 +215,7 @@ class Repair:
         for number, window in enumerate(store.windows):
             for piece in window.pieces(per_chunk):
                 if piece.chunk == chunk:
-                    values = self._sequence_values(window, groups[number])[array]
+                    values = self._sequence_values(number, groups[number])[array]
                     parts.append(values[piece.offset : piece.offset + piece.sequences])
         whole = filled_up(array, np.concatenate(parts), per_chunk)
         write_chunk(store.sequence_chunk_path(array, chunk), whole, replaces=True)
@@ -203,7 +224,8 @@ class Repair:
     def _rewrite_list(self, fault: Fault, group: Sequences) -> None:
         window = int(fault.chunk or 0)
         split = self.store.windows[window].split
-        crc = write_documents(self.store.path, window, split, group.described)
+        schema = document_schema(self.store.manifest)
+        crc = write_documents(self.store.path, window, split, group.described, schema)
         expected = self.store.ledger.documents_crc(window)
         if expected is not None and crc != expected:
             # the text was just found to be the same; another pyarrow writes other bytes
@@ -232,12 +254,9 @@ class Repair:
         """Compute a window again and put back its damaged chunks."""
         store, arrays = self.store, row_arrays(self.store.manifest)
         damaged = {arrays[str(fault.array)].site for fault in faults}
-        sites = [site for site in store.sites if site in damaged]
-        total = window.sequences * store.context if sites else 0
         try:
             group = self._group(number)
-            with Progress(f"window {number}", total, "tokens") as progress:
-                data = recompute(store, number, group, self.model, sites, self.config, progress)
+            data = self._computed(number, group, [s for s in store.sites if s in damaged])
         except SaescopeError as error:
             self.left += [f"{fault.path}: needs what cannot be had: {error}" for fault in faults]
             return
@@ -250,6 +269,16 @@ class Repair:
         for fault in faults:
             array, chunk = str(fault.array), int(fault.chunk or 0)
             self._put_back(fault, computed(array, chunk), agreements.get(array))
+
+    def _computed(
+        self, number: int, group: Sequences, sites: Sequence[str], *, find_kept: bool = False
+    ) -> WindowData:
+        total = group.tokens.size if sites else 0
+        with Progress(f"window {number}", total, "tokens") as progress:
+            return recompute(
+                self.store, number, group, self.model, sites, self.config, progress,
+                find_kept=find_kept,
+            )  # fmt: skip
 
     def _compare(self, array: str, window: Window, computed: Any) -> Agreement:
         """Recomputed against stored, for the chunks of a window that are whole."""
@@ -315,13 +344,15 @@ def _windows(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     whole = {**manifest, "schema": 1, "windows": [vars(Window(SPLITS[0], 0, 0, 0, count))]}
     everything = ActivationStore(folder, whole)
     split, keep = (everything.read_sequences(name, 0) for name in ("split", "keep"))
+    begun = {part["first_sequence"] for part in manifest.get("appended", [])}
+    changes = {*(np.flatnonzero(np.diff(split)) + 1).tolist(), *begun, 0}
+    borders = [*sorted(border for border in changes if border < count), count]
     found: list[dict[str, Any]] = []
     chunk = 0
-    for number, name in enumerate(SPLITS):
-        inside = np.flatnonzero(split == number)
-        for start in range(0, len(inside), per_window):
-            first, size = int(inside[start]), min(per_window, len(inside) - start)
+    for start, end in itertools.pairwise(borders):
+        for first in range(start, end, per_window):
+            size = min(per_window, end - first)
             rows = int(keep[first : first + size].sum())
-            found.append(vars(Window(name, chunk, rows, first, size)))
+            found.append(vars(Window(SPLITS[split[first]], chunk, rows, first, size)))
             chunk += -(-rows // chunk_rows)
     return found

@@ -27,21 +27,44 @@ class WindowRows:
     rows where they would be in any other order of running.
     """
 
-    def __init__(self, model: Model | RawModel, group: Sequences, kind: RowKind) -> None:
+    def __init__(
+        self,
+        model: Model | RawModel,
+        group: Sequences,
+        kind: RowKind,
+        keep: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """keep: bool [sequence, position], the positions that count, where that is known."""
         real = group.document >= 0
         self._kind = kind
-        self._counted = model.keep_mask(torch.from_numpy(group.tokens)).numpy() & real
-        self.keep = self._counted if kind == "position" else last_of(self._counted)
-        """bool [sequence, position]: where a row is"""
+        if keep is None:
+            keep = model.keep_mask(torch.from_numpy(group.tokens)).numpy() & real
+        self._counted = keep.copy()
         self.running: NDArray[np.int64] = np.argsort(-real.sum(1), kind="stable")
         """numbers of the sequences in the order in which they are run"""
-        numbers = np.arange(real.size).reshape(real.shape)
-        self.places: NDArray[np.int64] = numbers[self.running][self.keep[self.running]]
-        """sequence * context + position of each row, in the order in which they are computed"""
+
+    @property
+    def keep(self) -> NDArray[np.bool_]:
+        """bool [sequence, position]: where a row is."""
+        return self._counted if self._kind == "position" else last_of(self._counted)
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """sequence * context + position of each row, in the order in which they are computed."""
+        numbers = np.arange(self._counted.size).reshape(self._counted.shape)
+        return numbers[self.running][self.keep[self.running]]
+
+    def keep_only(self, batch: NDArray[np.int64], which: NDArray[np.bool_]) -> None:
+        """Of some sequences only the positions `which` [batch, position] count from now on.
+
+        What is padding for all of them may be missing at the end.
+        """
+        self._counted[batch, : which.shape[1]] &= which
 
     def order(self, seed: tuple[int, ...]) -> NDArray[np.int64]:
         """The shuffled order in which the rows are written."""
-        return np.argsort(self.places)[np.random.default_rng(seed).permutation(len(self.places))]
+        places = self.places
+        return np.argsort(places)[np.random.default_rng(seed).permutation(len(places))]
 
     def of(self, site: str, x: Tensor, batch: NDArray[np.int64]) -> Tensor:
         """The rows [row, d_in] of some sequences' activations [batch, position, d_in].

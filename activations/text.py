@@ -1,11 +1,12 @@
 """Text and tokens of one tokenizer: BOS, special tokens, and each token's own piece of text."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from saescope.artefact import sha256_json
+from saescope.errors import InputError
 
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
@@ -43,6 +44,23 @@ class TextCodec:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, no special tokens added."""
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """What the tokenizer's chat template makes of a conversation, without a BOS in front.
+
+        Raises InputError if it has no template, or if that refuses the conversation.
+        """
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise InputError("this model's tokenizer has no chat template")
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False)
+        except (TemplateError, TypeError, KeyError) as error:
+            raise InputError(f"the chat template refuses this conversation: {error}") from error
+        # every sequence begins with a BOS already, where the model uses one
+        bos = self.tokenizer.bos_token if self.bos_token_id is not None else None
+        return text.removeprefix(bos) if bos else text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens spelled out."""

@@ -126,9 +126,9 @@ class VisionModel(RawModel):
     def n_ctx(self) -> None:
         """No limit but the feature map."""
 
-    def documents(self, corpus: CorpusConfig) -> Iterator[Document]:
-        """The pictures of a corpus."""
-        return pictures(corpus)
+    def documents(self, corpus: CorpusConfig, *, first: int = 0) -> Iterator[Document]:
+        """The pictures of a corpus, numbered from `first`."""
+        return pictures(corpus, first=first)
 
     def example(
         self, count: int, positions: int | None = None

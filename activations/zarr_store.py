@@ -4,7 +4,8 @@ A store is a folder:
 
     manifest.json            what was harvested from what, statistics; carries its own sha256
     windows.jsonl            every committed window, with the checksum of each chunk it wrote
-    documents.parquet/       one Parquet file a window: document, key, title, split
+    documents.parquet/       one Parquet file a window: document, key, title, split (and number,
+                             which tells texts apart, where repetitions are left out)
     activations.zarr/        a Zarr v3 group, checksummed by crc32c, not compressed
         tokens, document     int32 [sequence, position]
         keep                 bool  [sequence, position], false where no row is stored
@@ -36,12 +37,12 @@ from torch import Tensor
 
 from activations.chunk_files import chunk_path, crc32c, not_the_one, read_chunk, read_part
 from activations.layout import (
-    DOCUMENT_SCHEMA,
     DOCUMENTS,
     GROUP,
     ROW_TOKEN,
     SEQUENCE_ARRAYS,
     SPLITS,
+    document_schema,
     documents_part,
     row_arrays,
     storage_of,
@@ -158,7 +159,9 @@ class ActivationStore:
         config = {**self.manifest["config"], "out": None}
         facts = [self.manifest[name] for name in ("model", "corpus", "sites", "chunk_rows")]
         windows = [vars(window) for window in self.windows]
-        return sha256_json([config, *facts, windows, self.manifest["sums"]])
+        appended = self.manifest.get("appended", [])
+        more = [appended] if appended else []
+        return sha256_json([config, *facts, windows, self.manifest["sums"], *more])
 
     def statistics(self, site: str) -> SiteStatistics:
         """Count, mean and mean square of a site over the train split.
@@ -198,7 +201,7 @@ class ActivationStore:
     def document_table(self) -> pa.Table:
         """Documents of the committed windows: document, key, title, split."""
         tables = [self.read_documents(number) for number in range(len(self.windows))]
-        return pa.concat_tables(tables) if tables else DOCUMENT_SCHEMA.empty_table()
+        return pa.concat_tables(tables) if tables else document_schema(self.manifest).empty_table()
 
     def read_documents(self, window: int) -> pa.Table:
         """Documents that first appear in a window. Raises DamagedError."""
@@ -207,7 +210,8 @@ class ActivationStore:
         try:
             content = path.read_bytes()
             if expected is None or crc32c(content) == expected:
-                return parquet.read_table(pa.BufferReader(content), schema=DOCUMENT_SCHEMA)
+                schema = document_schema(self.manifest)
+                return parquet.read_table(pa.BufferReader(content), schema=schema)
         except FileNotFoundError as error:
             raise DamagedError(
                 "the list of documents is missing", where=str(path), kind="missing"

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from pyarrow import parquet
 
 from activations.chunk_files import chunk_path, crc32c, read_chunk, write_chunk
 from activations.layout import (
-    DOCUMENT_SCHEMA,
     DOCUMENTS,
     GROUP,
     METADATA,
@@ -21,6 +20,7 @@ from activations.layout import (
     SPLITS,
     create_arrays,
     described_arrays,
+    document_schema,
     documents_part,
     fill_value,
     row_arrays,
@@ -54,8 +54,9 @@ class WindowData:
     tokens: NDArray[np.int32]
     document: NDArray[np.int32]
     keep: NDArray[np.bool_]
-    described: list[tuple[int, str, str]]
-    """(id, key, title) of the documents that first appear here."""
+    described: Sequence[tuple[Any, ...]]
+    """(id, key, title) of the documents that first appear here; with their number, where the store
+    tells texts apart."""
     row_token: NDArray[np.int64]
     rows: Mapping[str, NDArray[Any]]
     """The arrays [row, ...] of all sites, by name (row_storage.site_arrays)."""
@@ -63,6 +64,10 @@ class WindowData:
     """The shuffled order in which the rows are written."""
     sums: Mapping[str, SiteSums]
     """Of each site; empty in a window that statistics are not of."""
+    positions: Mapping[str, int] = field(default_factory=dict)
+    """How many positions are kept, and how many are left out for each reason."""
+    place: Mapping[str, Any] | None = None
+    """Where in the corpus to go on from, to read this window again and what follows it."""
 
 
 class HarvestWriter:
@@ -93,7 +98,8 @@ class HarvestWriter:
             site: {"count": 0, "sum": [0.0] * width, "sum_square": 0.0}
             for site, width in facts["sites"].items()
         }
-        facts = {**facts, "corpus": None, "sums": sums, "complete": False}
+        positions = {split: {} for split in SPLITS}
+        facts = {**facts, "corpus": None, "sums": sums, "positions": positions, "complete": False}
         with disk_full(str(path)), atomic_path(path) as temporary:
             temporary.mkdir()
             (temporary / DOCUMENTS).mkdir()
@@ -143,15 +149,30 @@ class HarvestWriter:
             documents = self._write_documents(data)
             if data.split == "train":
                 self._add_sums(data.sums)
+            self._add_positions(data)
+            if data.place is not None:
+                self._facts["places"] = {**self._facts.get("places", {}), data.split: data.place}
             line = window_line(window, Checksums(rows, sequences, documents))
             self._ledger.append(self.path, line)
             self._write_manifest()
             self._chunks += len(window.chunks(self._chunk_rows))
             self._sequences += window.sequences
 
+    def begin(self, part: dict[str, Any]) -> None:
+        """Append a corpus: what is written from now on is of it, and the store incomplete."""
+        appended = [*self._facts.get("appended", []), {**part, "counts": None}]
+        self._facts |= {"appended": appended, "complete": False}
+        with disk_full(str(self.path)):
+            self._write_manifest()
+
     def finish(self, corpus: dict[str, Any]) -> None:
-        """Mark the store as complete, with the facts of the corpus that were counted."""
-        self._facts |= {"corpus": corpus, "complete": True}
+        """Mark the store as complete, with the facts of the last corpus that were counted."""
+        if appended := self._facts.get("appended"):
+            self._facts["appended"] = [*appended[:-1], {**appended[-1], "counts": corpus}]
+        else:
+            self._facts["corpus"] = corpus
+        self._facts.pop("places", None)
+        self._facts["complete"] = True
         with disk_full(str(self.path)):
             self._write_manifest()
 
@@ -242,8 +263,8 @@ class HarvestWriter:
             fsync_path(path)
 
     def _write_documents(self, data: WindowData) -> int:
-        number = len(self._ledger.windows)
-        return write_documents(self.path, number, data.split, data.described)
+        number, schema = len(self._ledger.windows), document_schema(self._facts)
+        return write_documents(self.path, number, data.split, data.described, schema)
 
     def _add_sums(self, sums: Mapping[str, SiteSums]) -> None:
         before = self._facts["sums"]
@@ -256,6 +277,14 @@ class HarvestWriter:
             for site, new in sums.items()
         }
 
+    def _add_positions(self, data: WindowData) -> None:
+        """Count positions, in a store that has done so from its beginning."""
+        if (before := self._facts.get("positions")) is None:
+            return
+        known = before[data.split]
+        added = {name: known.get(name, 0) + n for name, n in data.positions.items()}
+        self._facts["positions"] = {**before, data.split: {**known, **added}}
+
 
 def filled_up(array: str, values: NDArray[Any], length: int) -> NDArray[Any]:
     """The values of a chunk of `length` along the first axis, filled up where there are fewer."""
@@ -267,14 +296,18 @@ def filled_up(array: str, values: NDArray[Any], length: int) -> NDArray[Any]:
 
 
 def write_documents(
-    folder: Path, window: int, split: str, described: Sequence[tuple[int, str, str]]
+    folder: Path,
+    window: int,
+    split: str,
+    described: Sequence[tuple[Any, ...]],
+    schema: pa.Schema,
 ) -> int:
-    """Write a window's list of documents (id, key, title); the crc32c of the file."""
-    columns = list(zip(*described, strict=True)) or [(), (), ()]
-    arrays = [*columns, [SPLITS.index(split)] * len(described)]
+    """Write a window's list of documents (id, key, title, ...); the crc32c of the file."""
+    rows = [(*entry[:3], SPLITS.index(split), *entry[3:]) for entry in described]
+    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
     table = pa.table(
-        [pa.array(values, kind.type) for values, kind in zip(arrays, DOCUMENT_SCHEMA, strict=True)],
-        schema=DOCUMENT_SCHEMA,
+        [pa.array(values, kind.type) for values, kind in zip(columns, schema, strict=True)],
+        schema=schema,
     )
     with atomic_path(folder / DOCUMENTS / documents_part(window)) as temporary:
         parquet.write_table(table, temporary)

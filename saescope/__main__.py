@@ -39,14 +39,17 @@ class Command:
 
 COMMANDS = {
     "harvest": Command(
-        module="activations.harvest",
-        config="HarvestConfig",
-        function="harvest",
+        module="activations.command",
+        config="HarvestCommand",
+        function="run",
         summary="Run a model over text and store activations.",
         examples=(
             "saescope harvest configs/harvest/smollm2-135m-wikipedia.toml",
             "saescope harvest configs/harvest/smollm2-135m-wikipedia.toml "
             "--sites 'blocks.4-9.hook_resid_post' --out data/six-layers",
+            "saescope harvest configs/harvest/pythia-70m.toml --plan",
+            "saescope harvest configs/harvest/smollm2-135m-wikipedia.toml "
+            "--corpus.source 'news/*.jsonl' --append",
         ),
         resumes=True,
     ),

@@ -30,8 +30,10 @@ def _changes_disk(event: str, arguments: tuple[Any, ...], folder: str) -> bool:
     return event in CHANGES and any(str(x).startswith(folder) for x in arguments[:2])
 
 
-def _harvest(config: HarvestConfig, quiet: str, kill_at: int | None, counted: Any) -> None:
-    from activations import harvest
+def _harvest(
+    config: HarvestConfig, quiet: str, kill_at: int | None, counted: Any, work: str
+) -> None:
+    import activations
 
     with Path(quiet).open("w") as sink:
         os.dup2(sink.fileno(), 1)
@@ -46,7 +48,7 @@ def _harvest(config: HarvestConfig, quiet: str, kill_at: int | None, counted: An
                     os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    harvest(config)
+    getattr(activations, work)(config)
 
 
 def _command(arguments: list[str], quiet: str) -> None:
@@ -59,13 +61,22 @@ def _command(arguments: list[str], quiet: str) -> None:
 
 
 class Child:
-    """A harvest in its own process; it stops itself before its `kill_at`-th change of the disk."""
+    """A harvest, or an append, in its own process.
 
-    def __init__(self, config: HarvestConfig, folder: Path, kill_at: int | None = None) -> None:
+    It stops itself before its `kill_at`-th change of the disk.
+    """
+
+    def __init__(
+        self,
+        config: HarvestConfig,
+        folder: Path,
+        kill_at: int | None = None,
+        work: str = "harvest",
+    ) -> None:
         self.log = folder / "child.log"
         self._counted = _CONTEXT.Value("i", 0)
         self.process: ForkServerProcess = _CONTEXT.Process(
-            target=_harvest, args=(replace(config), str(self.log), kill_at, self._counted)
+            target=_harvest, args=(replace(config), str(self.log), kill_at, self._counted, work)
         )
         self.process.start()
 

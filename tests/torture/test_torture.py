@@ -15,7 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from activations import ActivationLoader, ActivationStore, HarvestConfig, ModelConfig, harvest
+from activations import (
+    ActivationLoader,
+    ActivationStore,
+    HarvestConfig,
+    ModelConfig,
+    append,
+    harvest,
+)
 from activations.corpora import CorpusConfig
 from activations.doctor import DoctorConfig, doctor
 from activations.store_check import examine
@@ -106,6 +113,34 @@ def test_killed_before_random_changes_of_the_disk(
         config = replace(config, out=str(folder / "out"))
         assert Child(config, folder, kill_at).end() == -signal.SIGKILL
         goes_on(config, whole)
+
+
+@pytest.mark.timeout(3600)
+@FEW_OR_ALL
+def test_an_append_killed_before_random_changes_of_the_disk(
+    config: HarvestConfig, whole: Path, tmp_path: Path, share: str
+) -> None:
+    """What was there before is whole at any time, and the append goes on to the same bytes."""
+    lines = Path(config.corpus.source).read_text().replace("Number", "Another")
+    (tmp_path / "more.jsonl").write_text(lines)
+    more = replace(config, corpus=CorpusConfig(source=str(tmp_path / "more.jsonl")))
+
+    def child(name: str, kill_at: int | None) -> tuple[Child, HarvestConfig]:
+        out = tmp_path / name / "out"
+        shutil.copytree(whole, out)
+        appending = replace(more, out=str(out))
+        return Child(appending, out.parent, kill_at, "append"), appending
+
+    full, done = child("counted", None)
+    assert full.end() == 0
+    assert len(ActivationStore.open(done.out).windows) > len(ActivationStore.open(whole).windows)
+    chance = random.Random(share)
+    for trial in range(2 if share == "few" else 25):
+        killed, appending = child(str(trial), chance.randrange(1, full.changes + 1))
+        assert killed.end() == -signal.SIGKILL
+        assert examine(ActivationStore.open(appending.out)).faults == []
+        append(appending)
+        assert_same_content(Path(appending.out), Path(done.out))
 
 
 @pytest.mark.timeout(3600)

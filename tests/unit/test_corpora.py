@@ -23,7 +23,7 @@ RECORDS = [
 EXPECTED = [(0, "One", "The first text."), (1, "Three", "The third text: café 水.")]
 
 
-def read(source: object, **fields: str) -> list[Document]:
+def read(source: object, **fields: Any) -> list[Document]:
     return list(documents(CorpusConfig(source=str(source), **fields)))
 
 
@@ -61,7 +61,7 @@ def test_text_files_in_the_order_of_their_names(tmp_path: Path) -> None:
 def test_a_long_text_file_is_read_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("activations.corpora._PIECE_CHARACTERS", 25)
+    monkeypatch.setattr("activations.sources._PIECE_CHARACTERS", 25)
     text = "".join(f"line {n} with wörds\n" for n in range(10))
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     found = read(tmp_path / "long.txt")

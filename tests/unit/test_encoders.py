@@ -11,10 +11,10 @@ from torch import Tensor
 
 from activations import ActivationStore, CorpusConfig, HarvestConfig, ModelConfig, harvest
 from activations.doctor import DoctorConfig, doctor
-from activations.harvest import packed
 from activations.models import load_model
 from activations.packing import PackingCounts
 from activations.raw_models import RawModel
+from activations.reading import Text
 from saescope.errors import InputError
 from tests.tiny import SENTENCES
 from tests.tiny_raw import D_MODEL, make_tiny_encoder
@@ -195,5 +195,6 @@ def test_a_limit_of_tokens(root: Path, tmp_path: Path) -> None:
     config = config_of(root, tmp_path / "out", max_tokens=10 * 24)
     assert harvest(config).n_sequences == 10
     model = load_model(config.model.spec, kind="text_encoder", dtype="float32")
-    groups = list(packed("train", config, model, 3, PackingCounts(), 8))
+    text, counts = Text.of(config), PackingCounts()
+    groups = list(text.packed("train", model, per_group=3, counts=counts, limit=8))
     assert [len(group.tokens) for group in groups] == [3, 3, 2]

@@ -1,0 +1,72 @@
+"""`saescope harvest`: harvest, append to a harvest, or say what either would take."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from activations.append import append, is_there, planned_part
+from activations.harvest import HarvestConfig, begun, harvest, model_of, planned_facts
+from activations.parts import parts
+from activations.plan import describe, free_bytes, refuse_too_much
+from activations.reading import Text
+from activations.zarr_store import ActivationStore
+from saescope.progress import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestCommand(HarvestConfig):
+    """Run a model over text and store the activations of some sites."""
+
+    plan: bool = False
+    """Only say what it would take (rows, disk, memory, time), and write nothing."""
+
+    append: bool = False
+    """Add the activations of this corpus to the finished harvest in `out`, whose other settings
+    must be these."""
+
+    ignore_space: bool = False
+    """Begin though it does not fit on the disk."""
+
+
+def run(command: HarvestCommand) -> ActivationStore | None:
+    """Harvest or append, or, with `plan`, print what that would take and return None.
+
+    Raises InputError and ArtefactError as `harvest` and `append` do, with `plan` too.
+    """
+    values = {f.name: getattr(command, f.name) for f in fields(HarvestConfig)}
+    config = HarvestConfig(**values)
+    if command.plan:
+        _say_plan(config, appends=command.append, ignore_space=command.ignore_space)
+        return None
+    work = append if command.append else harvest
+    return work(config, ignore_space=command.ignore_space)
+
+
+def _say_plan(config: HarvestConfig, *, appends: bool, ignore_space: bool) -> None:
+    """Print what a harvest would take. InputError if it does not fit on the disk."""
+    out = Path(config.out)
+    store = ActivationStore.open(out) if appends else begun(config, out)
+    if store is not None and (is_there(config, store) if appends else store.complete):
+        say(f"{out}: complete already, {store.n_rows():,} rows")
+        return
+    model = model_of(config, store)
+    text, left = Text.of(config), {}
+    facts: Mapping[str, Any]
+    if store is None:
+        facts = planned_facts(config, model)
+        left = facts["planned_sequences"]
+    elif appends and store.complete:
+        facts = store.manifest
+        left = planned_part(config, model, store)["planned_sequences"]
+    else:
+        facts, part = store.manifest, parts(store)[-1]
+        text = Text.of(config, part)
+        for split, planned in part.planned_sequences.items():
+            windows = part.windows(store, split)
+            left[split] = planned - sum(store.windows[number].sequences for number in windows)
+    lines, needed = describe(config, facts, left, text, model)
+    for line in lines:
+        say(line)
+    if not ignore_space:
+        refuse_too_much(needed, free_bytes(out), out)

@@ -1,0 +1,163 @@
+"""What a harvest will take, said before anything is written: rows, disk, memory, time."""
+
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from activations.layout import SPLITS, array_names, row_arrays
+from activations.models import Model
+from activations.outliers import norm_limits
+from activations.packing import PackingCounts, Sequences
+from activations.raw_models import RawModel
+from activations.reading import Text
+from activations.rows import WindowRows
+from saescope.errors import InputError
+from saescope.progress import Progress, duration, silent
+
+if TYPE_CHECKING:
+    from activations.harvest import HarvestConfig
+
+_WARM, _MEASURED = 1, 3
+_SAMPLE_SEQUENCES = 64
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What sequences take on disk."""
+
+    rows: int
+    size: int
+    """bytes"""
+
+
+def needs(facts: Mapping[str, Any], planned: Mapping[str, int], share: float = 1.0) -> Needs:
+    """Rows and bytes on disk of so many sequences of each split; all chunks are of full size.
+
+    Args: share is that of the rows that there could be.
+    """
+    context, chunk_rows = facts["config"]["context"], facts["chunk_rows"]
+    per_window = facts["sequences_per_window"]
+    row_bytes = sum(each.nbytes for each in row_arrays(facts).values())
+    rows = size = 0
+    for sequences in planned.values():
+        whole, rest = divmod(sequences, per_window)
+        for inside, windows in ((per_window, whole), (rest, 1 if rest else 0)):
+            kept = round(inside * _per_sequence(facts) * share)
+            rows += windows * kept
+            size += windows * -(-kept // chunk_rows) * chunk_rows * row_bytes
+    # tokens, document, keep and split, and a description of each array
+    tables = sum(planned.values()) * (context * (4 + 4 + 1) + 1)
+    return Needs(rows, size + tables + 4096 * len(array_names(facts)))
+
+
+def _per_sequence(facts: Mapping[str, Any]) -> int:
+    """The most rows of a sequence; harvests from before this was said had one model and kind."""
+    return int(facts.get("rows_per_sequence", facts["config"]["context"] - 1))
+
+
+def free_bytes(out: Path) -> int:
+    """Free space on the disk where a folder is, or will be."""
+    place = out.absolute()
+    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+
+
+def check_space(
+    facts: Mapping[str, Any],
+    planned: Mapping[str, int],
+    text: Text,
+    model: Model | RawModel,
+    out: Path,
+) -> None:
+    """Raise InputError if sequences of a text cannot fit on the disk of `out`."""
+    free = free_bytes(out)
+    if needs(facts, planned).size <= free:
+        return
+    (group,) = text.packed(
+        "train", model, per_group=_SAMPLE_SEQUENCES, counts=PackingCounts(), limit=_SAMPLE_SEQUENCES
+    )
+    refuse_too_much(needs(facts, planned, _share(group, model, facts)), free, out)
+
+
+def refuse_too_much(needed: Needs, free: int, out: Path) -> None:
+    """Raise InputError if this is more than there is."""
+    if needed.size > free:
+        raise InputError(
+            f"does not fit on the disk: {needed.rows:,} rows take {needed.size / 1e9:.2f} GB, and "
+            f"{free / 1e9:.2f} GB are free. Ask for fewer tokens (max_tokens) or sites, or for "
+            "another folder; --ignore-space harvests all the same, as far as it goes",
+            where=str(out),
+        )
+
+
+def _share(group: Sequences, model: Model | RawModel, facts: Mapping[str, Any]) -> float:
+    """Of the rows that a group of sequences could have, those that it has."""
+    rows = WindowRows(model, group, facts["config"].get("rows", "position"))
+    return len(rows.places) / (len(group.tokens) * _per_sequence(facts))
+
+
+def describe(
+    config: "HarvestConfig", facts: Mapping[str, Any], left: Mapping[str, int], text: Text,
+    model: Model | RawModel,
+) -> tuple[list[str], Needs]:  # fmt: skip
+    """Lines for people on what the rest of a harvest takes; a few batches are measured."""
+    sites = tuple(facts["sites"])
+    seconds, share = _measured(config, facts, text, model)
+    needed = needs(facts, left, share)
+    tokens = sum(left.values()) * config.context
+    width = 2 * sum(facts["sites"].values())
+    window = facts["sequences_per_window"] * _per_sequence(facts) * width
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024
+    held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    most = " at most" if config.max_tokens is not None else ""
+    batch = facts.get("batch_sequences", config.batch_sequences)
+    lines = [
+        f"{config.out}: {model.name} ({model.dtype_name}, {model.device.type}), "
+        f"{len(sites)} site(s), {sum(facts['sites'].values())} numbers a row",
+        *(
+            f"{split.replace('_', ' '):<9}{left[split]:,} sequences, "
+            f"{left[split] * config.context:,} tokens{most}"
+            for split in SPLITS
+        ),
+        f"rows     about {needed.rows:,}, {share:.1%} of {_per_sequence(facts):,} a sequence",
+        f"disk     {needed.size / 1e9:.2f} GB; {free_bytes(Path(config.out)) / 1e9:.2f} GB free",
+        # one window is filled while another is written, a chunk at a time
+        f"memory   about {(peak + 2 * window + facts['chunk_rows'] * width) / 1e9:.2f} GB; "
+        f"{held / 1e9:.0f} GB in this machine",
+        f"time     {duration(tokens * seconds)}, from {_MEASURED} batches of "
+        f"{batch} sequences ({1 / seconds:,.0f} tokens/s)",
+    ]
+    return lines, needed
+
+
+def _measured(
+    config: "HarvestConfig", facts: Mapping[str, Any], text: Text, model: Model | RawModel
+) -> tuple[float, float]:
+    """Seconds a token, the median over a few batches, and the share of positions with a row."""
+    from activations.harvest import run_window
+
+    batches, rows, sequences, times = _WARM + _MEASURED, 0, 0, []
+    batch = facts.get("batch_sequences", config.batch_sequences)
+    config = replace(config, batch_sequences=batch, batch_memory=None)
+    groups = text.packed(
+        "train", model, per_group=config.batch_sequences, counts=PackingCounts(),
+        limit=batches * config.batch_sequences,
+    )  # fmt: skip
+    sites, limits = tuple(facts["sites"]), norm_limits(facts)
+    with silent(), Progress("measuring", 0) as progress:
+        for group in groups:
+            start = time.perf_counter()
+            data = run_window(
+                "train", group, 0, model, sites, config, (0,), progress, limits=limits
+            )
+            times.append((time.perf_counter() - start) / group.tokens.size)
+            rows += len(data.order)
+            sequences += len(group.tokens)
+    measured = sorted(times[_WARM:] or times)
+    return measured[len(measured) // 2], rows / (sequences * _per_sequence(facts))
