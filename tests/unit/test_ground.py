@@ -246,8 +246,8 @@ def test_signals_give_their_exit_code_and_say_how_to_go_on(
     def work(_: object) -> None:
         signal.raise_signal(signum)
 
-    module = importlib.import_module("activations.harvest")
-    monkeypatch.setattr(module, "harvest", work)
+    module = importlib.import_module("activations.command")
+    monkeypatch.setattr(module, "run", work)
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     try:
