@@ -33,7 +33,7 @@ class WindowRows:
         self._counted = model.keep_mask(torch.from_numpy(group.tokens)).numpy() & real
         self.keep = self._counted if kind == "position" else last_of(self._counted)
         """bool [sequence, position]: where a row is"""
-        self.running: NDArray[np.int64] = np.argsort(-real.sum(1), kind="stable")
+        self.running = running_order(real.sum(1))
         """numbers of the sequences in the order in which they are run"""
         numbers = np.arange(real.size).reshape(real.shape)
         self.places: NDArray[np.int64] = numbers[self.running][self.keep[self.running]]
@@ -59,6 +59,15 @@ class WindowRows:
                 allowed=f"{counted.shape} and the width",
             )  # fmt: skip
         return x.flatten(0, 1).index_select(0, here.flatten().nonzero()[:, 0])
+
+
+def running_order(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers of sequences, the longest first.
+
+    >>> running_order(np.array([3, 5, 3, 8])).tolist()
+    [3, 1, 0, 2]
+    """
+    return np.argsort(-lengths, kind="stable")
 
 
 def last_of(counted: NDArray[np.bool_]) -> NDArray[np.bool_]:
