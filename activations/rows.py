@@ -40,7 +40,7 @@ class WindowRows:
         if keep is None:
             keep = model.keep_mask(torch.from_numpy(group.tokens)).numpy() & real
         self._counted = keep.copy()
-        self.running: NDArray[np.int64] = np.argsort(-real.sum(1), kind="stable")
+        self.running = running_order(real.sum(1))
         """numbers of the sequences in the order in which they are run"""
 
     @property
@@ -82,6 +82,15 @@ class WindowRows:
                 allowed=f"{counted.shape} and the width",
             )  # fmt: skip
         return x.flatten(0, 1).index_select(0, here.flatten().nonzero()[:, 0])
+
+
+def running_order(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers of sequences, the longest first.
+
+    >>> running_order(np.array([3, 5, 3, 8])).tolist()
+    [3, 1, 0, 2]
+    """
+    return np.argsort(-lengths, kind="stable")
 
 
 def last_of(counted: NDArray[np.bool_]) -> NDArray[np.bool_]:

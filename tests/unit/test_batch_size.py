@@ -54,10 +54,10 @@ def test_a_harvest_keeps_to_the_batch_it_found(
     original = Model.capture
 
     def note(self: Model, tokens: torch.Tensor, sites: Any) -> dict[str, torch.Tensor]:
-        if tokens.shape[1] == 16:
+        if tokens.shape[1] == 16:  # not the one token that a width is found with
             sizes.append(len(tokens))
-        if len(sizes) == 7:
-            raise KeyboardInterrupt
+            if len(sizes) == 7:
+                raise KeyboardInterrupt
         return original(self, tokens, sites)
 
     monkeypatch.setattr(Model, "capture", note)

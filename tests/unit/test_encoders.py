@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from activations import ActivationStore, CorpusConfig, HarvestConfig, ModelConfig, harvest
+from activations import (
+    ActivationLoader,
+    ActivationStore,
+    CorpusConfig,
+    HarvestConfig,
+    ModelConfig,
+    harvest,
+)
 from activations.doctor import DoctorConfig, doctor
 from activations.models import load_model
 from activations.packing import PackingCounts
@@ -104,17 +111,19 @@ def test_rows_are_the_encoders_own_hidden_states(root: Path, store: ActivationSt
 
 
 def test_results_do_not_depend_on_the_batch_nor_the_order_of_running(
-    root: Path, tmp_path: Path, store: ActivationStore
+    root: Path, tmp_path: Path, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = harvest(config_of(root, tmp_path / "one", sites=(LAST,), batch_sequences=8))
-    assert np.array_equal(one.tokens[:], store.tokens[:])
-    here, there = by_row(one, LAST), by_row(store, LAST)
-    assert here.keys() == there.keys()
-    for place, x in here.items():
-        torch.testing.assert_close(x, there[place], rtol=0.01, atol=1e-4)
-    chunk = store.chunks("train")[0].index
-    # even the order on the disk is the same
-    assert torch.equal(one.read_chunk(LAST, chunk)[1], store.read_chunk(LAST, chunk)[1])
+    def shortest_first(lengths: np.ndarray) -> np.ndarray:
+        return np.argsort(lengths, kind="stable")
+
+    monkeypatch.setattr("activations.rows.running_order", shortest_first)
+    other = harvest(config_of(root, tmp_path / "other", sites=(LAST,), batch_sequences=8))
+    assert np.array_equal(other.tokens[:], store.tokens[:])
+    for split in ("train", "held_out"):
+        for chunk in store.chunks(split):
+            here, there = (each.read_chunk(LAST, chunk.index) for each in (other, store))
+            assert torch.equal(here[1], there[1])  # the same rows at the same places of the disk
+            torch.testing.assert_close(here[0].float(), there[0].float(), rtol=0.01, atol=1e-4)
 
 
 def test_the_longest_are_run_first_and_padding_is_left_out(
@@ -198,3 +207,32 @@ def test_a_limit_of_tokens(root: Path, tmp_path: Path) -> None:
     text, counts = Text.of(config), PackingCounts()
     groups = list(text.packed("train", model, per_group=3, counts=counts, limit=8))
     assert [len(group.tokens) for group in groups] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_precisions(root: Path, dtype: str) -> None:
+    full, half = (
+        load_model(str(root / "model"), kind="text_encoder", dtype=each)
+        for each in ("float32", dtype)
+    )
+    assert isinstance(full, RawModel)
+    assert isinstance(half, RawModel)
+    assert half.dtype_name == dtype
+    x, rounded = (model.capture(model.example(2), [LAST])[LAST] for model in (full, half))
+    assert rounded.dtype == half.dtype
+    assert (rounded.float() - x).norm() < 0.05 * x.norm()
+    assert half.weights_hash == full.weights_hash
+
+
+def test_what_needs_a_language_model_says_so(store: ActivationStore) -> None:
+    from sae.harvests import load_harvested_model
+
+    with pytest.raises(InputError, match=r"needs a language model.*given: 'text_encoder'"):
+        load_harvested_model(store, "float32")
+
+
+def test_its_rows_are_batches_for_training(store: ActivationStore) -> None:
+    loader = ActivationLoader(store, [LAST, *store.sites[1:]], batch_size=32, epochs=1)
+    batches = list(loader)
+    assert len(batches) == store.n_rows("train") // 32
+    assert all(part.shape == (32, D_MODEL) for batch in batches for part in batch)

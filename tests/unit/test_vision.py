@@ -206,8 +206,7 @@ def test_the_packaged_efficientnet(root: Path, tmp_path: Path) -> None:
     assert isinstance(model, RawModel)
     site = "module:_bn1:output"
     assert (model.positions(site), model.d_in(site)) == (49, 1280)
-    assert (model.positions("module:_blocks.5:update"), model.d_in("module:_blocks.4:output")) == (
-        *(784, 40),
-    )
+    update = "module:_blocks.4:update"
+    assert (model.positions(update), model.d_in(update)) == (784, 40)
     with pytest.raises(InputError, match="calls this module"):
         model.d_in("module:_blocks.5._swish:output")
