@@ -11,6 +11,7 @@ environment. Round by round, each of them in turn.
 
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,8 +32,9 @@ from activations.reading_order import Order
 from activations.row_storage import SiteRows, StorageKind
 from activations.zarr_writer import HarvestWriter, WindowData
 from benchmarks.peers.environments import HERE, PEERS, python_of
+from benchmarks.peers.stepping import ENVIRONMENT
 from sae.bench import rows as measured
-from saescope import __version__
+from saescope import __version__, memory
 from saescope.artefact import atomic_path, remove, sha256_json
 from saescope.config import Config, fail, parse
 from saescope.errors import ArtefactError, SaescopeError, check_range
@@ -40,8 +42,9 @@ from saescope.progress import say
 
 SITE, CONTEXT, MIXED = "site", 128, 4
 SAELENS, SHARDS, OURS = "SAELens", "safetensors", "saescope"
-BUFFERS = {"default": {"n_batches_in_buffer": 20, "store_batch_size_prompts": 32}}
-"""of SAELens' configuration (sequences in its buffer, sequences read at once)"""
+BUFFER = {"n_batches_in_buffer": 64, "store_batch_size_prompts": 32}
+"""SAELens' sequences in its buffer and sequences read at once; the default of 20 for the first is
+less than a batch of 4096 tokens, which it refuses"""
 COLUMNS: tuple[str, ...] = (
     "date", "library", "version", "setting", "storage", "rows", "d_in", "batch", "mix_chunks",
     "tokens_per_s", "least_tokens_per_s", "gb_per_s", "ratio_to_saescope", "rounds", "threads",
@@ -190,14 +193,18 @@ def saelens(config: LoaderBenchConfig, folder: Path, x: Tensor, dtype: str) -> d
         "rows": str(path), "folder": str(folder / f"saelens-{dtype}"), "dtype": dtype,
         "context": CONTEXT, "d_in": x.shape[1], "tokens": rows // CONTEXT * CONTEXT,
         "batch": batch, "passes": 1, "threads": config.threads,
-        "results": str(folder / "saelens.json"), **BUFFERS["default"],
+        "results": str(folder / "saelens.json"), **BUFFER,
     }  # fmt: skip
     given = folder / "saelens-settings.json"
     given.write_text(json.dumps(settings), encoding="utf-8")
     script = HERE / "in_saelens_loader.py"
+    # nothing of ours on a peer's path
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {**inherited, **ENVIRONMENT, "OMP_NUM_THREADS": str(config.threads)}
     done = subprocess.run(
-        [str(python.absolute()), str(script), str(given)], capture_output=True, text=True
-    )
+        [str(python.absolute()), str(script), str(given)], capture_output=True, text=True,
+        env=environment,
+    )  # fmt: skip
     if done.returncode:
         raise ArtefactError(f"failed: {done.stderr.strip()[-600:]}", where=f"{SAELENS} {dtype}")
     return json.loads((folder / "saelens.json").read_text(encoding="utf-8"))
@@ -229,7 +236,9 @@ def measure(config: LoaderBenchConfig) -> list[dict[str, Any]]:
         for dtype in ("float16", "float32") if config.saelens and number else ():
             found = saelens(config, folder, x, dtype)
             versions[SAELENS] = found["version"]
-            rates.setdefault((SAELENS, "default", dtype), []).extend(found["tokens_per_s"])
+            rates.setdefault(
+                (SAELENS, f"{BUFFER['n_batches_in_buffer']} sequences", dtype), []
+            ).extend(found["tokens_per_s"])
     return _write(config, rates, versions)
 
 
@@ -265,6 +274,7 @@ def _write(
 
 def main() -> int:
     """Measure what the command line asks for."""
+    memory.keep_freed_memory()  # as saescope's command line does, and peers by their environment
     try:
         measure(
             parse(

@@ -16,6 +16,7 @@ from activations.reading_order import ReadingOrder
 from activations.store_check import examine
 from activations.zarr_writer import HarvestWriter
 from sae.training.command import TrainConfig, train
+from sae.training.setup import Run
 from sae.training.trainer import Trainer
 from saescope.__main__ import main
 from saescope.config import from_dict
@@ -269,11 +270,15 @@ def test_another_model_is_refused(text: ActivationStore, root: Path, tmp_path: P
         text.read_chunk("blocks.2.hook_resid_post", 0)
 
 
+def test_end_to_end_training_has_an_order_of_its_own(disk: ActivationStore, tmp_path: Path) -> None:
+    kind = {"kind": "topk", "d_sae": 48, "k": 6}
+    with pytest.raises(InputError, match="in an order of its own"):
+        Run(config(disk, tmp_path / "run", objective="end_to_end", sae=kind), disk)
+
+
 def test_several_processes_are_refused(
     text: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sae.training.setup import Run
-
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="straight from the model runs in one process"):
         Run(config(text, tmp_path / "run"), text)
