@@ -65,8 +65,8 @@ check: $(STAMP) ## Style, types, import rule.
 check-native: $(STAMP) ## The C++ kernels' tests under the address and undefined-behaviour sanitizers.
 	@$(BIN)/python -m tests.kernels.sanitized
 
-test: $(STAMP) ## The default test suite.
-	@$(BIN)/python -m pytest
+test: $(STAMP) ## The default test suite, on up to four processors.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 torture: $(STAMP) ## Kill, interrupt, fill up and damage harvests at random (some ten minutes).
 	@$(BIN)/python -m pytest -m torture tests/torture

@@ -9,7 +9,6 @@ table in docs/pareto.md are made from the rows.
 
 import csv
 import platform
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.charts import write_chart
+from benchmarks.running import run
 from sae.base import kind_of
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.reconstruction import measure_reconstruction
@@ -30,8 +30,8 @@ from sae.training.telemetry import read_metrics
 from sae.training.trainer import METRICS
 from saescope import __version__
 from saescope.artefact import git_commit, read_json
-from saescope.config import Config, fail, parse
-from saescope.errors import SaescopeError, check_range
+from saescope.config import Config
+from saescope.errors import check_range
 from saescope.progress import say
 
 FIELDS: tuple[str, ...] = (
@@ -188,20 +188,12 @@ def _spread(entry: Mapping[str, Any], name: str, form: str) -> str:
     return text if deviation is None else f"{text} ± {form.format(deviation)}"
 
 
-def main() -> int:
+def main(config: ParetoConfig) -> None:
     """Measure and chart."""
-    try:
-        config = parse(
-            ParetoConfig, sys.argv[1:], program="python -m benchmarks.pareto",
-            description=__doc__ or "",
-        )  # fmt: skip
-        torch.set_num_threads(config.threads)
-        measure_members(config)
-        write_docs(config)
-    except SaescopeError as error:
-        return fail(error)
-    return 0
+    torch.set_num_threads(config.threads)
+    measure_members(config)
+    write_docs(config)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(ParetoConfig, main)

@@ -8,8 +8,6 @@ rows of another recipe stay, and the page is made of this one's. About 10 minute
 
 import csv
 import io
-import platform
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -32,12 +30,14 @@ from benchmarks.planted_training import (
     recipe_of,
     train,
 )
+from benchmarks.running import run
 from sae.architectures import architectures
+from sae.bench.rows import processor
 from sae.evaluation.planted import PlantedConfig, PlantedDictionary, Structure
 from saescope import __version__
 from saescope.artefact import git_commit, write_bytes
-from saescope.config import Config, fail, parse
-from saescope.errors import InputError, SaescopeError, check_range
+from saescope.config import Config
+from saescope.errors import InputError, check_range
 from saescope.progress import say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,39 +195,23 @@ def _distance(size: Hiding, **options: Any) -> dict[str, float]:
 
 
 def _facts() -> dict[str, str]:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "saescope": __version__,
         "torch": torch.__version__,
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": processor(),
         "commit": git_commit() or "",
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run what is not there yet and write the page; the exit code."""
-    try:
-        config = parse(
-            PlantedBenchmark,
-            sys.argv[1:] if arguments is None else arguments,
-            program="python -m benchmarks.planted",
-            description="What every architecture finds of planted dictionaries.",
-        )
-        torch.set_num_threads(config.threads)
-        rows, masking = architecture_rows(config), masking_rows(config)
-        if not config.kinds:
-            write_bytes(PAGE, page(rows, masking).encode())
-            say(f"{PAGE.relative_to(ROOT)} written")
-    except SaescopeError as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        say("interrupted; run the same command again to go on")
-        return 130
-    return 0
+def write(config: PlantedBenchmark) -> None:
+    """Run what is not there yet and write the page."""
+    torch.set_num_threads(config.threads)
+    rows, masking = architecture_rows(config), masking_rows(config)
+    if not config.kinds:
+        write_bytes(PAGE, page(rows, masking).encode())
+        say(f"{PAGE.relative_to(ROOT)} written")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(PlantedBenchmark, write)

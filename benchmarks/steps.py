@@ -9,7 +9,6 @@ by round. At large ones, where that would not fit into memory, each takes its tu
 once untimed, is timed, and lets go.
 """
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -20,12 +19,13 @@ from typing import Any
 import torch
 
 from benchmarks.peers.stepping import DENSE, OURS, Worker
+from benchmarks.running import run
 from benchmarks.steps_data import settled
 from sae.bench import rows
 from sae.bench.inputs import Shape, prepare
 from sae.bench.timing import Times
-from saescope.config import Config, fail, parse
-from saescope.errors import ArtefactError, InputError, SaescopeError, check_range
+from saescope.config import Config
+from saescope.errors import ArtefactError, InputError, check_range
 from saescope.progress import say
 
 SMALL, MID, LARGE = (
@@ -234,19 +234,5 @@ def _show(measured: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def main() -> int:
-    """Measure what the command line asks for."""
-    try:
-        measure(
-            parse(
-                StepsConfig, sys.argv[1:], program="python -m benchmarks.steps",
-                description=__doc__ or "",
-            )
-        )  # fmt: skip
-    except SaescopeError as error:
-        return fail(error)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(StepsConfig, measure)

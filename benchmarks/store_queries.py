@@ -9,7 +9,6 @@ sequences * 128 positions. Query times are warm, of random features and position
 import argparse
 import csv
 import os
-import platform
 import resource
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from sae.bench.rows import processor
 from saescope.artefact import git_commit, library_versions
 from saescope.progress import say
 from store import FeatureFilter, FeatureStore, StoreWriter
@@ -150,16 +150,6 @@ def queries(features: FeatureStore) -> dict[str, Callable[[int, int], object]]:
     }
 
 
-def cpu() -> str:
-    """The processor's name and how many of them there are."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.machine()} x{os.cpu_count()}"
-
-
 def main() -> None:
     """Build, measure, append the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -172,7 +162,7 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "threads": 1,
         "duckdb version": library_versions()["duckdb"],
-        "cpu": cpu(),
+        "cpu": processor(),
         "commit": git_commit() or "",
     }
     rows = []

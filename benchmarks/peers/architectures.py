@@ -8,8 +8,6 @@ of the best peer's front our own are (`benchmarks.pareto`). Run again after an i
 on with what has no row yet.
 """
 
-import platform
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,15 +24,17 @@ from benchmarks.peers.environments import PEERS, Peer
 from benchmarks.peers.fronts import next_coefficient
 from benchmarks.peers.results import OUR_LR, OWN, append_row, read_rows, report, summary
 from benchmarks.peers.training import CHECK_ROWS, check_against_library, train
+from benchmarks.running import run
 from sae.base import SparseAutoencoder
+from sae.bench.rows import processor
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.reconstruction import measure_reconstruction
 from sae.harvests import choose_site, load_harvested_model, open_complete
 from sae.loading import load
 from sae.training.schedules import base_lr
 from saescope.artefact import atomic_path, git_commit, read_json, sha256_json, write_bytes
-from saescope.config import Config, fail, parse
-from saescope.errors import InputError, SaescopeError, check_range
+from saescope.config import Config
+from saescope.errors import InputError, check_range
 from saescope.progress import say
 
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "jumprelu")
@@ -247,50 +247,29 @@ def _row(
         "settings": ", ".join(f"{name}={value}" for name, value in noted["settings"].items()),
         "training_seconds_not_a_speed_benchmark": round(noted["seconds"]),
         "torch": noted["torch"],
-        "cpu": _cpu(),
+        "cpu": processor(),
         "commit": git_commit() or "",
         "run": folder.name,
     }
 
 
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the comparison; the exit code."""
-    try:
-        config = parse(
-            PeersConfig,
-            sys.argv[1:] if arguments is None else arguments,
-            program="python -m benchmarks.peers.architectures",
-            description="SAELens' and dictionary_learning's SAEs beside ours.",
-            positional="harvest",
-        )
-        data = export(
-            Path(config.work),
-            harvest=config.harvest,
-            site=config.site,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            steps=config.steps,
-        )
-        rows = compare(config, data)
-        ours = [r for r in read_ours(Path(config.ours)) if int(r["d_sae"]) == config.d_sae]
-        means = summarise(ours)
-        write_bytes(config.page, report(rows, means).encode())
-        for line in summary(rows, means):
-            say(line)
-    except SaescopeError as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        say("interrupted; run the same command again to go on")
-        return 130
-    return 0
+def main(config: PeersConfig) -> None:
+    """Run the comparison and write its report."""
+    data = export(
+        Path(config.work),
+        harvest=config.harvest,
+        site=config.site,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        steps=config.steps,
+    )
+    rows = compare(config, data)
+    ours = [r for r in read_ours(Path(config.ours)) if int(r["d_sae"]) == config.d_sae]
+    means = summarise(ours)
+    write_bytes(config.page, report(rows, means).encode())
+    for line in summary(rows, means):
+        say(line)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(PeersConfig, main, positional="harvest")

@@ -12,7 +12,6 @@ import csv
 import io
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.environments import PEERS, python_of
+from benchmarks.running import run
 from sae.architectures import architecture, architectures
 from sae.base import SparseAutoencoder
 from sae.formats import format_named
@@ -31,7 +31,7 @@ from sae.loading import load
 from sae.normaliser import Normaliser, NormaliserKind
 from saescope import __version__
 from saescope.artefact import git_commit, read_json, remove, write_bytes, write_json
-from saescope.config import Config, fail, parse
+from saescope.config import Config
 from saescope.errors import ArtefactError, InputError, SaescopeError, check_range
 from saescope.progress import say
 
@@ -272,18 +272,9 @@ def _run_library(
     return read_json(folder / "facts.json")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def compare(config: FormatsConfig) -> int:
     """Run it, write the rows; the exit code, 1 if features differ."""
-    try:
-        config = parse(
-            FormatsConfig,
-            sys.argv[1:] if arguments is None else arguments,
-            program="python -m benchmarks.peers.formats",
-            description="Our SAEs in other libraries, and theirs here: the same features.",
-        )
-        rows = [row for library in LIBRARIES for row in exchange(config, library)]
-    except SaescopeError as error:
-        return fail(error)
+    rows = [row for library in LIBRARIES for row in exchange(config, library)]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
@@ -301,4 +292,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(FormatsConfig, compare)

@@ -127,7 +127,8 @@ def train(config: TrainConfig) -> SparseAutoencoder | None:
     With `plan` nothing is trained and None returned. Under torchrun its processes train together,
     and each returns what it holds. Raises InputError if the folder holds another
     run, the sites are unknown or do not fit the architecture, or there are too few rows;
-    ArtefactError if the harvest is missing, unfinished or damaged.
+    ArtefactError if the harvest is missing, unfinished or damaged, or if another process trains
+    into the same folder.
     """
     with ranks.session(config.ranks, config.device):
         run = Run(config, open_complete(config.harvest))
@@ -135,10 +136,11 @@ def train(config: TrainConfig) -> SparseAutoencoder | None:
             for line in describe([run]):
                 say(line)
             return None
-        if run.finished():
-            say(f"{run.folder}: already trained")
-            with distributed.alone():
-                return load(run.folder)
-        run.start()
-        run.trainer.run()
-        return run.release()
+        with run.locked():
+            if run.finished():
+                say(f"{run.folder}: already trained")
+                with distributed.alone():
+                    return load(run.folder)
+            run.start()
+            run.trainer.run()
+            return run.release()

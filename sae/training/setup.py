@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +22,14 @@ from sae.training.end_to_end import EndToEnd, EndToEndStream
 from sae.training.outliers import OutlierFilter
 from sae.training.streams import Stream, make_stream
 from sae.training.trainer import Trainer
-from saescope.artefact import MANIFEST, git_commit, read_manifest, sha256_json, write_manifest
+from saescope.artefact import (
+    MANIFEST,
+    git_commit,
+    locked,
+    read_manifest,
+    sha256_json,
+    write_manifest,
+)
 from saescope.config import to_dict
 from saescope.errors import InputError
 from saescope.progress import say
@@ -156,6 +164,13 @@ class Run:
     def finished(self) -> bool:
         """True if the SAE is there already."""
         return (self.folder / SAE_FOLDER).exists()
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keeps other processes, but those of the same torchrun, from training into the folder.
+
+        Raises ArtefactError if one does.
+        """
+        return locked(self.folder, "training") if ranks.first() else nullcontext()
 
     def start(self) -> None:
         """Make the trainer and, in a new folder, write the manifest."""

@@ -7,17 +7,19 @@ own folder, bit for bit what `saescope train` makes of the same settings.
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from activations import ActivationStore
 from sae.harvests import open_complete
 from sae.training import ranks
 from sae.training.command import TrainConfig
 from sae.training.plan import describe
 from sae.training.setup import Run
 from sae.training.streams import Stream
-from saescope.artefact import write_json
+from saescope.artefact import locked, read_json, write_json
 from saescope.config import Config, from_dict
 from saescope.errors import InputError, check_range
 from saescope.progress import Progress, say
@@ -76,7 +78,8 @@ def members(config: SweepConfig) -> dict[str, TrainConfig]:
 def sweep(config: SweepConfig) -> list[Path]:
     """Train every member that is not trained yet; the members' folders.
 
-    Raises InputError as a single run does, before anything is trained.
+    Raises InputError as a single run does, before anything is trained, and ArtefactError if another
+    process trains the sweep, or one of its members.
     """
     with ranks.session():
         ranks.refuse_several("a sweep", where="torchrun")
@@ -87,7 +90,16 @@ def sweep(config: SweepConfig) -> list[Path]:
         for line in describe(list(runs.values()), at_once=config.at_once):
             say(line)
         return []
-    write_json(Path(config.out) / MEMBERS, {name: run.settings for name, run in runs.items()})
+    with locked(config.out, "sweep"):
+        return _train_all(config, harvest, runs, streams)
+
+
+def _train_all(
+    config: SweepConfig, harvest: ActivationStore, runs: dict[str, Run], streams: dict[str, Stream]
+) -> list[Path]:
+    listed = Path(config.out) / MEMBERS  # with the members of other files for this folder
+    before = read_json(listed) if listed.exists() else {}
+    write_json(listed, {**before, **{name: run.settings for name, run in runs.items()}})
     waiting: dict[str, list[Run]] = {}
     for run in runs.values():
         if not run.finished():
@@ -99,7 +111,10 @@ def sweep(config: SweepConfig) -> list[Path]:
             say(f"{done} of {len(runs)} trained; now {', '.join(run.folder.name for run in part)}")
             # made again, so that their trainers are let go of when they are done
             again = [Run(run.config, harvest, streams=streams) for run in part]
-            _train_together(again, beginnings[key])
+            with ExitStack() as stack:
+                for run in again:
+                    stack.enter_context(run.locked())
+                _train_together(again, beginnings[key])
             done += len(part)
     return [run.folder for run in runs.values()]
 

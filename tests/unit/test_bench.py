@@ -349,7 +349,7 @@ def test_a_target_holds_if_the_least_ratio_over_the_fastest_peer_does() -> None:
         (target.what, target.over): (sorted(ratios.values()), holds)
         for target, ratios, holds in verdicts(comparisons(FOUND))
     }
-    small = "TopK 2048x768x8192x32, exact fp32"
+    small = "TopK 2048x768x8192x32, exact"
     (faster, holds), (sparsify, holds_too) = (
         found[small, over] for over in ("the faster of SAELens and dictionary_learning", "sparsify")
     )
@@ -360,6 +360,13 @@ def test_a_target_holds_if_the_least_ratio_over_the_fastest_peer_does() -> None:
     others = [value for key, value in found.items() if key[0] != small]
     assert all(each == ([], "not measured") for each in others)
     assert len(found) == len(TARGETS)
+
+
+def test_a_screen_with_the_same_results_counts_as_exact() -> None:
+    screened = step_row(OURS, "cpu+int8", 0.1, dead=32)
+    text = page([*FOUND, screened], [])
+    before = "| TopK 2048x768x8192x32, exact | sparsify | 3x | "
+    assert f"{before}4.00 to 7.00 | yes | 3.50 to 4.00 |" in text
 
 
 def test_a_later_row_replaces_an_earlier_one() -> None:

@@ -248,10 +248,12 @@ def test_signals_give_their_exit_code_and_say_how_to_go_on(
 
     module = importlib.import_module("activations.harvest")
     monkeypatch.setattr(module, "harvest", work)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     try:
         assert command_line.main(["harvest"]) == code
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     assert f"saescope: {word}" in (shown := capsys.readouterr().err)
     assert "run the same command again to go on" in shown

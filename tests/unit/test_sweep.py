@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from sae.loading import load
-from sae.training import setup, sweep
+from sae.training import plan, setup, sweep
 from sae.training.command import TrainConfig, train
 from sae.training.outliers import OutlierFilter
 from sae.training.sweep import SweepConfig, members
 from sae.training.telemetry import read_metrics
 from sae.training.trainer import Trainer
+from saescope.artefact import locked, read_json
 from saescope.config import from_dict
-from saescope.errors import InputError
+from saescope.errors import ArtefactError, InputError
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
 SITES = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -82,6 +83,30 @@ def test_members_that_read_alike_share_one_reading(
     assert len(fits) == len(SITES)
 
 
+def test_a_second_process_is_refused_before_it_writes(harvest: Path, tmp_path: Path) -> None:
+    chosen = config(harvest, tmp_path / "sweep")
+    with locked(tmp_path / "sweep", "sweep"), pytest.raises(ArtefactError, match="in use by sweep"):
+        sweep.sweep(chosen)
+    assert not (tmp_path / "sweep").exists()
+    name, alone = next(iter(members(chosen).items()))
+    member = tmp_path / "sweep" / name
+    with locked(member, "training"):
+        with pytest.raises(ArtefactError, match=f"{name}: in use by training, process"):
+            train(alone)
+        with pytest.raises(ArtefactError, match=f"{name}: in use by training, process"):
+            sweep.sweep(chosen)
+    assert not member.exists()
+    train(alone)
+    assert same(member, sweep.sweep(chosen)[0])
+
+
+def test_sweeps_into_one_folder_list_the_members_of_all(harvest: Path, tmp_path: Path) -> None:
+    for k in (3, 5):
+        grid = ({"sae.kind": "topk", "sae.k": [k], "site": SITES[1]},)
+        sweep.sweep(config(harvest, tmp_path, grid=grid))
+    assert list(read_json(tmp_path / sweep.MEMBERS)) == ["topk-k=3", "topk-k=5"]
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
@@ -120,6 +145,16 @@ def test_plan_writes_nothing(
     for word in ("memory", "disk", "time"):
         assert f"\n{word} " in printed
     assert not out.exists()
+
+
+def test_plan_measures_each_kind_of_step_once(
+    harvest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another k is another step; another seed or site is not."""
+    measured, real = [], plan._measured
+    monkeypatch.setattr(plan, "_measured", lambda run: measured.append(run) or real(run))
+    sweep.sweep(config(harvest, tmp_path / "sweep", plan=True))
+    assert [getattr(run.sae_config, "k", None) for run in measured] == [3, 5, None]
 
 
 @pytest.mark.parametrize(
