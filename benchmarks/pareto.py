@@ -156,7 +156,7 @@ def write_docs(config: ParetoConfig) -> None:
         }
         write_chart(docs / "images" / f"pareto_{measure}.png", series, x="held-out L0", y=label)
     note = (Path(__file__).parent / "pareto_notes.md").read_text(encoding="utf-8")
-    (docs / "pareto.md").write_text(note + table(summary), encoding="utf-8")
+    (docs / "pareto.md").write_text(f"{note}\n{table(summary)}", encoding="utf-8")
     say(f"{docs / 'pareto.md'}: {len(rows)} members")
 
 
