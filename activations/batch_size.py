@@ -5,7 +5,9 @@ every machine, and so are the batches and the rounding of their activations.
 """
 
 import weakref
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,8 +18,17 @@ from activations.models import Model
 from activations.raw_models import RawModel
 from saescope.errors import InputError, check_range
 
+if TYPE_CHECKING:
+    from activations.harvest import HarvestConfig
+
 BATCH_SEQUENCES = 16
 """Without a budget."""
+
+
+def in_planned_batches(config: "HarvestConfig", facts: Mapping[str, Any]) -> "HarvestConfig":
+    """The configuration of a harvest, with batches of the size that its manifest says."""
+    batch = facts.get("batch_sequences", config.batch_sequences)
+    return replace(config, batch_sequences=batch, batch_memory=None)
 
 
 class _Allocated(TorchDispatchMode):

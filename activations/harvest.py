@@ -13,7 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from activations.batch_size import BATCH_SEQUENCES, check_batch_memory, fitting_batch
+from activations.batch_size import (
+    BATCH_SEQUENCES,
+    check_batch_memory,
+    fitting_batch,
+    in_planned_batches,
+)
 from activations.begun import check_same_settings
 from activations.corpora import CorpusConfig
 from activations.layout import SPLITS, row_arrays
@@ -291,9 +296,7 @@ def _harvest_split(
 ) -> PackingCounts:
     """Compute and commit the windows of a split that are not committed yet."""
     begun = writer.store
-    # a resumed harvest runs batches of the size that it began with
-    batch = begun.manifest.get("batch_sequences", config.batch_sequences)
-    config = replace(config, batch_sequences=batch, batch_memory=None)
+    config = in_planned_batches(config, begun.manifest)
     committed = [begun.windows[number] for number in part.windows(begun, split)]
     earlier = sum(w.split == split for w in begun.windows[: part.first_window])
     # a place is that of the last window that was committed, which is thus read and compared again

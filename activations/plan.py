@@ -6,10 +6,11 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from activations.batch_size import in_planned_batches
 from activations.layout import SPLITS, array_names, row_arrays
 from activations.models import Model
 from activations.outliers import norm_limits
@@ -106,7 +107,7 @@ def describe(
     model: Model | RawModel,
 ) -> tuple[list[str], Needs]:  # fmt: skip
     """Lines for people on what the rest of a harvest takes; a few batches are measured."""
-    sites = tuple(facts["sites"])
+    sites, config = tuple(facts["sites"]), in_planned_batches(config, facts)
     seconds, share = _measured(config, facts, text, model)
     needed = needs(facts, left, share)
     tokens = sum(left.values()) * config.context
@@ -116,7 +117,6 @@ def describe(
     peak *= 1 if sys.platform == "darwin" else 1024
     held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     most = " at most" if config.max_tokens is not None else ""
-    batch = facts.get("batch_sequences", config.batch_sequences)
     lines = [
         f"{config.out}: {model.name} ({model.dtype_name}, {model.device.type}), "
         f"{len(sites)} site(s), {sum(facts['sites'].values())} numbers a row",
@@ -131,7 +131,7 @@ def describe(
         f"memory   about {(peak + 2 * window + facts['chunk_rows'] * width) / 1e9:.2f} GB; "
         f"{held / 1e9:.0f} GB in this machine",
         f"time     {duration(tokens * seconds)}, from {_MEASURED} batches of "
-        f"{batch} sequences ({1 / seconds:,.0f} tokens/s)",
+        f"{config.batch_sequences} sequences ({1 / seconds:,.0f} tokens/s)",
     ]
     return lines, needed
 
@@ -143,8 +143,6 @@ def _measured(
     from activations.harvest import run_window
 
     batches, rows, sequences, times = _WARM + _MEASURED, 0, 0, []
-    batch = facts.get("batch_sequences", config.batch_sequences)
-    config = replace(config, batch_sequences=batch, batch_memory=None)
     groups = text.packed(
         "train", model, per_group=config.batch_sequences, counts=PackingCounts(),
         limit=batches * config.batch_sequences,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from activations.batch_size import in_planned_batches
 from activations.harvest import HarvestConfig, run_window
 from activations.harvest import model_of as harvested_model
 from activations.layout import ROW_TOKEN, SPLITS
@@ -26,8 +27,7 @@ def config_of(store: ActivationStore) -> HarvestConfig:
     """The configuration of a harvest, with batches of the size that it ran."""
     manifest = store.manifest
     config = from_dict(HarvestConfig, manifest["config"], str(store.path / MANIFEST))
-    batch = manifest.get("batch_sequences", config.batch_sequences)
-    return replace(config, batch_sequences=batch, batch_memory=None)
+    return in_planned_batches(config, manifest)
 
 
 def model_of(store: ActivationStore, device: str | None = None) -> Model | RawModel:

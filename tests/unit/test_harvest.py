@@ -20,6 +20,7 @@ from saescope import config as configuration
 from saescope.artefact import locked
 from saescope.errors import ArtefactError, InputError
 from tests.damage import as_schema_1, assert_same_content, content
+from tests.interrupt import Interrupt
 from tests.tiny import N_CTX, make_tiny_corpus, make_tiny_model
 
 harvest_module = importlib.import_module("activations.harvest")
@@ -105,24 +106,6 @@ def test_context_without_bos_in_another_architecture(
     assert store.manifest["model"]["dtype"] == "bfloat16"
     assert store.context == 24
     assert not store.keep[:][:, 0].any()
-
-
-class Interrupt:
-    """Raises an error at the n-th call of a method, once."""
-
-    def __init__(
-        self, patch: pytest.MonkeyPatch, owner: Any, name: str, at: int, error: BaseException
-    ) -> None:
-        self.calls = 0
-        original = getattr(owner, name)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            if self.calls == at:
-                raise error
-            return original(*args, **kwargs)
-
-        patch.setattr(owner, name, counted)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from saescope.__main__ import main
 from saescope.config import from_dict
 from saescope.errors import InputError
 from tests.damage import GROUP, assert_same_content
+from tests.interrupt import Interrupt, Killed
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
 SITES = ("blocks.1.hook_resid_post", "blocks.0.attn.hook_k")
@@ -155,10 +156,6 @@ def test_training_from_the_model_has_the_bits_of_training_from_the_disk(
     assert_alike(trained(config(text, tmp_path / "run", order=order)), from_disk)
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
 @pytest.mark.parametrize("kill_at", [1, 6, 21])
 def test_killed_at_any_step_it_goes_on_to_the_same_bits(
     text: ActivationStore,
@@ -242,16 +239,8 @@ def test_a_killed_harvest_of_text_goes_on_to_the_same_bytes(
 ) -> None:
     values = {**text.manifest["config"], "out": str(tmp_path / "out")}
     wanted = from_dict(HarvestConfig, values, "test")
-    write, calls = HarvestWriter.write, []
-
-    def killed(own: HarvestWriter, data: Any) -> None:
-        calls.append(data)
-        if len(calls) == 3:
-            raise Killed
-        write(own, data)
-
     with monkeypatch.context() as patch:
-        patch.setattr(HarvestWriter, "write", killed)
+        Interrupt(patch, HarvestWriter, "write", 3, Killed())
         with pytest.raises(Killed):
             harvest(wanted)
     assert_same_content(harvest(wanted).path, text.path)

@@ -30,6 +30,13 @@ class OtherLoss(TrainingBatch):
         return y_hat.sin().sum()
 
 
+def batch_of(kind: str) -> TrainingBatch:
+    """A batch of 15 targets, whose loss is of one of BATCHES, or another one's."""
+    target = torch.randn(15, 4, dtype=torch.float64)
+    make = OtherLoss if kind == "other" else TrainingBatch
+    return make(y=target, target=target, variance=3.0, **BATCHES.get(kind, {}))
+
+
 def problem(seed: int = 0) -> tuple[Tensor, list[Tensor]]:
     """Dense codes [15, 20], a fifth of them not 0; W_dec and b_dec; the codes' values."""
     torch.manual_seed(seed)
@@ -43,9 +50,7 @@ def problem(seed: int = 0) -> tuple[Tensor, list[Tensor]]:
 def test_reconstruct_is_decoding_and_the_batchs_loss(kind: str) -> None:
     dense, inputs = problem()
     W_dec, b_dec, value = inputs
-    target = torch.randn(15, 4, dtype=torch.float64)
-    make = OtherLoss if kind == "other" else TrainingBatch
-    batch = make(y=target, target=target, variance=3.0, **BATCHES.get(kind, {}))
+    batch = batch_of(kind)
     assert batch.by_squares == (kind in ("plain", "tilted", "grouped"))
     codes = replace(SparseCodes.from_dense(dense), value=value)
     found = objectives.reconstruct(codes, batch, W_dec, b_dec)
@@ -53,7 +58,7 @@ def test_reconstruct_is_decoding_and_the_batchs_loss(kind: str) -> None:
     expected = batch.reconstruction(y_hat)
     torch.testing.assert_close(found.loss, expected)
     torch.testing.assert_close(found.y_hat, y_hat)
-    left = target - y_hat.detach()
+    left = batch.target - y_hat.detach()
     if batch.visible is not None:
         left = left * ~batch.visible
     torch.testing.assert_close(found.left_over(), left)
@@ -68,9 +73,7 @@ def test_reconstruct_is_decoding_and_the_batchs_loss(kind: str) -> None:
 def test_silent_entries_have_their_gradient_and_nothing_else(kind: str) -> None:
     dense, inputs = problem()
     W_dec, b_dec, value = inputs
-    target = torch.randn(15, 4, dtype=torch.float64)
-    make = OtherLoss if kind == "other" else TrainingBatch
-    batch = make(y=target, target=target, variance=3.0, **BATCHES.get(kind, {}))
+    batch = batch_of(kind)
     codes = replace(SparseCodes.from_dense(dense), value=value)
     silent = SparseCodes.from_dense((dense == 0).double())
     nothing = torch.zeros(len(silent.value), dtype=torch.float64, requires_grad=True)
@@ -91,9 +94,7 @@ def test_silent_entries_have_their_gradient_and_nothing_else(kind: str) -> None:
 def test_nested_reconstructions_are_those_of_sums_of_codes(kind: str) -> None:
     dense, inputs = problem()
     W_dec, b_dec, value = inputs
-    target = torch.randn(15, 4, dtype=torch.float64)
-    make = OtherLoss if kind == "other" else TrainingBatch
-    batch = make(y=target, target=target, variance=3.0, **BATCHES.get(kind, {}))
+    batch = batch_of(kind)
     codes = replace(SparseCodes.from_dense(dense), value=value)
     edges = [(0, 5), (5, 5), (5, 20)]  # the middle one adds nothing
     parts = [codes.select((codes.index >= low) & (codes.index < high)) for low, high in edges]

@@ -23,6 +23,7 @@ from saescope.__main__ import main
 from saescope.config import from_dict
 from saescope.errors import InputError
 from tests.damage import DAMAGES, GROUP, assert_same_content
+from tests.interrupt import Interrupt, Killed
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
 SITES = ("blocks.1.hook_resid_post", "blocks.0.attn.hook_k")
@@ -194,19 +195,8 @@ def test_a_killed_harvest_goes_on_to_the_same_bytes(
 ) -> None:
     values = {**small.manifest["config"], "out": str(tmp_path / "out")}
     config = from_dict(HarvestConfig, values, "test")
-    write, calls = HarvestWriter.write, []
-
-    class Killed(BaseException):
-        pass
-
-    def killed(own: HarvestWriter, data: Any) -> None:
-        calls.append(data)
-        if len(calls) == 3:
-            raise Killed
-        write(own, data)
-
     with monkeypatch.context() as patch:
-        patch.setattr(HarvestWriter, "write", killed)
+        Interrupt(patch, HarvestWriter, "write", 3, Killed())
         with pytest.raises(Killed):
             harvest(config)
     assert_same_content(harvest(config).path, small.path)
