@@ -81,6 +81,8 @@ class SparseAutoencoder(nn.Module, ABC):
     features out: each then has an SAE of its own features, whose `d_sae` counts those"""
     feature_units: ClassVar[tuple[str, ...]] = ("b_enc",)
     """parameters and buffers that are in the units of activations"""
+    full_precision: ClassVar[tuple[str, ...]] = ()
+    """parameters and buffers that do not go below float32 when the module is cast"""
 
     def __init__(self, config: SAEConfig, d_in: int, d_out: int | None = None) -> None:
         super().__init__()
@@ -114,6 +116,18 @@ class SparseAutoencoder(nn.Module, ABC):
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         self.W_dec = nn.Parameter(torch.empty(self.d_sae, self.d_out))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts as every module's, but for `full_precision`."""
+        before = {name: getattr(self, name, None) for name in self.full_precision}
+        kept = {name: each.detach() for name, each in before.items() if each is not None}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            found = getattr(self, name)
+            if found.dtype.itemsize < 4 <= value.dtype.itemsize:
+                found.data = value.to(found.device)
+                found.grad = None
+        return self
 
     @property
     def W_enc(self) -> Tensor:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -77,7 +77,6 @@ class BatchSelectionSAE(AuxKSAE):
     """training selects over the batch, inference by thresholds: they differ row by row"""
     feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
     full_precision: ClassVar[tuple[str, ...]] = ("threshold", "density")
-    """buffers that stay float32 when the module is cast"""
     threshold: Tensor
     """float32 [] (one for all) or [d_sae]; 0 before training, when all that is positive fires"""
     threshold_updates: Tensor
@@ -108,15 +107,6 @@ class BatchSelectionSAE(AuxKSAE):
     def threshold_shape(self) -> tuple[int, ...]:
         """One threshold for all features, or one each."""
         return ()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self._buffers[name] for name in self.full_precision}
-        super()._apply(fn, recurse)
-        for name, kept in before.items():
-            cast_to = self._buffers[name]
-            if kept is not None and cast_to is not None and cast_to.dtype != kept.dtype:
-                self._buffers[name] = kept.to(cast_to.device)
-        return self
 
     # ---- inference --------------------------------------------------------------------------
 

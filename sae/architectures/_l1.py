@@ -13,8 +13,8 @@ from saescope.errors import check_range
 
 
 @dataclass(frozen=True, kw_only=True)
-class L1Config(SAEConfig):
-    """The fields of the L1 penalty."""
+class L1WeightConfig(SAEConfig):
+    """How much an L1 penalty weighs."""
 
     l1_coefficient: float = 0.1
     """Weight of the L1 penalty, beside an FVU of at most about 1. Activations count in units of the
@@ -23,14 +23,24 @@ class L1Config(SAEConfig):
     square and sqrt(d_in) for data of mean norm sqrt(d_in) (Anthropic's 5 is 0.2 at d_in 576)."""
     l1_warmup_fraction: float = 0.05
     """Part of training over which the penalty grows from 0 to its weight."""
-    decoder_norm_weighted: bool = False
-    """Weight activations by their decoder norm and leave the norm free (Anthropic, April 2024); if
-    false, the plain L1 with decoder rows held at unit norm."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("sae.l1_coefficient", self.l1_coefficient, low=0)
         check_range("sae.l1_warmup_fraction", self.l1_warmup_fraction, low=0, high=1)
+
+    def l1_weight(self, state: TrainingState) -> float:
+        """lambda at this step: warmed up, and moved by the trainer's controller."""
+        return self.l1_coefficient * state.ramp(self.l1_warmup_fraction) * state.penalty
+
+
+@dataclass(frozen=True, kw_only=True)
+class L1Config(L1WeightConfig):
+    """The fields of the L1 penalty."""
+
+    decoder_norm_weighted: bool = False
+    """Weight activations by their decoder norm and leave the norm free (Anthropic, April 2024); if
+    false, the plain L1 with decoder rows held at unit norm."""
 
 
 class L1SAE(SparseAutoencoder):
@@ -51,8 +61,3 @@ class L1SAE(SparseAutoencoder):
         if self.unit_decoder:
             return value
         return value * objectives.row_norms(self.W_dec).index_select(0, codes.index)
-
-    def l1_weight(self, state: TrainingState) -> float:
-        """lambda at this step: warmed up, and moved by the trainer's controller."""
-        config = cast(L1Config, self.config)
-        return config.l1_coefficient * state.ramp(config.l1_warmup_fraction) * state.penalty

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sae import kernels, objectives
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
+from sae.architectures._l1 import L1WeightConfig
 from sae.base import TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
@@ -29,18 +30,15 @@ Activation = Literal["topk", "relu", "jumprelu"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TranscodingConfig(AuxKConfig):
-    """The fields of transcoders; those of AuxK are for activation "topk"."""
+class TranscodingConfig(AuxKConfig, L1WeightConfig):
+    """The fields of transcoders; those of AuxK are for activation topk, those of the L1 penalty
+    for relu."""
 
     activation: Activation = "topk"
     """Which features fire: topk (the k largest), relu (all above 0, kept few by an L1 penalty), or
     jumprelu (all above thresholds; of published transcoders, cannot be trained)."""
     k: int = 32
     """Features kept a token (L0), with activation topk."""
-    l1_coefficient: float = 0.1
-    """Weight of the L1 penalty, beside an FVU of at most about 1, with activation relu."""
-    l1_warmup_fraction: float = 0.05
-    """Part of training over which the penalty grows from 0 to its weight."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,8 +50,6 @@ class TranscodingConfig(AuxKConfig):
         check_range("sae.k", self.k, low=1)
         if self.activation == "topk":
             check_range("sae.k", self.k, low=1, high=self.d_sae)
-        check_range("sae.l1_coefficient", self.l1_coefficient, low=0)
-        check_range("sae.l1_warmup_fraction", self.l1_warmup_fraction, low=0, high=1)
 
     def with_target_l0(self, target: float) -> Self:
         """The same with k at `target`; unchanged where the penalty sets the L0."""
@@ -67,6 +63,7 @@ class Transcoding(AuxKSAE):
     pre_bias: ClassVar[bool] = False
     unit_decoder: ClassVar[bool] = False
     feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
+    full_precision: ClassVar[tuple[str, ...]] = ("threshold",)
 
     @property
     def rule(self) -> TranscodingConfig:
@@ -139,7 +136,6 @@ class Transcoding(AuxKSAE):
         else:
             weighted = codes.value * objectives.row_norms(self.W_dec).index_select(0, codes.index)
             penalty = batch.mean(weighted) / batch.variance**0.5
-            factor = state.ramp(config.l1_warmup_fraction) * state.penalty
-            loss = loss + factor * config.l1_coefficient * penalty
+            loss = loss + config.l1_weight(state) * penalty
             terms["l1"] = penalty.detach()
         return TrainingOutput(loss, terms, codes.counts(), found.y_hat)

@@ -26,6 +26,7 @@ from sae.architectures._batch_selection import (
     running_mean_,
     smallest_of,
 )
+from sae.architectures._l1 import L1WeightConfig
 from sae.base import SAEConfig, TrainingOutput, TrainingState
 from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
@@ -38,8 +39,9 @@ _EMA_DECAY = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrosscoderConfig(AuxKConfig):
-    """Configuration of the crosscoder; the fields of AuxK are for activations that have a k."""
+class CrosscoderConfig(AuxKConfig, L1WeightConfig):
+    """Configuration of the crosscoder; the fields of AuxK are for activations that have a k,
+    those of the L1 penalty for relu."""
 
     kind: Literal["crosscoder"] = "crosscoder"
     """Name of the architecture."""
@@ -48,10 +50,6 @@ class CrosscoderConfig(AuxKConfig):
     token), or batchtopk (the k times batch largest of a batch)."""
     k: float = 32.0
     """Features kept a token (L0), with activation topk, or on average, with batchtopk."""
-    l1_coefficient: float = 0.1
-    """Weight of the L1 penalty, beside an FVU of at most about 1, with activation relu."""
-    l1_warmup_fraction: float = 0.05
-    """Part of training over which the penalty grows from 0 to its weight."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,8 +66,6 @@ class CrosscoderConfig(AuxKConfig):
                 "must be whole where it is kept of every token", where="sae.k", given=self.k,
                 allowed=f"{round(self.k)}, or activation batchtopk",
             )  # fmt: skip
-        check_range("sae.l1_coefficient", self.l1_coefficient, low=0)
-        check_range("sae.l1_warmup_fraction", self.l1_warmup_fraction, low=0, high=1)
 
     def with_target_l0(self, target: float) -> Self:
         """The same with k at `target`; unchanged where the penalty sets the L0."""
@@ -90,6 +86,7 @@ class Crosscoder(AuxKSAE):
     concatenates: ClassVar[bool] = True
     pre_bias: ClassVar[bool] = False
     unit_decoder: ClassVar[bool] = False
+    full_precision: ClassVar[tuple[str, ...]] = ("threshold",)
     norm_scale: Tensor
     threshold: Tensor
     threshold_updates: Tensor
@@ -229,8 +226,7 @@ class Crosscoder(AuxKSAE):
             norms = self.site_norms()
             unit = (norms.shape[1] * batch.variance) ** 0.5
             penalty = batch.mean(codes.value * norms.sum(1).index_select(0, codes.index)) / unit
-            factor = state.ramp(config.l1_warmup_fraction) * state.penalty
-            loss = loss + factor * config.l1_coefficient * penalty
+            loss = loss + config.l1_weight(state) * penalty
             terms["l1"] = penalty.detach()
         else:
             loss = self.add_auxk(loss, terms, centred, found, state)

@@ -91,7 +91,7 @@ class GatedSAE(L1SAE):
         penalty = batch.mean(self.weighed(gates, batch))
         frozen = self.W_dec.detach(), self.b_dec.detach()
         auxiliary = objectives.reconstruct(gates, batch, *frozen).loss
-        loss = found.loss + self.l1_weight(state) * penalty + auxiliary
+        loss = found.loss + self.config.l1_weight(state) * penalty + auxiliary
         terms = {
             "fvu": found.loss.detach(),
             "l1": penalty.detach(),

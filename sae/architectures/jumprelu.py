@@ -102,6 +102,7 @@ class JumpReLUSAE(SparseAutoencoder):
     )  # fmt: skip
     penalised: ClassVar[bool] = True
     feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
+    full_precision: ClassVar[tuple[str, ...]] = ("threshold", "log_threshold")
     threshold: nn.Parameter
     log_threshold: nn.Parameter
 
@@ -139,17 +140,6 @@ class JumpReLUSAE(SparseAutoencoder):
     def _unit(self, variance: float) -> float:
         """s, the deviation of one coordinate of the data."""
         return (variance / self.d_in) ** 0.5
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts as every module's, but thresholds do not go below float32."""
-        parameter = getattr(self, self._stored)
-        before = parameter.detach().clone()
-        super()._apply(fn, recurse)
-        parameter = getattr(self, self._stored)
-        if parameter.dtype.itemsize < 4:
-            parameter.data = before.to(parameter.device)
-            parameter.grad = None
-        return self
 
     @torch.no_grad()
     def constrain(self) -> None:

@@ -120,7 +120,7 @@ class ReLUSAE(L1SAE):
         penalty = batch.mean(_power(weight, self.config.exponent(level)))
         if self.config.anneals:
             penalty = penalty * self._rescaled(weight.detach(), level)
-        loss = found.loss + self.l1_weight(state) * penalty
+        loss = found.loss + self.config.l1_weight(state) * penalty
         terms = {"fvu": found.loss.detach(), "l1": batch.mean(weight.detach())}
         if self.config.anneals:
             terms["lp"] = penalty.detach()

@@ -198,6 +198,14 @@ class TestContract:
         else:
             assert (low.float() - exact).norm() < 0.1 * exact.norm()
 
+    def test_thresholds_keep_float32_under_bfloat16(self, kind: str) -> None:
+        sae = make(kind)
+        before = {n: t.clone() for n, t in sae.state_dict().items() if "threshold" in n}
+        sae.to(torch.bfloat16)
+        for name, value in before.items():
+            assert torch.equal(sae.state_dict()[name], value), name
+            assert sae.state_dict()[name].dtype == value.dtype, name
+
 
 def scaled(normaliser: Normaliser) -> Normaliser:
     """The normaliser that 7 x would have."""

@@ -70,6 +70,13 @@ def test_batchtopk_by_hand() -> None:
     assert not by_hand().batch_level
 
 
+def test_the_threshold_keeps_float32_under_bfloat16() -> None:
+    sae = by_hand(activation="batchtopk", k=1)
+    sae.threshold.fill_(1.2345678)
+    assert float(sae.to(torch.bfloat16).threshold) == pytest.approx(1.2345678, rel=1e-7)
+    assert sae.W_dec.dtype == torch.bfloat16
+
+
 def test_norms_over_sites() -> None:
     sae = by_hand()
     assert sae.site_norms().tolist() == [[1, 0], [3, 4], [0, 2]]

@@ -72,6 +72,13 @@ def test_jumprelu_by_hand_is_for_use_only() -> None:
         sae.training_output(batch(X, T), state(3))
 
 
+def test_thresholds_keep_float32_under_bfloat16() -> None:
+    sae = by_hand(activation="jumprelu")
+    sae.threshold.fill_(1.2345678)
+    assert float(sae.to(torch.bfloat16).threshold[0]) == pytest.approx(1.2345678, rel=1e-7)
+    assert sae.W_dec.dtype == torch.bfloat16
+
+
 def test_skip_by_hand() -> None:
     sae = set_by_hand(SkipTranscoder(SkipTranscoderConfig(d_sae=3, k=1), 2, 3))
     with torch.no_grad():
