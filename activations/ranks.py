@@ -33,6 +33,8 @@ _WINDOWS = 1 << 32
 """the byte of the first window; those below are the ranks'"""
 _POLL = (0.02, 1.0)
 """seconds between two looks, at first and at last"""
+_LEAVING = 5.0
+"""seconds that a process may take to leave when its harvest is complete"""
 _PATIENCE = 120.0
 """seconds that the other ranks wait for a rank 0 that is not there"""
 
@@ -53,7 +55,7 @@ class Team:
         self._rank_0_was_here = time.monotonic()
 
     def _enter(self) -> None:
-        last_try = time.monotonic() + 1
+        last_try = time.monotonic() + _LEAVING
         while True:
             with disk_full(str(self._out)):
                 self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)

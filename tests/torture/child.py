@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from activations import HarvestConfig
+from activations.layout import PENDING
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # imported once, so that a process starts in an instant: the imports take seconds
@@ -28,7 +29,7 @@ class Role:
     number: int = 0
     size: int = 1
     dies_at: int | None = None
-    """kills itself as it begins to compute its n-th window"""
+    """kills itself in its n-th window, once those before wait; no other has put any there"""
     waits: bool = False
     """stands still in its first window until it is told to go on"""
 
@@ -72,6 +73,8 @@ def _harvest(
     def counted_run(*args: Any, **options: Any) -> Any:
         windows.value += 1
         if windows.value == role.dies_at:
+            while len(list(Path(config.out, PENDING).glob("window-*"))) < role.dies_at - 1:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         if role.waits:
             assert go.wait(120)
