@@ -73,7 +73,7 @@ def _harvest(
     def counted_run(*args: Any, **options: Any) -> Any:
         windows.value += 1
         if windows.value == role.dies_at:
-            while len(list(Path(config.out, PENDING).glob("window-*"))) < role.dies_at - 1:
+            while len(list(Path(config.out, PENDING).glob("window-*"))) < windows.value - 1:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         if role.waits:

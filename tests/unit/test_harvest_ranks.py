@@ -126,10 +126,9 @@ def test_ranks_append_what_one_process_does(
     stores = []
     for name in ("whole", "out"):
         config = make(out=str(tmp_path / name))
-        harvest(config)
+        before = len(harvest(config).windows)
         more = replace(config, corpus=CorpusConfig(source=source, deduplicate=True))
         if name == "whole":
-            before = len(ActivationStore.open(config.out).windows)
             stores.append(append(more).path)
         else:
             children = start(more, *team(2), work="append")
