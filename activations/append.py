@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from activations import ranks
 from activations.begun import check_same_settings
-from activations.harvest import HarvestConfig, fill, model_of
+from activations.harvest import HarvestConfig, assist, fill, model_of
 from activations.layout import SPLITS
 from activations.models import Model
 from activations.parts import document_numbers, parts
@@ -13,10 +14,10 @@ from activations.raw_models import RawModel
 from activations.reading import Text
 from activations.zarr_store import ActivationStore
 from activations.zarr_writer import HarvestWriter
-from saescope.artefact import locked
 from saescope.config import to_dict
 from saescope.errors import InputError
 from saescope.progress import say
+from saescope.ranks import here
 
 
 def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationStore:
@@ -35,7 +36,9 @@ def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationSt
     >>> append(dataclasses.replace(config, corpus=more, max_tokens=None))  # doctest: +SKIP
     """
     out = Path(config.out)
-    with locked(out, "harvest"):
+    if here().number > 0:
+        return assist(config, lambda: _begun(config, out))
+    with ranks.leading(out) as team:
         store = ActivationStore.open(out)
         if is_there(config, store):
             say(f"{out}: this text was appended already, {store.n_rows():,} rows")
@@ -50,7 +53,14 @@ def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationSt
         writer.trim()
         if begins:
             writer.begin(entry)
-        return fill(config, model, writer)
+        return fill(config, model, writer, team)
+
+
+def _begun(config: HarvestConfig, out: Path) -> ActivationStore | None:
+    """The harvest once rank 0 has begun to append this text, or if it is there."""
+    store = ActivationStore.open(out)
+    there = is_there(config, store)
+    return store if there or not store.complete else None
 
 
 def is_there(config: HarvestConfig, store: ActivationStore) -> bool:

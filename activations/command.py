@@ -12,6 +12,7 @@ from activations.plan import describe, free_bytes, refuse_too_much
 from activations.reading import Text
 from activations.zarr_store import ActivationStore
 from saescope.progress import say
+from saescope.ranks import here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ def run(command: HarvestCommand) -> ActivationStore | None:
     values = {f.name: getattr(command, f.name) for f in fields(HarvestConfig)}
     config = HarvestConfig(**values)
     if command.plan:
-        _say_plan(config, appends=command.append, ignore_space=command.ignore_space)
+        if here().number == 0:
+            _say_plan(config, appends=command.append, ignore_space=command.ignore_space)
         return None
     work = append if command.append else harvest
     return work(config, ignore_space=command.ignore_space)

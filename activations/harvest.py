@@ -1,18 +1,18 @@
 """The harvest: run a model over a corpus and store the activations of some sites.
 
-The main path, read downwards: `harvest` plans, `_harvest_split` goes through the windows of a
-split, `run_window` runs the model over one. While a window is computed the one before is written.
-`activations.append` does the same with new text for a harvest that is there.
+The main path, read downwards: `harvest` plans, `fill` goes through the windows that are missing
+(`activations.windows`), which are computed and written: while one is computed the one before is
+written. `activations.ranks` has several processes do it, `activations.append` does the same with
+new text for a harvest that is there.
 """
 
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from activations import ranks
 from activations.batch_size import (
     BATCH_SEQUENCES,
     check_batch_memory,
@@ -21,23 +21,26 @@ from activations.batch_size import (
 )
 from activations.begun import check_same_settings
 from activations.corpora import CorpusConfig
-from activations.layout import SPLITS, row_arrays
+from activations.layout import PENDING, SPLITS, row_arrays
 from activations.model_facts import check_same_model, facts_of
 from activations.models import Model, ModelConfig, load_model
-from activations.outliers import Limits, norm_limits, outlier_facts, within
-from activations.packing import JOINED, SEPARATE, PackingCounts, Sequences
-from activations.parts import Part, numbers_before, parts
+from activations.outliers import outlier_facts
+from activations.packing import JOINED, SEPARATE, PackingCounts
+from activations.parts import parts
 from activations.plan import check_space
 from activations.raw_models import RawModel
 from activations.reading import Text
-from activations.row_storage import SiteRows, StorageKind
-from activations.rows import RowKind, WindowRows, check_rows, rows_per_sequence
+from activations.row_storage import StorageKind
+from activations.rows import RowKind, check_rows, rows_per_sequence
+from activations.staging import Staging
+from activations.windows import MissingWindow, compute, missing_windows
 from activations.zarr_store import ActivationStore
 from activations.zarr_writer import HarvestWriter, WindowData
-from saescope.artefact import MANIFEST, is_leftover, locked, remove
+from saescope.artefact import MANIFEST, is_leftover, remove
 from saescope.config import Config, to_dict
-from saescope.errors import ArtefactError, InputError, check_range
-from saescope.progress import Progress, say
+from saescope.errors import InputError, check_range
+from saescope.progress import Progress, say, silent
+from saescope.ranks import here
 
 _WINDOW_BYTES = 512 << 20
 """A window is made smaller than asked for if its rows would take more memory than this; two are in
@@ -172,18 +175,25 @@ def harvest(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationS
     (1031337, 576)
     """
     out = Path(config.out)
+    if here().number > 0:
+        return assist(config, lambda: begun(config, out))
     store = begun(config, out)
     if store is None or not store.complete:
-        with locked(out, "harvest"):
+        with ranks.leading(out) as team:
             store = begun(config, out)  # another process may have written until now
             if store is None or not store.complete:
-                return _go_on(config, out, store, ignore_space=ignore_space)
+                return _go_on(config, out, store, team, ignore_space=ignore_space)
     say(f"{out}: complete already, {store.n_rows():,} rows")
     return store
 
 
 def _go_on(
-    config: HarvestConfig, out: Path, store: ActivationStore | None, *, ignore_space: bool
+    config: HarvestConfig,
+    out: Path,
+    store: ActivationStore | None,
+    team: ranks.Team | None,
+    *,
+    ignore_space: bool,
 ) -> ActivationStore:
     """Begin a harvest, or go on with one, and finish it."""
     model = model_of(config, store)
@@ -198,7 +208,7 @@ def _go_on(
     else:
         writer = HarvestWriter(store)
         writer.trim()
-    return fill(config, model, writer)
+    return fill(config, model, writer, team)
 
 
 def model_of(config: HarvestConfig, store: ActivationStore | None) -> Model | RawModel:
@@ -209,31 +219,102 @@ def model_of(config: HarvestConfig, store: ActivationStore | None) -> Model | Ra
     chosen = config.model
     dtype = chosen.dtype if store is None else store.manifest["model"]["dtype"]
     model = load_model(
-        chosen.spec, dtype=dtype, device=chosen.device, revision=chosen.revision,
-        kind=chosen.kind, diffusion=chosen.diffusion,
+        chosen.spec, dtype=dtype, device=ranks.own_device(chosen.device),
+        revision=chosen.revision, kind=chosen.kind, diffusion=chosen.diffusion,
     )  # fmt: skip
     if store is not None:
         check_same_model(model, store)
     return model
 
 
-def fill(config: HarvestConfig, model: Model | RawModel, writer: HarvestWriter) -> ActivationStore:
-    """Harvest what is missing of the last part of a store, and mark it as complete."""
+def fill(
+    config: HarvestConfig,
+    model: Model | RawModel,
+    writer: HarvestWriter,
+    team: ranks.Team | None = None,
+) -> ActivationStore:
+    """Harvest what is missing of the last part of a store, and mark it as complete.
+
+    Args: team is this process's place, the first, where several harvest.
+    """
     store = writer.store
     part = parts(store)[-1]
+    config = in_planned_batches(config, store.manifest)
     total = sum(part.planned_sequences.values()) * config.context
     done = store.n_tokens - part.first_sequence * config.context
     name = f"harvest of {len(store.sites)} site(s)" if len(store.sites) > 1 else "harvest"
+    counts = {split: PackingCounts() for split in SPLITS}
     with Progress(name, total, "tokens", done=done) as progress:
-        counts = {
-            split: _harvest_split(split, part, config, model, writer, progress) for split in SPLITS
-        }
+        missing = missing_windows(part, config, model, store, counts)
+
+        def run(window: MissingWindow) -> WindowData:
+            return compute(window, model, config, store, progress)
+
+        if team is None:
+            _write_all(missing, run, writer)
+        else:
+            ranks.lead(missing, run, writer, team, progress)
     text = Text.of(config, part)
     writer.finish({split: text.counted(count) for split, count in counts.items()})
     store = writer.store
     row = sum(each.nbytes for each in row_arrays(store.manifest).values())
     say(f"{store.path}: {store.n_rows():,} rows, {store.n_rows() * row / 1e9:.2f} GB")
     return store
+
+
+def _write_all(
+    missing: Iterable[MissingWindow],
+    run: Callable[[MissingWindow], WindowData],
+    writer: HarvestWriter,
+) -> None:
+    """Compute and commit windows; while one is computed the one before is written."""
+    with ThreadPoolExecutor(1, "harvest-writer") as pool:
+        writing: Future[None] | None = None
+        for window in missing:
+            data = run(window)
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(writer.write, data)
+        if writing is not None:
+            writing.result()
+
+
+def assist(config: HarvestConfig, find: Callable[[], ActivationStore | None]) -> ActivationStore:
+    """Help rank 0 of several processes with its harvest, and return the store once it is complete.
+
+    Args: find gives the store that rank 0 has begun, or is going on with, once there is one.
+
+    Raises InputError if it is of another configuration or model; ArtefactError if rank 0 is gone,
+    or another process has this rank.
+    """
+    out = Path(config.out)
+
+    def opened() -> ActivationStore | None:
+        store = find()
+        ready = store is not None and (store.complete or (out / PENDING).exists())
+        return store if ready else None
+
+    def finished() -> ActivationStore | None:
+        store = ActivationStore.open(out)
+        return store if store.complete else None
+
+    try:
+        with silent(), ranks.member(out) as team:
+            store = team.wait_for(opened)
+            if store.complete:
+                return store
+            model = model_of(config, store)
+            config = in_planned_batches(config, store.manifest)
+            counts = {split: PackingCounts() for split in SPLITS}
+            missing = missing_windows(parts(store)[-1], config, model, store, counts)
+            with Progress("harvest", 0, "tokens") as progress:
+                ranks.help_with(
+                    missing, lambda each: compute(each, model, config, store, progress),
+                    Staging(store), team,
+                )  # fmt: skip
+            return team.wait_for(finished)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # rank 0 says what there is to say
 
 
 def begun(config: HarvestConfig, out: Path) -> ActivationStore | None:
@@ -284,115 +365,3 @@ def planned_facts(config: HarvestConfig, model: Model | RawModel) -> dict[str, A
         "planned_sequences": Text.of(config).planned_sequences(model, config.max_tokens),
         **outlier_facts(config, model, names),
     }
-
-
-def _harvest_split(
-    split: str,
-    part: Part,
-    config: HarvestConfig,
-    model: Model | RawModel,
-    writer: HarvestWriter,
-    progress: Progress,
-) -> PackingCounts:
-    """Compute and commit the windows of a split that are not committed yet."""
-    begun = writer.store
-    config = in_planned_batches(config, begun.manifest)
-    committed = [begun.windows[number] for number in part.windows(begun, split)]
-    earlier = sum(w.split == split for w in begun.windows[: part.first_window])
-    # a place is that of the last window that was committed, which is thus read and compared again
-    place = begun.manifest.get("places", {}).get(split) if committed else None
-    at = 0 if place is None else len(committed) - 1
-    counts = PackingCounts()
-    per_window = begun.manifest["sequences_per_window"]
-    groups = Text.of(config, part).packed(
-        split, model, per_group=per_window, counts=counts, limit=part.planned_sequences[split],
-        before=numbers_before(begun, part, split, place), place=place,
-        to_end=part.max_tokens is None,
-    )  # fmt: skip
-    limits = norm_limits(begun.manifest)
-    with ThreadPoolExecutor(1, "harvest-writer") as pool:
-        writing: Future[None] | None = None
-        for number, group in enumerate(groups, start=at):
-            if number < len(committed):
-                _check_same_text(group, begun, committed[number].first_sequence)
-                continue
-            seed = (config.seed, SPLITS.index(split), earlier + number)
-            first = begun.n_sequences + per_window * (number - len(committed))
-            measured = _is_measured(split, number, part, begun)
-            sites = begun.sites if measured or config.storage != "none" or limits else ()
-            data = run_window(
-                split, group, first, model, sites, config, seed, progress, limits=limits
-            )
-            if not measured:
-                data = replace(data, sums={})
-            if writing is not None:
-                writing.result()
-            writing = pool.submit(writer.write, data)
-        if writing is not None:
-            writing.result()
-    return counts
-
-
-def _is_measured(split: str, number: int, part: Part, begun: ActivationStore) -> bool:
-    """Whether the statistics are of this window, among others, of a part's split."""
-    wanted = begun.manifest["config"].get("statistics_windows")
-    total = -(-part.planned_sequences[split] // begun.manifest["sequences_per_window"])
-    if split != "train" or wanted is None or wanted >= total:
-        return split == "train"
-    return number in {n * total // wanted for n in range(wanted)}
-
-
-def _check_same_text(group: Sequences, begun: ActivationStore, first: int) -> None:
-    if not np.array_equal(group.tokens, begun.tokens[first : first + len(group.tokens)]):
-        raise ArtefactError(
-            "the corpus has changed since this harvest began; remove it and begin anew",
-            where=str(begun.path),
-        )
-
-
-def run_window(
-    split: str,
-    group: Sequences,
-    first_sequence: int,
-    model: Model | RawModel,
-    sites: tuple[str, ...],
-    config: HarvestConfig,
-    seed: tuple[int, ...],
-    progress: Progress,
-    *,
-    limits: Limits | None = None,
-    keep: NDArray[np.bool_] | None = None,
-) -> WindowData:
-    """Run the model over a window's sequences and keep the rows that count.
-
-    Those are the positions of `keep` [sequence, position], or all that are no special tokens, whose
-    norms are within the limits of all sites.
-    """
-    window = WindowRows(model, group, config.rows, keep)
-    candidates = len(window.places)
-    rows = {site: SiteRows(site, candidates, model.d_in(site), config.storage) for site in sites}
-    for start in range(0, len(window.running), config.batch_sequences):
-        batch = window.running[start : start + config.batch_sequences]
-        found = model.capture(model.inputs(group, batch), sites)
-        if limits is not None:
-            window.keep_only(batch, within(found, limits).numpy())
-        for site, x in found.items():
-            rows[site].append(window.of(site, x, batch))
-        progress.advance(len(batch) * config.context)
-    kept = len(window.places)
-    if kept == 0:
-        raise InputError("no position of a whole window is kept", where=config.corpus.source)
-    packed = config.model.kind == "language" and config.rows == "position"
-    return WindowData(
-        split=split,
-        tokens=group.tokens,
-        document=group.document,
-        keep=window.keep,
-        described=group.described,
-        row_token=first_sequence * config.context + window.places,
-        rows={name: x[:kept] for part in rows.values() for name, x in part.arrays.items()},
-        order=window.order(seed),
-        sums={site: part.sums() for site, part in rows.items()},
-        positions=group.positions(candidates, kept) if packed else {},
-        place=group.place,
-    )

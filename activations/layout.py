@@ -12,6 +12,8 @@ from activations.row_storage import FILLS, SCALE, RowArray, StorageKind, site_ar
 from saescope.artefact import read_json, write_json
 
 GROUP, DOCUMENTS, METADATA = "activations.zarr", "documents.parquet", "zarr.json"
+PENDING = "pending"
+"""Of an unfinished harvest of several processes: windows that wait for their turn."""
 SPLITS = ("train", "held_out")
 ROW_TOKEN = "row_token"
 SEQUENCE_ARRAYS = {"tokens": "int32", "document": "int32", "keep": "bool", "split": "int8"}

@@ -18,6 +18,7 @@ from activations.packing import PackingCounts, Sequences
 from activations.raw_models import RawModel
 from activations.reading import Text
 from activations.rows import WindowRows
+from activations.windows import run_window
 from saescope.errors import InputError
 from saescope.progress import Progress, duration, silent
 
@@ -140,8 +141,6 @@ def _measured(
     config: "HarvestConfig", facts: Mapping[str, Any], text: Text, model: Model | RawModel
 ) -> tuple[float, float]:
     """Seconds a token, the median over a few batches, and the share of positions with a row."""
-    from activations.harvest import run_window
-
     batches, rows, sequences, times = _WARM + _MEASURED, 0, 0, []
     groups = text.packed(
         "train", model, per_group=config.batch_sequences, counts=PackingCounts(),

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from activations.batch_size import in_planned_batches
-from activations.harvest import HarvestConfig, run_window
+from activations.harvest import HarvestConfig
 from activations.harvest import model_of as harvested_model
 from activations.layout import ROW_TOKEN, SPLITS
 from activations.ledger import Window
@@ -16,6 +16,7 @@ from activations.models import Model
 from activations.outliers import norm_limits
 from activations.packing import Sequences
 from activations.raw_models import RawModel
+from activations.windows import run_window
 from activations.zarr_store import ActivationStore
 from activations.zarr_writer import WindowData, filled_up
 from saescope.artefact import MANIFEST

@@ -10,6 +10,7 @@ from activations.layout import (
     DOCUMENTS,
     GROUP,
     METADATA,
+    PENDING,
     SEQUENCE_ARRAYS,
     array_names,
     documents_part,
@@ -54,7 +55,7 @@ class Report:
     """files read and compared"""
     faults: list[Fault] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
-    """what an interrupted run left behind, which does no harm and which a resumed one removes"""
+    """what an interrupted run left behind, which does no harm; a resumed one uses or removes it"""
     notes: list[str] = field(default_factory=list)
 
 
@@ -80,7 +81,8 @@ def examine(store: "ActivationStore", advance: Callable[[int], None] = lambda _:
         check(path, array, chunk, *reads)
     for path in strangers(store):
         name = str(path.relative_to(store.path))
-        if is_partial(path) or (not store.complete and is_uncommitted(store, path)):
+        waits = path == store.path / PENDING or is_uncommitted(store, path)
+        if is_partial(path) or (not store.complete and waits):
             report.leftovers.append(name)
         else:
             what = "does not belong to this harvest"

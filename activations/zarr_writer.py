@@ -1,7 +1,7 @@
 """Writing a harvest: one window at a time, flushed to the disk before the manifest names it."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from activations.layout import (
     DOCUMENTS,
     GROUP,
     METADATA,
+    ROW_TOKEN,
     SEQUENCE_ARRAYS,
     SPLITS,
     create_arrays,
@@ -26,7 +27,7 @@ from activations.layout import (
     row_arrays,
     with_length,
 )
-from activations.ledger import LEDGER, Checksums, Ledger, Window, window_line
+from activations.ledger import LEDGER, Checksums, Chunk, Ledger, Window, window_line
 from activations.row_storage import SiteSums
 from activations.store_check import is_partial, is_uncommitted, strangers
 from activations.zarr_store import KIND, SCHEMA, ActivationStore
@@ -44,6 +45,16 @@ _WRITTEN_ANEW = (
     *("windows", "ledger"),
 )
 """What the manifest has besides the facts."""
+
+
+@dataclass(frozen=True)
+class StagedRows:
+    """Rows of a window that are in files already, in the order in which they are to be."""
+
+    folder: Path
+    """its chunks, counted from 0, lie in it as they do in the Zarr group"""
+    crcs: Mapping[str, list[int]]
+    """of the chunks of each array [row, ...], by name"""
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,15 @@ class WindowData:
     """How many positions are kept, and how many are left out for each reason."""
     place: Mapping[str, Any] | None = None
     """Where in the corpus to go on from, to read this window again and what follows it."""
+    staged: StagedRows | None = None
+    """Where its rows are, if not in `rows` and `row_token`."""
+
+    def chunks(self, chunk_rows: int) -> Iterator[tuple[int, str, NDArray[Any]]]:
+        """(number, array, values) of each chunk of the arrays [row, ...], in the order written."""
+        for number, start in enumerate(range(0, len(self.order), chunk_rows)):
+            order = self.order[start : start + chunk_rows]
+            for name, values in {ROW_TOKEN: self.row_token, **self.rows}.items():
+                yield number, name, np.take(values, order, axis=0, mode="clip")
 
 
 class HarvestWriter:
@@ -217,19 +237,30 @@ class HarvestWriter:
             "tokens": data.tokens, "document": data.document, "keep": data.keep, "split": split
         }  # fmt: skip
         sequences = {name: self._write_sequences(name, window, v) for name, v in parts.items()}
-        rows: dict[str, list[int]] = {name: [] for name in row_arrays(self._facts)}
-        for number, chunk in enumerate(chunks):
-            start = number * self._chunk_rows
-            order = data.order[start : start + chunk.rows]
-            for name, values in {"row_token": data.row_token, **data.rows}.items():
-                chosen = np.take(values, order, axis=0, mode="clip")
-                rows[name].append(self._write_chunk(name, chunk.index, chosen))
+        rows = self._put_rows(data, chunks)
         self._resize(
             chunks=window.first_chunk + len(chunks),
             sequences=window.first_sequence + window.sequences,
         )
         self._flush(self._written)
         return window, rows, sequences
+
+    def _put_rows(self, data: WindowData, chunks: Sequence[Chunk]) -> dict[str, list[int]]:
+        """Write the chunks of a window's rows, or move those that are in files; their crc32c."""
+        arrays = row_arrays(self._facts)
+        if data.staged is not None:
+            for name, array in arrays.items():
+                for number, chunk in enumerate(chunks):
+                    ndim = 1 + len(array.tail)
+                    path = chunk_path(self.path / GROUP, name, chunk.index, ndim)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(chunk_path(data.staged.folder, name, number, ndim), path)
+                    self._written.append(path)
+            return {name: data.staged.crcs[name] for name in arrays}
+        rows: dict[str, list[int]] = {name: [] for name in arrays}
+        for number, name, values in data.chunks(self._chunk_rows):
+            rows[name].append(self._write_chunk(name, chunks[number].index, values))
+        return rows
 
     def _write_chunk(self, name: str, index: int, values: NDArray[Any]) -> int:
         """Write one chunk of rows, filled up where they end; its crc32c."""

@@ -5,14 +5,13 @@ A command's module is imported when it is called, so that help is instant.
 
 import importlib
 import io
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
-from saescope import config, memory, progress
+from saescope import config, memory, progress, ranks
 from saescope.errors import SaescopeError
 
 
@@ -191,11 +190,11 @@ def _terminate(*_: object) -> None:
 
 @contextmanager
 def _one_voice() -> Iterator[None]:
-    """Of several processes with the same words (torchrun's), only the first prints what is wrong.
+    """Of several processes with the same words (of torchrun, srun), only the first prints errors.
 
     For what all of them do alike; each goes on, or exits with the same code.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if ranks.here().number == 0:
         yield
         return
     try:

@@ -1,6 +1,7 @@
 """Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ class Progress:
         self.unit = unit
         self.done = done
         self._start_done = done
+        self._adding = threading.Lock()
         self._note = ""
         self._bar = None
 
@@ -72,7 +74,8 @@ class Progress:
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Add n units of finished work; note replaces the short text shown at the end."""
-        self.done += n
+        with self._adding:  # another thread may count too
+            self.done += n
         self._note = note or self._note
         if self._bar is not None:
             self._bar.update(self.done, self._note)

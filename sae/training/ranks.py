@@ -6,7 +6,6 @@ Every rank reads the same stream, so the state of one is the state of all, and t
 each batch. Only rank 0 writes and speaks.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +23,7 @@ from sae.distributed import FEATURES, ROWS, Split
 from sae.training.optimisers import _SHARED as SHARED
 from saescope import progress
 from saescope.errors import InputError, SaescopeError
+from saescope.ranks import torchrun
 
 _TIMEOUT = timedelta(minutes=30)
 """longest wait for the other ranks: rank 0 writes checkpoints of many GB meanwhile"""
@@ -40,13 +40,14 @@ def device(kind: Literal["cpu", "cuda"]) -> torch.device:
     """
     if kind == "cpu":
         return torch.device("cpu")
-    number, cards = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if number > cards:
+    rank, cards = torchrun(), torch.cuda.device_count()
+    if rank.local_size > cards:
         raise InputError(
-            "not a card for each process", where="device", given=f"{kind}, {number} processes",
+            "not a card for each process", where="device",
+            given=f"{kind}, {rank.local_size} processes",
             allowed="cpu" + (f", or up to {cards} processes" if cards else ""),
         )  # fmt: skip
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", rank.local)
 
 
 @contextmanager
@@ -62,11 +63,10 @@ def session(split: Split = "rows", kind: Literal["cpu", "cuda"] = "cpu") -> Iter
         try:
             torch.cuda.set_device(device(kind))
         except InputError:  # what all processes of this machine find, the first says
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if torchrun().local == 0:
                 raise
             raise SystemExit(2) from None
-    number = int(os.environ.get("WORLD_SIZE", "1"))
-    if number == 1 or distributed.size() > 1:
+    if torchrun().size == 1 or distributed.size() > 1:
         yield
         return
     notes = _join(kind)
@@ -121,7 +121,7 @@ def first() -> bool:
 
 def refuse_several(what: str, *, where: str) -> None:
     """Raise InputError if there are several processes."""
-    number = int(os.environ.get("WORLD_SIZE", "1"))
+    number = torchrun().size
     if number > 1:
         raise InputError(
             f"{what} runs in one process", where=where, given=f"{number} processes", allowed="1"

@@ -6,12 +6,13 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from activations import HarvestConfig
+from activations.layout import PENDING
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # imported once, so that a process starts in an instant: the imports take seconds
@@ -19,6 +20,18 @@ _CONTEXT.set_forkserver_preload(
     ["tests.torture.child", "activations.harvest", "activations.models", "transformer_lens"]
 )
 CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
+
+
+@dataclass(frozen=True)
+class Role:
+    """A process's place among those that harvest together, and what it does in a window."""
+
+    number: int = 0
+    size: int = 1
+    dies_at: int | None = None
+    """kills itself in its n-th window, once those before wait; no other has put any there"""
+    waits: bool = False
+    """stands still in its first window until it is told to go on"""
 
 
 def _changes_disk(event: str, arguments: tuple[Any, ...], folder: str) -> bool:
@@ -31,9 +44,17 @@ def _changes_disk(event: str, arguments: tuple[Any, ...], folder: str) -> bool:
 
 
 def _harvest(
-    config: HarvestConfig, quiet: str, kill_at: int | None, counted: Any, work: str
+    config: HarvestConfig,
+    quiet: str,
+    kill_at: int | None,
+    counted: Any,
+    work: str,
+    role: Role,
+    windows: Any,
+    go: Any,
 ) -> None:
     import activations
+    from activations import windows as module
 
     with Path(quiet).open("w") as sink:
         os.dup2(sink.fileno(), 1)
@@ -47,6 +68,21 @@ def _harvest(
                 if counted.value == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
 
+    run_window = module.run_window
+
+    def counted_run(*args: Any, **options: Any) -> Any:
+        windows.value += 1
+        if windows.value == role.dies_at:
+            while len(list(Path(config.out, PENDING).glob("window-*"))) < windows.value - 1:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if role.waits:
+            assert go.wait(120)
+        return run_window(*args, **options)
+
+    module.run_window = counted_run
+    if role.size > 1:
+        os.environ |= {"RANK": str(role.number), "WORLD_SIZE": str(role.size)}
     sys.addaudithook(hook)
     getattr(activations, work)(config)
 
@@ -72,11 +108,17 @@ class Child:
         folder: Path,
         kill_at: int | None = None,
         work: str = "harvest",
+        role: Role = Role(),
     ) -> None:
-        self.log = folder / "child.log"
-        self._counted = _CONTEXT.Value("i", 0)
+        self.log = folder / ("child.log" if role.size == 1 else f"child-{role.number}.log")
+        self._counted, self._windows = _CONTEXT.Value("i", 0), _CONTEXT.Value("i", 0)
+        self._go = _CONTEXT.Event()
         self.process: ForkServerProcess = _CONTEXT.Process(
-            target=_harvest, args=(replace(config), str(self.log), kill_at, self._counted, work)
+            target=_harvest,
+            args=(
+                *(replace(config), str(self.log), kill_at, self._counted, work),
+                *(role, self._windows, self._go),
+            ),
         )
         self.process.start()
 
@@ -84,6 +126,15 @@ class Child:
     def changes(self) -> int:
         """Changes of the disk so far."""
         return int(self._counted.value)
+
+    @property
+    def windows(self) -> int:
+        """Windows that it has begun to compute."""
+        return int(self._windows.value)
+
+    def go_on(self) -> None:
+        """Let it, if its role is to wait, go on."""
+        self._go.set()
 
     def end(self) -> int:
         """Wait for its end; the exit code, negative for the signal that killed it."""

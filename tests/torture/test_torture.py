@@ -30,7 +30,7 @@ from saescope.artefact import MANIFEST
 from saescope.errors import ArtefactError
 from tests.damage import DAMAGES, SITES, assert_same_content, restore
 from tests.tiny import make_tiny_corpus, make_tiny_model
-from tests.torture.child import Child, command
+from tests.torture.child import Child, Role, command
 
 FEW_OR_ALL = pytest.mark.parametrize(
     "share", ["few", pytest.param("all", marks=pytest.mark.torture)]
@@ -68,11 +68,15 @@ def length(config: HarvestConfig, whole: Path, tmp_path_factory: pytest.TempPath
 def goes_on(config: HarvestConfig, whole: Path) -> None:
     """What is committed is whole, and the resumed store is the one of an uninterrupted harvest."""
     out = Path(config.out)
+    known = {"child.log", "logs", out.name}
     if (out / MANIFEST).exists():
-        assert examine(ActivationStore.open(out)).faults == []
+        store = ActivationStore.open(out)
+        assert examine(store).faults == []
+        if store.complete:  # killed before it removed its locks, which mean nothing
+            known |= {f".{out.name}.lock", f".{out.name}.ranks"}
     harvest(config)
     assert_same_content(out, whole)
-    assert sorted(path.name for path in out.parent.iterdir()) == ["child.log", out.name]
+    assert {path.name for path in out.parent.iterdir()} <= known
     assert ActivationStore.open(out).verify() > 0
 
 
@@ -113,6 +117,62 @@ def test_killed_before_random_changes_of_the_disk(
         config = replace(config, out=str(folder / "out"))
         assert Child(config, folder, kill_at).end() == -signal.SIGKILL
         goes_on(config, whole)
+
+
+def two_at_work(
+    config: HarvestConfig, kill_at: tuple[int | None, int | None], chance: random.Random
+) -> list[Child]:
+    """Two ranks that have ended, by themselves or killed; the second computes windows before."""
+    logs = Path(config.out).parent / "logs"
+    logs.mkdir(exist_ok=True)
+    both = [
+        Child(config, logs, kill_at[number], role=Role(number, 2, waits=number == 0))
+        for number in range(2)
+    ]
+    begun = chance.choice([1, 2, 3])
+    while both[1].windows < begun and all(child.process.is_alive() for child in both):
+        time.sleep(0.01)
+    both[0].go_on()
+    if both[0].end() != 0:  # the second would wait for it to come back
+        both[1].kill_after(chance.uniform(0, 0.3))
+    both[1].end()
+    return both
+
+
+@pytest.mark.timeout(3600)
+@FEW_OR_ALL
+def test_two_ranks_killed_before_random_changes_of_the_disk(
+    config: HarvestConfig, whole: Path, tmp_path: Path, share: str
+) -> None:
+    """In what either puts away, in commits and in the finalisation; resumed by one, or by two."""
+    chance = random.Random(share)
+    (tmp_path / "counted").mkdir()
+    full = two_at_work(replace(config, out=str(tmp_path / "counted" / "out")), (None, None), chance)
+    assert [child.end() for child in full] == [0, 0]
+    assert_same_content(tmp_path / "counted" / "out", whole)
+    first, second = (child.changes for child in full)
+    assert min(first, second) > 40
+    # anywhere; in the last commits and the finalisation; the second rank; both
+    kinds = [
+        lambda: (chance.randrange(1, first), None),
+        lambda: (chance.randrange(first - 60, first), None),
+        lambda: (None, chance.randrange(1, second)),
+        lambda: (chance.randrange(first // 2, first), chance.randrange(1, second)),
+    ]
+    killed = 0
+    for trial in (1, 3) if share == "few" else range(40):
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        config = replace(config, out=str(folder / "out"))
+        for _ in range(chance.choice([1, 1, 2]) if share == "all" else 1):
+            ends = [child.end() for child in two_at_work(config, kinds[trial % 4](), chance)]
+            assert set(ends) <= {0, -signal.SIGKILL}
+            killed += -signal.SIGKILL in ends
+        if chance.random() < 0.3:
+            done = two_at_work(config, (None, None), chance)
+            assert [child.end() for child in done] == [0, 0]
+        goes_on(config, whole)
+    assert killed >= (1 if share == "few" else 30)
 
 
 @pytest.mark.timeout(3600)

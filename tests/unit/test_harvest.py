@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from activations import ActivationStore, CorpusConfig, HarvestConfig, Model, ModelConfig, harvest
+from activations import (
+    ActivationStore,
+    CorpusConfig,
+    HarvestConfig,
+    Model,
+    ModelConfig,
+    harvest,
+    windows,
+)
 from activations.ledger import Ledger
 from activations.zarr_writer import HarvestWriter
 from saescope import config as configuration
@@ -427,7 +435,7 @@ def test_at_most_two_windows_are_in_memory(
     make: Callable[..., HarvestConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive, most = 0, 0
-    run, write = harvest_module.run_window, HarvestWriter.write
+    run, write = windows.run_window, HarvestWriter.write
 
     def counted_run(*args: Any, **options: Any) -> Any:
         nonlocal alive, most
@@ -440,7 +448,7 @@ def test_at_most_two_windows_are_in_memory(
         write(self, data)
         alive -= 1
 
-    monkeypatch.setattr(harvest_module, "run_window", counted_run)
+    monkeypatch.setattr(windows, "run_window", counted_run)
     monkeypatch.setattr(HarvestWriter, "write", counted_write)
     harvest(make())
     assert (alive, most) == (0, 2)

@@ -308,8 +308,9 @@ def test_a_batch_has_a_row_for_each_process(
 
 
 def test_a_card_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert ranks.device("cuda") == torch.device("cuda", 1)
     assert ranks.device("cpu") == torch.device("cpu")
