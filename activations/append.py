@@ -1,6 +1,5 @@
 """Growing a finished harvest by new text: further windows of the same model, sites, settings."""
 
-from pathlib import Path
 from typing import Any
 
 from activations.begun import check_same_settings
@@ -16,6 +15,7 @@ from activations.zarr_writer import HarvestWriter
 from saescope.artefact import locked
 from saescope.config import to_dict
 from saescope.errors import InputError
+from saescope.places import place
 from saescope.progress import say
 
 
@@ -34,7 +34,7 @@ def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationSt
     >>> more = CorpusConfig(source="news/*.jsonl")  # doctest: +SKIP
     >>> append(dataclasses.replace(config, corpus=more, max_tokens=None))  # doctest: +SKIP
     """
-    out = Path(config.out)
+    out = place(config.out)
     with locked(out, "harvest"):
         store = ActivationStore.open(out)
         if is_there(config, store):

@@ -32,11 +32,13 @@ from activations.raw_models import RawModel
 from activations.reading import Text
 from activations.row_storage import SiteRows, StorageKind
 from activations.rows import RowKind, WindowRows, check_rows, rows_per_sequence
+from activations.store_check import holds_another
 from activations.zarr_store import ActivationStore
 from activations.zarr_writer import HarvestWriter, WindowData
-from saescope.artefact import MANIFEST, is_leftover, locked, remove
+from saescope.artefact import MANIFEST, is_leftover, locked
 from saescope.config import Config, to_dict
 from saescope.errors import ArtefactError, InputError, check_range
+from saescope.places import Place, exists, place, remove
 from saescope.progress import Progress, say
 
 _WINDOW_BYTES = 512 << 20
@@ -64,7 +66,7 @@ class HarvestConfig(Config):
     (of a site without positions, its vector)."""
 
     out: str = "data/smollm2-135m-wikipedia"
-    """Folder of the store."""
+    """Folder of the store, or a URL of one in an object store: s3://bucket/name."""
 
     context: int = 128
     """Positions of a sequence."""
@@ -171,7 +173,7 @@ def harvest(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationS
     >>> store.n_rows("train"), store.d_in("blocks.9.hook_resid_post")  # doctest: +SKIP
     (1031337, 576)
     """
-    out = Path(config.out)
+    out = place(config.out)
     store = begun(config, out)
     if store is None or not store.complete:
         with locked(out, "harvest"):
@@ -183,7 +185,7 @@ def harvest(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationS
 
 
 def _go_on(
-    config: HarvestConfig, out: Path, store: ActivationStore | None, *, ignore_space: bool
+    config: HarvestConfig, out: Place, store: ActivationStore | None, *, ignore_space: bool
 ) -> ActivationStore:
     """Begin a harvest, or go on with one, and finish it."""
     model = model_of(config, store)
@@ -191,7 +193,7 @@ def _go_on(
         facts = planned_facts(config, model)
         if not ignore_space:
             check_space(facts, facts["planned_sequences"], Text.of(config), model, out)
-        for path in out.parent.iterdir():
+        for path in out.parent.iterdir() if isinstance(out, Path) else ():
             if path.name.startswith(f".{out.name}.") and is_leftover(path):
                 remove(path)
         writer = HarvestWriter.create(out, facts)
@@ -236,10 +238,10 @@ def fill(config: HarvestConfig, model: Model | RawModel, writer: HarvestWriter) 
     return store
 
 
-def begun(config: HarvestConfig, out: Path) -> ActivationStore | None:
+def begun(config: HarvestConfig, out: Place) -> ActivationStore | None:
     """The harvest that `out` already holds, if any; it must be of this configuration."""
-    if not (out / MANIFEST).exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not exists(out / MANIFEST):
+        if holds_another(out):
             raise InputError("exists and holds no harvest; choose another folder", where=str(out))
         return None
     store = ActivationStore.open(out)
