@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -267,6 +268,8 @@ class HarvestWriter:
     def _flush(self, written: list[Place]) -> None:
         """Force chunk files, and the folders that name them, to the disk."""
         root = self.path / GROUP
+        if not isinstance(root, Path):
+            return
         inside = [below(file, root) for file in written]
         folders = {root.joinpath(*parts[:n]) for parts in inside for n in range(len(parts))}
         for path in (*written, *folders):
