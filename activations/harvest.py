@@ -7,7 +7,6 @@ split, `run_window` runs the model over one. While a window is computed the one 
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -35,10 +34,10 @@ from activations.rows import RowKind, WindowRows, check_rows, rows_per_sequence
 from activations.store_check import holds_another
 from activations.zarr_store import ActivationStore
 from activations.zarr_writer import HarvestWriter, WindowData
-from saescope.artefact import MANIFEST, is_leftover, locked
+from saescope.artefact import MANIFEST, locked, remove_leftovers
 from saescope.config import Config, to_dict
 from saescope.errors import ArtefactError, InputError, check_range
-from saescope.places import Place, exists, place, remove
+from saescope.places import Place, exists, place
 from saescope.progress import Progress, say
 
 _WINDOW_BYTES = 512 << 20
@@ -193,9 +192,7 @@ def _go_on(
         facts = planned_facts(config, model)
         if not ignore_space:
             check_space(facts, facts["planned_sequences"], Text.of(config), model, out)
-        for path in out.parent.iterdir() if isinstance(out, Path) else ():
-            if path.name.startswith(f".{out.name}.") and is_leftover(path):
-                remove(path)
+        remove_leftovers(out)
         writer = HarvestWriter.create(out, facts)
     else:
         writer = HarvestWriter(store)

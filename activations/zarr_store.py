@@ -21,7 +21,6 @@ may be part empty) and is shuffled before it is cut into them, so a chunk is a f
 docs/harvests.md says what is checked when.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -49,16 +48,16 @@ from activations.layout import (
 )
 from activations.ledger import LEDGER_SINCE, Checksums, Chunk, Ledger, Piece
 from activations.row_storage import RowArray, StorageKind, floats, site_arrays
+from activations.sequence_array import SequenceArray
 from activations.store_check import examine
 from saescope.artefact import DamagedError, read_manifest, sha256_json
 from saescope.errors import ArtefactError, InputError
-from saescope.places import Place, exists, is_remote, place, read_bytes
+from saescope.places import Place, exists, place, read_bytes
 
 if TYPE_CHECKING:
     from activations.live import ComputedRows
 
 KIND, SCHEMA = "harvest", 2
-_KEPT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -352,59 +351,6 @@ class ActivationStore:
             lines = "; ".join(f"{fault.path}: {fault.what}" for fault in report.faults)
             raise ArtefactError(lines, where=str(self.path))
         return report.checked
-
-
-class SequenceArray:
-    """An array [sequence, position] of a store's committed sequences, read when indexed.
-
-    Index it as numpy: a number, a slice, numbers, or a mask over sequences; `np.asarray` reads all.
-    What was fetched from an object store is kept in memory, up to 512 MiB.
-    """
-
-    def __init__(self, store: ActivationStore, name: str) -> None:
-        self._store, self._name = store, name
-        self._kept: dict[int, NDArray[Any]] = {}
-        self._room = _KEPT_BYTES if is_remote(store.path) else 0
-        self._first = np.array([window.first_sequence for window in store.windows], np.int64)
-        self.shape = (store.n_sequences, store.context)
-        self.dtype = np.dtype(SEQUENCE_ARRAYS[name])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, key: int | slice | Sequence[int] | NDArray) -> NDArray[Any]:
-        wanted = np.arange(len(self))[key]
-        found = self._read(wanted.reshape(-1))
-        return found[0] if wanted.ndim == 0 else found
-
-    def _read(self, wanted: NDArray[np.int64]) -> NDArray[Any]:
-        """Sequences by number; each window is read once."""
-        found = np.empty((len(wanted), self.shape[1]), self.dtype)
-        window = np.searchsorted(self._first, wanted, side="right") - 1
-        order = np.argsort(window, kind="stable")
-        borders = np.flatnonzero(np.diff(window[order]))
-        for places in np.split(order, borders + 1) if len(order) else []:
-            number = int(window[places[0]])
-            part = self._window(number)
-            found[places] = part[wanted[places] - self._first[number]]
-        return found
-
-    def _window(self, number: int) -> NDArray[Any]:
-        part = self._kept.pop(number, None)
-        if part is None:
-            part = self._store.read_sequences(self._name, number)
-            self._room -= part.nbytes
-            while self._room < 0 and self._kept:
-                self._room += self._kept.pop(next(iter(self._kept))).nbytes
-        if self._room >= 0:
-            self._kept[number] = part  # the last one that was asked for is the last to go
-        else:
-            self._room += part.nbytes
-        return part
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        del copy
-        return np.asarray(self[:], dtype=dtype)
 
 
 def _split(split: str) -> str:

@@ -122,6 +122,13 @@ def is_leftover(path: Place) -> bool:
         return True  # its process has just ended its work
 
 
+def remove_leftovers(path: Place) -> None:
+    """Remove what `atomic_path` left beside a path when its process was killed."""
+    for found in path.parent.iterdir() if isinstance(path, Path) else ():
+        if found.name.startswith(f".{path.name}.") and is_leftover(found):
+            remove(found)
+
+
 def write_bytes(path: str | Place, data: bytes) -> None:
     """Write a whole file atomically."""
     target = place(path)
