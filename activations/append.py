@@ -1,6 +1,5 @@
 """Growing a finished harvest by new text: further windows of the same model, sites, settings."""
 
-from pathlib import Path
 from typing import Any
 
 from activations import ranks
@@ -16,6 +15,7 @@ from activations.zarr_store import ActivationStore
 from activations.zarr_writer import HarvestWriter
 from saescope.config import to_dict
 from saescope.errors import InputError
+from saescope.places import Place, place
 from saescope.progress import say
 from saescope.ranks import here
 
@@ -35,7 +35,7 @@ def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationSt
     >>> more = CorpusConfig(source="news/*.jsonl")  # doctest: +SKIP
     >>> append(dataclasses.replace(config, corpus=more, max_tokens=None))  # doctest: +SKIP
     """
-    out = Path(config.out)
+    out = place(config.out)
     if here().number > 0:
         return assist(config, lambda: _begun(config, out))
     with ranks.leading(out) as team:
@@ -56,7 +56,7 @@ def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationSt
         return fill(config, model, writer, team)
 
 
-def _begun(config: HarvestConfig, out: Path) -> ActivationStore | None:
+def _begun(config: HarvestConfig, out: Place) -> ActivationStore | None:
     """The harvest once rank 0 has begun to append this text, or if it is there."""
     store = ActivationStore.open(out)
     there = is_there(config, store)

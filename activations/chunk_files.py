@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saescope.artefact import DamagedError, write_bytes
+from saescope.places import Place, read_bytes
 
 
 def crc32c(values: NDArray[Any] | bytes) -> int:
@@ -28,12 +29,12 @@ def _flat_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
     return ordered.reshape(-1).view(np.uint8)
 
 
-def chunk_path(group: Path, array: str, chunk: int, ndim: int) -> Path:
+def chunk_path(group: Place, array: str, chunk: int, ndim: int) -> Place:
     """Where a chunk of whole rows of an array with `ndim` dimensions is."""
     return group.joinpath(array, "c", str(chunk), *["0"] * (ndim - 1))
 
 
-def write_chunk(path: Path, values: NDArray[Any], *, replaces: bool = False) -> int:
+def write_chunk(path: Place, values: NDArray[Any], *, replaces: bool = False) -> int:
     """Write a chunk and return its crc32c.
 
     One that replaces another does so at once, flushed to the disk; a new one is for the caller to
@@ -41,7 +42,7 @@ def write_chunk(path: Path, values: NDArray[Any], *, replaces: bool = False) -> 
     """
     data = _flat_bytes(values)
     crc = crc32c(data)
-    if replaces:
+    if replaces or not isinstance(path, Path):
         write_bytes(path, data.tobytes() + crc.to_bytes(4, "little"))
         return crc
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def write_chunk(path: Path, values: NDArray[Any], *, replaces: bool = False) -> 
 
 
 def read_chunk(
-    path: Path,
+    path: Place,
     what: str,
     dtype: Any,
     shape: tuple[int, ...],
@@ -69,10 +70,7 @@ def read_chunk(
     values = np.empty(shape, np.dtype(dtype).newbyteorder("<")) if out is None else out
     data = values.reshape(-1).view(np.uint8)
     try:
-        with path.open("rb", buffering=0) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            _fill(stream, data)
-            last = stream.read(4)
+        size, last = _read(path, data)
     except OSError as error:
         raise _unreadable(what, path, error) from error
     expected = len(data) + 4
@@ -90,23 +88,41 @@ def read_chunk(
     return values
 
 
-def read_part(path: Path, what: str, first: int, out: NDArray[Any]) -> None:
+def _read(path: Place, data: NDArray[np.uint8]) -> tuple[int, bytes]:
+    """Fill `data` from the beginning of a file or an object; its size, and the 4 bytes behind."""
+    if isinstance(path, Path):
+        with path.open("rb", buffering=0) as stream:
+            _fill(stream, data)
+            return os.fstat(stream.fileno()).st_size, stream.read(4)
+    content = read_bytes(path)
+    found = np.frombuffer(content, np.uint8, min(len(data), len(content)))
+    data[: len(found)] = found
+    return len(content), content[len(data) : len(data) + 4]
+
+
+def read_part(path: Place, what: str, first: int, out: NDArray[Any]) -> None:
     """Put consecutive entries of a chunk from number `first` on into `out`, unchecked.
 
     Raises DamagedError if they are not there.
     """
     data = out.reshape(-1).view(np.uint8)
+    start = first * (out.nbytes // len(out))
     try:
-        with path.open("rb", buffering=0) as stream:
-            stream.seek(first * (out.nbytes // len(out)))
-            missing = _fill(stream, data)
+        if isinstance(path, Path):
+            with path.open("rb", buffering=0) as stream:
+                stream.seek(start)
+                missing = _fill(stream, data)
+        else:
+            content = read_bytes(path, start, start + len(data))
+            if not (missing := len(data) - len(content)):
+                data[:] = np.frombuffer(content, np.uint8)
     except OSError as error:
         raise _unreadable(what, path, error) from error
     if missing:
         raise DamagedError(f"{what} is damaged: cut short", where=str(path), kind="truncated")
 
 
-def _unreadable(what: str, path: Path, error: OSError) -> DamagedError:
+def _unreadable(what: str, path: Place, error: OSError) -> DamagedError:
     if isinstance(error, FileNotFoundError):
         return DamagedError(f"{what} is missing", where=str(path), kind="missing")
     reason = error.strerror or str(error)
@@ -121,7 +137,7 @@ def _fill(stream: FileIO, data: NDArray[np.uint8]) -> int:
     return len(left)
 
 
-def not_the_one(what: str, path: Path) -> DamagedError:
+def not_the_one(what: str, path: Place) -> DamagedError:
     """The error of a file that is whole, but in the place of another."""
     message = f"{what} is damaged: it is whole, but not the one that was committed here"
     return DamagedError(message, where=str(path), kind="swapped")

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from activations.append import append, is_there, planned_part
@@ -11,6 +10,7 @@ from activations.parts import parts
 from activations.plan import describe, free_bytes, refuse_too_much
 from activations.reading import Text
 from activations.zarr_store import ActivationStore
+from saescope.places import place
 from saescope.progress import say
 from saescope.ranks import here
 
@@ -47,7 +47,7 @@ def run(command: HarvestCommand) -> ActivationStore | None:
 
 def _say_plan(config: HarvestConfig, *, appends: bool, ignore_space: bool) -> None:
     """Print what a harvest would take. InputError if it does not fit on the disk."""
-    out = Path(config.out)
+    out = place(config.out)
     store = ActivationStore.open(out) if appends else begun(config, out)
     if store is not None and (is_there(config, store) if appends else store.complete):
         say(f"{out}: complete already, {store.n_rows():,} rows")

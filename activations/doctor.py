@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 from activations.ledger import LEDGER, LEDGER_SINCE
 from activations.store_check import Report, examine, n_files
@@ -18,6 +17,7 @@ from saescope.artefact import (
 )
 from saescope.config import Config
 from saescope.errors import ArtefactError, InputError
+from saescope.places import Place, exists, move, occupied, place
 from saescope.progress import Progress, say
 
 
@@ -26,7 +26,7 @@ class DoctorConfig(Config):
     """Check every file of a harvest, and repair what is damaged."""
 
     path: str
-    """Folder of the harvest."""
+    """Folder of the harvest, or its URL in an object store."""
 
     repair: bool = False
     """Compute damaged chunks again, from the same model and text, and put them back."""
@@ -58,9 +58,9 @@ def doctor(config: DoctorConfig) -> int:
     data/smollm2-135m-wikipedia: 132 files of 7 windows checked, all well
     0
     """
-    folder = Path(config.path)
+    folder = place(config.path)
     changes = config.repair or config.set_aside or config.upgrade
-    if not (folder / MANIFEST).exists():
+    if not exists(folder / MANIFEST):
         raise ArtefactError(f"no harvest here ({MANIFEST} is missing)", where=config.path)
     with locked(folder, "doctor") if changes else nullcontext():
         try:
@@ -112,11 +112,11 @@ def _repaired(
     return store, _examined(store) if repair.done else report
 
 
-def _with_rebuilt_ledger(folder: Path, error: DamagedError) -> ActivationStore:
+def _with_rebuilt_ledger(folder: Place, error: DamagedError) -> ActivationStore:
     """The store once its ledger is as it was; the error again if it is not the ledger's."""
     from activations.repair import rebuild_ledger
 
-    if Path(error.where).name != LEDGER:
+    if place(error.where).name != LEDGER:
         raise ArtefactError(f"{error.what}; this cannot be repaired", where=error.where)
     manifest = read_manifest(folder, kind=KIND, schema=SCHEMA, sealed_since=LEDGER_SINCE)
     content = rebuild_ledger(folder, manifest)
@@ -129,15 +129,14 @@ def _with_rebuilt_ledger(folder: Path, error: DamagedError) -> ActivationStore:
 def _set_aside(store: ActivationStore, report: Report) -> Report:
     """Move strange files and leftovers to a folder beside the store, and check again."""
     strange = [fault.path for fault in report.faults if fault.kind == "foreign"]
-    strange += [name for name in report.leftovers if (store.path / name).exists()]
+    strange += [name for name in report.leftovers if occupied(store.path / name)]
     if not strange:
         return report
     number = 1
-    while (aside := store.path.with_name(f"{store.path.name}.set-aside-{number}")).exists():
+    while occupied(aside := store.path.with_name(f"{store.path.name}.set-aside-{number}")):
         number += 1
     for name in strange:
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        (store.path / name).rename(aside / name)
+        move(store.path / name, aside / name)
         say(f"  moved       {name} to {aside}")
     return _examined(store)
 

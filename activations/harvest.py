@@ -9,7 +9,6 @@ new text for a harvest that is there.
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from activations import ranks
@@ -33,12 +32,14 @@ from activations.reading import Text
 from activations.row_storage import StorageKind
 from activations.rows import RowKind, check_rows, rows_per_sequence
 from activations.staging import Staging
+from activations.store_check import holds_another
 from activations.windows import MissingWindow, compute, missing_windows
 from activations.zarr_store import ActivationStore
 from activations.zarr_writer import HarvestWriter, WindowData
-from saescope.artefact import MANIFEST, is_leftover, remove
+from saescope.artefact import MANIFEST, remove_leftovers
 from saescope.config import Config, to_dict
 from saescope.errors import InputError, check_range
+from saescope.places import Place, exists, place
 from saescope.progress import Progress, say, silent
 from saescope.ranks import here
 
@@ -67,7 +68,7 @@ class HarvestConfig(Config):
     (of a site without positions, its vector)."""
 
     out: str = "data/smollm2-135m-wikipedia"
-    """Folder of the store."""
+    """Folder of the store, or a URL of one in an object store: s3://bucket/name."""
 
     context: int = 128
     """Positions of a sequence."""
@@ -174,7 +175,7 @@ def harvest(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationS
     >>> store.n_rows("train"), store.d_in("blocks.9.hook_resid_post")  # doctest: +SKIP
     (1031337, 576)
     """
-    out = Path(config.out)
+    out = place(config.out)
     if here().number > 0:
         return assist(config, lambda: begun(config, out))
     store = begun(config, out)
@@ -189,7 +190,7 @@ def harvest(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationS
 
 def _go_on(
     config: HarvestConfig,
-    out: Path,
+    out: Place,
     store: ActivationStore | None,
     team: ranks.Team | None,
     *,
@@ -201,9 +202,7 @@ def _go_on(
         facts = planned_facts(config, model)
         if not ignore_space:
             check_space(facts, facts["planned_sequences"], Text.of(config), model, out)
-        for path in out.parent.iterdir():
-            if path.name.startswith(f".{out.name}.") and is_leftover(path):
-                remove(path)
+        remove_leftovers(out)
         writer = HarvestWriter.create(out, facts)
     else:
         writer = HarvestWriter(store)
@@ -287,7 +286,7 @@ def assist(config: HarvestConfig, find: Callable[[], ActivationStore | None]) ->
     Raises InputError if it is of another configuration or model; ArtefactError if rank 0 is gone,
     or another process has this rank.
     """
-    out = Path(config.out)
+    out = ranks.shared_folder(config.out)
 
     def opened() -> ActivationStore | None:
         store = find()
@@ -317,10 +316,10 @@ def assist(config: HarvestConfig, find: Callable[[], ActivationStore | None]) ->
         raise SystemExit(130) from None  # rank 0 says what there is to say
 
 
-def begun(config: HarvestConfig, out: Path) -> ActivationStore | None:
+def begun(config: HarvestConfig, out: Place) -> ActivationStore | None:
     """The harvest that `out` already holds, if any; it must be of this configuration."""
-    if not (out / MANIFEST).exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not exists(out / MANIFEST):
+        if holds_another(out):
             raise InputError("exists and holds no harvest; choose another folder", where=str(out))
         return None
     store = ActivationStore.open(out)

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from activations.row_storage import FILLS, SCALE, RowArray, StorageKind, site_arrays
 from saescope.artefact import read_json, write_json
+from saescope.places import Place
 
 GROUP, DOCUMENTS, METADATA = "activations.zarr", "documents.parquet", "zarr.json"
 PENDING = "pending"
@@ -104,7 +105,7 @@ def _attributes(name: str, array: RowArray) -> dict[str, str]:
     return {"scale_of": array.site}
 
 
-def described_arrays(group: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def described_arrays(group: Place, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Zarr's description of each array of a group, as if it were empty; "" is the group's own."""
     found = {name: read_json(group / name / METADATA) for name in array_names(facts)}
     empty = {name: with_length(described, 0) for name, described in found.items()}

@@ -7,13 +7,12 @@ of another is found, though each is whole.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from saescope.artefact import DamagedError
+from saescope.places import Place, cut, read_bytes
 
 LEDGER = "windows.jsonl"
 LEDGER_SINCE = 2
@@ -101,13 +100,13 @@ class Ledger:
     _digest: Any = field(default_factory=hashlib.sha256)
 
     @classmethod
-    def of(cls, folder: Path, manifest: Mapping[str, Any]) -> "Ledger":
+    def of(cls, folder: Place, manifest: Mapping[str, Any]) -> "Ledger":
         """The ledger of a store. Raises DamagedError if it is not the one the manifest means."""
         if manifest["schema"] < LEDGER_SINCE:
             return cls([Window(**window) for window in manifest["windows"]])
         path, committed = folder / LEDGER, manifest["ledger"]
         try:
-            content = path.read_bytes()
+            content = read_bytes(path)
         except FileNotFoundError:
             raise DamagedError(
                 "the list of windows is missing", where=str(path), kind="missing"
@@ -172,18 +171,12 @@ class Ledger:
         self.size += len(line)
         self._digest.update(line)
 
-    def append(self, folder: Path, line: bytes) -> None:
+    def append(self, folder: Place, line: bytes) -> None:
         """Write a line after those that count, flush it to the disk and take it into account.
 
         It is committed once the manifest is written that counts it.
         """
-        descriptor = os.open(folder / LEDGER, os.O_RDWR | os.O_CREAT, 0o644)
-        with os.fdopen(descriptor, "r+b") as stream:
-            stream.truncate(self.size)
-            stream.seek(self.size)
-            stream.write(line)
-            stream.flush()
-            os.fsync(stream.fileno())
+        cut(folder / LEDGER, self.size, line)
         self.add(line)
         self.excess = 0
 

@@ -20,6 +20,7 @@ from activations.reading import Text
 from activations.rows import WindowRows
 from activations.windows import run_window
 from saescope.errors import InputError
+from saescope.places import Place, place
 from saescope.progress import Progress, duration, silent
 
 if TYPE_CHECKING:
@@ -63,10 +64,13 @@ def _per_sequence(facts: Mapping[str, Any]) -> int:
     return int(facts.get("rows_per_sequence", facts["config"]["context"] - 1))
 
 
-def free_bytes(out: Path) -> int:
-    """Free space on the disk where a folder is, or will be."""
-    place = out.absolute()
-    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+def free_bytes(out: Place) -> int | None:
+    """Free space on the disk where a folder is, or will be; None in an object store, as it has no
+    such limit."""
+    if not isinstance(out, Path):
+        return None
+    here = out.absolute()
+    return shutil.disk_usage(next(p for p in (here, *here.parents) if p.exists())).free
 
 
 def check_space(
@@ -74,11 +78,11 @@ def check_space(
     planned: Mapping[str, int],
     text: Text,
     model: Model | RawModel,
-    out: Path,
+    out: Place,
 ) -> None:
     """Raise InputError if sequences of a text cannot fit on the disk of `out`."""
     free = free_bytes(out)
-    if needs(facts, planned).size <= free:
+    if free is None or needs(facts, planned).size <= free:
         return
     (group,) = text.packed(
         "train", model, per_group=_SAMPLE_SEQUENCES, counts=PackingCounts(), limit=_SAMPLE_SEQUENCES
@@ -86,9 +90,9 @@ def check_space(
     refuse_too_much(needs(facts, planned, _share(group, model, facts)), free, out)
 
 
-def refuse_too_much(needed: Needs, free: int, out: Path) -> None:
+def refuse_too_much(needed: Needs, free: int | None, out: Place) -> None:
     """Raise InputError if this is more than there is."""
-    if needed.size > free:
+    if free is not None and needed.size > free:
         raise InputError(
             f"does not fit on the disk: {needed.rows:,} rows take {needed.size / 1e9:.2f} GB, and "
             f"{free / 1e9:.2f} GB are free. Ask for fewer tokens (max_tokens) or sites, or for "
@@ -127,7 +131,7 @@ def describe(
             for split in SPLITS
         ),
         f"rows     about {needed.rows:,}, {share:.1%} of {_per_sequence(facts):,} a sequence",
-        f"disk     {needed.size / 1e9:.2f} GB; {free_bytes(Path(config.out)) / 1e9:.2f} GB free",
+        f"disk     {needed.size / 1e9:.2f} GB; {_room(free_bytes(place(config.out)))}",
         # one window is filled while another is written, a chunk at a time
         f"memory   about {(peak + 2 * window + facts['chunk_rows'] * width) / 1e9:.2f} GB; "
         f"{held / 1e9:.0f} GB in this machine",
@@ -135,6 +139,10 @@ def describe(
         f"{config.batch_sequences} sequences ({1 / seconds:,.0f} tokens/s)",
     ]
     return lines, needed
+
+
+def _room(free: int | None) -> str:
+    return "an object store has no limit" if free is None else f"{free / 1e9:.2f} GB free"
 
 
 def _measured(

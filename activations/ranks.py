@@ -27,6 +27,7 @@ from activations.zarr_writer import HarvestWriter, WindowData
 from saescope import ranks
 from saescope.artefact import disk_full, locked, remove
 from saescope.errors import ArtefactError
+from saescope.places import Place, local
 from saescope.progress import Progress
 
 _WINDOWS = 1 << 32
@@ -143,17 +144,27 @@ def member(out: Path) -> Iterator[Team]:
 
 
 @contextmanager
-def leading(out: Path) -> Iterator[Team | None]:
+def leading(out: Place) -> Iterator[Team | None]:
     """Hold a store's lock, to harvest; with the other ranks if there are, or were, any.
 
-    Raises ArtefactError as `locked` and `Team` do.
+    Raises InputError for several ranks and an object store; ArtefactError as `locked` and `Team`.
     """
+    several = ranks.here().size > 1
+    if several:
+        out = shared_folder(out)
     with locked(out, "harvest"):
-        if ranks.here().size == 1 and not (out / PENDING).exists() and not ranks_file(out).exists():
+        if isinstance(out, Path) and (
+            several or (out / PENDING).exists() or ranks_file(out).exists()
+        ):
+            with member(out) as team:
+                yield team
+        else:
             yield None
-            return
-        with member(out) as team:
-            yield team
+
+
+def shared_folder(out: str | Place) -> Path:
+    """The folder that several ranks harvest to. Raises InputError for an object store."""
+    return local(out, "several processes harvest one store only in a folder that they share")
 
 
 def own_device(device: str) -> str:

@@ -9,12 +9,10 @@ it is written only if asked for, and the ledger says so from then on.
 
 import hashlib
 import itertools
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +43,7 @@ from activations.zarr_store import ActivationStore
 from activations.zarr_writer import HarvestWriter, WindowData, filled_up, write_documents
 from saescope.artefact import DamagedError, disk_full, library_versions, read_json, write_json
 from saescope.errors import ArtefactError, SaescopeError
+from saescope.places import Place, cut
 from saescope.progress import Progress, say
 
 
@@ -126,7 +125,7 @@ class Repair:
                 write_json(path, expected[fault.array])
                 self.done.append(fault.path)
             if fault.path == LEDGER:
-                os.truncate(self.store.path / LEDGER, self.store.ledger.size)
+                cut(self.store.path / LEDGER, self.store.ledger.size)
                 self.done.append(fault.path)
 
     # tokens, documents, keep, split and lists of documents: from the corpus
@@ -307,7 +306,7 @@ class Repair:
             )
             return
         ndim = values.ndim
-        path: Path = chunk_path(store.path / GROUP, array, chunk, ndim)
+        path = chunk_path(store.path / GROUP, array, chunk, ndim)
         write_chunk(path, values, replaces=True)
         if not same and expected is not None:
             self._correct({"array": array, "chunk": chunk}, crc, str(agreement))
@@ -318,7 +317,7 @@ class Repair:
         HarvestWriter(self.store).correct(correction_line(place, crc, why))
 
 
-def rebuild_ledger(folder: Path, manifest: Mapping[str, Any]) -> bytes:
+def rebuild_ledger(folder: Place, manifest: Mapping[str, Any]) -> bytes:
     """The content of a store's damaged ledger, from its other files.
 
     It is right for certain, as its sha256 is in the manifest. Raises ArtefactError if that does not
@@ -337,7 +336,7 @@ def rebuild_ledger(folder: Path, manifest: Mapping[str, Any]) -> bytes:
     return content
 
 
-def _windows(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _windows(folder: Place, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The windows of a store by its arrays `split` and `keep`."""
     count = read_json(folder / GROUP / "tokens" / METADATA)["shape"][0]
     per_window, chunk_rows = manifest["sequences_per_window"], manifest["chunk_rows"]

@@ -30,6 +30,7 @@ from saescope.artefact import (
     write_json,
 )
 from saescope.errors import ArtefactError
+from saescope.places import local
 
 _RECORD = "window.json"
 _SEQUENCES = ("tokens", "document", "keep")
@@ -44,8 +45,8 @@ class Staging:
     """The windows of an unfinished harvest that wait to be committed."""
 
     def __init__(self, store: ActivationStore) -> None:
-        self.folder = store.path / PENDING
-        self._store = store.path
+        self._store = local(store.path)
+        self.folder = self._store / PENDING
         self._context = store.context
         self._arrays = row_arrays(store.manifest)
         self._chunk_rows = int(store.manifest["chunk_rows"])

@@ -21,6 +21,7 @@ from activations.layout import (
 )
 from activations.ledger import LEDGER, LEDGER_SINCE
 from saescope.artefact import MANIFEST, DamagedError, is_leftover, read_json
+from saescope.places import Place, below, exists, listing, objects, read_bytes
 
 if TYPE_CHECKING:
     from activations.zarr_store import ActivationStore
@@ -66,21 +67,21 @@ def examine(store: "ActivationStore", advance: Callable[[int], None] = lambda _:
     """
     report = Report()
 
-    def check(path: Path, array: str | None, chunk: int | None, *reads: Callable[[], Any]) -> None:
+    def check(path: Place, array: str | None, chunk: int | None, *reads: Callable[[], Any]) -> None:
         report.checked += 1
         advance(1)
         try:
             for read in reads:
                 read()
         except DamagedError as error:
-            name = str(path.relative_to(store.path))
+            name = "/".join(below(path, store.path))
             what = error.what + (_origin(store, path) if error.kind == "swapped" else "")
             report.faults.append(Fault(name, error.kind, what, array, chunk))
 
     for path, array, chunk, reads in _files(store):
         check(path, array, chunk, *reads)
     for path in strangers(store):
-        name = str(path.relative_to(store.path))
+        name = "/".join(below(path, store.path))
         waits = path == store.path / PENDING or is_uncommitted(store, path)
         if is_partial(path) or (not store.complete and waits):
             report.leftovers.append(name)
@@ -131,7 +132,7 @@ def n_sequence_chunks(store: "ActivationStore") -> int:
 
 def _files(
     store: "ActivationStore",
-) -> Iterator[tuple[Path, str | None, int | None, list[Callable[[], Any]]]]:
+) -> Iterator[tuple[Place, str | None, int | None, list[Callable[[], Any]]]]:
     """Every file that should be there: (path, array, chunk, how to read and check it)."""
     group = store.path / GROUP
     for name, described in descriptions(store).items():
@@ -178,8 +179,8 @@ def descriptions(store: "ActivationStore") -> dict[str, dict[str, Any]]:
     return found
 
 
-def _check_description(store: "ActivationStore", path: Path, expected: dict[str, Any]) -> None:
-    if not path.exists():
+def _check_description(store: "ActivationStore", path: Place, expected: dict[str, Any]) -> None:
+    if not exists(path):
         raise DamagedError("Zarr's description is missing", where=str(path), kind="missing")
     found = read_json(path)
     if not isinstance(found, dict):
@@ -197,14 +198,14 @@ def _check_description(store: "ActivationStore", path: Path, expected: dict[str,
             raise DamagedError(what, where=str(path))
 
 
-def is_partial(path: Path) -> bool:
+def is_partial(path: Place) -> bool:
     """Whether this is what a process that was killed while writing left behind."""
     return path.suffix == ".partial" or is_leftover(path)
 
 
-def is_uncommitted(store: "ActivationStore", path: Path) -> bool:
+def is_uncommitted(store: "ActivationStore", path: Place) -> bool:
     """Whether a file has the name of a chunk, or list, of a window that is not committed."""
-    parts = path.relative_to(store.path).parts
+    parts = below(path, store.path)
     if len(parts) == 2 and parts[0] == DOCUMENTS:
         window = documents_window(parts[1])
         return window is not None and window >= len(store.windows)
@@ -219,7 +220,7 @@ def _n_chunks(store: "ActivationStore", array: str) -> int:
     return lengths(store)[array] // int(store.manifest["chunk_rows"])
 
 
-def strangers(store: "ActivationStore") -> Iterator[Path]:
+def strangers(store: "ActivationStore") -> Iterator[Place]:
     """Files and folders that no part of a store has; of a strange folder not what is inside."""
     counts = {name: _n_chunks(store, name) for name in array_names(store.manifest)}
 
@@ -247,21 +248,40 @@ def strangers(store: "ActivationStore") -> Iterator[Path]:
     rows = row_arrays(store.manifest)
     flat_arrays = {"split", *(name for name, each in rows.items() if not each.tail)}
 
-    def walk(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
-        for path in sorted(folder.iterdir()):
-            inside = (*parts, path.name)
-            is_folder = path.is_dir() and not path.is_symlink()
+    entries = listing(store.path)
+
+    def walk(parts: tuple[str, ...]) -> Iterator[Place]:
+        for name, is_folder in entries(parts):
+            inside = (*parts, name)
             if not belongs(inside, is_folder):
-                yield path
+                yield store.path.joinpath(*inside)
             elif is_folder:
-                yield from walk(path, inside)
+                yield from walk(inside)
 
-    return walk(store.path, ())
+    return walk(())
 
 
-def _origin(store: "ActivationStore", path: Path) -> str:
+def left_by_creation(folder: Place) -> list[Place]:
+    """What an interrupted creation left in an object store; a folder on disk appears at once."""
+    if isinstance(folder, Path):
+        return []
+    return [path for path in objects(folder) if _begins(below(path, folder))]
+
+
+def _begins(parts: tuple[str, ...]) -> bool:
+    return parts == (LEDGER,) or (parts[0] == GROUP and parts[-1] == METADATA)
+
+
+def holds_another(folder: Place) -> bool:
+    """Whether something is where a store is to be, besides what a creation left."""
+    if isinstance(folder, Path):
+        return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    return exists(folder) or len(objects(folder)) > len(left_by_creation(folder))
+
+
+def _origin(store: "ActivationStore", path: Place) -> str:
     """Where the content of a swapped chunk belongs, if it is one of this store."""
-    crc = int.from_bytes(path.read_bytes()[-4:], "little")
+    crc = int.from_bytes(read_bytes(path)[-4:], "little")
     for array in row_arrays(store.manifest):
         found = store.ledger.chunk_with(array, crc)
         if found is not None:

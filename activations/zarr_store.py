@@ -1,6 +1,6 @@
-"""ActivationStore: activations of one model over one corpus, on disk, read chunk by chunk.
+"""ActivationStore: activations of one model over one corpus, read chunk by chunk.
 
-A store is a folder:
+A store is a folder, on disk or in an object store (`saescope.places`):
 
     manifest.json            what was harvested from what, statistics; carries its own sha256
     windows.jsonl            every committed window, with the checksum of each chunk it wrote
@@ -21,10 +21,8 @@ may be part empty) and is shuffled before it is cut into them, so a chunk is a f
 docs/harvests.md says what is checked when.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +37,7 @@ from activations.chunk_files import chunk_path, crc32c, not_the_one, read_chunk,
 from activations.layout import (
     DOCUMENTS,
     GROUP,
+    METADATA,
     ROW_TOKEN,
     SEQUENCE_ARRAYS,
     SPLITS,
@@ -49,9 +48,11 @@ from activations.layout import (
 )
 from activations.ledger import LEDGER_SINCE, Checksums, Chunk, Ledger, Piece
 from activations.row_storage import RowArray, StorageKind, floats, site_arrays
+from activations.sequence_array import SequenceArray
 from activations.store_check import examine
 from saescope.artefact import DamagedError, read_manifest, sha256_json
 from saescope.errors import ArtefactError, InputError
+from saescope.places import Place, exists, place, read_bytes
 
 if TYPE_CHECKING:
     from activations.live import ComputedRows
@@ -85,7 +86,7 @@ class ActivationStore:
     (torch.Size([16384, 576]), torch.bfloat16)
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Place, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
         self.ledger = Ledger.of(path, manifest)
@@ -93,19 +94,20 @@ class ActivationStore:
         self._chunk_rows = int(manifest["chunk_rows"])
 
     @classmethod
-    def open(cls, path: str | Path) -> "ActivationStore":
-        """Open a store to read it, complete or not.
+    def open(cls, path: str | Place) -> "ActivationStore":
+        """Open a store to read it, complete or not, by its folder or its URL.
 
-        Raises ArtefactError if there is none, it is damaged, or a newer saescope wrote it.
+        Raises ArtefactError if there is none, it is damaged or cannot be reached, or a newer
+        saescope wrote it; InputError for a URL that cannot be used.
         """
-        folder = Path(path)
+        folder = place(path)
         store = cls.read(folder)
-        if not (folder / GROUP / "zarr.json").exists():
+        if not exists(folder / GROUP / METADATA):
             raise ArtefactError(f"{GROUP} is missing or damaged", where=str(folder))
         return store
 
     @classmethod
-    def read(cls, folder: Path) -> "ActivationStore":
+    def read(cls, folder: Place) -> "ActivationStore":
         """What manifest and ledger say, whatever is left of the rest."""
         manifest = read_manifest(folder, kind=KIND, schema=SCHEMA, sealed_since=LEDGER_SINCE)
         return cls(folder, manifest)
@@ -208,7 +210,7 @@ class ActivationStore:
         path = self.path / DOCUMENTS / documents_part(window)
         expected = self.ledger.documents_crc(window)
         try:
-            content = path.read_bytes()
+            content = read_bytes(path)
             if expected is None or crc32c(content) == expected:
                 schema = document_schema(self.manifest)
                 return parquet.read_table(pa.BufferReader(content), schema=schema)
@@ -290,7 +292,7 @@ class ActivationStore:
         """
         read_part(self._row_path(array, chunk), f"chunk {chunk} of {array}", first, out)
 
-    def _row_path(self, array: str, chunk: int) -> Path:
+    def _row_path(self, array: str, chunk: int) -> Place:
         return chunk_path(self.path / GROUP, array, chunk, 1 + len(self._row_arrays[array].tail))
 
     def read_sequences(self, array: str, window: int) -> NDArray[Any]:
@@ -318,14 +320,14 @@ class ActivationStore:
         path = self.sequence_chunk_path(array, chunk)
         return read_chunk(path, f"chunk {chunk} of {array}", SEQUENCE_ARRAYS[array], shape, None)
 
-    def sequence_chunk_path(self, array: str, chunk: int) -> Path:
+    def sequence_chunk_path(self, array: str, chunk: int) -> Place:
         """File of a chunk of an array [sequence, ...]."""
         return chunk_path(self.path / GROUP, array, chunk, 1 if array == "split" else 2)
 
     def checksums(self, window: int) -> Checksums:
         """Of what a window's files hold now. Raises DamagedError."""
         self.read_documents(window)
-        documents = (self.path / DOCUMENTS / documents_part(window)).read_bytes()
+        documents = read_bytes(self.path / DOCUMENTS / documents_part(window))
         found, per_chunk = self.windows[window], int(self.manifest["sequences_per_window"])
         chunks = [chunk.index for chunk in found.chunks(self._chunk_rows)]
         rows = {
@@ -349,43 +351,6 @@ class ActivationStore:
             lines = "; ".join(f"{fault.path}: {fault.what}" for fault in report.faults)
             raise ArtefactError(lines, where=str(self.path))
         return report.checked
-
-
-class SequenceArray:
-    """An array [sequence, position] of a store's committed sequences, read when indexed.
-
-    Index it as numpy: a number, a slice, numbers, or a mask over sequences; `np.asarray` reads all.
-    """
-
-    def __init__(self, store: ActivationStore, name: str) -> None:
-        self._store, self._name = store, name
-        self._first = np.array([window.first_sequence for window in store.windows], np.int64)
-        self.shape = (store.n_sequences, store.context)
-        self.dtype = np.dtype(SEQUENCE_ARRAYS[name])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, key: int | slice | Sequence[int] | NDArray) -> NDArray[Any]:
-        wanted = np.arange(len(self))[key]
-        found = self._read(wanted.reshape(-1))
-        return found[0] if wanted.ndim == 0 else found
-
-    def _read(self, wanted: NDArray[np.int64]) -> NDArray[Any]:
-        """Sequences by number; each window is read once."""
-        found = np.empty((len(wanted), self.shape[1]), self.dtype)
-        window = np.searchsorted(self._first, wanted, side="right") - 1
-        order = np.argsort(window, kind="stable")
-        borders = np.flatnonzero(np.diff(window[order]))
-        for places in np.split(order, borders + 1) if len(order) else []:
-            number = int(window[places[0]])
-            part = self._store.read_sequences(self._name, number)
-            found[places] = part[wanted[places] - self._first[number]]
-        return found
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        del copy
-        return np.asarray(self[:], dtype=dtype)
 
 
 def _split(split: str) -> str:

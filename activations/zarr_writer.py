@@ -1,6 +1,6 @@
 """Writing a harvest: one window at a time, flushed to the disk before the manifest names it."""
 
-import os
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,16 +29,23 @@ from activations.layout import (
 )
 from activations.ledger import LEDGER, Checksums, Chunk, Ledger, Window, window_line
 from activations.row_storage import SiteSums
-from activations.store_check import is_partial, is_uncommitted, strangers
+from activations.store_check import (
+    is_partial,
+    is_uncommitted,
+    left_by_creation,
+    strangers,
+)
 from activations.zarr_store import KIND, SCHEMA, ActivationStore
 from saescope.artefact import (
-    atomic_path,
+    MANIFEST,
     disk_full,
     fsync_path,
-    remove,
+    new_folder,
+    write_bytes,
     write_json,
     write_manifest,
 )
+from saescope.places import Place, below, cut, move, remove
 
 _WRITTEN_ANEW = (
     *("kind", "schema", "created", "versions", "commit", "parent", "sha256"),
@@ -109,19 +116,23 @@ class HarvestWriter:
         last = store.windows[-1] if store.windows else Window(SPLITS[0], 0, 0, 0, 0)
         self._chunks = last.first_chunk + len(last.chunks(self._chunk_rows))
         self._sequences = last.first_sequence + last.sequences
-        self._written: list[Path] = []
+        self._written: list[Place] = []
 
     @classmethod
-    def create(cls, path: Path, facts: dict[str, Any]) -> "HarvestWriter":
-        """Make an empty store: the whole folder appears at once, or not at all."""
+    def create(cls, path: Place, facts: dict[str, Any]) -> "HarvestWriter":
+        """Make an empty store; it is there once its manifest is, which comes with all else or last.
+
+        In an object store, what an interruption left of an earlier attempt goes first.
+        """
         sums = {
             site: {"count": 0, "sum": [0.0] * width, "sum_square": 0.0}
             for site, width in facts["sites"].items()
         }
         positions = {split: {} for split in SPLITS}
         facts = {**facts, "corpus": None, "sums": sums, "positions": positions, "complete": False}
-        with disk_full(str(path)), atomic_path(path) as temporary:
-            temporary.mkdir()
+        for leftover in left_by_creation(path):
+            remove(leftover)
+        with disk_full(str(path)), new_folder(path, MANIFEST) as temporary:
             (temporary / DOCUMENTS).mkdir()
             (temporary / LEDGER).touch()
             create_arrays(temporary / GROUP, facts)
@@ -144,7 +155,7 @@ class HarvestWriter:
             if not self._ledger.knows_checksums:
                 self.upgrade()
             if self._ledger.excess:
-                os.truncate(self.path / LEDGER, self._ledger.size)
+                cut(self.path / LEDGER, self._ledger.size)
             self._resize(chunks=self._chunks, sequences=self._sequences)
             store = self.store
             for path in list(strangers(store)):
@@ -156,10 +167,9 @@ class HarvestWriter:
         store = self.store
         self._facts["arrays"] = described_arrays(self.path / GROUP, self._facts)
         self._ledger = Ledger()
-        (self.path / LEDGER).unlink(missing_ok=True)
+        cut(self.path / LEDGER, 0)
         for number, window in enumerate(store.windows):
             self._ledger.append(self.path, window_line(window, store.checksums(number)))
-        (self.path / LEDGER).touch()
         self._write_manifest(**_made(store))
 
     def write(self, data: WindowData) -> None:
@@ -253,8 +263,7 @@ class HarvestWriter:
                 for number, chunk in enumerate(chunks):
                     ndim = 1 + len(array.tail)
                     path = chunk_path(self.path / GROUP, name, chunk.index, ndim)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(chunk_path(data.staged.folder, name, number, ndim), path)
+                    move(chunk_path(data.staged.folder, name, number, ndim), path)
                     self._written.append(path)
             return {name: data.staged.crcs[name] for name in arrays}
         rows: dict[str, list[int]] = {name: [] for name in arrays}
@@ -286,11 +295,14 @@ class HarvestWriter:
             write_chunk(path, whole, replaces=piece.start > 0)
         return found
 
-    def _flush(self, written: list[Path]) -> None:
+    def _flush(self, written: list[Place]) -> None:
         """Force chunk files, and the folders that name them, to the disk."""
         root = self.path / GROUP
-        folders = {parent for file in written for parent in file.relative_to(root).parents}
-        for path in (*written, *(root / folder for folder in folders)):
+        if not isinstance(root, Path):
+            return
+        inside = [below(file, root) for file in written]
+        folders = {root.joinpath(*parts[:n]) for parts in inside for n in range(len(parts))}
+        for path in (*written, *folders):
             fsync_path(path)
 
     def _write_documents(self, data: WindowData) -> int:
@@ -327,7 +339,7 @@ def filled_up(array: str, values: NDArray[Any], length: int) -> NDArray[Any]:
 
 
 def write_documents(
-    folder: Path,
+    folder: Place,
     window: int,
     split: str,
     described: Sequence[tuple[Any, ...]],
@@ -340,9 +352,10 @@ def write_documents(
         [pa.array(values, kind.type) for values, kind in zip(columns, schema, strict=True)],
         schema=schema,
     )
-    with atomic_path(folder / DOCUMENTS / documents_part(window)) as temporary:
-        parquet.write_table(table, temporary)
-        return crc32c(temporary.read_bytes())
+    stream = io.BytesIO()
+    parquet.write_table(table, stream)
+    write_bytes(folder / DOCUMENTS / documents_part(window), stream.getvalue())
+    return crc32c(stream.getvalue())
 
 
 def _made(store: ActivationStore) -> dict[str, Any]:
@@ -350,7 +363,7 @@ def _made(store: ActivationStore) -> dict[str, Any]:
     return {name: store.manifest[name] for name in ("created", "versions", "commit")}
 
 
-def _write_manifest(folder: Path, facts: dict[str, Any], ledger: Ledger) -> None:
+def _write_manifest(folder: Place, facts: dict[str, Any], ledger: Ledger) -> None:
     write_manifest(
         folder, kind=KIND, schema=SCHEMA, parent=None, sealed=True, ledger=ledger.committed, **facts
     )

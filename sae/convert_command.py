@@ -1,7 +1,6 @@
 """`saescope convert`: an SAE from one format to another, certified on the way, or to the hub."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -13,6 +12,7 @@ from sae.formats.hub import evaluation_of, upload
 from sae.loading import load
 from saescope.config import Config
 from saescope.errors import InputError, check_range
+from saescope.places import local
 from saescope.progress import say
 
 
@@ -77,7 +77,7 @@ def convert(config: ConvertConfig) -> SparseAutoencoder:
         said += f"; on {measured.rows:,} rows L0 {measured.l0:.2f}"
         said += "" if measured.fvu is None else f", FVU {measured.fvu:.4f}"
     if config.out:
-        format_named(config.to).write(sae, Path(config.out))
+        format_named(config.to).write(sae, local(config.out))
         say(f"{config.out}: {said} ({config.to})")
     if config.upload:
         address = upload(

@@ -22,6 +22,7 @@ from sae.sites import Placed
 from saescope.artefact import disk_full, read_json
 from saescope.config import Config, to_dict
 from saescope.errors import InputError, check_range
+from saescope.places import local
 from saescope.progress import Progress, say
 from store import StoreWriter
 
@@ -61,7 +62,7 @@ def index(config: IndexConfig) -> Path:
     Raises InputError if the harvest does not fit the SAE, ArtefactError if either cannot be read
     or the disk is full; an interrupted build leaves nothing behind.
     """
-    path = Path(config.out) / STORE_FILE
+    path = local(config.out) / STORE_FILE
     if path.exists() and not config.replace:
         say(f"{path}: already built (--replace builds it anew)")
         return path

@@ -1,7 +1,7 @@
 """What is written to disk: atomic files and folders, hashes, manifests.
 
 An artefact is either whole or absent: everything goes to a temporary name beside its place, is
-flushed to the disk and renamed.
+flushed to the disk and renamed; an object of an object store is put there at once.
 """
 
 import errno
@@ -10,18 +10,18 @@ import json
 import os
 import platform
 import re
-import shutil
 import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from saescope.errors import ArtefactError
+from saescope.places import Place, exists, place, put, read_bytes, remove
 
 MANIFEST = "manifest.json"
 _RECORDED_LIBRARIES = (
@@ -51,21 +51,15 @@ class DamagedError(ArtefactError):
         self.what, self.where, self.kind = what, where, kind
 
 
-def fsync_path(path: Path) -> None:
-    """Flush a file, or a folder's entries, to the disk."""
+def fsync_path(path: Place) -> None:
+    """Flush a file, or a folder's entries, to the disk; an object is stored once it is written."""
+    if not isinstance(path, Path):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -92,9 +86,33 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         remove(holder)
 
 
-def is_leftover(path: Path) -> bool:
+@contextmanager
+def new_folder(path: Place, last: str) -> Iterator[Path]:
+    """Yield an empty local folder to fill; on success it appears at `path`, on failure it goes.
+
+    In an object store its files appear one after another, the one with the name `last` behind all
+    others: without that one there is nothing yet.
+    """
+    if isinstance(path, Path):
+        with atomic_path(path) as temporary:
+            temporary.mkdir()
+            yield temporary
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+        for file in sorted(files, key=lambda file: file == Path(folder, last)):
+            put(path.joinpath(*file.relative_to(folder).parts), file.read_bytes())
+
+
+def is_leftover(path: Place) -> bool:
     """Whether this is a folder that `atomic_path` left behind when its process was killed."""
-    if not _TEMPORARY.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+    if (
+        not isinstance(path, Path)
+        or not _TEMPORARY.fullmatch(path.name)
+        or path.is_symlink()
+        or not path.is_dir()
+    ):
         return False
     target = path.name[1:-9]
     try:
@@ -104,22 +122,33 @@ def is_leftover(path: Path) -> bool:
         return True  # its process has just ended its work
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
+def remove_leftovers(path: Place) -> None:
+    """Remove what `atomic_path` left beside a path when its process was killed."""
+    for found in path.parent.iterdir() if isinstance(path, Path) else ():
+        if found.name.startswith(f".{path.name}.") and is_leftover(found):
+            remove(found)
+
+
+def write_bytes(path: str | Place, data: bytes) -> None:
     """Write a whole file atomically."""
-    with atomic_path(path) as temporary:
+    target = place(path)
+    if not isinstance(target, Path):
+        put(target, data)
+        return
+    with atomic_path(target) as temporary:
         temporary.write_bytes(data)
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Place, value: Any) -> None:
     """Write JSON atomically, indented, keys in the order given."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     write_bytes(path, (text + "\n").encode())
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Place) -> Any:
     """Read JSON; ArtefactError if the file is missing or not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_bytes(place(path)).decode())
     except FileNotFoundError:
         raise ArtefactError("no such file", where=str(path)) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -172,7 +201,7 @@ def git_commit() -> str | None:
 
 
 def write_manifest(
-    folder: str | Path,
+    folder: str | Place,
     *,
     kind: str,
     schema: int,
@@ -197,7 +226,7 @@ def write_manifest(
     }
     if sealed:
         manifest["sha256"] = sha256_json(manifest)
-    write_json(Path(folder) / MANIFEST, manifest)
+    write_json(place(folder) / MANIFEST, manifest)
     return manifest
 
 
@@ -214,14 +243,14 @@ def check_schema(found: object, *, supported: int, where: str) -> None:
 
 
 def read_manifest(
-    folder: str | Path, *, kind: str, schema: int, sealed_since: int | None = None
+    folder: str | Place, *, kind: str, schema: int, sealed_since: int | None = None
 ) -> dict:
     """Read and check `manifest.json`, which is sealed from schema `sealed_since` on.
 
     Raises ArtefactError if it is missing, damaged, of another kind, or of a newer schema.
     """
-    path = Path(folder) / MANIFEST
-    if not path.exists():
+    path = place(folder) / MANIFEST
+    if not exists(path):
         raise ArtefactError(f"no {kind} here ({MANIFEST} is missing)", where=str(folder))
     manifest = read_json(path)
     found = manifest.get("kind") if isinstance(manifest, dict) else None
@@ -251,21 +280,40 @@ def disk_full(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: str | Path, work: str) -> Iterator[None]:
+def locked(path: str | Place, work: str) -> Iterator[None]:
     """Keep other processes from writing this artefact; the operating system lets go of the lock.
 
     The lock is on `.NAME.lock` beside the artefact, and ends with the process that holds it however
-    that ends. `work` says what is being done, for the message that others get.
+    that ends. `work` says what is being done, for the message that others get. For an artefact in
+    an object store see `saescope.remote_lock`.
 
     Raises ArtefactError at once if another process, or another part of this one, is at work there.
     """
+    artefact = place(path)
+    if isinstance(artefact, Path):
+        artefact = artefact.absolute()
+        file, beyond = artefact.parent / f".{artefact.name}.lock", nullcontext()
+    else:
+        from saescope.remote_lock import lock_file, lock_object
+
+        file, beyond = lock_file(artefact), lock_object(artefact, work)
+    with _locked_file(file, work, where=str(path)), beyond:
+        yield
+
+
+def holder_of_lock(work: str) -> str:
+    """What a lock says of the process that holds it."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return f"{work}, process {os.getpid()} on {socket.gethostname()}, since {now}"
+
+
+@contextmanager
+def _locked_file(file: Path, work: str, *, where: str) -> Iterator[None]:
     import fcntl
 
-    artefact = Path(path).absolute()
-    artefact.parent.mkdir(parents=True, exist_ok=True)
-    file = artefact.parent / f".{artefact.name}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with disk_full(str(path)):
+        with disk_full(where):
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -274,24 +322,22 @@ def locked(path: str | Path, work: str) -> Iterator[None]:
             os.close(descriptor)
             raise ArtefactError(
                 f"in use by {holder}; wait until it has ended, or choose another folder",
-                where=str(path),
+                where=where,
             ) from None
         except OSError as error:
             os.close(descriptor)
             raise ArtefactError(
                 f"this file system cannot lock files ({error}), so that two processes could write "
                 "here at once; choose another folder",
-                where=str(path),
+                where=where,
             ) from error
         if _is_file(descriptor, file):
             break
         os.close(descriptor)  # who held it has just ended, and has removed it
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    holder = f"{work}, process {os.getpid()} on {socket.gethostname()}, since {now}"
     try:
         os.ftruncate(descriptor, 0)
         with suppress(OSError):  # a full disk: the lock holds without its holder's name
-            os.write(descriptor, holder.encode())
+            os.write(descriptor, holder_of_lock(work).encode())
         yield
     finally:
         file.unlink(missing_ok=True)

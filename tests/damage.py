@@ -3,12 +3,13 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from activations import ActivationStore
+from saescope.places import Place, listing, local, read_bytes
 
 GROUP = "activations.zarr"
 SITES = ("blocks.1.hook_resid_post", "blocks.0.attn.hook_z", "blocks.0.hook_resid_post")
@@ -23,12 +24,20 @@ class Damage:
     paths: tuple[str, ...]
 
 
-def content(folder: Path) -> dict[str, Any]:
+def files_of(folder: Place) -> dict[str, bytes]:
+    """Every file or object in a folder, by its name there."""
+    entries = listing(folder)
+
+    def walk(parts: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        for name, is_folder in entries(parts):
+            yield from walk((*parts, name)) if is_folder else [(*parts, name)]
+
+    return {"/".join(parts): read_bytes(folder.joinpath(*parts)) for parts in walk(())}
+
+
+def content(folder: Place) -> dict[str, Any]:
     """Everything a store holds, but what tells when, where and with which versions it was made."""
-    found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            found[str(path.relative_to(folder))] = path.read_bytes()
+    found: dict[str, Any] = {**files_of(folder)}
     manifest = json.loads(found["manifest.json"])
     manifest["config"]["out"] = None
     left_out = ("created", "versions", "commit", "sha256")
@@ -36,7 +45,7 @@ def content(folder: Path) -> dict[str, Any]:
     return found
 
 
-def assert_same_content(one: Path, other: Path) -> None:
+def assert_same_content(one: Place, other: Place) -> None:
     first, second = content(one), content(other)
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
@@ -124,8 +133,9 @@ def restore(folder: Path, whole: Path, damage: Damage) -> None:
         shutil.copyfile(whole / name, folder / name)
 
 
-def as_schema_1(folder: Path) -> None:
+def as_schema_1(path: Place) -> None:
     """Make a store what the first schema was: windows in the manifest, nothing sealed."""
+    folder = local(path)
     windows = [vars(window) for window in ActivationStore.open(folder).windows]
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in ("ledger", "arrays", "sha256"):

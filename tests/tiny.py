@@ -141,4 +141,5 @@ def make_tiny_harvest(
         out=str(folder / "harvest"),
         **settings,
     )
-    return harvest(config).path
+    harvest(config)
+    return Path(config.out)

@@ -33,8 +33,8 @@ class TrainConfig(Config):
     SELECTORS: ClassVar[tuple[str, ...]] = ("sae.kind",)
 
     harvest: str
-    """Folder of a finished harvest; of one with storage none, activations come straight from the
-    model."""
+    """Folder of a finished harvest, or its URL; of one with storage none, activations come straight
+    from the model."""
     out: str
     """Folder of the run to write."""
     site: str | None = None

@@ -32,6 +32,7 @@ from saescope.artefact import (
 )
 from saescope.config import to_dict
 from saescope.errors import InputError
+from saescope.places import local
 from saescope.progress import say
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Run:
         streams: dict[str, Stream] | None = None,
     ) -> None:
         self.config, self.harvest = config, harvest
-        self.folder = Path(config.out)
+        self.folder = local(config.out)
         self.sae_config = config.sae
         if config.trainer.target_l0 is not None:
             self.sae_config = config.sae.with_target_l0(config.trainer.target_l0)

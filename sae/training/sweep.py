@@ -22,6 +22,7 @@ from sae.training.streams import Stream
 from saescope.artefact import locked, read_json, write_json
 from saescope.config import Config, from_dict
 from saescope.errors import InputError, check_range
+from saescope.places import local
 from saescope.progress import Progress, say
 
 MEMBERS = "members.json"
@@ -32,7 +33,7 @@ class SweepConfig(Config):
     """Train a grid of SAEs on one harvest."""
 
     harvest: str
-    """Folder of a finished harvest."""
+    """Folder of a finished harvest, or its URL."""
     out: str
     """Folder for the members' runs, one folder each."""
     at_once: int = 8
@@ -69,7 +70,7 @@ def members(config: SweepConfig) -> dict[str, TrainConfig]:
             for key, value in chosen.items():
                 if key != "name":
                     _put(values, key, value, where)
-            values |= {"harvest": config.harvest, "out": str(Path(config.out) / name)}
+            values |= {"harvest": config.harvest, "out": str(local(config.out) / name)}
             values.setdefault("data_seed", 0)  # one order of batches for all
             found[name] = from_dict(TrainConfig, values, f"{where}, member {name}")
     return found

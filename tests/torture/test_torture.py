@@ -28,6 +28,7 @@ from activations.doctor import DoctorConfig, doctor
 from activations.store_check import examine
 from saescope.artefact import MANIFEST
 from saescope.errors import ArtefactError
+from saescope.places import local
 from tests.damage import DAMAGES, SITES, assert_same_content, restore
 from tests.tiny import make_tiny_corpus, make_tiny_model
 from tests.torture.child import Child, Role, command
@@ -52,7 +53,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> HarvestConfig:
 
 @pytest.fixture(scope="module")
 def whole(config: HarvestConfig) -> Path:
-    return harvest(config).path
+    return local(harvest(config).path)
 
 
 @pytest.fixture(scope="module")

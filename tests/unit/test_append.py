@@ -25,7 +25,7 @@ from activations.doctor import DoctorConfig, doctor
 from activations.store_check import examine
 from activations.zarr_writer import HarvestWriter
 from saescope.errors import InputError
-from tests.damage import as_schema_1, assert_same_content
+from tests.damage import as_schema_1, assert_same_content, files_of
 from tests.tiny import SENTENCES, make_tiny_corpus
 
 SITE = "blocks.1.hook_resid_post"
@@ -62,23 +62,18 @@ def grown(config: HarvestConfig) -> ActivationStore:
     return append(more(config))
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
-
-
 def test_a_harvest_grows_and_keeps_what_it_has(make: Make, tiny_model: Model) -> None:
     config = make()
     before = harvest(config)
     old, n_old, tokens, splits = (
-        files(before.path),
+        files_of(before.path),
         before.n_sequences,
         before.tokens[:],
         before.split,
     )
     documents, checked = before.document_table().to_pylist(), before.verify()
     store = append(more(config))
-    new = files(store.path)
+    new = files_of(store.path)
     changed = {name for name in old if new[name] != old[name]}
     last = (n_old - 1) // store.manifest["sequences_per_window"]
     assert all(
@@ -179,7 +174,7 @@ def test_an_interrupted_append_goes_on(
 @pytest.mark.parametrize("held_out_fraction", [0.3, 0.0])
 def test_what_was_appended_is_repaired(make: Make, held_out_fraction: float) -> None:
     store = grown(make(held_out_fraction=held_out_fraction))
-    whole = files(store.path)
+    whole = files_of(store.path)
     (part,) = store.manifest["appended"]
     window = store.windows[part["first_window"]]
     chunk = f"activations.zarr/{SITE}/c/{window.first_chunk}/0"
@@ -191,7 +186,7 @@ def test_what_was_appended_is_repaired(make: Make, held_out_fraction: float) -> 
     assert doctor(DoctorConfig(path=str(store.path), repair=True)) == 0
     (store.path / "windows.jsonl").write_bytes(b"damage")
     assert doctor(DoctorConfig(path=str(store.path), repair=True)) == 0
-    assert files(store.path) == whole
+    assert files_of(store.path) == whole
 
 
 def test_only_new_texts_are_appended_where_repetitions_are_left_out(
@@ -232,7 +227,7 @@ def test_what_cannot_be_appended(make: Make, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"held_out_fraction is 0\.3 there and 0\.1 here"):
         append(dataclasses.replace(more(config), held_out_fraction=0.1))
     (tmp_path / "more.jsonl").write_text('{"text": "few"}\n')
-    before = files(tmp_path)
+    before = files_of(tmp_path)
     with pytest.raises(InputError, match="not enough text"):
         append(more(config))
-    assert files(tmp_path) == before
+    assert files_of(tmp_path) == before

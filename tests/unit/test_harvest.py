@@ -27,6 +27,7 @@ from activations.zarr_writer import HarvestWriter
 from saescope import config as configuration
 from saescope.artefact import locked
 from saescope.errors import ArtefactError, InputError
+from saescope.places import local
 from tests.damage import as_schema_1, assert_same_content, content
 from tests.interrupt import Interrupt
 from tests.tiny import N_CTX, make_tiny_corpus, make_tiny_model
@@ -128,7 +129,7 @@ def uninterrupted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out=str(tmp_path_factory.mktemp("whole") / "out"),
         **settings,
     )
-    return harvest(config).path
+    return local(harvest(config).path)
 
 
 STOPS = [

@@ -21,6 +21,7 @@ from sae.training.trainer import Trainer
 from saescope.__main__ import main
 from saescope.config import from_dict
 from saescope.errors import InputError
+from saescope.places import local
 from tests.damage import GROUP, assert_same_content
 from tests.interrupt import Interrupt, Killed
 from tests.tiny import make_tiny_harvest, make_tiny_model
@@ -223,7 +224,7 @@ def test_statistics_over_some_windows(
 
 def test_it_is_checked_and_repaired(text: ActivationStore, tmp_path: Path) -> None:
     assert examine(text).faults == []
-    copy = Path(shutil.copytree(text.path, tmp_path / "copy"))
+    copy = Path(shutil.copytree(local(text.path), tmp_path / "copy"))
     (copy / GROUP / "row_token" / "c" / "2").unlink()
     (copy / GROUP / "tokens" / "c" / "1" / "0").unlink()
     (copy / GROUP / SITE).mkdir()
@@ -247,7 +248,7 @@ def test_a_killed_harvest_of_text_goes_on_to_the_same_bytes(
 
 
 def test_another_model_is_refused(text: ActivationStore, root: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(text.path, tmp_path / "copy"))
+    copy = Path(shutil.copytree(local(text.path), tmp_path / "copy"))
     other = make_tiny_model(tmp_path / "model", seed=1)
     writer = HarvestWriter(ActivationStore.open(copy))
     writer._facts["config"]["model"]["spec"] = str(other)

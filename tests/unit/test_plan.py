@@ -16,6 +16,7 @@ from activations.plan import needs
 from activations.zarr_writer import HarvestWriter
 from saescope.__main__ import main
 from saescope.errors import InputError
+from saescope.places import local
 from tests.tiny import make_tiny_corpus
 
 Make = Callable[..., Any]
@@ -75,7 +76,7 @@ def test_the_plan_is_near_to_what_is_taken(
     assert shown(output, "rows")[0] == pytest.approx(store.n_rows(), rel=0.02)
     facts = store.manifest
     share = store.n_rows() / (store.n_sequences * 15)
-    assert needs(facts, planned, share).size == pytest.approx(on_disk(store.path), rel=0.1)
+    assert needs(facts, planned, share).size == pytest.approx(on_disk(local(store.path)), rel=0.1)
     assert "tokens/s" in output
     assert re.search(r"memory +about \d+\.\d\d GB; \d+ GB in this machine", output)
     run(make(HarvestCommand, plan=True))

@@ -187,7 +187,9 @@ def harvest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_rows, held_out = (
         {SITE: torch.randn(count, 12, generator=generator)} for count in (3200, 400)
     )
-    return make_hand_store(tmp_path_factory.mktemp("ranks") / "harvest", train_rows, held_out).path
+    path = tmp_path_factory.mktemp("ranks") / "harvest"
+    make_hand_store(path, train_rows, held_out)
+    return path
 
 
 def test_interrupted_under_torchrun_and_finished_by_one(harvest: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from sae.harvests import read_chunk
 from saescope.__main__ import main
 from saescope.config import from_dict
 from saescope.errors import InputError
+from saescope.places import local
 from tests.damage import DAMAGES, GROUP, assert_same_content
 from tests.interrupt import Interrupt, Killed
 from tests.tiny import make_tiny_harvest, make_tiny_model
@@ -168,7 +169,7 @@ def test_other_readers_of_zarr_find_numbers_and_scales(small: ActivationStore) -
 
 def test_every_damage_is_named_and_repaired(small: ActivationStore, tmp_path: Path) -> None:
     assert examine(small).faults == []
-    copy = Path(shutil.copytree(small.path, tmp_path / "copy"))
+    copy = Path(shutil.copytree(local(small.path), tmp_path / "copy"))
     chance, named = random.Random(3), set()
     for damage in DAMAGES:
         named |= set(damage(copy, chance).paths)
@@ -184,7 +185,7 @@ def test_every_damage_is_named_and_repaired(small: ActivationStore, tmp_path: Pa
 
 
 def test_the_ledger_is_rebuilt(small: ActivationStore, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(small.path, tmp_path / "copy"))
+    copy = Path(shutil.copytree(local(small.path), tmp_path / "copy"))
     (copy / "windows.jsonl").unlink()
     assert main(["doctor", str(copy), "--repair"]) == 0
     assert_same_content(copy, small.path)
@@ -217,7 +218,7 @@ def test_trains_and_is_indexed(small: ActivationStore, tmp_path: Path) -> None:
 def test_a_harvest_older_than_the_setting_goes_on_as_bfloat16(
     plain: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = Path(shutil.copytree(plain.path, tmp_path / "copy"))
+    copy = Path(shutil.copytree(local(plain.path), tmp_path / "copy"))
     writer = HarvestWriter(ActivationStore.open(copy))
     for name in ("storage", "statistics_windows"):
         del writer._facts["config"][name]

@@ -1,0 +1,233 @@
+"""Where a thing lies: in a folder of this machine, or in an object store, by a URL.
+
+A plain path is a `pathlib.Path`; a URL (s3://bucket/name, gs://..., memory://...) a `UPath`, which
+is put together and taken apart as a `Path` is. What lies there is read and written by the functions
+here alone: an object store has no folders, only objects whose names begin alike; it writes an
+object whole or not at all, and has nothing to flush, to append to, or to rename. Nothing is taken
+from a cache of names, since other processes write there too.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from saescope.errors import ArtefactError, InputError
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+    Place: TypeAlias = Path | UPath
+else:
+    Place = Path  # UPath is imported where it is needed: it takes its time
+Listing = Callable[[tuple[str, ...]], list[tuple[str, bool]]]
+"""Of a folder, given by its parts: what is directly in it, (name, whether that is a folder)."""
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]+)://")
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_LOCAL = ("file", "local")
+_GIVEN = "a folder, or a URL such as s3://bucket/name, gs://bucket/name"
+
+
+def is_remote(path: "str | Place") -> bool:
+    """Whether this is in an object store, not in a file system of this machine.
+
+    >>> is_remote("s3://bucket/name"), is_remote("data/name")
+    (True, False)
+    """
+    if isinstance(path, str):
+        scheme = _URL.match(path)
+        return scheme is not None and scheme[1].lower() not in _LOCAL
+    return not isinstance(path, Path)
+
+
+def place(path: "str | Place") -> Place:
+    """The place that a user names by a path or a URL.
+
+    Raises InputError for a URL of an unknown kind, or of one whose package is not installed.
+
+    >>> place("data/name").name, place("memory://some/name").name
+    ('name', 'name')
+    """
+    if not isinstance(path, str):
+        return path
+    if not is_remote(path):
+        scheme = _URL.match(path)
+        return Path(path[scheme.end() :] if scheme else path)
+    from upath import UPath
+
+    scheme = path.partition("://")[0].lower()
+    try:
+        if "::" in scheme:
+            raise ValueError("one store in another")
+        found = UPath(path.rstrip("/"), use_listings_cache=False)
+        _ = found.fs  # imports what this kind of store needs
+    except ImportError as error:
+        extra = _EXTRAS.get(scheme)
+        how = f'pip install "saescope[{extra}]"' if extra else str(error)
+        raise InputError(f"needs a package that is not installed: {how}", where=path) from error
+    except ValueError as error:
+        raise InputError(
+            "no such kind of storage", where=path, given=scheme, allowed=_GIVEN
+        ) from error
+    except Exception as error:
+        raise _unreachable(path, error) from error
+    return found
+
+
+@contextmanager
+def _reaching(path: Place) -> Iterator[None]:
+    """Make one error of all that can go wrong on the way to an object store.
+
+    That an object is, or is not, there is an answer: FileExistsError and FileNotFoundError stay.
+    """
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, MemoryError):
+        raise
+    except Exception as error:  # each kind of store has its own
+        raise _unreachable(path, error) from error
+
+
+def _unreachable(path: "str | Place", error: Exception) -> ArtefactError:
+    reason = str(error) or type(error).__name__
+    return ArtefactError(f"cannot be reached: {reason}", where=str(path))
+
+
+def below(path: Place, folder: Place) -> tuple[str, ...]:
+    """The parts of a path that come after those of the folder it is in."""
+    return tuple(path.parts[len(folder.parts) :])
+
+
+def local(path: "str | Place", why: str = "must be on this machine") -> Path:
+    """A place that must be a folder of this machine, for a reason that is told.
+
+    Raises InputError if it is in an object store.
+    """
+    found = place(path)
+    if not isinstance(found, Path):
+        raise InputError(why, where=str(found), given="an object store", allowed="a local folder")
+    return found
+
+
+def exists(path: Place) -> bool:
+    """Whether a file or an object is there, or a local folder."""
+    if isinstance(path, Path):
+        return path.exists()
+    try:
+        with _reaching(path):
+            return path.fs.info(path.path)["type"] == "file"
+    except FileNotFoundError:
+        return False
+
+
+def read_bytes(path: Place, start: int | None = None, end: int | None = None) -> bytes:
+    """Content of a file or an object, or its bytes from `start` to `end`.
+
+    Raises OSError for a file, FileNotFoundError or ArtefactError for an object.
+    """
+    if isinstance(path, Path):
+        return path.read_bytes()[start:end]
+    with _reaching(path):
+        return cast(bytes, path.fs.cat_file(path.path, start=start, end=end))
+
+
+def put(path: "UPath", data: bytes, *, new: bool = False) -> None:
+    """Write an object, whole or not at all.
+
+    Raises FileExistsError if it is to be a new one and one is there; ArtefactError if the store
+    does not take it.
+    """
+    try:
+        with _reaching(path):
+            path.fs.pipe_file(path.path, data, mode="create" if new else "overwrite")
+    except FileNotFoundError as error:
+        raise ArtefactError(f"cannot be written: {error}", where=str(path)) from error
+
+
+def objects(folder: "UPath") -> "list[UPath]":
+    """All objects whose names begin with that of a folder; none where there is no such folder."""
+    try:
+        with _reaching(folder):
+            found = folder.fs.find(folder.path)
+    except FileNotFoundError:
+        return []
+    first = len(folder.path.rstrip("/")) + 1
+    names = [name[first:] for name in sorted(found)]
+    return [folder.joinpath(*name.split("/")) for name in names if name]
+
+
+def occupied(folder: Place) -> bool:
+    """Whether something is there: a file, a folder even if it is empty, an object or objects."""
+    return exists(folder) or (not isinstance(folder, Path) and bool(objects(folder)))
+
+
+def remove(path: Place) -> None:
+    """Remove a file, an object or a folder if it is there."""
+    if not isinstance(path, Path):
+        for each in [path] if exists(path) else objects(path):
+            with _reaching(each):
+                each.fs.rm_file(each.path)
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def move(path: Place, to: Place) -> None:
+    """Give a file, an object or a folder another place in the same file system or store."""
+    if isinstance(path, Path) or isinstance(to, Path):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        local(path).rename(local(to))
+        return
+    for each in [path] if exists(path) else objects(path):
+        target = to.joinpath(*below(each, path))
+        with _reaching(each):
+            each.fs.cp_file(each.path, target.path)
+            each.fs.rm_file(each.path)
+
+
+def cut(path: Place, size: int, more: bytes = b"") -> None:
+    """Leave the first `size` bytes of a file or an object, and put others behind them.
+
+    A file is flushed to the disk, and made if it is not there; an object is written anew.
+    """
+    if not isinstance(path, Path):
+        put(path, (read_bytes(path, 0, size) if size else b"") + more)
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    with os.fdopen(descriptor, "r+b") as stream:
+        stream.truncate(size)
+        stream.seek(size)
+        stream.write(more)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def listing(folder: Place) -> Listing:
+    """What is in a folder and those inside, by name; of an object store, as it is now."""
+    if isinstance(folder, Path):
+
+        def of_folder(parts: tuple[str, ...]) -> list[tuple[str, bool]]:
+            found = folder.joinpath(*parts).iterdir()
+            return sorted((p.name, p.is_dir() and not p.is_symlink()) for p in found)
+
+        return of_folder
+    tree: dict[tuple[str, bool], Any] = {}
+    for path in objects(folder):
+        *above, name = below(path, folder)
+        inside = tree
+        for part in above:
+            inside = inside.setdefault((part, True), {})
+        inside[name, False] = {}
+
+    def of_objects(parts: tuple[str, ...]) -> list[tuple[str, bool]]:
+        inside = tree
+        for part in parts:
+            inside = inside[part, True]
+        return sorted(inside)
+
+    return of_objects
