@@ -5,6 +5,7 @@ Zarr would read the first as fill values, and no checksum inside a file can tell
 """
 
 import os
+from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saescope.artefact import DamagedError, write_bytes
+
+_PIECE = 256 << 10
+"""Bytes read at once: their checksum is taken while they are in the processor's cache."""
 
 
 def crc32c(values: NDArray[Any] | bytes) -> int:
@@ -68,26 +72,46 @@ def read_chunk(
     """
     values = np.empty(shape, np.dtype(dtype).newbyteorder("<")) if out is None else out
     data = values.reshape(-1).view(np.uint8)
+    pieces = (data[at : at + _PIECE] for at in range(0, len(data), _PIECE))
+    _read_checked(path, what, pieces, len(data), crc)
+    return values
+
+
+def check_chunk(path: Path, what: str, nbytes: int, crc: int | None) -> None:
+    """Read a chunk of so many bytes as `read_chunk` does, but keep none of it. Raises DamagedError.
+
+    Half as much memory is written to, in half the time.
+    """
+    space = np.empty(_PIECE, np.uint8)
+    pieces = (space[: min(_PIECE, nbytes - at)] for at in range(0, nbytes, _PIECE))
+    _read_checked(path, what, pieces, nbytes, crc)
+
+
+def _read_checked(
+    path: Path, what: str, pieces: Iterable[NDArray[np.uint8]], nbytes: int, crc: int | None
+) -> None:
+    """Fill one piece after another from a chunk that should have so many bytes of values."""
+    found = 0
     try:
         with path.open("rb", buffering=0) as stream:
             size = os.fstat(stream.fileno()).st_size
-            _fill(stream, data)
+            for piece in pieces:
+                _fill(stream, piece)
+                found = int(google_crc32c.extend(found, cast(bytes, piece)))
             last = stream.read(4)
     except OSError as error:
         raise _unreadable(what, path, error) from error
-    expected = len(data) + 4
+    expected = nbytes + 4
     if size != expected:
         kind = "truncated" if size < expected else "damaged"
         raise DamagedError(
             f"{what} is damaged: it has {size:,} bytes and should have {expected:,}",
             where=str(path), kind=kind,
         )  # fmt: skip
-    found = crc32c(data)
     if found != int.from_bytes(last, "little"):
         raise DamagedError(f"{what} is damaged: its checksum does not match", where=str(path))
     if crc is not None and found != crc:
         raise not_the_one(what, path)
-    return values
 
 
 def read_part(path: Path, what: str, first: int, out: NDArray[Any]) -> None:

@@ -37,7 +37,7 @@ from activations.zarr_writer import HarvestWriter, WindowData
 from saescope.artefact import MANIFEST, is_leftover, locked, remove
 from saescope.config import Config, to_dict
 from saescope.errors import ArtefactError, InputError, check_range
-from saescope.progress import Progress, say
+from saescope.progress import Progress, as_size, say
 
 _WINDOW_BYTES = 512 << 20
 """A window is made smaller than asked for if its rows would take more memory than this; two are in
@@ -232,7 +232,7 @@ def fill(config: HarvestConfig, model: Model | RawModel, writer: HarvestWriter) 
     writer.finish({split: text.counted(count) for split, count in counts.items()})
     store = writer.store
     row = sum(each.nbytes for each in row_arrays(store.manifest).values())
-    say(f"{store.path}: {store.n_rows():,} rows, {store.n_rows() * row / 1e9:.2f} GB")
+    say(f"{store.path}: {store.n_rows():,} rows, {as_size(store.n_rows() * row)}")
     return store
 
 
