@@ -15,7 +15,7 @@ PORT ?= 8501
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup harvest train-sae eval index steer explore demo check check-native test torture bench bench-peers clean
+.PHONY: help setup harvest train-sae eval index steer explore demo check check-native test torture bench bench-peers bench-data clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -77,6 +77,11 @@ bench: $(STAMP) ## Time operations and training steps on this machine (some 5 mi
 
 bench-peers: $(STAMP) ## Time other libraries' training steps beside ours; writes docs/performance.md (some 20 minutes).
 	@$(BIN)/python -m benchmarks.steps
+	@$(BIN)/python -m benchmarks.performance
+
+bench-data: $(STAMP) ## Time harvesting and reading beside other libraries; writes docs/performance.md (some 40 minutes).
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.loader
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.harvest
 	@$(BIN)/python -m benchmarks.performance
 
 clean: ## Remove caches (not data/, runs/, stores/).

@@ -5,7 +5,8 @@ Zarr would read the first as fill values, and no checksum inside a file can tell
 """
 
 import os
-from io import FileIO
+from collections.abc import Iterable
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 
 from saescope.artefact import DamagedError, write_bytes
 from saescope.places import Place, read_bytes
+
+_PIECE = 256 << 10
+"""Bytes read at once: their checksum is taken while they are in the processor's cache."""
 
 
 def crc32c(values: NDArray[Any] | bytes) -> int:
@@ -69,35 +73,52 @@ def read_chunk(
     """
     values = np.empty(shape, np.dtype(dtype).newbyteorder("<")) if out is None else out
     data = values.reshape(-1).view(np.uint8)
+    pieces = (data[at : at + _PIECE] for at in range(0, len(data), _PIECE))
+    _read_checked(path, what, pieces, len(data), crc)
+    return values
+
+
+def check_chunk(path: Place, what: str, nbytes: int, crc: int | None) -> None:
+    """Read a chunk of so many bytes as `read_chunk` does, but keep none of it. Raises DamagedError.
+
+    Half as much memory is written to, in half the time.
+    """
+    space = np.empty(_PIECE, np.uint8)
+    pieces = (space[: min(_PIECE, nbytes - at)] for at in range(0, nbytes, _PIECE))
+    _read_checked(path, what, pieces, nbytes, crc)
+
+
+def _read_checked(
+    path: Place, what: str, pieces: Iterable[NDArray[np.uint8]], nbytes: int, crc: int | None
+) -> None:
+    """Fill one piece after another from a chunk that should have so many bytes of values."""
+    found = 0
     try:
-        size, last = _read(path, data)
+        with _opened(path) as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
+            for piece in pieces:
+                _fill(stream, piece)
+                found = int(google_crc32c.extend(found, cast(bytes, piece)))
+            last = stream.read(4)
     except OSError as error:
         raise _unreadable(what, path, error) from error
-    expected = len(data) + 4
+    expected = nbytes + 4
     if size != expected:
         kind = "truncated" if size < expected else "damaged"
         raise DamagedError(
             f"{what} is damaged: it has {size:,} bytes and should have {expected:,}",
             where=str(path), kind=kind,
         )  # fmt: skip
-    found = crc32c(data)
     if found != int.from_bytes(last, "little"):
         raise DamagedError(f"{what} is damaged: its checksum does not match", where=str(path))
     if crc is not None and found != crc:
         raise not_the_one(what, path)
-    return values
 
 
-def _read(path: Place, data: NDArray[np.uint8]) -> tuple[int, bytes]:
-    """Fill `data` from the beginning of a file or an object; its size, and the 4 bytes behind."""
-    if isinstance(path, Path):
-        with path.open("rb", buffering=0) as stream:
-            _fill(stream, data)
-            return os.fstat(stream.fileno()).st_size, stream.read(4)
-    content = read_bytes(path)
-    found = np.frombuffer(content, np.uint8, min(len(data), len(content)))
-    data[: len(found)] = found
-    return len(content), content[len(data) : len(data) + 4]
+def _opened(path: Place) -> FileIO | BytesIO:
+    """A file, or the whole content of an object."""
+    return path.open("rb", buffering=0) if isinstance(path, Path) else BytesIO(read_bytes(path))
 
 
 def read_part(path: Place, what: str, first: int, out: NDArray[Any]) -> None:
@@ -129,7 +150,7 @@ def _unreadable(what: str, path: Place, error: OSError) -> DamagedError:
     return DamagedError(f"{what} is unreadable: {reason}", where=str(path), kind="unreadable")
 
 
-def _fill(stream: FileIO, data: NDArray[np.uint8]) -> int:
+def _fill(stream: FileIO | BytesIO, data: NDArray[np.uint8]) -> int:
     """Read until all of it is there, or the file ends; how many bytes are missing."""
     left = memoryview(cast(bytes, data))
     while left and (count := stream.readinto(left)):

@@ -40,7 +40,7 @@ from saescope.artefact import MANIFEST, remove_leftovers
 from saescope.config import Config, to_dict
 from saescope.errors import InputError, check_range
 from saescope.places import Place, exists, place
-from saescope.progress import Progress, say, silent
+from saescope.progress import Progress, as_size, say, silent
 from saescope.ranks import here
 
 _WINDOW_BYTES = 512 << 20
@@ -257,7 +257,7 @@ def fill(
     writer.finish({split: text.counted(count) for split, count in counts.items()})
     store = writer.store
     row = sum(each.nbytes for each in row_arrays(store.manifest).values())
-    say(f"{store.path}: {store.n_rows():,} rows, {store.n_rows() * row / 1e9:.2f} GB")
+    say(f"{store.path}: {store.n_rows():,} rows, {as_size(store.n_rows() * row)}")
     return store
 
 

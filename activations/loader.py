@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Generic, Literal, TypeVar, cast, get_args, overload
 
 import numpy as np
 import torch
@@ -13,28 +13,35 @@ from torch import Tensor
 
 from activations.layout import ROW_TOKEN
 from activations.reading_order import Order, PartReader, ReadingOrder
-from activations.row_storage import RowArray, floats
+from activations.row_storage import RowArray, rows_in
 from activations.zarr_store import ActivationStore, Chunk
 from saescope.errors import InputError, check_range
 
 BatchT = TypeVar("BatchT", covariant=True)
 """A tensor [batch, d_in] for one site by its name, a tuple of them for several."""
 ItemT = TypeVar("ItemT")
+BatchDtype = Literal["float32", "bfloat16"]
+Space = dict[str, NDArray[Any]]
+"""Room for a group's rows, by array."""
 
 
 class ActivationLoader(Generic[BatchT]):
     """Iterate over shuffled batches [batch, d_in] in float32 of one site of a store, or of several.
 
-    Chunks are read in a random order, different in each epoch, and as many rows as `mix_chunks` of
-    them have are shuffled together; batches run across the borders of these groups. `epochs` None
-    goes on for ever. After the last batch the loader stands at the beginning again. `with_rows`
-    also tells where each row comes from.
+    The split is read in a random order, different in each epoch, and as many rows as `mix_chunks`
+    chunks have are shuffled together; batches run across the borders of these groups. While one
+    group is given out the next is read, so two are in memory. `epochs` None goes on for ever. After
+    the last batch the loader stands at the beginning again. `with_rows` also tells where each row
+    comes from.
 
     Args:
-        order: chunks, spread (nearest to independent draws) or windows; see reading_order. Where
-            activations are computed there is windows alone, else chunks if it is not given.
+        order: spread (nearest to independent draws), chunks or windows; see reading_order. Where
+            activations are computed there is windows alone, else spread if it is not given.
         device: where batches are put; on CUDA through pinned memory, turned to float32 there.
-        prefetch: batches that a thread has ready before they are asked for; where activations are
+        dtype: of batches: float32, or bfloat16, which is what most stores have and takes half the
+            memory (rows stored as int8 are rounded to it).
+        prefetch: batches that a thread has ready before they are asked for, while another reads
+            the next group; with 0 there is neither, and one group in memory. Where activations are
             computed it is 0. What was not handed out yet does not count in the state.
 
     One site's name gives a tensor a batch. A sequence of names gives a tuple of tensors, one a
@@ -66,6 +73,7 @@ class ActivationLoader(Generic[BatchT]):
         mix_chunks: int = ...,
         order: Order | None = ...,
         device: torch.device | str = ...,
+        dtype: BatchDtype = ...,
         prefetch: int = ...,
     ) -> None: ...
     @overload
@@ -82,6 +90,7 @@ class ActivationLoader(Generic[BatchT]):
         mix_chunks: int = ...,
         order: Order | None = ...,
         device: torch.device | str = ...,
+        dtype: BatchDtype = ...,
         prefetch: int = ...,
     ) -> None: ...
     def __init__(
@@ -97,12 +106,17 @@ class ActivationLoader(Generic[BatchT]):
         mix_chunks: int = 4,
         order: Order | None = None,
         device: torch.device | str = "cpu",
+        dtype: BatchDtype = "float32",
         prefetch: int = 4,
     ) -> None:
         check_range("batch_size", batch_size, low=1)
         check_range("mix_chunks", mix_chunks, low=1)
         check_range("seed", seed, low=0)
         check_range("prefetch", prefetch, low=0)
+        if dtype not in get_args(BatchDtype):
+            raise InputError(
+                "no dtype of batches", where="dtype", given=dtype, allowed=get_args(BatchDtype)
+            )
         if epochs is not None:
             check_range("epochs", epochs, low=1)
         self.sites = _checked_sites(store, sites)
@@ -119,6 +133,7 @@ class ActivationLoader(Generic[BatchT]):
         self._reading = ReadingOrder(store, split, order, mix_chunks=mix_chunks, seed=seed)
         self._reader = PartReader(store)
         self.device = torch.device(device)
+        self._dtype: torch.dtype = getattr(torch, dtype)
         self._prefetch = 0 if store.storage == "none" else prefetch
         self._store = store
         self._drop_last = drop_last
@@ -134,6 +149,7 @@ class ActivationLoader(Generic[BatchT]):
         }
         self._seed = seed
         self._epoch = self._batch = 0
+        self._spare: list[Space] = []
 
     @property
     def d_in(self) -> int:
@@ -179,32 +195,31 @@ class ActivationLoader(Generic[BatchT]):
             self._batch += 1
             if self._batch == self.batches_per_epoch:
                 self._epoch, self._batch = self._epoch + 1, 0
-            x = tuple(self._floats(site, batch) for site in self.sites)
+            x = tuple(self._delivered(site, batch) for site in self.sites)
             yield cast(BatchT, x[0] if self._alone else x), batch[ROW_TOKEN]
         self._epoch = self._batch = 0
 
-    def _floats(self, site: str, batch: Mapping[str, Tensor]) -> Tensor:
+    def _delivered(self, site: str, batch: Mapping[str, Tensor]) -> Tensor:
         arrays = [batch[name] for name in self._store.arrays_of(site)]
-        return floats([array.to(self.device, non_blocking=True) for array in arrays])
+        return rows_in([a.to(self.device, non_blocking=True) for a in arrays], self._dtype)
 
     def _made(self, epoch: int, first: int) -> Iterator[dict[str, Tensor]]:
         """Batches from number `first` of an epoch on: by name, the arrays read of their rows."""
         arrays = {ROW_TOKEN: RowArray("int64", ())}
         for site in self.sites:
             arrays |= self._store.arrays_of(site)
-        longest = self._reading.longest
-        # filled again and again: fresh memory costs as much as what is done with it
-        space = {name: np.empty((longest, *a.tail), a.dtype) for name, a in arrays.items()}
+        spaces = [self._space(arrays) for _ in range(2 if self._prefetch else 1)]
         while self.epochs is None or epoch < self.epochs:
-            groups = self._groups(epoch, first * self.batch_size, space)
-            order = np.empty(0, np.int64)
+            groups = self._groups(epoch, first * self.batch_size, spaces)
+            groups = _made_ahead(groups, len(spaces) - 1)
+            space, order = spaces[0], np.empty(0, np.int64)
             for number in range(first, self.batches_per_epoch):
                 size = min(self.batch_size, self._rows - number * self.batch_size)
                 batch = {name: self._empty(size, array) for name, array in arrays.items()}
                 filled = 0
                 while filled < size:
                     if not len(order):
-                        order = next(groups)
+                        space, order = next(groups)
                     part, order = np.split(order, [size - filled])
                     for name, x in batch.items():
                         out = x.numpy()[filled : filled + len(part)]
@@ -212,6 +227,14 @@ class ActivationLoader(Generic[BatchT]):
                     filled += len(part)
                 yield batch
             epoch, first = epoch + 1, 0
+        self._spare = spaces
+
+    def _space(self, arrays: Mapping[str, RowArray]) -> Space:
+        # used again and again: fresh memory costs as much as what is done with it
+        if self._spare:
+            return self._spare.pop()
+        rows = self._reading.longest
+        return {name: np.empty((rows, *array.tail), array.dtype) for name, array in arrays.items()}
 
     def _empty(self, rows: int, array: RowArray) -> Tensor:
         """Space for rows; in memory that a CUDA device copies from by itself, if they go to one."""
@@ -219,9 +242,9 @@ class ActivationLoader(Generic[BatchT]):
         return torch.empty((rows, *array.tail), dtype=dtype, pin_memory=self.device.type == "cuda")
 
     def _groups(
-        self, epoch: int, skip: int, space: Mapping[str, NDArray[Any]]
-    ) -> Iterator[NDArray[np.int64]]:
-        """Put a group's rows at a time into `space`; the order to take them in.
+        self, epoch: int, skip: int, spaces: Sequence[Space]
+    ) -> Iterator[tuple[Space, NDArray[np.int64]]]:
+        """Put a group's rows at a time into one space after another; the order to take them in.
 
         The first `skip` rows are left out; groups that are skipped whole are not read.
         """
@@ -231,8 +254,10 @@ class ActivationLoader(Generic[BatchT]):
             if skip >= rows:
                 skip -= rows
                 continue
+            space = spaces[number % len(spaces)]
             self._reader.read(group, whole, space)
-            yield np.random.default_rng((self._seed, epoch, number)).permutation(rows)[skip:]
+            order = np.random.default_rng((self._seed, epoch, number)).permutation(rows)[skip:]
+            yield space, order
             skip = 0
 
 

@@ -21,7 +21,7 @@ from activations.rows import WindowRows
 from activations.windows import run_window
 from saescope.errors import InputError
 from saescope.places import Place, place
-from saescope.progress import Progress, duration, silent
+from saescope.progress import Progress, as_size, duration, silent
 
 if TYPE_CHECKING:
     from activations.harvest import HarvestConfig
@@ -94,8 +94,8 @@ def refuse_too_much(needed: Needs, free: int | None, out: Place) -> None:
     """Raise InputError if this is more than there is."""
     if free is not None and needed.size > free:
         raise InputError(
-            f"does not fit on the disk: {needed.rows:,} rows take {needed.size / 1e9:.2f} GB, and "
-            f"{free / 1e9:.2f} GB are free. Ask for fewer tokens (max_tokens) or sites, or for "
+            f"does not fit on the disk: {needed.rows:,} rows take {as_size(needed.size)}, and "
+            f"{as_size(free)} are free. Ask for fewer tokens (max_tokens) or sites, or for "
             "another folder; --ignore-space harvests all the same, as far as it goes",
             where=str(out),
         )
@@ -131,9 +131,9 @@ def describe(
             for split in SPLITS
         ),
         f"rows     about {needed.rows:,}, {share:.1%} of {_per_sequence(facts):,} a sequence",
-        f"disk     {needed.size / 1e9:.2f} GB; {_room(free_bytes(place(config.out)))}",
+        f"disk     {as_size(needed.size)}; {_room(free_bytes(place(config.out)))}",
         # one window is filled while another is written, a chunk at a time
-        f"memory   about {(peak + 2 * window + facts['chunk_rows'] * width) / 1e9:.2f} GB; "
+        f"memory   about {as_size(peak + 2 * window + facts['chunk_rows'] * width)}; "
         f"{held / 1e9:.0f} GB in this machine",
         f"time     {duration(tokens * seconds)}, from {_MEASURED} batches of "
         f"{config.batch_sequences} sequences ({1 / seconds:,.0f} tokens/s)",
@@ -142,7 +142,7 @@ def describe(
 
 
 def _room(free: int | None) -> str:
-    return "an object store has no limit" if free is None else f"{free / 1e9:.2f} GB free"
+    return "an object store has no limit" if free is None else f"{as_size(free)} free"
 
 
 def _measured(

@@ -3,9 +3,9 @@
 Rows of a window are dealt over its chunks, so any part of a chunk is a fair sample of its window.
 How near batches are to independent draws depends on how many windows a group has parts of:
 
-    chunks    whole chunks in a random order, `mix_chunks` in a group; every chunk read is checked
-    spread    as many rows a group, in 32 times as many parts, each from another stretch of the
-              split; a chunk is read whole, and checked, when the first of its parts is
+    spread    (default) groups of 32 times `mix_chunks` parts, each from another stretch of the
+              split; a chunk is checked whole before the first of its parts is read
+    chunks    as many rows a group, in whole chunks drawn at random; every chunk read is checked
     windows   windows in a random order, each one's chunks one after another: a window that has to
               be computed is computed once an epoch
 """
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from activations.zarr_store import ActivationStore
 from saescope.errors import InputError
 
-Order = Literal["chunks", "spread", "windows"]
+Order = Literal["spread", "chunks", "windows"]
 _PARTS = 32
 """of a chunk, where it is spread over groups: 512 rows, which disks still read in one go"""
 _GOLDEN = (5**0.5 - 1) / 2
@@ -112,12 +112,10 @@ class PartReader:
             first += part.rows
 
     def _read_part(self, name: str, part: Part, out: NDArray[Any]) -> None:
-        if (name, part.chunk) in self._checked:
-            self._store.read_part(name, part.chunk, part.start, out)
-        else:
-            values = self._store.read_rows(name, part.chunk)
-            out[:] = values[part.start : part.start + part.rows]
+        if (name, part.chunk) not in self._checked:
+            self._store.check_rows(name, part.chunk)
             self._checked.add((name, part.chunk))
+        self._store.read_part(name, part.chunk, part.start, out)
 
 
 def _numbered(counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -73,9 +73,22 @@ def stored(x: Float[Tensor, "rows d_in"], storage: StorageKind) -> list[Tensor]:
 def floats(arrays: list[Tensor]) -> Float32[Tensor, "rows d_in"]:
     """Rows in float32, wherever the arrays are, from the arrays of `site_arrays`."""
     if len(arrays) == 1:
-        return arrays[0].view(torch.bfloat16).float()
+        bits = arrays[0]
+        if bits.device.type != "cpu":
+            return bits.view(torch.bfloat16).float()
+        # in this thread alone: torch's would wait for cores on which others read the next rows
+        x = torch.empty(bits.shape)
+        np.left_shift(bits.numpy(), 16, out=x.numpy().view(np.uint32), dtype=np.uint32)
+        return x
     q, scale = arrays
     return q.float().mul_(scale[:, None])
+
+
+def rows_in(arrays: list[Tensor], dtype: torch.dtype) -> Float[Tensor, "rows d_in"]:
+    """Rows in float32 or bfloat16; in the latter the very memory of rows that are stored so."""
+    if dtype == torch.bfloat16 and len(arrays) == 1:
+        return arrays[0].view(torch.bfloat16)
+    return floats(arrays).to(dtype)
 
 
 @dataclass(frozen=True)

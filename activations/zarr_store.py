@@ -33,7 +33,14 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 from torch import Tensor
 
-from activations.chunk_files import chunk_path, crc32c, not_the_one, read_chunk, read_part
+from activations.chunk_files import (
+    check_chunk,
+    chunk_path,
+    crc32c,
+    not_the_one,
+    read_chunk,
+    read_part,
+)
 from activations.layout import (
     DOCUMENTS,
     GROUP,
@@ -70,11 +77,6 @@ class SiteStatistics:
     mean_square: float
     """E ||x||^2"""
 
-    @property
-    def centred_mean_square(self) -> float:
-        """E ||x - mean||^2, the total variance."""
-        return self.mean_square - float(self.mean @ self.mean)
-
 
 class ActivationStore:
     """A harvest on disk.
@@ -87,7 +89,7 @@ class ActivationStore:
     """
 
     def __init__(self, path: Place, manifest: dict[str, Any]) -> None:
-        self.path = path
+        self.path, self._group = path, path / GROUP
         self.manifest = manifest
         self.ledger = Ledger.of(path, manifest)
         self.windows = self.ledger.windows
@@ -285,15 +287,18 @@ class ActivationStore:
         path = self._row_path(array, chunk)
         return read_chunk(path, f"chunk {chunk} of {array}", dtype, shape, crc, out)
 
-    def read_part(self, array: str, chunk: int, first: int, out: NDArray[Any]) -> None:
-        """Put rows of a chunk from number `first` on into `out`.
+    def check_rows(self, array: str, chunk: int) -> None:
+        """Read a stored chunk of an array as `read_rows` does, for its checksum alone."""
+        nbytes = self._chunk_rows * self._row_arrays[array].nbytes
+        path, crc = self._row_path(array, chunk), self.ledger.rows_crc(array, chunk)
+        check_chunk(path, f"chunk {chunk} of {array}", nbytes, crc)
 
-        The chunk's checksum, which is of all of it, is not looked at: read it whole before.
-        """
+    def read_part(self, array: str, chunk: int, first: int, out: NDArray[Any]) -> None:
+        """Put rows of a chunk from number `first` on into `out`; `check_rows` is to come before."""
         read_part(self._row_path(array, chunk), f"chunk {chunk} of {array}", first, out)
 
     def _row_path(self, array: str, chunk: int) -> Place:
-        return chunk_path(self.path / GROUP, array, chunk, 1 + len(self._row_arrays[array].tail))
+        return chunk_path(self._group, array, chunk, 1 + len(self._row_arrays[array].tail))
 
     def read_sequences(self, array: str, window: int) -> NDArray[Any]:
         """One window's part of an array [sequence, ...].

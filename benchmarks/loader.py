@@ -4,17 +4,12 @@
     python -m benchmarks.loader --tiny      (all of it on a few rows, to see that it runs)
 
 The same synthetic rows (bfloat16, from a warm cache) in shuffled batches of float32: by our loader
-in its orders and storages, from safetensors shards read whole in a random order and shuffled four
-at a time, as one would write it by hand, and by SAELens' cached activation store in its own
-environment. Round by round, each of them in turn.
+in its orders and storages (and in batches of bfloat16, as they are stored), from safetensors shards
+read whole in a random order and shuffled four at a time, as one would write it by hand, and by
+SAELens' cached activation store in its own environment. Round by round, each of them in turn.
 """
 
-import csv
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,16 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from activations import ActivationLoader, ActivationStore
+from activations.loader import BatchDtype
 from activations.reading_order import Order
 from activations.row_storage import SiteRows, StorageKind
 from activations.zarr_writer import HarvestWriter, WindowData
-from benchmarks.peers.environments import HERE, PEERS, python_of
-from benchmarks.peers.stepping import ENVIRONMENT
+from benchmarks.peers.environments import HERE, PEERS
+from benchmarks.running import run, run_peer
 from sae.bench import rows as measured
 from saescope import __version__, memory
 from saescope.artefact import atomic_path, remove, sha256_json
-from saescope.config import Config, fail, parse
-from saescope.errors import ArtefactError, SaescopeError, check_range
+from saescope.config import Config
+from saescope.errors import check_range
 from saescope.progress import say
 
 SITE, CONTEXT, MIXED = "site", 128, 4
@@ -46,10 +42,13 @@ BUFFER = {"n_batches_in_buffer": 64, "store_batch_size_prompts": 32}
 """SAELens' sequences in its buffer and sequences read at once; the default of 20 for the first is
 less than a batch of 4096 tokens, which it refuses"""
 COLUMNS: tuple[str, ...] = (
-    "date", "library", "version", "setting", "storage", "rows", "d_in", "batch", "mix_chunks",
-    "tokens_per_s", "least_tokens_per_s", "gb_per_s", "ratio_to_saescope", "rounds", "threads",
-    "processor", "torch", "commit",
+    "date", "library", "version", "setting", "storage", "batches", "rows", "d_in", "batch",
+    "mix_chunks", "tokens_per_s", "least_tokens_per_s", "gb_per_s", "ratio_to_saescope", "rounds",
+    "threads", "processor", "torch", "commit",
 )  # fmt: skip
+
+Who = tuple[str, str, str, str]
+"""library, setting, how the rows are stored, and in what batches are given"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,22 +159,18 @@ def timed(passes: Callable[[int], Iterator[Tensor]], number: int) -> float:
     """Tokens a second of one pass."""
     start, count = time.perf_counter(), 0
     for x in passes(number):
-        assert x.dtype == torch.float32
         count += len(x)
     return count / (time.perf_counter() - start)
 
 
-def ours(store: ActivationStore, batch: int, order: Order) -> Callable[[int], Iterator[Tensor]]:
-    """Passes of our loader."""
-
-    def one(number: int) -> Iterator[Tensor]:
-        return iter(
-            ActivationLoader(
-                store, SITE, batch_size=batch, seed=number, epochs=1, order=order, mix_chunks=MIXED
-            )
-        )
-
-    return one
+def ours(
+    store: ActivationStore, batch: int, order: Order, dtype: BatchDtype = "float32"
+) -> Callable[[int], Iterator[Tensor]]:
+    """Passes of our loader, the same one: `spread` has checked every chunk after the first."""
+    loader = ActivationLoader(
+        store, SITE, batch_size=batch, epochs=1, order=order, dtype=dtype, mix_chunks=MIXED
+    )
+    return lambda _: iter(loader)
 
 
 def saelens(config: LoaderBenchConfig, folder: Path, x: Tensor, dtype: str) -> dict[str, Any]:
@@ -183,35 +178,21 @@ def saelens(config: LoaderBenchConfig, folder: Path, x: Tensor, dtype: str) -> d
 
     Raises ArtefactError if its environment cannot be made, or it fails.
     """
-    work = Path(config.work)
     rows, _, batch, _ = config.shape
-    python = python_of(PEERS[SAELENS], work)
     path = folder / "rows.npy"
     if not path.exists():
         np.save(path, x.to(torch.float16).numpy())
     settings = {
         "rows": str(path), "folder": str(folder / f"saelens-{dtype}"), "dtype": dtype,
         "context": CONTEXT, "d_in": x.shape[1], "tokens": rows // CONTEXT * CONTEXT,
-        "batch": batch, "passes": 1, "threads": config.threads,
-        "results": str(folder / "saelens.json"), **BUFFER,
+        "batch": batch, "passes": 1, "threads": config.threads, **BUFFER,
     }  # fmt: skip
-    given = folder / "saelens-settings.json"
-    given.write_text(json.dumps(settings), encoding="utf-8")
     script = HERE / "in_saelens_loader.py"
-    # nothing of ours on a peer's path
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment = {**inherited, **ENVIRONMENT, "OMP_NUM_THREADS": str(config.threads)}
-    done = subprocess.run(
-        [str(python.absolute()), str(script), str(given)], capture_output=True, text=True,
-        env=environment,
-    )  # fmt: skip
-    if done.returncode:
-        raise ArtefactError(f"failed: {done.stderr.strip()[-600:]}", where=f"{SAELENS} {dtype}")
-    return json.loads((folder / "saelens.json").read_text(encoding="utf-8"))
+    return run_peer(PEERS[SAELENS], script, settings, Path(config.work), folder)
 
 
-def measure(config: LoaderBenchConfig) -> list[dict[str, Any]]:
-    """Time all of them, round by round; the rows added to the results."""
+def measure(config: LoaderBenchConfig) -> None:
+    """Time all of them, round by round; rows are added to the results."""
     torch.set_num_threads(config.threads)
     rows, d_in, batch, chunk_rows = config.shape
     folder = Path(config.work) / "loader" / sha256_json(config.shape)[:12]
@@ -220,13 +201,17 @@ def measure(config: LoaderBenchConfig) -> list[dict[str, Any]]:
     store = make_store(folder / "bfloat16", x, "bfloat16", chunk_rows)
     small = make_store(folder / "int8", x, "int8", chunk_rows)
     shards = make_shards(folder / "shards", x, chunk_rows)
-    readers: dict[tuple[str, str, str], Callable[[int], Iterator[Tensor]]] = {
-        (OURS, "chunks", "bfloat16"): ours(store, batch, "chunks"),
-        (OURS, "spread", "bfloat16"): ours(store, batch, "spread"),
-        (OURS, "chunks", "int8"): ours(small, batch, "chunks"),
-        (SHARDS, f"{MIXED} at a time", "bfloat16"): lambda n: shard_batches(shards, batch, n),
+    readers: dict[Who, Callable[[int], Iterator[Tensor]]] = {
+        (OURS, "spread", "bfloat16", "float32"): ours(store, batch, "spread"),
+        (OURS, "spread", "bfloat16", "bfloat16"): ours(store, batch, "spread", "bfloat16"),
+        (OURS, "chunks", "bfloat16", "float32"): ours(store, batch, "chunks"),
+        (OURS, "chunks", "bfloat16", "bfloat16"): ours(store, batch, "chunks", "bfloat16"),
+        (OURS, "spread", "int8", "float32"): ours(small, batch, "spread"),
+        (SHARDS, f"{MIXED} at a time", "bfloat16", "float32"): lambda n: shard_batches(
+            shards, batch, n
+        ),
     }
-    rates: dict[tuple[str, str, str], list[float]] = {who: [] for who in readers}
+    rates: dict[Who, list[float]] = {who: [] for who in readers}
     versions = {SHARDS: version("safetensors"), OURS: __version__}
     for number in range(config.rounds + 1):
         for who, one in readers.items():
@@ -236,56 +221,35 @@ def measure(config: LoaderBenchConfig) -> list[dict[str, Any]]:
         for dtype in ("float16", "float32") if config.saelens and number else ():
             found = saelens(config, folder, x, dtype)
             versions[SAELENS] = found["version"]
-            rates.setdefault(
-                (SAELENS, f"{BUFFER['n_batches_in_buffer']} sequences", dtype), []
-            ).extend(found["tokens_per_s"])
-    return _write(config, rates, versions)
+            setting = f"{BUFFER['n_batches_in_buffer']} sequences"
+            rates.setdefault((SAELENS, setting, dtype, "float32"), []).extend(found["tokens_per_s"])
+    _write(config, rates, versions)
 
 
 def _write(
     config: LoaderBenchConfig,
-    rates: dict[tuple[str, str, str], list[float]],
+    rates: dict[Who, list[float]],
     versions: dict[str, str],
-) -> list[dict[str, Any]]:
+) -> None:
     facts = measured.facts("cpu")
     rows, d_in, batch, _ = config.shape
-    base = statistics.median(rates[OURS, "chunks", "bfloat16"])
+    base = statistics.median(rates[OURS, "spread", "bfloat16", "float32"])
     found = []
-    for (library, setting, storage), each in rates.items():
+    for (library, setting, storage, given), each in rates.items():
         rate = statistics.median(each)
-        say(f"{library:<12}{setting:<14}{storage:<10}{rate / 1e6:8.3f} M tokens/s")
+        say(f"{library:<12}{setting:<14}{storage:<10}{given:<10}{rate / 1e6:8.3f} M tokens/s")
         known = {name: facts[name] for name in ("date", "threads", "processor", "torch", "commit")}
         found.append({
             **known, "library": library, "version": versions[library],
-            "setting": setting, "storage": storage, "rows": rows, "d_in": d_in, "batch": batch,
+            "setting": setting, "storage": storage, "batches": given, "rows": rows, "d_in": d_in,
+            "batch": batch,
             "mix_chunks": "" if library == SAELENS else MIXED, "tokens_per_s": round(rate),
             "least_tokens_per_s": round(min(each)), "gb_per_s": f"{rate * d_in * 2 / 1e9:.3f}",
             "ratio_to_saescope": f"{rate / base:.3f}", "rounds": len(each),
         })  # fmt: skip
-    path = Path(config.results)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(found)
-    return found
-
-
-def main() -> int:
-    """Measure what the command line asks for."""
-    memory.keep_freed_memory()  # as saescope's command line does, and peers by their environment
-    try:
-        measure(
-            parse(
-                LoaderBenchConfig, sys.argv[1:], program="python -m benchmarks.loader",
-                description=__doc__ or "",
-            )
-        )  # fmt: skip
-    except SaescopeError as error:
-        return fail(error)
-    return 0
+    measured.append(Path(config.results), found, COLUMNS)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    memory.keep_freed_memory()  # as saescope's command line does, and peers by their environment
+    run(LoaderBenchConfig, measure)

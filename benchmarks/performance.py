@@ -1,4 +1,4 @@
-"""The page docs/performance.md and its charts, from the rows of steps.csv and bench.csv.
+"""The page docs/performance.md and its charts, from the rows of the results' files.
 
 python -m benchmarks.performance
 """
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks import harvest, loader, performance_data
 from benchmarks.charts import write_bars
 from benchmarks.running import run
 from benchmarks.steps import (
@@ -47,6 +48,10 @@ class PerformanceConfig(Config):
     """Rows of `python -m benchmarks.steps`."""
     operations: str = "benchmarks/results/bench.csv"
     """Rows of `make bench`."""
+    harvest: str = "benchmarks/results/harvest.csv"
+    """Rows of `python -m benchmarks.harvest`."""
+    loader: str = "benchmarks/results/loader.csv"
+    """Rows of `python -m benchmarks.loader`."""
     docs: str = "docs"
     """Folder of performance.md and images/performance_*.png."""
 
@@ -149,8 +154,13 @@ def verdicts(groups: Mapping[str, Sequence[Row]]) -> Iterator[tuple[Target, dict
         yield target, found, holds
 
 
-def page(steps: Sequence[Row], operations: Sequence[Row]) -> str:
-    """The whole page in Markdown."""
+def page(
+    steps: Sequence[Row],
+    operations: Sequence[Row],
+    harvested: Sequence[Row] = (),
+    read: Sequence[Row] = (),
+) -> str:
+    """The whole page in Markdown; parts without rows are left out."""
     groups = comparisons(steps)
     parts = [
         "# How long a training step takes",
@@ -171,7 +181,18 @@ def page(steps: Sequence[Row], operations: Sequence[Row]) -> str:
     ]
     if operations:
         parts += ["## Operations", "\n".join(_operations(operations))]
+    parts += performance_data.section(harvested, read, most_consumed(steps))
     return "\n\n".join(parts) + "\n"
+
+
+def most_consumed(steps: Sequence[Row], width: int = 768) -> float | None:
+    """Tokens a second of the fastest training step of ours on rows of this width."""
+    rates = [
+        int(row["batch"]) / float(row["median_s"])
+        for row in latest(steps)
+        if row["library"] == "saescope" and int(row["d_in"]) == width
+    ]
+    return max(rates, default=None)
 
 
 def _machine(row: Row) -> str:
@@ -273,7 +294,11 @@ def write(config: PerformanceConfig) -> None:
         if bars:
             write_bars(docs / "images" / f"performance_{name}.png", bars, x="seconds of a step")
     operations = rows.read(Path(config.operations))
-    text = page(steps, of_last_machine(operations) if operations else ())
+    text = page(
+        steps, of_last_machine(operations) if operations else (),
+        rows.read(Path(config.harvest), harvest.COLUMNS),
+        rows.read(Path(config.loader), loader.COLUMNS),
+    )  # fmt: skip
     write_bytes(docs / "performance.md", text.encode())
     say(f"{docs / 'performance.md'}: {len(steps)} rows")
 

@@ -59,7 +59,9 @@ def _stored(shape: Shape, harvest: str, seed: int) -> tuple[Tensor, Weights]:
             "has another width than the shape", where=harvest, given=store.d_in(site),
             allowed=str(shape.d_in),
         )  # fmt: skip
-    loader = ActivationLoader(store, site, batch_size=shape.batch, seed=seed, epochs=1)
+    loader = ActivationLoader(
+        store, site, batch_size=shape.batch, seed=seed, epochs=1, order="chunks"
+    )
     x = torch.cat(list(islice(loader, BATCHES)))
     x = standardised(x).view(BATCHES, shape.batch, shape.d_in)
     generator = torch.Generator().manual_seed(seed)

@@ -45,6 +45,15 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+def as_size(nbytes: float) -> str:
+    """Bytes as people read them.
+
+    >>> as_size(2.5e9), as_size(1.26e7), as_size(31_000)
+    ('2.50 GB', '12.6 MB', '0.0 MB')
+    """
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+
+
 class Progress:
     """Count work done, and show it.
 

@@ -58,7 +58,9 @@ def export(
     """
     store = open_complete(harvest)
     site = choose_site(store, site)
-    loader = ActivationLoader(store, site, batch_size=batch_size, seed=seed, epochs=1)
+    loader = ActivationLoader(
+        store, site, batch_size=batch_size, seed=seed, epochs=1, order="chunks"
+    )
     steps = steps or loader.batches_per_epoch
     if steps > loader.batches_per_epoch:
         raise InputError(

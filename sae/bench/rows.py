@@ -3,7 +3,7 @@
 import csv
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,13 @@ def _cpuinfo(name: str) -> str:
     return ""
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
     """The rows of a file; none if there is no file. InputError if it has other columns."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as stream:
         reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        if tuple(reader.fieldnames or ()) != tuple(columns):
             raise InputError(
                 "holds other columns than these results have; choose another file",
                 where=str(path), given=",".join(reader.fieldnames or ())[:80],
@@ -72,16 +72,16 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(reader)
 
 
-def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def append(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
     """Add rows to a file, which is made if it is not there.
 
     Raises InputError if the file has other columns.
     """
     new = not path.exists()
-    read(path)
+    read(path, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         for row in rows:

@@ -66,13 +66,14 @@ class TrainConfig(Config):
     lens: str | None = None
     """Folder of a tuned lens that activations go through before the SAE sees them."""
     mix_chunks: int = 4
-    """Chunks of the harvest whose rows are shuffled together; so many of every site are in memory
-    (19 MB each at width 576)."""
+    """Chunks of the harvest whose rows are shuffled together; twice so many of every site are in
+    memory (19 MB each at width 576)."""
     order: Literal["chunks", "spread", "windows"] | None = None
-    """How the harvest is gone through: chunks (the rows of mix_chunks of them, drawn at random, are
-    shuffled together), spread (as many rows, but from all over the harvest; nearest to independent
-    draws) or windows (one window of the harvest after another: the order of training straight from
-    the model, where it is the only one; else the default is chunks)."""
+    """How the harvest is gone through: spread (as many rows as mix_chunks chunks have, from all
+    over the harvest, are shuffled together; nearest to independent draws), chunks (the rows of so
+    many chunks, drawn at random) or windows (one window of the harvest after another: the order of
+    training straight from the model, where it is the only one; else the default is spread). A run
+    that was begun goes on in its own."""
     start_from: str | None = None
     """An SAE to go on from (fine-tuning); its architecture and size must be those given here."""
     evaluation_rows: int = 8192

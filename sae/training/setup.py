@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from activations import ActivationStore
+from activations.reading_order import Order
 from sae import distributed
 from sae.analysis.lens import TunedLens
 from sae.architectures import architecture
@@ -72,14 +74,18 @@ class Run:
         if harvest.storage == "none":
             ranks.refuse_several("training straight from the model", where="harvest")
         self.sites = _sites(config, harvest, self.cls)
-        self.settings = {**to_dict(config), "sites": list(self.sites), "site": None}
+        before = None
+        if (self.folder / MANIFEST).exists():
+            before = read_manifest(self.folder, kind="run", schema=RUN_SCHEMA)
+        order = self._order(before)
+        self.settings = {**to_dict(config), "sites": list(self.sites), "site": None, "order": order}
         self._lens = TunedLens.load(config.lens) if config.lens else None
         self.tag = sha256_json({
             "config": _identity(self.settings), "harvest": harvest.hash,
             **({"lens": self._lens.hash} if self._lens else {}),
         })  # fmt: skip
-        if (self.folder / MANIFEST).exists():
-            self._check_same_run()
+        if before is not None:
+            self._check_same_run(before)
         shared, key = {} if streams is None else streams, self.stream_key()
         if key not in shared:
             shared[key] = self.make_stream()
@@ -94,13 +100,32 @@ class Run:
                 allowed=f"up to {int(config.passes * harvest.n_rows('train'))}",
             )  # fmt: skip
 
+    def _order(self, before: Mapping[str, Any] | None) -> Order | None:
+        """The order of the batches; a run that was begun (its manifest) goes on in its own.
+
+        None in a run from before there was a choice, which is in chunks, and where there is none.
+        """
+        chosen = self.config.order
+        if self.harvest.storage == "none" or self.config.objective == "end_to_end":
+            return chosen
+        if before is None:
+            return chosen or "spread"
+        earlier: Order | None = before["config"].get("order")
+        return earlier if chosen is None or (chosen, earlier) == ("chunks", None) else chosen
+
+    @property
+    def _reading_order(self) -> Order | None:
+        stored = self.harvest.storage != "none"
+        return self.settings["order"] or ("chunks" if stored else None)
+
     def stream_key(self) -> str:
         """Equal for runs that can share a stream."""
         config = self.config
         return sha256_json([
             self.sites, config.target_site, config.mix, self.cls.concatenates,
             config.trainer.batch_size, self._data_seed, config.outliers, self._labels,
-            self._lens and self._lens.hash, config.mix_chunks, config.order, config.objective,
+            self._lens and self._lens.hash, config.mix_chunks, self._reading_order,
+            config.objective,
             to_dict(config.end_to_end),
         ])  # fmt: skip
 
@@ -127,7 +152,7 @@ class Run:
             labels=self._labels,
             transform=self._lens,
             mix_chunks=config.mix_chunks,
-            order=config.order,
+            order=self._reading_order,
             device=ranks.device(config.device),
         )
 
@@ -285,8 +310,7 @@ class Run:
         )
         return sae
 
-    def _check_same_run(self) -> None:
-        manifest = read_manifest(self.folder, kind="run", schema=RUN_SCHEMA)
+    def _check_same_run(self, manifest: Mapping[str, Any]) -> None:
         if manifest["tag"] == self.tag:
             return
         before = _identity(manifest["config"])

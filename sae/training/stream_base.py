@@ -42,12 +42,13 @@ class Stream(ABC):
         batch_size: rows of x in a batch. Outliers are taken out of it: where there are any, a batch
             is so much smaller, and one of nothing else is left out.
         seed: decides the order of the tokens.
-        mix_chunks: chunks whose rows are shuffled together; so many of every site are in memory.
+        mix_chunks: chunks whose rows are shuffled together; twice so many of every site are in
+            memory.
         labels: "document" for the document of each row, or int64 labels [sequence] or
             [sequence, position] of the harvest; None for no labels.
         outliers: which rows to leave out, of training and held-out rows alike.
         transform: what is done to each site's rows (after outliers are found).
-        order: chunks, spread or windows; activations.reading_order says what each is.
+        order: spread, chunks or windows; activations.reading_order says what each is.
         device: where the rows of batches are put as soon as they can be.
 
     Raises InputError for an unknown, repeated or missing site, or fewer rows than a batch.

@@ -52,12 +52,17 @@ def test_a_row_for_each_is_added(tmp_path: Path) -> None:
         measure(config)
     with path.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert len(rows) == 8
+    assert len(rows) == 12
     assert tuple(rows[0]) == COLUMNS
-    assert [(row["library"], row["setting"], row["storage"]) for row in rows[:4]] == [
-        ("saescope", "chunks", "bfloat16"), ("saescope", "spread", "bfloat16"),
-        ("saescope", "chunks", "int8"), ("safetensors", "4 at a time", "bfloat16"),
-    ]  # fmt: skip
+    columns = ("library", "setting", "storage", "batches")
+    assert [tuple(row[name] for name in columns) for row in rows[:6]] == [
+        ("saescope", "spread", "bfloat16", "float32"),
+        ("saescope", "spread", "bfloat16", "bfloat16"),
+        ("saescope", "chunks", "bfloat16", "float32"),
+        ("saescope", "chunks", "bfloat16", "bfloat16"),
+        ("saescope", "spread", "int8", "float32"),
+        ("safetensors", "4 at a time", "bfloat16", "float32"),
+    ]
     assert rows[0]["ratio_to_saescope"] == "1.000"
     assert all(int(row["tokens_per_s"]) > 0 and row["rounds"] == "2" for row in rows)
     with pytest.raises(InputError, match="rounds"):

@@ -67,7 +67,8 @@ def make(root: Path, tmp_path: Path) -> Callable[..., HarvestConfig]:
 @pytest.fixture(scope="module")
 def whole(root: Path) -> Path:
     """What one process makes of the plain case."""
-    return harvest(settings(root, out=root / "whole")).path
+    harvest(settings(root, out=root / "whole"))
+    return root / "whole"
 
 
 def start(config: HarvestConfig, *roles: Role, work: str = "harvest") -> list[Child]:
@@ -247,7 +248,7 @@ def test_without_rank_0_the_others_say_so(
         harvest(config)  # it was begun
     begun = ActivationStore.open(config.out)
     assert not begun.complete
-    assert alone_beside(begun.path)
+    assert alone_beside(Path(config.out))
 
 
 def test_what_waits_is_of_this_harvest_and_whole_or_is_not_used(
@@ -393,3 +394,14 @@ def test_a_file_system_without_locks_is_named(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ArtefactError, match=r"cannot lock files.*which several processes need"):
         harvest(make())
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("work", [harvest, append])
+def test_an_object_store_is_for_one_process(
+    make: Callable[..., HarvestConfig], monkeypatch: pytest.MonkeyPatch, rank: str, work: Callable
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(InputError, match=r"only in a folder that they share.*an object store"):
+        work(make(out="memory://ranks/store"))

@@ -34,7 +34,7 @@ def rows_of(loader: ActivationLoader, limit: int | None = None) -> list[list[int
 
 
 def make(store: ActivationStore, **fields: Any) -> ActivationLoader:
-    settings = {"batch_size": 100, "epochs": 1, **fields}
+    settings = {"batch_size": 100, "epochs": 1, "order": "chunks", **fields}
     return ActivationLoader(store, SITE, **settings)
 
 

@@ -78,7 +78,7 @@ def against_independent_draws(store: ActivationStore, x: torch.Tensor, **options
 def test_batches_of_the_spread_order_are_near_independent_draws(
     text: tuple[ActivationStore, torch.Tensor],
 ) -> None:
-    for ratio in against_independent_draws(*text, order="spread"):
+    for ratio in against_independent_draws(*text):  # the default
         assert ratio < 1.2
     # a group that cannot have a part of every chunk has parts of evenly spaced ones
     assert max(against_independent_draws(*text, order="spread", mix_chunks=1)) < 6
@@ -145,8 +145,9 @@ def test_every_order_resumes_exactly(small: ActivationStore, order: Any, stop: i
 
 
 def test_a_state_of_another_order_is_refused(small: ActivationStore) -> None:
-    spread = ActivationLoader(small, SITE, batch_size=97, order="spread").state_dict()
-    plain = ActivationLoader(small, SITE, batch_size=97)
+    spread = ActivationLoader(small, SITE, batch_size=97).state_dict()
+    assert spread["order"] == "spread"
+    plain = ActivationLoader(small, SITE, batch_size=97, order="chunks")
     with pytest.raises(InputError, match="order differs"):
         plain.load_state_dict(spread)
     older = {name: value for name, value in plain.state_dict().items() if name != "order"}
@@ -177,7 +178,7 @@ def test_a_group_of_the_spread_order_is_from_all_over_the_split(small: Activatio
 
 def test_no_such_order(small: ActivationStore) -> None:
     order: Any = "sorted"
-    with pytest.raises(InputError, match=r"no such order.*'sorted'; allowed: chunks, spread, win"):
+    with pytest.raises(InputError, match=r"no such order.*'sorted'; allowed: spread, chunks, win"):
         ActivationLoader(small, SITE, batch_size=4, order=order)
 
 
@@ -229,9 +230,9 @@ def wait_for(condition: Any) -> None:
 
 def test_an_error_comes_out_after_the_batches_before_it(tmp_path: Path) -> None:
     store = make_latent_store(tmp_path / "store", torch.arange(256.0)[:, None], 64, 1)
-    loader = ActivationLoader(store, SITE, batch_size=16, mix_chunks=1, epochs=1)
+    loader = ActivationLoader(store, SITE, batch_size=16, mix_chunks=1, epochs=1, order="chunks")
     fourth = [part.chunk for group in ReadingOrder(
-        store, "train", None, mix_chunks=1, seed=0).groups(0) for part in group][3]  # fmt: skip
+        store, "train", "chunks", mix_chunks=1, seed=0).groups(0) for part in group][3]  # fmt: skip
     (store.path / "activations.zarr" / SITE / "c" / str(fourth) / "0").unlink()
     whole = []
     with pytest.raises(DamagedError, match=f"chunk {fourth} of {SITE} is missing"):
@@ -240,18 +241,51 @@ def test_an_error_comes_out_after_the_batches_before_it(tmp_path: Path) -> None:
     assert loader.state_dict()["batch"] == 12
 
 
-def test_the_thread_ends_with_the_iterator(small: ActivationStore) -> None:
+def test_a_group_is_read_while_the_one_before_it_is_given_out(
+    small: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    before = PartReader.read
+
+    def counted(reader: PartReader, group: Any, whole: bool, space: Any) -> None:
+        read.append(len(group))
+        before(reader, group, whole, space)
+
+    monkeypatch.setattr(PartReader, "read", counted)
+    options: Any = {"batch_size": 16, "mix_chunks": 5, "order": "chunks", "epochs": 1}
+    for prefetch, groups in ((0, 1), (1, 2)):
+        read.clear()
+        batches = iter(ActivationLoader(small, SITE, prefetch=prefetch, **options))
+        next(batches)
+        wait_for(lambda n=groups: len(read) == n)
+        del batches
+        assert len(read) == groups
+
+
+def test_batches_in_bfloat16_are_the_same_rows(small: ActivationStore) -> None:
+    options: Any = {"batch_size": 64, "epochs": 1}
+    batches = ActivationLoader(small, SITE, **options)
+    short = ActivationLoader(small, SITE, dtype="bfloat16", **options)
+    for x, rounded in zip(batches, short, strict=True):
+        assert rounded.dtype == torch.bfloat16
+        assert torch.equal(x, rounded.float())
+    half: Any = "float16"
+    with pytest.raises(InputError, match=r"no dtype of batches.*allowed: float32, bfloat16"):
+        ActivationLoader(small, SITE, dtype=half, **options)
+
+
+def test_the_threads_end_with_the_iterator(small: ActivationStore) -> None:
     def threads() -> int:
         return sum(t.name.startswith("activation-loader") for t in threading.enumerate())
 
     loader = ActivationLoader(small, SITE, batch_size=16)
     batches: Any = loader.with_rows()
     next(batches)
-    assert threads() == 1
+    assert threads() == 2  # one reads groups, one makes batches
     batches.close()
     assert threads() == 0
     for _ in loader:
-        assert threads() == 1
+        assert threads() == 2
         break
     gc.collect()
     assert threads() == 0

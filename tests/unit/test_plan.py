@@ -78,7 +78,7 @@ def test_the_plan_is_near_to_what_is_taken(
     share = store.n_rows() / (store.n_sequences * 15)
     assert needs(facts, planned, share).size == pytest.approx(on_disk(local(store.path)), rel=0.1)
     assert "tokens/s" in output
-    assert re.search(r"memory +about \d+\.\d\d GB; \d+ GB in this machine", output)
+    assert re.search(r"memory +about [\d.]+ [GM]B; \d+ GB in this machine", output)
     run(make(HarvestCommand, plan=True))
     assert "complete already" in capsys.readouterr().out
 
@@ -124,7 +124,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(
     size = needs(store.manifest, store.manifest["planned_sequences"]).size
     free = [size // 2]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
-    message = r"out: does not fit on the disk: [\d,]+ rows take 0\.\d\d GB.*--ignore-space"
+    message = r"out: does not fit on the disk: [\d,]+ rows take \d+\.\d MB.*--ignore-space"
     for refused in (
         lambda: harvest(config),
         lambda: run(make(HarvestCommand)),
