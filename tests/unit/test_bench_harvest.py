@@ -78,7 +78,7 @@ def test_targets_of_the_harvest() -> None:
         "harvest of one site, fp32, over the bare forward": ("0.960", True),
         "harvest of three sites, fp32, over the bare forward": ("0.890", False),
         "what writing adds to the forward, fp32": ("20.8%", False),  # 1000 (1/800 - 1/960)
-        "harvest, written, fp32, over SAELens": ("1.60x", True),
+        "harvest, written, fp32, over SAELens": ("1.60x (the bare forward: 2.00x)", True),
         "peak memory above the model's, fp32": ("700 MiB", True),
         "the same after 5 windows, over that after one": ("1.17", True),
     }
