@@ -131,7 +131,8 @@ class ActivationLoader(Generic[BatchT]):
         self.batch_size = batch_size
         self.epochs = epochs
         self._reading = ReadingOrder(store, split, order, mix_chunks=mix_chunks, seed=seed)
-        self._reader = PartReader(store)
+        self._whole = self._reading.order != "spread"
+        self._reader = PartReader(store, self._reading.part_rows)
         self.device = torch.device(device)
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._prefetch = 0 if store.storage == "none" else prefetch
@@ -233,8 +234,7 @@ class ActivationLoader(Generic[BatchT]):
         # used again and again: fresh memory costs as much as what is done with it
         if self._spare:
             return self._spare.pop()
-        rows = self._reading.longest
-        return {name: np.empty((rows, *array.tail), array.dtype) for name, array in arrays.items()}
+        return self._reader.room(arrays, self._reading.longest, self._whole)
 
     def _empty(self, rows: int, array: RowArray) -> Tensor:
         """Space for rows; in memory that a CUDA device copies from by itself, if they go to one."""
@@ -248,16 +248,15 @@ class ActivationLoader(Generic[BatchT]):
 
         The first `skip` rows are left out; groups that are skipped whole are not read.
         """
-        whole = self._reading.order != "spread"
         for number, group in enumerate(self._reading.groups(epoch)):
             rows = sum(part.rows for part in group)
             if skip >= rows:
                 skip -= rows
                 continue
             space = spaces[number % len(spaces)]
-            self._reader.read(group, whole, space)
+            places = self._reader.read(group, self._whole, space)
             order = np.random.default_rng((self._seed, epoch, number)).permutation(rows)[skip:]
-            yield space, order
+            yield space, places[order]
             skip = 0
 
 

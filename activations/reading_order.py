@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from activations.row_storage import RowArray
 from activations.zarr_store import ActivationStore
 from saescope.errors import InputError
 
@@ -52,6 +53,8 @@ class ReadingOrder:
             [(c.index, at, min(size, c.rows - at)) for at in range(0, c.rows, size)] for c in chunks
         ]
         self._parts = np.array([part for each in cut for part in each], np.int64).reshape(-1, 3)
+        self.part_rows = size
+        """rows of a part, but for the last of a chunk that is not full"""
         self._group = mix_chunks * parts
         if self.order == "spread" and 0 < len(chunks) < self._group:
             self._group -= self._group % len(chunks)  # as many of each chunk
@@ -89,33 +92,53 @@ class ReadingOrder:
 class PartReader:
     """Reads parts of chunks; each chunk is checked whole the first time."""
 
-    def __init__(self, store: ActivationStore) -> None:
-        self._store = store
-        self._chunk_rows = int(store.manifest["chunk_rows"])
+    def __init__(self, store: ActivationStore, part_rows: int) -> None:
+        self._store, self._part_rows = store, part_rows
         self._checked: set[tuple[str, int]] = set()
+        self._mapped: set[str] = set()
 
-    def read(self, group: list[Part], whole: bool, space: Mapping[str, NDArray[Any]]) -> None:
-        """Put the rows of parts, one after another, at the beginning of each array of `space`.
+    def room(self, arrays: Mapping[str, RowArray], rows: int, whole: bool) -> dict[str, NDArray]:
+        """Space for `read`, for so many rows of each array."""
+        found = {}
+        for name, array in arrays.items():
+            mapped = None if whole else self._store.room_for_parts(name, rows, self._part_rows)
+            if mapped is not None:
+                self._mapped.add(name)
+            found[name] = np.empty((rows, *array.tail), array.dtype) if mapped is None else mapped
+        return found
+
+    def read(
+        self, group: list[Part], whole: bool, space: Mapping[str, NDArray[Any]]
+    ) -> NDArray[np.int64]:
+        """Put the rows of parts into each array of `space`, a part every `part_rows`.
+
+        Returns where each of their rows is.
 
         Args: whole: whether parts are whole chunks, that are read and checked each time.
 
         Raises DamagedError if a chunk is missing, damaged, or not the one that was committed.
         """
-        first = 0
-        for part in group:
+        places = []
+        for number, part in enumerate(group):
+            first = number * self._part_rows
+            places.append(np.arange(first, first + part.rows))
             for name, array in space.items():
+                out = array[first : first + self._part_rows]
                 if whole:
-                    # what fills up a chunk that is not full is overwritten by the next
-                    self._store.read_rows(name, part.chunk, array[first : first + self._chunk_rows])
+                    self._store.read_rows(name, part.chunk, out)
                 else:
-                    self._read_part(name, part, array[first : first + part.rows])
-            first += part.rows
+                    self._read_part(name, part, out)
+        return np.concatenate(places)
 
     def _read_part(self, name: str, part: Part, out: NDArray[Any]) -> None:
         if (name, part.chunk) not in self._checked:
             self._store.check_rows(name, part.chunk)
             self._checked.add((name, part.chunk))
-        self._store.read_part(name, part.chunk, part.start, out)
+        if name in self._mapped:
+            # whole, though rows may end before: chunks are filled up
+            self._store.map_part(name, part.chunk, part.start, out)
+        else:
+            self._store.read_part(name, part.chunk, part.start, out[: part.rows])
 
 
 def _numbered(counts: NDArray[np.int64]) -> NDArray[np.int64]:
