@@ -95,15 +95,12 @@ class PartReader:
     def __init__(self, store: ActivationStore, part_rows: int) -> None:
         self._store, self._part_rows = store, part_rows
         self._checked: set[tuple[str, int]] = set()
-        self._mapped: set[str] = set()
 
     def room(self, arrays: Mapping[str, RowArray], rows: int, whole: bool) -> dict[str, NDArray]:
         """Space for `read`, for so many rows of each array."""
         found = {}
         for name, array in arrays.items():
             mapped = None if whole else self._store.room_for_parts(name, rows, self._part_rows)
-            if mapped is not None:
-                self._mapped.add(name)
             found[name] = np.empty((rows, *array.tail), array.dtype) if mapped is None else mapped
         return found
 
@@ -134,11 +131,10 @@ class PartReader:
         if (name, part.chunk) not in self._checked:
             self._store.check_rows(name, part.chunk)
             self._checked.add((name, part.chunk))
-        if name in self._mapped:
-            # whole, though rows may end before: chunks are filled up
-            self._store.map_part(name, part.chunk, part.start, out)
-        else:
+        if out.flags.writeable:
             self._store.read_part(name, part.chunk, part.start, out[: part.rows])
+        else:  # room to map; whole, though rows may end before: chunks are filled up
+            self._store.map_part(name, part.chunk, part.start, out)
 
 
 def _numbered(counts: NDArray[np.int64]) -> NDArray[np.int64]:
