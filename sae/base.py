@@ -225,7 +225,7 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def encoder_input(self, y: Tensor) -> Tensor:
         """What the encoder multiplies: y - b_dec, or y without a pre-encoder bias."""
-        return y - FEATURES.spread(self.b_dec) if self.pre_bias else y
+        return kernels.less(y, FEATURES.spread(self.b_dec)) if self.pre_bias else y
 
     def centred(self, batch: TrainingBatch) -> Tensor:
         """The encoder's input for a batch, with hidden coordinates zeroed."""

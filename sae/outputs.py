@@ -1,7 +1,7 @@
 """What an SAE's forward pass and objective return, and what an objective may know of the run."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ class SAEOutput(NamedTuple):
     """feature activations, in the model's units"""
 
 
+class _Found(Protocol):
+    """A Reconstruction, whose y_hat is made when it is asked for."""
+
+    @property
+    def y_hat(self) -> Tensor: ...
+
+
 class TrainingOutput(NamedTuple):
     """What an architecture's objective returns for one batch."""
 
@@ -27,8 +34,13 @@ class TrainingOutput(NamedTuple):
     """named parts of the loss, detached scalars; "fvu" is always one"""
     counts: Tensor
     """int64 [d_sae], rows of the batch each feature fired on"""
-    y_hat: Tensor
-    """[batch, d_out], the reconstruction at the normaliser's scale; it may have no gradient"""
+    found: _Found
+    """how well the batch was reconstructed"""
+
+    @property
+    def y_hat(self) -> Tensor:
+        """[batch, d_out], the reconstruction at the normaliser's scale; it may have no gradient."""
+        return self.found.y_hat
 
     @property
     def l0(self) -> Tensor:

@@ -160,17 +160,17 @@ class BatchSelectionSAE(AuxKSAE):
         counts = codes.counts()
         if self.training:
             self._observe(codes, counts, state)
-        loss, terms, y_hat = self.objective(batch, centred, codes, state)
-        return TrainingOutput(loss, terms, counts, y_hat)
+        loss, terms, found = self.objective(batch, centred, codes, state)
+        return TrainingOutput(loss, terms, counts, found)
 
     def objective(
         self, batch: TrainingBatch, centred: Tensor, codes: SparseCodes, state: TrainingState
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Loss, its terms and y_hat of the selected codes: FVU + coefficient * auxiliary."""
+    ) -> tuple[Tensor, dict[str, Tensor], Reconstruction]:
+        """FVU + coefficient * auxiliary of the selected codes, its terms, the reconstruction."""
         found = self.reconstruct(codes, batch)
         terms = {"fvu": found.loss.detach()}
         loss = self.add_auxiliary(found.loss, terms, centred, codes, found, state)
-        return loss, terms, found.y_hat
+        return loss, terms, found
 
     def add_auxiliary(
         self,

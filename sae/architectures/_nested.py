@@ -47,12 +47,15 @@ class _Squares(Function):
         for level, step in enumerate(steps):
             torch.add(errors[level], step, out=errors[level + 1])
         ctx.mark_non_differentiable(errors)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(errors)
         return torch.linalg.vector_norm(errors, dim=-1).square(), errors
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if gradients[0] is None:
+            return None, None, None
         (errors,) = ctx.saved_tensors
         weight = 2 * gradients[0]
         d_steps = torch.empty_like(errors[1:])

@@ -115,4 +115,4 @@ class TopKFamily(AuxKSAE):
             terms["multi_topk"] = multi.detach()
             loss = loss + config.multi_topk_coefficient * multi
         loss = self.more_loss(loss, terms, codes, batch)
-        return TrainingOutput(loss, terms, codes.counts(), found.y_hat)
+        return TrainingOutput(loss, terms, codes.counts(), found)

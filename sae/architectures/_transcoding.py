@@ -138,4 +138,4 @@ class Transcoding(AuxKSAE):
             penalty = batch.mean(weighted) / batch.variance**0.5
             loss = loss + config.l1_weight(state) * penalty
             terms["l1"] = penalty.detach()
-        return TrainingOutput(loss, terms, codes.counts(), found.y_hat)
+        return TrainingOutput(loss, terms, codes.counts(), found)

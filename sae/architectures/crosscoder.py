@@ -230,7 +230,7 @@ class Crosscoder(AuxKSAE):
             terms["l1"] = penalty.detach()
         else:
             loss = self.add_auxk(loss, terms, centred, found, state)
-        return TrainingOutput(loss, terms, codes.counts(), found.y_hat)
+        return TrainingOutput(loss, terms, codes.counts(), found)
 
     @torch.no_grad()
     def calibrate(self, rows: Callable[[], Iterable[Tensor]]) -> None:

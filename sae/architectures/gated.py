@@ -97,4 +97,4 @@ class GatedSAE(L1SAE):
             "l1": penalty.detach(),
             "auxiliary": auxiliary.detach(),
         }
-        return TrainingOutput(loss, terms, codes.counts(), found.y_hat)
+        return TrainingOutput(loss, terms, codes.counts(), found)

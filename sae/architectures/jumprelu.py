@@ -203,7 +203,7 @@ class JumpReLUSAE(SparseAutoencoder):
             short = batch.mean(self._short(centred, theta, above, state.dead)) / (unit * self.d_in)
             loss = loss + config.pre_act_coefficient * short
             terms["pre_act"] = short.detach()
-        return TrainingOutput(loss, terms, codes.counts(), found.y_hat)
+        return TrainingOutput(loss, terms, codes.counts(), found)
 
     def _near(self, centred: Tensor, theta: Tensor, eps: float) -> list[SparseCodes]:
         """Pre-activations above their thresholds; those just below, which thresholds feel too.

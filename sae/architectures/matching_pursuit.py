@@ -120,10 +120,10 @@ class MatchingPursuitSAE(TiedSAE):
         centred = self.centred(batch)
         codes = self._codes(centred, batch.visible)
         found = self.reconstruct(codes, batch)
-        y_hat, terms = found.y_hat, {"fvu": found.loss.detach()}
-        left = batch.mask_input((batch.y - y_hat).detach())
+        terms = {"fvu": found.loss.detach()}
+        left = batch.mask_input((batch.y - found.y_hat).detach())
         loss = self.add_auxk(found.loss, terms, left, found, state)
-        return TrainingOutput(loss, terms, codes.counts(), y_hat)
+        return TrainingOutput(loss, terms, codes.counts(), found)
 
 
 class Stop(NamedTuple):

@@ -20,6 +20,7 @@ from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
 from sae.base import SAEConfig, TrainingState
 from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
+from sae.objectives import Reconstruction
 from saescope.errors import InputError, check_range
 
 
@@ -92,7 +93,7 @@ class MatryoshkaSAE(BatchSelectionSAE):
 
     def objective(
         self, batch: TrainingBatch, centred: Tensor, codes: SparseCodes, state: TrainingState
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    ) -> tuple[Tensor, dict[str, Tensor], Reconstruction]:
         """Weighted FVU of the prefixes + coefficient * auxiliary; "fvu" is the full width's."""
         config = self.config
         widths, weights = config.widths(), config.weights()
@@ -102,10 +103,10 @@ class MatryoshkaSAE(BatchSelectionSAE):
             (weight * loss for weight, loss in zip(weights, losses, strict=True)),
             start=losses[0].new_zeros(()),
         )
-        terms, y_hat = {"fvu": losses[-1].detach(), "nested": loss.detach()}, found[-1].y_hat
+        terms = {"fvu": losses[-1].detach(), "nested": loss.detach()}
         if not config.aux_per_level:
             loss = self.add_auxiliary(loss, terms, centred, codes, found[-1], state)
-            return loss, terms, y_hat
+            return loss, terms, found[-1]
         own, parts = weights[-len(widths) :], {}
         for width, weight, level in zip(widths, own, found[1:], strict=True):
             zero, more = loss.new_zeros(()), {}
@@ -113,7 +114,7 @@ class MatryoshkaSAE(BatchSelectionSAE):
             loss = loss + weight / sum(own) * term
             for name, value in more.items():
                 parts[name] = parts.get(name, 0.0) + weight / sum(own) * value
-        return loss, {**terms, **parts}, y_hat
+        return loss, {**terms, **parts}, found[-1]
 
     def _levels(self, codes: SparseCodes) -> list[SparseCodes]:
         """The codes that each prefix adds to the one before."""

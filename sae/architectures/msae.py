@@ -118,4 +118,4 @@ class MSAE(AuxKSAE):
         loss = self.add_auxk(loss, terms, centred, at[config.k], state)
         fired = index[:, : config.k][value[:, : config.k] > 0]
         counts = torch.bincount(fired, minlength=self.d_sae)
-        return TrainingOutput(loss, terms, counts, at[config.k].y_hat)
+        return TrainingOutput(loss, terms, counts, at[config.k])

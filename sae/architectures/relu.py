@@ -124,7 +124,7 @@ class ReLUSAE(L1SAE):
         terms = {"fvu": found.loss.detach(), "l1": batch.mean(weight.detach())}
         if self.config.anneals:
             terms["lp"] = penalty.detach()
-        return TrainingOutput(loss, terms, codes.counts(), found.y_hat)
+        return TrainingOutput(loss, terms, codes.counts(), found)
 
     @torch.no_grad()
     def _rescaled(self, weight: Tensor, level: int) -> float:

@@ -103,6 +103,11 @@ def _for(like: Tensor) -> ModuleType:
     return module(backend(like))
 
 
+def less(y: Tensor, shift: Tensor) -> Tensor:
+    """y [batch, d] - shift [d]; before an encoding the gradient of shift costs next to nothing."""
+    return functions.Less.apply(y, shift)  # type: ignore[return-value]
+
+
 def encode_topk(
     x: Tensor, W_enc_T: Tensor, b_enc: Tensor | None, k: int, *, signed: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -196,7 +201,9 @@ def _encode(
     rectify: bool,
     chosen: ModuleType,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return functions.Encode.apply(x, W, b, select, rectify, chosen)  # type: ignore[return-value]
+    shift = functions.Less.shift_of(x)
+    x = x if shift is None else x.detach()
+    return functions.Encode.apply(x, W, b, shift, select, rectify, chosen)  # type: ignore[return-value]
 
 
 def encode_selected(

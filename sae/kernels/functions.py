@@ -20,18 +20,49 @@ Selection = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tens
 """(x, W, b) to (row_ptr, index, value): which pre-activations are kept"""
 
 
+class Less(Function):
+    """Rows y [batch, d] less a vector [d]. `Encode` knows it, and spares the gradient of its rows.
+
+    The gradient of b_dec, say, is a sum over rows of what went back through the encoder; which is
+    W_enc times a sum over rows, one vector for all of them.
+    """
+
+    shift: Tensor
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, shift: Tensor) -> Tensor:
+        ctx.shift = shift
+        return y - shift
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        d_shift = -gradients[0].sum(0) if ctx.needs_input_grad[1] else None
+        return gradients[0], d_shift
+
+    @staticmethod
+    def shift_of(x: Tensor) -> Tensor | None:
+        """The vector, where x is rows without a gradient less a vector with one."""
+        node: Any = x.grad_fn
+        mine = isinstance(node, Less._backward_cls) and node.needs_input_grad == (False, True)
+        return node.shift if mine else None
+
+
 class Encode(Function):
-    """Pre-activations of the entries that `select` keeps, rectified if asked."""
+    """Pre-activations of the entries that `select` keeps, rectified if asked.
+
+    shift [d_in]: what x has been made less by, if only that is to have a gradient of x.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, select: Selection, rectify: bool,
-        backend: Backend,
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, shift: Tensor | None,
+        select: Selection, rectify: bool, backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         row_ptr, index, value = select(x, W, b)
         if rectify:
             value = value.relu()
         ctx.mark_non_differentiable(row_ptr, index)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W, row_ptr, index, value if rectify else None)
         ctx.backend = backend
         return row_ptr, index, value
@@ -39,18 +70,23 @@ class Encode(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if gradients[2] is None:
+            return (None,) * 7
         x, W, row_ptr, index, value = ctx.saved_tensors
         d_pre = gradients[2].contiguous()
         if value is not None:  # an entry that was kept but cut to 0 must not move its feature
             d_pre = torch.where(value > 0, d_pre, 0.0)
-        d_x = d_W = d_b = None
-        if ctx.needs_input_grad[0]:
+        of_x, of_W, of_b, of_shift, *_ = ctx.needs_input_grad
+        d_x = d_W = d_b = d_shift = None
+        if of_x:
             d_x = _decode(ctx.backend, row_ptr, index, d_pre, W)
-        if ctx.needs_input_grad[1]:
+        if of_W:
             d_W = _weight_gradient(ctx.backend, row_ptr, index, d_pre, x, len(W))
-        if ctx.needs_input_grad[2]:
-            d_b = ctx.backend.feature_sums(index, d_pre, len(W))
-        return d_x, d_W, d_b, None, None, None
+        if of_b or of_shift:
+            sums = ctx.backend.feature_sums(index, d_pre, len(W))
+            d_b = sums if of_b else None
+            d_shift = -totals.product(sums.to(W.dtype)[None], W)[0] if of_shift else None
+        return d_x, d_W, d_b, d_shift, None, None, None
 
 
 class Decode(Function):
@@ -96,6 +132,7 @@ class DecodeError(Function):
         else:
             error, squared, dots = backend.decode_error(row_ptr, index, value, W, b, target)
         ctx.mark_non_differentiable(error)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(row_ptr, index, value, W, error, dots)
         ctx.backend = backend
         return squared, error
@@ -103,6 +140,8 @@ class DecodeError(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if gradients[0] is None:
+            return (None,) * 7
         row_ptr, index, value, W, error, dots = ctx.saved_tensors
         weight = 2 * gradients[0]
         of_entry = weight[row_of_entry(row_ptr, len(index))]

@@ -177,10 +177,18 @@ class Packed {
       if (!fit(size) || (size > 0 && row.norm == 0)) return false;
       if (size > 0) most = std::max(most, size / features.a[f]);
     }
-    auto* out = reinterpret_cast<uint32_t*>(panel(p));
-    for (int64_t i = 0; i < PANEL; i++) {
-      const auto* four = reinterpret_cast<const uint32_t*>(rounded + i * padded);
-      for (int64_t j = 0; j < padded / 4; j++) out[j * PANEL + i] = four[j] ^ 0x80808080u;
+    // column by column: the writes are in order, and what is read stays in the cache
+    const __m512i sign = _mm512_set1_epi32(static_cast<int32_t>(0x80808080u));
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i row = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(padded)));
+    uint8_t* out = panel(p);
+    for (int64_t j = 0; j < padded; j += 4) {
+      for (int64_t i = 0; i < PANEL; i += 16, out += 64) {
+        // all lanes: without a mask GCC 12 warns of what the intrinsic starts from
+        const __m512i four =
+            _mm512_mask_i32gather_epi32(sign, 0xFFFF, row, rounded + i * padded + j, 1);
+        _mm512_store_si512(out, _mm512_xor_si512(four, sign));
+      }
     }
     return true;
   }

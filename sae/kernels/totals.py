@@ -5,6 +5,8 @@ from torch import Tensor
 
 _FOLD = 1024
 """terms that are summed at a time; torch does not split so few among threads"""
+_ROWS = 512
+"""rows that are summed at a time"""
 
 
 def total(values: Tensor) -> Tensor:
@@ -21,7 +23,12 @@ def total(values: Tensor) -> Tensor:
 
 def of_rows(weight: Tensor, rows: Tensor) -> Tensor:
     """The sum of weight [n] times rows [n, d], [d]; as `total`, and unlike a matrix product."""
-    return (weight[:, None] * rows).sum(0)
+    n = torch.arange(len(rows), device=rows.device)
+    # by bags of rows, since a bag is summed by one thread
+    parts = torch.nn.functional.embedding_bag(
+        n, rows, n[::_ROWS], mode="sum", per_sample_weights=weight
+    )
+    return parts.sum(0)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
