@@ -4,11 +4,7 @@ Four times as fast as through Zarr, and a chunk that is not there, or that is an
 Zarr would read the first as fill values, and no checksum inside a file can tell the second.
 """
 
-import ctypes
-import functools
-import mmap
 import os
-import sys
 from collections.abc import Iterable
 from io import BytesIO, FileIO
 from pathlib import Path
@@ -106,7 +102,7 @@ def _read_checked(
                 found = int(google_crc32c.extend(found, cast(bytes, piece)))
             last = stream.read(4)
     except OSError as error:
-        raise _unreadable(what, path, error) from error
+        raise unreadable(what, path, error) from error
     expected = nbytes + 4
     if size != expected:
         kind = "truncated" if size < expected else "damaged"
@@ -142,73 +138,18 @@ def read_part(path: Place, what: str, first: int, out: NDArray[Any]) -> None:
             if not (missing := len(data) - len(content)):
                 data[:] = np.frombuffer(content, np.uint8)
     except OSError as error:
-        raise _unreadable(what, path, error) from error
+        raise unreadable(what, path, error) from error
     if missing:
-        raise _cut_short(what, path)
+        raise cut_short(what, path)
 
 
-def mappable(path: Place, nbytes: int) -> bool:
-    """Whether parts of so many bytes of files like this one can be shown by `map_part`."""
-    if sys.platform != "linux" or not isinstance(path, Path) or nbytes % mmap.PAGESIZE:
-        return False
-    try:
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 1, prot=mmap.PROT_READ):
-            return True
-    except (OSError, ValueError):  # a file system that cannot, or a file that is not there
-        return False
-
-
-def room_to_map(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """An array for `map_part`, not to be written to."""
-    size = int(np.prod(shape, dtype=np.int64))
-    region = mmap.mmap(-1, max(1, size * np.dtype(dtype).itemsize))
-    found = np.frombuffer(region, dtype, size).reshape(shape)
-    found.flags.writeable = False
-    return found
-
-
-def map_part(path: Path, what: str, first: int, out: NDArray[Any]) -> None:
-    """Make `out`, whole pages of a `room_to_map`, show the rows of a chunk from number `first` on.
-
-    They are not copied: `out` has the file's pages from the system's cache, which are read from the
-    disk now. Unchecked. Raises DamagedError if they are not there.
-    """
-    start = first * (out.nbytes // len(out))
-    try:
-        with path.open("rb", buffering=0) as stream:
-            # touching what lies behind a file's end would kill the process
-            if os.fstat(stream.fileno()).st_size < start + out.nbytes:
-                raise _cut_short(what, path)
-            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE | _MAP_FIXED
-            at = out.ctypes.data
-            found = _libc().mmap(at, out.nbytes, mmap.PROT_READ, flags, stream.fileno(), start)
-            if found != at:
-                error = ctypes.get_errno()
-                raise OSError(error, os.strerror(error))
-    except OSError as error:
-        raise _unreadable(what, path, error) from error
-
-
-_MAP_FIXED = 0x10
-"""of Linux; Python's module does not have it"""
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    library = ctypes.CDLL(None, use_errno=True)
-    library.mmap.restype = ctypes.c_void_p
-    library.mmap.argtypes = [
-        *(ctypes.c_void_p, ctypes.c_size_t),
-        *(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64),
-    ]
-    return library
-
-
-def _cut_short(what: str, path: Place) -> DamagedError:
+def cut_short(what: str, path: Place) -> DamagedError:
+    """The error of a file that ends before it should."""
     return DamagedError(f"{what} is damaged: cut short", where=str(path), kind="truncated")
 
 
-def _unreadable(what: str, path: Place, error: OSError) -> DamagedError:
+def unreadable(what: str, path: Place, error: OSError) -> DamagedError:
+    """The error of a file that the system does not give."""
     if isinstance(error, FileNotFoundError):
         return DamagedError(f"{what} is missing", where=str(path), kind="missing")
     reason = error.strerror or str(error)

@@ -223,6 +223,7 @@ def model_of(config: HarvestConfig, store: ActivationStore | None) -> Model | Ra
     )  # fmt: skip
     if store is not None:
         check_same_model(model, store)
+        model.products = store.manifest["model"].get("products", "own")  # older ones do not say
     return model
 
 

@@ -23,6 +23,8 @@ ItemT = TypeVar("ItemT")
 BatchDtype = Literal["float32", "bfloat16"]
 Space = dict[str, NDArray[Any]]
 """Room for a group's rows, by array."""
+_WORTH_TWO = 1 << 20
+"""bytes to copy that a second thread is woken for"""
 
 
 class ActivationLoader(Generic[BatchT]):
@@ -210,6 +212,7 @@ class ActivationLoader(Generic[BatchT]):
         for site in self.sites:
             arrays |= self._store.arrays_of(site)
         spaces = [self._space(arrays) for _ in range(2 if self._prefetch else 1)]
+        take = _Taker(self._prefetch > 0)
         while self.epochs is None or epoch < self.epochs:
             groups = self._groups(epoch, first * self.batch_size, spaces)
             groups = _made_ahead(groups, len(spaces) - 1)
@@ -223,8 +226,7 @@ class ActivationLoader(Generic[BatchT]):
                         space, order = next(groups)
                     part, order = np.split(order, [size - filled])
                     for name, x in batch.items():
-                        out = x.numpy()[filled : filled + len(part)]
-                        np.take(space[name], part, axis=0, out=out, mode="clip")
+                        take(space[name], part, x.numpy()[filled : filled + len(part)])
                     filled += len(part)
                 yield batch
             epoch, first = epoch + 1, 0
@@ -258,6 +260,29 @@ class ActivationLoader(Generic[BatchT]):
             order = np.random.default_rng((self._seed, epoch, number)).permutation(rows)[skip:]
             yield space, places[order]
             skip = 0
+
+
+class _Taker:
+    """Takes rows of an array, where it may with another thread: one does not fill the memory's bus.
+
+    The thread ends with this.
+    """
+
+    def __init__(self, two: bool) -> None:
+        self._pool = ThreadPoolExecutor(1, "activation-loader") if two else None
+
+    def __call__(self, rows: NDArray[Any], places: NDArray[np.int64], out: NDArray[Any]) -> None:
+        half = len(places) // 2 if self._pool and out.nbytes >= _WORTH_TWO else 0
+        other = None
+        if self._pool and half:
+            other = self._pool.submit(_take, rows, places[:half], out[:half])
+        _take(rows, places[half:], out[half:])
+        if other:
+            other.result()
+
+
+def _take(rows: NDArray[Any], places: NDArray[np.int64], out: NDArray[Any]) -> None:
+    np.take(rows, places, axis=0, out=out, mode="clip")  # without clip it copies `out` first
 
 
 def _made_ahead(source: Iterator[ItemT], count: int) -> Iterator[ItemT]:

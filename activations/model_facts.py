@@ -20,6 +20,7 @@ def facts_of(model: Model | RawModel) -> dict[str, Any]:
         "weights_hash": model.weights_hash,
         "tokenizer_hash": model.tokenizer_hash,
         "dtype": model.dtype_name,
+        "products": model.products,
         "bos_token_id": model.bos_token_id,
         "eos_token_id": model.eos_token_id,
         "special_token_ids": sorted(model.special_token_ids),

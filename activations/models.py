@@ -25,6 +25,7 @@ from activations.model_files import (
     resolve_dtype,
 )
 from activations.packaged import PACKAGED_MODELS, quiet_transformers
+from activations.products import Products, faster_products, multiplied_in
 from activations.site_map import SiteMap
 from activations.text import TextCodec
 from saescope.errors import InputError, check_range
@@ -85,7 +86,9 @@ def load_model(
     if kind != "language":
         from activations.raw_models import load_raw_model
 
-        return load_raw_model(kind, spec, revision, DTYPES[precision], device, diffusion)
+        raw = load_raw_model(kind, spec, revision, DTYPES[precision], device, diffusion)
+        raw.products = faster_products(raw.dtype, raw.device)
+        return raw
     folder, commit = folder_of(spec, revision)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -104,7 +107,9 @@ def load_model(
             ) from error
     hf.requires_grad_(requires_grad=False)
     hf = hf.eval() if spread else hf.to(place).eval()
-    return Model(hf, tokenizer, spec=spec, folder=folder, revision=commit)
+    model = Model(hf, tokenizer, spec=spec, folder=folder, revision=commit)
+    model.products = faster_products(model.dtype, model.device)
+    return model
 
 
 class Model:
@@ -130,6 +135,7 @@ class Model:
         here = [each for each in hf.parameters() if each.device.type != "meta"]
         self.dtype: torch.dtype = here[0].dtype
         self.device: torch.device = here[0].device
+        self.products: Products = "own"
         self._text = TextCodec(tokenizer)
         self._sites = SiteMap(hf, spec)
         self._widths: dict[str, int] = {}
@@ -223,7 +229,7 @@ class Model:
         targets = [self._sites.target(site) for site in sites]
         if not targets:
             return {}
-        with torch.no_grad():
+        with torch.no_grad(), multiplied_in(self.products):
             found = run_until_captured(targets, lambda: self._run(tokens))
         # embeddings of positions are computed once for all sequences
         return {site: x.expand(len(tokens), -1, -1) for site, x in found.items()}

@@ -26,6 +26,7 @@ from activations.hooks import run_until_captured, shapes_of
 from activations.model_config import DenoisingConfig
 from activations.model_files import SPREAD, device_of, hash_of_weights
 from activations.packing import PackingCounts, Sequences
+from activations.products import Products, multiplied_in
 from activations.site_map import ModuleSites
 from saescope.errors import InputError
 
@@ -53,6 +54,7 @@ class RawModel(ABC):
         parameter = next(module.parameters())
         self.dtype: torch.dtype = parameter.dtype
         self.device: torch.device = parameter.device
+        self.products: Products = "own"
         self._sites = ModuleSites(module, spec)
         self._shapes: dict[str, tuple[int, int]] = {}
 
@@ -89,6 +91,7 @@ class RawModel(ABC):
             "weights_hash": self.weights_hash,
             "inputs_hash": self.inputs_hash,
             "dtype": self.dtype_name,
+            "products": self.products,
             "n_ctx": self.n_ctx,
         }
 
@@ -130,7 +133,7 @@ class RawModel(ABC):
         targets = [self._sites.target(site) for site in sites]
         if not targets:
             return {}
-        with torch.no_grad():
+        with torch.no_grad(), multiplied_in(self.products):
             return run_until_captured(targets, lambda: self._run(inputs))
 
     def documents(self, corpus: CorpusConfig, *, first: int = 0) -> Iterator[Document]:

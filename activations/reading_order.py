@@ -10,12 +10,14 @@ How near batches are to independent draws depends on how many windows a group ha
               be computed is computed once an epoch
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from activations.mapped_rows import MappedRows
 from activations.row_storage import RowArray
 from activations.zarr_store import ActivationStore
 from saescope.errors import InputError
@@ -23,6 +25,8 @@ from saescope.errors import InputError
 Order = Literal["spread", "chunks", "windows"]
 _PARTS = 32
 """of a chunk, where it is spread over groups: 512 rows, which disks still read in one go"""
+_GROUPS = 2
+"""in memory: the one that batches are made of, and the next"""
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -95,46 +99,65 @@ class PartReader:
     def __init__(self, store: ActivationStore, part_rows: int) -> None:
         self._store, self._part_rows = store, part_rows
         self._checked: set[tuple[str, int]] = set()
+        self._mapped: dict[str, MappedRows] = {}
+        self._shown: deque[list[Part]] = deque()
 
     def room(self, arrays: Mapping[str, RowArray], rows: int, whole: bool) -> dict[str, NDArray]:
-        """Space for `read`, for so many rows of each array."""
-        found = {}
-        for name, array in arrays.items():
-            mapped = None if whole else self._store.room_for_parts(name, rows, self._part_rows)
-            found[name] = np.empty((rows, *array.tail), array.dtype) if mapped is None else mapped
-        return found
+        """Space for `read`, for so many rows of each array; or all rows, where they are mapped."""
+        if not whole and self._map(arrays):
+            return {name: self._mapped[name].array for name in arrays}
+        return {name: np.empty((rows, *each.tail), each.dtype) for name, each in arrays.items()}
 
     def read(
         self, group: list[Part], whole: bool, space: Mapping[str, NDArray[Any]]
     ) -> NDArray[np.int64]:
         """Put the rows of parts into each array of `space`, a part every `part_rows`.
 
-        Returns where each of their rows is.
+        Returns where each of their rows is. Rows that are mapped are only looked for.
 
         Args: whole: whether parts are whole chunks, that are read and checked each time.
 
         Raises DamagedError if a chunk is missing, damaged, or not the one that was committed.
         """
+        mapped = not all(array.flags.writeable for array in space.values())
         places = []
         for number, part in enumerate(group):
             first = number * self._part_rows
-            places.append(np.arange(first, first + part.rows))
             for name, array in space.items():
-                out = array[first : first + self._part_rows]
                 if whole:
+                    out = array[first : first + self._part_rows]
                     self._store.read_rows(name, part.chunk, out)
+                    continue
+                self._check(name, part.chunk)
+                if mapped:
+                    self._mapped[name].show(*part)
+                    first = part.chunk * self._mapped[name].chunk_rows + part.start
                 else:
-                    self._read_part(name, part, out)
+                    out = array[first : first + part.rows]
+                    self._store.read_part(name, part.chunk, part.start, out)
+            places.append(np.arange(first, first + part.rows))
+        if mapped:
+            self._forget(group)
         return np.concatenate(places)
 
-    def _read_part(self, name: str, part: Part, out: NDArray[Any]) -> None:
-        if (name, part.chunk) not in self._checked:
-            self._store.check_rows(name, part.chunk)
-            self._checked.add((name, part.chunk))
-        if out.flags.writeable:
-            self._store.read_part(name, part.chunk, part.start, out[: part.rows])
-        else:  # room to map; whole, though rows may end before: chunks are filled up
-            self._store.map_part(name, part.chunk, part.start, out)
+    def _map(self, arrays: Mapping[str, RowArray]) -> bool:
+        if not self._mapped:
+            found = {name: self._store.map_rows(name) for name in arrays}
+            self._mapped = {name: each for name, each in found.items() if each is not None}
+        return self._mapped.keys() == arrays.keys()
+
+    def _check(self, name: str, chunk: int) -> None:
+        if (name, chunk) not in self._checked:
+            self._store.check_rows(name, chunk)
+            self._checked.add((name, chunk))
+
+    def _forget(self, group: list[Part]) -> None:
+        """Let go of what was shown before the last group, and take note of this one."""
+        self._shown.append(group)
+        if len(self._shown) > _GROUPS:
+            for part in self._shown.popleft():
+                for rows in self._mapped.values():
+                    rows.forget(*part)
 
 
 def _numbered(counts: NDArray[np.int64]) -> NDArray[np.int64]:

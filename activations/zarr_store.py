@@ -23,7 +23,6 @@ docs/harvests.md says what is checked when.
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,12 +37,9 @@ from activations.chunk_files import (
     check_chunk,
     chunk_path,
     crc32c,
-    map_part,
-    mappable,
     not_the_one,
     read_chunk,
     read_part,
-    room_to_map,
 )
 from activations.layout import (
     DOCUMENTS,
@@ -58,6 +54,7 @@ from activations.layout import (
     storage_of,
 )
 from activations.ledger import LEDGER_SINCE, Checksums, Chunk, Ledger, Piece
+from activations.mapped_rows import MappedRows, mappable
 from activations.row_storage import RowArray, StorageKind, floats, site_arrays
 from activations.sequence_array import SequenceArray
 from activations.store_check import examine
@@ -69,8 +66,6 @@ if TYPE_CHECKING:
     from activations.live import ComputedRows
 
 KIND, SCHEMA = "harvest", 2
-_LEAST_MAPPED = 64 << 10
-"""bytes of a part that it pays to map instead of copying"""
 
 
 @dataclass(frozen=True)
@@ -303,24 +298,19 @@ class ActivationStore:
         """Put rows of a chunk from number `first` on into `out`; `check_rows` is to come before."""
         read_part(self._row_path(array, chunk), f"chunk {chunk} of {array}", first, out)
 
-    def room_for_parts(self, array: str, rows: int, part: int) -> NDArray[Any] | None:
-        """Room for rows in parts of so many, for `map_part`; None where this store cannot do that.
+    def map_rows(self, array: str) -> MappedRows | None:
+        """An array's rows by `show`, without copying; None where this store cannot do that.
 
-        Parts begin at multiples of their length, which divides a chunk's.
+        `check_rows` is to come before. Row r of a chunk is row chunk * chunk_rows + r.
         """
         dtype, tail, _ = described = self._row_arrays[array]
-        some = next(iter(self._rows_of_chunk), None)
-        if some is None or self._chunk_rows % part or part * described.nbytes < _LEAST_MAPPED:
+        chunks, nbytes = self._rows_of_chunk, self._chunk_rows * described.nbytes
+        if not chunks or not mappable(self._row_path(array, next(iter(chunks))), nbytes):
             return None
-        if not mappable(self._row_path(array, some), part * described.nbytes):
-            return None
-        return room_to_map((rows, *tail), dtype)
-
-    def map_part(self, array: str, chunk: int, first: int, out: NDArray[Any]) -> None:
-        """As `read_part`, without copying, into a part of a `room_for_parts`."""
-        path = self._row_path(array, chunk)
-        assert isinstance(path, Path), "only files are mapped"
-        map_part(path, f"chunk {chunk} of {array}", first, out)
+        return MappedRows(
+            array, max(chunks) + 1, self._chunk_rows, tail, dtype,
+            lambda chunk: self._row_path(array, chunk),
+        )  # fmt: skip
 
     def _row_path(self, array: str, chunk: int) -> Place:
         return chunk_path(self._group, array, chunk, 1 + len(self._row_arrays[array].tail))

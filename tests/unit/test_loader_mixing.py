@@ -2,7 +2,6 @@
 
 import gc
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from itertools import islice
@@ -13,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from activations import ActivationLoader, ActivationStore, zarr_store
+from activations import ActivationLoader, ActivationStore
 from activations.layout import SPLITS
 from activations.loader import _made_ahead
 from activations.reading_order import PartReader, ReadingOrder
-from activations.row_storage import RowArray
 from activations.zarr_writer import HarvestWriter, WindowData
 from saescope.artefact import DamagedError
 from saescope.errors import InputError
@@ -199,72 +197,6 @@ def test_a_chunk_read_in_parts_is_checked_whole_first(tmp_path: Path) -> None:
     # what happens to it later shows where bytes are missing
     other = path.with_name("0").parent.parent / "1" / "0"
     other.write_bytes(b"")
-    with pytest.raises(DamagedError, match=f"chunk 1 of {SITE} is damaged: cut short"):
-        reader.read([part for part in group if part.chunk == 1], False, space)
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    """Two windows of 3000 rows of 512 in chunks of 2048; row n is (n // 100, n % 100, 0, ...)."""
-    rows = torch.arange(6000)
-    x = torch.zeros(6000, 512)
-    x[:, 0], x[:, 1] = rows // 100, rows % 100
-    return make_latent_store(tmp_path_factory.mktemp("wide") / "store", x, 2048, 2)
-
-
-def batches_of(store: ActivationStore, skip: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    loader = ActivationLoader(store, SITE, batch_size=700, mix_chunks=1, epochs=2, drop_last=False)
-    loader.load_state_dict({**loader.state_dict(), "batch": skip})
-    return list(loader.with_rows())
-
-
-def test_rows_that_are_mapped_are_those_that_are_read(
-    wide: ActivationStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    maps = 0
-    before = zarr_store.map_part
-
-    def counted(*given: Any) -> None:
-        nonlocal maps
-        maps += 1
-        before(*given)
-
-    monkeypatch.setattr(zarr_store, "map_part", counted)
-    mapped = batches_of(wide)
-    assert maps > 0
-    for x, row in mapped:
-        assert torch.equal(100 * x[:, 0] + x[:, 1], row.float())
-        assert not x[:, 2:].any()
-    half = len(mapped) // 2
-    for epoch in (mapped[:half], mapped[half:]):
-        assert sorted(torch.cat([row for _, row in epoch]).tolist()) == list(range(6000))
-    gone_on = batches_of(wide, 3)
-    maps = 0
-    monkeypatch.setattr(zarr_store, "mappable", lambda *_: False)
-    read = batches_of(wide)
-    assert maps == 0
-    for others in (mapped[3:], gone_on):
-        for (x, row), (same, same_row) in zip(others, read[3:], strict=True):
-            assert torch.equal(x, same)
-            assert torch.equal(row, same_row)
-
-
-def test_a_mapped_chunk_that_is_cut_short_after_its_check_is_named(
-    wide: ActivationStore, tmp_path: Path
-) -> None:
-    shutil.copytree(str(wide.path), tmp_path / "store")
-    store = ActivationStore.open(tmp_path / "store")
-    order = ReadingOrder(store, "train", "spread", mix_chunks=4, seed=0)
-    (group,) = order.groups(0)
-    reader = PartReader(store, order.part_rows)
-    space = reader.room({SITE: RowArray("uint16", (512,))}, order.longest, False)
-    reader.read(group, False, space)
-    before = space[SITE].copy()
-    path = tmp_path / "store" / "activations.zarr" / SITE / "c" / "1" / "0"
-    content = path.read_bytes()
-    path.unlink()  # as `doctor` does: what is mapped stays whole
-    path.write_bytes(content[:100])
-    assert np.array_equal(space[SITE], before)
     with pytest.raises(DamagedError, match=f"chunk 1 of {SITE} is damaged: cut short"):
         reader.read([part for part in group if part.chunk == 1], False, space)
 
