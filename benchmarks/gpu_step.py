@@ -233,9 +233,11 @@ def milliseconds(times: Times) -> dict[str, float | int]:
 
 
 def held_mib(device: str) -> float:
-    """MiB of the device that tensors take."""
+    """MiB of the device that tensors take; not a number on a CPU."""
+    if device != "cuda":
+        return math.nan
     gc.collect()
-    return torch.cuda.memory_allocated() / 2**20 if device == "cuda" else math.nan
+    return torch.cuda.memory_allocated() / 2**20
 
 
 def peak_mib(call: Callable[[], object], device: str, beyond: float | None = None) -> float:

@@ -6,7 +6,7 @@
 A process for each library and setting, in the library's own environment; while one steps, the
 others sleep. At small shapes all hold their tensors throughout and step one after the other, round
 by round. At large ones, where that would not fit into memory, each takes its turn: it loads, steps
-once untimed, is timed, and lets go.
+twice untimed, is timed, and lets go.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -197,6 +197,7 @@ def _run(scenario: Scenario, workers: Sequence[Worker], inputs: Path) -> Iterato
         for worker in [*workers[first:], *workers[:first]]:
             if not scenario.together:
                 load(worker)
+                worker.step()  # the second step still takes fresh memory
             step(worker)
             if not scenario.together:
                 worker.drop()

@@ -130,8 +130,10 @@ def two_at_work(
         Child(config, logs, kill_at[number], role=Role(number, 2, waits=number == 0))
         for number in range(2)
     ]
-    begun = chance.choice([1, 2, 3])
+    begun, until = chance.choice([1, 2, 3]), time.monotonic() + 10  # so many may not be left
     while both[1].windows < begun and all(child.process.is_alive() for child in both):
+        if time.monotonic() > until:
+            break
         time.sleep(0.01)
     both[0].go_on()
     if both[0].end() != 0:  # the second would wait for it to come back
