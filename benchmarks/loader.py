@@ -37,6 +37,8 @@ from saescope.errors import check_range
 from saescope.progress import say
 
 SITE, CONTEXT, MIXED = "site", 128, 4
+PASSES = 4
+"""over the rows at a time: beginning takes as long as a tenth of a pass"""
 SAELENS, SHARDS, OURS = "SAELens", "safetensors", "saescope"
 BUFFER = {"n_batches_in_buffer": 64, "store_batch_size_prompts": 32}
 """SAELens' sequences in its buffer and sequences read at once; the default of 20 for the first is
@@ -66,7 +68,7 @@ class LoaderBenchConfig(Config):
     batch: int = 4096
     """Rows a batch."""
     rounds: int = 5
-    """Passes that are timed of each; one more before them is not."""
+    """Times that each is timed (over four passes, SAELens one); one more before them is not."""
     saelens: bool = True
     """Whether SAELens is compared with (its environment takes some minutes to make, once)."""
     threads: int = 2
@@ -140,9 +142,10 @@ def make_shards(folder: Path, x: Tensor, chunk_rows: int) -> list[Path]:
 
 
 def shard_batches(paths: list[Path], batch: int, seed: int) -> Iterator[Tensor]:
-    """One pass over shards: some at a time in memory, their rows shuffled together."""
+    """Passes over shards: some at a time in memory, their rows shuffled together."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(paths), generator=generator).tolist()
+    passes = [torch.randperm(len(paths), generator=generator) for _ in range(PASSES)]
+    order = torch.cat(passes).tolist()
     left = torch.empty(0)
     for start in range(0, len(order), MIXED):
         x = torch.cat([load_file(paths[n])[SITE] for n in order[start : start + MIXED]])
@@ -156,7 +159,7 @@ def shard_batches(paths: list[Path], batch: int, seed: int) -> Iterator[Tensor]:
 
 
 def timed(passes: Callable[[int], Iterator[Tensor]], number: int) -> float:
-    """Tokens a second of one pass."""
+    """Tokens a second of some passes, one after the other."""
     start, count = time.perf_counter(), 0
     for x in passes(number):
         count += len(x)
@@ -168,7 +171,7 @@ def ours(
 ) -> Callable[[int], Iterator[Tensor]]:
     """Passes of our loader, the same one: `spread` has checked every chunk after the first."""
     loader = ActivationLoader(
-        store, SITE, batch_size=batch, epochs=1, order=order, dtype=dtype, mix_chunks=MIXED
+        store, SITE, batch_size=batch, epochs=PASSES, order=order, dtype=dtype, mix_chunks=MIXED
     )
     return lambda _: iter(loader)
 
