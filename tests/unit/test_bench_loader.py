@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.loader import (
     COLUMNS,
+    PASSES,
     SITE,
     LoaderBenchConfig,
     make_shards,
@@ -19,9 +20,9 @@ from benchmarks.loader import (
 from saescope.errors import InputError
 
 
-def test_all_that_is_timed_gives_every_row_once(tmp_path: Path) -> None:
+def test_all_that_is_timed_gives_every_row_once_a_pass(tmp_path: Path) -> None:
     x = torch.arange(1.0, 513.0)[:, None].repeat(1, 4).to(torch.bfloat16)
-    expected = x[:, 0].float().sort().values
+    expected = x[:, 0].float().repeat(PASSES).sort().values
     store = make_store(tmp_path / "store", x, "bfloat16", 64)
     assert make_store(tmp_path / "store", x, "bfloat16", 64).windows == store.windows
     assert store.n_rows("train") == 512
