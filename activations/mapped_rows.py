@@ -29,8 +29,8 @@ class MappedRows:
         path_of: a chunk's file.
 
     >>> rows = MappedRows("site", 2, 16384, (768,), "uint16", path_of)  # doctest: +SKIP
-    >>> rows.show(1, first=0, count=512)  # doctest: +SKIP
-    >>> rows.array[16384 : 16384 + 512]  # doctest: +SKIP
+    >>> at = rows.show(1, first=0, count=512)  # doctest: +SKIP
+    >>> rows.array[at : at + 512]  # doctest: +SKIP
     """
 
     def __init__(
@@ -51,13 +51,8 @@ class MappedRows:
         self._files: dict[int, int] = {}
         """which file a mapped chunk is, by its inode"""
 
-    @property
-    def chunk_rows(self) -> int:
-        """Rows from one chunk's first to the next one's."""
-        return self._chunk_rows
-
-    def show(self, chunk: int, first: int, count: int) -> None:
-        """Have some rows of a chunk in memory. They are not checked.
+    def show(self, chunk: int, first: int, count: int) -> int:
+        """Have some rows of a chunk in memory; where the first is in `array`. They are not checked.
 
         Raises DamagedError if they are not there.
         """
@@ -73,6 +68,7 @@ class MappedRows:
                 _bring(self._address(chunk, first), count * self._row)
         except OSError as error:
             raise unreadable(what, path, error) from error
+        return chunk * self._chunk_rows + first
 
     def forget(self, chunk: int, first: int, count: int) -> None:
         """Let go of the memory of some rows, which come back if they are looked at."""

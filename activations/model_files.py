@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from activations.packaged import PACKAGED_MODELS, packaged_folder
+from activations.products import seconds_of_product
 from saescope.artefact import sha256_file, sha256_json
 from saescope.errors import InputError
 
@@ -103,10 +104,5 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
         return dtype
     if device.type != "cpu":
         return "bfloat16"
-    from timeit import repeat
-
-    def seconds(kind: torch.dtype) -> float:
-        x, w = torch.ones(1024, 576, dtype=kind), torch.ones(1536, 576, dtype=kind)
-        return min(repeat(lambda: torch.nn.functional.linear(x, w), number=2, repeat=8))
-
-    return "bfloat16" if seconds(torch.bfloat16) < 0.9 * seconds(torch.float32) else "float32"
+    short, long = (seconds_of_product(kind) for kind in (torch.bfloat16, torch.float32))
+    return "bfloat16" if short < 0.9 * long else "float32"

@@ -6,7 +6,6 @@ add them up in float32 and round the sum once; so here: the results are those of
 precision, but for the order of additions.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from timeit import repeat
 from typing import Any, Literal
@@ -28,10 +27,9 @@ def faster_products(dtype: torch.dtype, device: torch.device) -> Products:
     """The faster for a model of this precision, by a short measurement."""
     if device.type != "cpu" or dtype not in _SHORT:
         return "own"
-    x, w = torch.ones(1024, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-    own = _seconds(lambda: linear(x, w))
+    own = seconds_of_product(dtype)
     with multiplied_in("float32"):
-        other = _seconds(lambda: linear(x, w))
+        other = seconds_of_product(dtype)
     return "float32" if other < _CLEARLY * own else "own"
 
 
@@ -40,8 +38,10 @@ def multiplied_in(products: Products) -> AbstractContextManager[object]:
     return _InFloat32() if products == "float32" else nullcontext()
 
 
-def _seconds(product: Callable[[], object]) -> float:
-    return min(repeat(product, number=2, repeat=8))
+def seconds_of_product(dtype: torch.dtype) -> float:
+    """What a product of a small model's size takes on the CPU."""
+    x, w = torch.ones(1024, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    return min(repeat(lambda: linear(x, w), number=2, repeat=8)) / 2
 
 
 class _InFloat32(TorchFunctionMode):
@@ -53,20 +53,21 @@ class _InFloat32(TorchFunctionMode):
         del types
         named = dict(kwargs or {})
         if func in _OPERANDS:
-            named |= zip(_OPERANDS[func], args, strict=False)
+            rows, operands = _OPERANDS[func]
+            named |= zip(operands, args, strict=False)
             args = ()
-            if _worth_it(named[_LEFT[func]]):
-                operands = {name: named[name] for name in _OPERANDS[func] if name in named}
-                wide = {name: x if x is None else x.float() for name, x in operands.items()}
-                return func(**{**named, **wide}).to(named[_LEFT[func]].dtype)
+            if _worth_it(named[rows]):
+                given = {name: named[name] for name in operands if named.get(name) is not None}
+                wide = {name: x.float() for name, x in given.items()}
+                return func(**{**named, **wide}).to(named[rows].dtype)
         return func(*args, **named)
 
 
-_OPERANDS: dict[Any, tuple[str, ...]] = {
-    linear: ("input", "weight", "bias"), torch.addmm: ("input", "mat1", "mat2"),
-}  # fmt: skip
-_LEFT: dict[Any, str] = {linear: "input", torch.addmm: "mat1"}
-"""which operand has the rows"""
+_OPERANDS: dict[Any, tuple[str, tuple[str, ...]]] = {
+    linear: ("input", ("input", "weight", "bias")),
+    torch.addmm: ("mat1", ("input", "mat1", "mat2")),
+}
+"""which operand has the rows, and all of them in their order"""
 
 
 def _worth_it(x: torch.Tensor) -> bool:

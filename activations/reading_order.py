@@ -130,8 +130,7 @@ class PartReader:
                     continue
                 self._check(name, part.chunk)
                 if mapped:
-                    self._mapped[name].show(*part)
-                    first = part.chunk * self._mapped[name].chunk_rows + part.start
+                    first = self._mapped[name].show(*part)
                 else:
                     out = array[first : first + part.rows]
                     self._store.read_part(name, part.chunk, part.start, out)

@@ -301,7 +301,7 @@ class ActivationStore:
     def map_rows(self, array: str) -> MappedRows | None:
         """An array's rows by `show`, without copying; None where this store cannot do that.
 
-        `check_rows` is to come before. Row r of a chunk is row chunk * chunk_rows + r.
+        `check_rows` is to come before.
         """
         dtype, tail, _ = described = self._row_arrays[array]
         chunks, nbytes = self._rows_of_chunk, self._chunk_rows * described.nbytes

@@ -58,7 +58,7 @@ def harvest_targets(found: Sequence[Row]) -> Iterator[tuple[str, str, str, bool]
             yield what, "at most 8 %", f"{added:.1%}", added <= 0.08
         if written and peer:
             ratio = written / peer
-            # what no harvest with this model's forward pass can exceed by much
+            # what a harvest would reach that did no more than torch's own forward pass
             bound = f" (the bare forward: {forward / peer:.2f}x)" if forward else ""
             what = f"harvest, written, {short}, over SAELens"
             yield what, "1.5x", f"{ratio:.2f}x{bound}", ratio >= 1.5

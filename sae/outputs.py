@@ -1,12 +1,13 @@
 """What an SAE's forward pass and objective return, and what an objective may know of the run."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sae.codes import SparseCodes
+from sae.objectives import Reconstruction
 
 
 class SAEOutput(NamedTuple):
@@ -18,13 +19,6 @@ class SAEOutput(NamedTuple):
     """feature activations, in the model's units"""
 
 
-class _Found(Protocol):
-    """A Reconstruction, whose y_hat is made when it is asked for."""
-
-    @property
-    def y_hat(self) -> Tensor: ...
-
-
 class TrainingOutput(NamedTuple):
     """What an architecture's objective returns for one batch."""
 
@@ -34,7 +28,7 @@ class TrainingOutput(NamedTuple):
     """named parts of the loss, detached scalars; "fvu" is always one"""
     counts: Tensor
     """int64 [d_sae], rows of the batch each feature fired on"""
-    found: _Found
+    found: Reconstruction
     """how well the batch was reconstructed"""
 
     @property

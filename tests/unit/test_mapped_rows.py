@@ -38,6 +38,12 @@ def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param
 
 
+def mapped_rows_of(store: ActivationStore) -> MappedRows:
+    rows = store.map_rows(SITE)
+    assert rows is not None
+    return rows
+
+
 def batches_of(store: ActivationStore, skip: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     loader = ActivationLoader(store, SITE, batch_size=700, mix_chunks=1, epochs=2, drop_last=False)
     loader.load_state_dict({**loader.state_dict(), "batch": skip})
@@ -50,9 +56,9 @@ def test_rows_that_are_mapped_are_those_that_are_read(
     shown, forgotten = [], []
     show, advise = MappedRows.show, mapped_rows._advise
 
-    def counted(self: MappedRows, *part: int) -> None:
+    def counted(self: MappedRows, *part: int) -> int:
         shown.append(part)
-        show(self, *part)
+        return show(self, *part)
 
     def advised(address: int, nbytes: int, advice: int) -> bool:
         if advice == mapped_rows.mmap.MADV_DONTNEED:
@@ -83,11 +89,10 @@ def test_rows_that_are_mapped_are_those_that_are_read(
 
 def test_what_is_let_go_of_comes_back(wide: ActivationStore, memory: str) -> None:
     del memory
-    rows = wide.map_rows(SITE)
-    assert rows is not None
+    rows = mapped_rows_of(wide)
     expected = wide.read_rows(SITE, 1)
     for _ in range(2):
-        rows.show(1, 100, 900)
+        assert rows.show(1, 100, 900) == CHUNK + 100
         assert np.array_equal(rows.array[CHUNK + 100 : CHUNK + 1000], expected[100:1000])
         rows.forget(1, 100, 900)
     assert np.array_equal(rows.array[CHUNK + 100 : CHUNK + 1000], expected[100:1000])
@@ -119,8 +124,7 @@ def test_a_chunk_that_is_gone_before_it_is_mapped_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store, path = damaged
-    rows = store.map_rows(SITE)
-    assert rows is not None
+    rows = mapped_rows_of(store)
     rows.show(0, 0, 64)
     damage(path)
     if message == "unreadable":  # root may read whatever it likes
@@ -158,8 +162,7 @@ def test_a_mapped_chunk_that_is_cut_short_is_named_before_it_is_touched(
     damaged: tuple[ActivationStore, Path],
 ) -> None:
     store, path = damaged
-    rows = store.map_rows(SITE)
-    assert rows is not None
+    rows = mapped_rows_of(store)
     rows.show(1, 0, 64)
     cut(path)
     with pytest.raises(DamagedError, match=f"chunk 1 of {SITE} is damaged: cut short"):

@@ -61,13 +61,13 @@ def test_the_faster_is_chosen(
     own: float, other: float, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([own, other])
-    monkeypatch.setattr("activations.products._seconds", lambda _: next(times))
+    monkeypatch.setattr("activations.products.seconds_of_product", lambda _: next(times))
     assert faster_products(torch.bfloat16, CPU) == chosen
     assert list(times) == []
 
 
 def test_nothing_is_measured_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("activations.products._seconds")
+    monkeypatch.delattr("activations.products.seconds_of_product")
     assert faster_products(torch.float32, CPU) == "own"
     assert faster_products(torch.bfloat16, torch.device("cuda")) == "own"
 
