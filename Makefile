@@ -62,7 +62,7 @@ check: $(STAMP) ## Style, types, import rule.
 	@$(BIN)/basedpyright --level error
 	@$(BIN)/lint-imports --no-cache | tail -n 12
 
-check-native: $(STAMP) ## The C++ kernels' tests under the address and undefined-behaviour sanitizers.
+check-native: $(STAMP) ## The C++ code's tests under the address and undefined-behaviour sanitizers.
 	@$(BIN)/python -m tests.kernels.sanitized
 
 test: $(STAMP) ## The default test suite, on up to four processors.

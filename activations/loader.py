@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Literal, TypeVar, cast, get_args, overload
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from activations.layout import ROW_TOKEN
 from activations.reading_order import Order, PartReader, ReadingOrder
 from activations.row_storage import RowArray, rows_in
+from activations.taking import Taker
 from activations.zarr_store import ActivationStore, Chunk
 from saescope.errors import InputError, check_range
 
@@ -23,8 +24,12 @@ ItemT = TypeVar("ItemT")
 BatchDtype = Literal["float32", "bfloat16"]
 Space = dict[str, NDArray[Any]]
 """Room for a group's rows, by array."""
-_WORTH_TWO = 1 << 20
-"""bytes to copy that a second thread is woken for"""
+_Batch = tuple[dict[str, Tensor], list[Future[None]]]
+"""By name (see `_parts`), and what is to be waited for until it is filled."""
+_TAKERS = 2
+"""Threads: one alone does not fill the memory's bus."""
+_Part = tuple[tuple[str, ...], tuple[int, ...], torch.dtype]
+"""Of a batch: the arrays it is made from, shape of an entry, and dtype."""
 
 
 class ActivationLoader(Generic[BatchT]):
@@ -137,6 +142,8 @@ class ActivationLoader(Generic[BatchT]):
         self._reader = PartReader(store, self._reading.part_rows)
         self.device = torch.device(device)
         self._dtype: torch.dtype = getattr(torch, dtype)
+        # elsewhere rows go as they are stored, which is less to move, and are turned there
+        self._finished = self.device.type == "cpu"
         self._prefetch = 0 if store.storage == "none" else prefetch
         self._store = store
         self._drop_last = drop_last
@@ -193,7 +200,10 @@ class ActivationLoader(Generic[BatchT]):
 
     def with_rows(self) -> Iterator[tuple[BatchT, Int64[Tensor, " batch"]]]:
         """The same batches, each with the flat token index (row_token) of its rows."""
-        for batch in _made_ahead(self._made(self._epoch, self._batch), self._prefetch):
+        made = self._made(self._epoch, self._batch)
+        for batch, begun in _made_ahead(made, self._prefetch):
+            for each in begun:
+                each.result()
             # moved before the batch is handed out: a state taken now goes on after it
             self._batch += 1
             if self._batch == self.batches_per_epoch:
@@ -203,34 +213,61 @@ class ActivationLoader(Generic[BatchT]):
         self._epoch = self._batch = 0
 
     def _delivered(self, site: str, batch: Mapping[str, Tensor]) -> Tensor:
+        if self._finished:
+            return batch[site]
         arrays = [batch[name] for name in self._store.arrays_of(site)]
         return rows_in([a.to(self.device, non_blocking=True) for a in arrays], self._dtype)
 
-    def _made(self, epoch: int, first: int) -> Iterator[dict[str, Tensor]]:
-        """Batches from number `first` of an epoch on: by name, the arrays read of their rows."""
+    def _made(self, epoch: int, first: int) -> Iterator[_Batch]:
+        """Batches from number `first` of an epoch on."""
         arrays = {ROW_TOKEN: RowArray("int64", ())}
         for site in self.sites:
             arrays |= self._store.arrays_of(site)
         spaces = [self._space(arrays) for _ in range(2 if self._prefetch else 1)]
-        take = _Taker(self._prefetch > 0)
-        while self.epochs is None or epoch < self.epochs:
-            groups = self._groups(epoch, first * self.batch_size, spaces)
-            groups = _made_ahead(groups, len(spaces) - 1)
-            space, order = spaces[0], np.empty(0, np.int64)
-            for number in range(first, self.batches_per_epoch):
-                size = min(self.batch_size, self._rows - number * self.batch_size)
-                batch = {name: self._empty(size, array) for name, array in arrays.items()}
-                filled = 0
-                while filled < size:
-                    if not len(order):
-                        space, order = next(groups)
-                    part, order = np.split(order, [size - filled])
-                    for name, x in batch.items():
-                        take(space[name], part, x.numpy()[filled : filled + len(part)])
-                    filled += len(part)
-                yield batch
-            epoch, first = epoch + 1, 0
+        with Taker(_TAKERS if self._prefetch else 0) as taker:
+            while self.epochs is None or epoch < self.epochs:
+                groups = self._groups(epoch, first * self.batch_size, spaces)
+                groups = _made_ahead(groups, len(spaces) - 1)
+                yield from self._taken(groups, first, self._parts(arrays), taker)
+                epoch, first = epoch + 1, 0
         self._spare = spaces
+
+    def _taken(
+        self,
+        groups: Iterator[tuple[Space, NDArray[np.int64]]],
+        first: int,
+        parts: Mapping[str, _Part],
+        taker: Taker,
+    ) -> Iterator[_Batch]:
+        """The batches of an epoch from number `first` on, out of its groups."""
+        space, order = Space(), np.empty(0, np.int64)
+        for number in range(first, self.batches_per_epoch):
+            size = min(self.batch_size, self._rows - number * self.batch_size)
+            batch = {name: self._empty(size, tail, kind) for name, (_, tail, kind) in parts.items()}
+            begun: list[Future[None]] = []
+            filled = 0
+            while filled < size:
+                if not len(order):
+                    taker.wait()  # from here on the group before is overwritten
+                    space, order = next(groups)
+                places, order = np.split(order, [size - filled])
+                now = slice(filled, filled + len(places))
+                pieces = [([space[a] for a in parts[name][0]], batch[name][now]) for name in parts]
+                begun += taker.begin(pieces, places)
+                filled += len(places)
+            yield batch, begun
+
+    def _parts(self, arrays: Mapping[str, RowArray]) -> dict[str, _Part]:
+        """What a batch is made of: each array that is read, or where it stays here, each site."""
+        parts: dict[str, _Part] = {
+            name: ((name,), each.tail, getattr(torch, each.dtype))
+            for name, each in arrays.items()
+            if each.site is None or not self._finished
+        }
+        if self._finished:
+            for site, width in zip(self.sites, self.widths, strict=True):
+                parts[site] = (tuple(self._store.arrays_of(site)), (width,), self._dtype)
+        return parts
 
     def _space(self, arrays: Mapping[str, RowArray]) -> Space:
         # used again and again: fresh memory costs as much as what is done with it
@@ -238,10 +275,9 @@ class ActivationLoader(Generic[BatchT]):
             return self._spare.pop()
         return self._reader.room(arrays, self._reading.longest, self._whole)
 
-    def _empty(self, rows: int, array: RowArray) -> Tensor:
+    def _empty(self, rows: int, tail: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Space for rows; in memory that a CUDA device copies from by itself, if they go to one."""
-        dtype = getattr(torch, array.dtype)
-        return torch.empty((rows, *array.tail), dtype=dtype, pin_memory=self.device.type == "cuda")
+        return torch.empty((rows, *tail), dtype=dtype, pin_memory=self.device.type == "cuda")
 
     def _groups(
         self, epoch: int, skip: int, spaces: Sequence[Space]
@@ -260,29 +296,6 @@ class ActivationLoader(Generic[BatchT]):
             order = np.random.default_rng((self._seed, epoch, number)).permutation(rows)[skip:]
             yield space, places[order]
             skip = 0
-
-
-class _Taker:
-    """Takes rows of an array, where it may with another thread: one does not fill the memory's bus.
-
-    The thread ends with this.
-    """
-
-    def __init__(self, two: bool) -> None:
-        self._pool = ThreadPoolExecutor(1, "activation-loader") if two else None
-
-    def __call__(self, rows: NDArray[Any], places: NDArray[np.int64], out: NDArray[Any]) -> None:
-        half = len(places) // 2 if self._pool and out.nbytes >= _WORTH_TWO else 0
-        other = None
-        if self._pool and half:
-            other = self._pool.submit(_take, rows, places[:half], out[:half])
-        _take(rows, places[half:], out[half:])
-        if other:
-            other.result()
-
-
-def _take(rows: NDArray[Any], places: NDArray[np.int64], out: NDArray[Any]) -> None:
-    np.take(rows, places, axis=0, out=out, mode="clip")  # without clip it copies `out` first
 
 
 def _made_ahead(source: Iterator[ItemT], count: int) -> Iterator[ItemT]:

@@ -10,7 +10,7 @@ import functools
 import mmap
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ class MappedRows:
         path_of: a chunk's file.
 
     >>> rows = MappedRows("site", 2, 16384, (768,), "uint16", path_of)  # doctest: +SKIP
-    >>> at = rows.show(1, first=0, count=512)  # doctest: +SKIP
-    >>> rows.array[at : at + 512]  # doctest: +SKIP
+    >>> at = rows.show([(1, 0, 512)])  # doctest: +SKIP
+    >>> rows.array[at[0] : at[0] + 512]  # doctest: +SKIP
     """
 
     def __init__(
@@ -51,24 +51,27 @@ class MappedRows:
         self._files: dict[int, int] = {}
         """which file a mapped chunk is, by its inode"""
 
-    def show(self, chunk: int, first: int, count: int) -> int:
-        """Have some rows of a chunk in memory; where the first is in `array`. They are not checked.
+    def show(self, parts: Sequence[tuple[int, int, int]]) -> list[int]:
+        """Have some rows in memory; where the first of each part is in `array`. Not checked.
+
+        Args: parts: a chunk, its first row, and how many.
 
         Raises DamagedError if they are not there.
         """
-        path = self._path_of(chunk)
-        what = f"chunk {chunk} of {self._name}"
-        assert isinstance(path, Path), "only files are mapped"
-        try:
-            if chunk not in self._files:
-                self._map(chunk, path, what)
-            elif not self._whole(chunk, path):  # to touch what was cut off would kill the process
-                raise cut_short(what, path)
-            if not self._stays:
-                _bring(self._address(chunk, first), count * self._row)
-        except OSError as error:
-            raise unreadable(what, path, error) from error
-        return chunk * self._chunk_rows + first
+        for chunk in dict.fromkeys(chunk for chunk, _, _ in parts):
+            path, what = self._path_of(chunk), f"chunk {chunk} of {self._name}"
+            assert isinstance(path, Path), "only files are mapped"
+            try:
+                if chunk not in self._files:
+                    self._map(chunk, path, what)
+                elif not self._whole(chunk, path):  # touching what was cut off kills the process
+                    raise cut_short(what, path)
+                for of, first, count in () if self._stays else parts:
+                    if of == chunk:
+                        _bring(self._address(chunk, first), count * self._row)
+            except OSError as error:
+                raise unreadable(what, path, error) from error
+        return [chunk * self._chunk_rows + first for chunk, first, _ in parts]
 
     def forget(self, chunk: int, first: int, count: int) -> None:
         """Let go of the memory of some rows, which come back if they are looked at."""

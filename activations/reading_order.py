@@ -119,25 +119,26 @@ class PartReader:
 
         Raises DamagedError if a chunk is missing, damaged, or not the one that was committed.
         """
-        mapped = not all(array.flags.writeable for array in space.values())
-        places = []
-        for number, part in enumerate(group):
-            first = number * self._part_rows
-            for name, array in space.items():
-                if whole:
-                    out = array[first : first + self._part_rows]
-                    self._store.read_rows(name, part.chunk, out)
-                    continue
-                self._check(name, part.chunk)
-                if mapped:
-                    first = self._mapped[name].show(*part)
-                else:
-                    out = array[first : first + part.rows]
-                    self._store.read_part(name, part.chunk, part.start, out)
-            places.append(np.arange(first, first + part.rows))
-        if mapped:
+        for name in () if whole else space:
+            for chunk in dict.fromkeys(part.chunk for part in group):
+                self._check(name, chunk)
+        starts = [number * self._part_rows for number in range(len(group))]
+        if not all(array.flags.writeable for array in space.values()):
+            for name in space:
+                starts = self._mapped[name].show(group)
             self._forget(group)
-        return np.concatenate(places)
+        else:
+            for part, first in zip(group, starts, strict=True):
+                for name, array in space.items():
+                    if whole:
+                        out = array[first : first + self._part_rows]
+                        self._store.read_rows(name, part.chunk, out)
+                    else:
+                        out = array[first : first + part.rows]
+                        self._store.read_part(name, part.chunk, part.start, out)
+        return np.concatenate(
+            [np.arange(first, first + part.rows) for part, first in zip(group, starts, strict=True)]
+        )
 
     def _map(self, arrays: Mapping[str, RowArray]) -> bool:
         if not self._mapped:

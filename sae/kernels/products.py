@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sae.kernels import native
+from saescope import compiled
 
 _DEFAULT, _ONEDNN = "default", "onednn"
 _ROWS, _WIDTH, _FEATURES = 256, 768, 2048
@@ -77,7 +78,7 @@ def _has_onednn() -> bool:
 
 @functools.cache
 def _remembered(threads: int) -> str:
-    path = native.cache() / f"product-{native.machine()}-{threads}"
+    path = compiled.cache() / f"product-{native.machine()}-{threads}"
     try:
         known = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):

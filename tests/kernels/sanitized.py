@@ -1,4 +1,4 @@
-"""Runs the C++ kernels' tests under the address and undefined-behaviour sanitizers.
+"""Runs the C++ code's tests under the address and undefined-behaviour sanitizers.
 
 `make check-native` runs it: once for this processor and, on x86-64, once more without the vectors
 of newer ones, which is other code. It fails at the first error; without a compiler it says so.
@@ -12,10 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-_TESTS = ("cpu", "cpu_gradients", "screen", "optimiser")
+_TESTS = (
+    *(f"kernels/test_{name}.py" for name in ("cpu", "cpu_gradients", "screen", "optimiser")),
+    "unit/test_taking.py",
+)
 _FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 _RUNTIMES = ("libasan.so", "libubsan.so")
-_LOADED = "from sae.kernels import native; raise SystemExit(native.library() is None)"
+_LOADED = (
+    "from sae.kernels import native; from activations import taking; "
+    "raise SystemExit(native.library() is None or taking.library() is None)"
+)
 
 
 def main() -> int:
@@ -42,7 +48,7 @@ def main() -> int:
             "ASAN_OPTIONS": "detect_leaks=0",
         }
         print(f"-march={target}", flush=True)  # noqa: T201
-        tests = [f"tests/kernels/test_{name}.py" for name in _TESTS]
+        tests = [f"tests/{name}" for name in _TESTS]
         pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=1200", *tests]
         for arguments in (["-c", _LOADED], pytest):
             status = subprocess.run([sys.executable, *arguments], cwd=root, env=environment)

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import activations
 from sae import kernels
 from sae.kernels import cpu, native
+from saescope import compiled
 
-compiled = pytest.mark.skipif(
+with_compiler = pytest.mark.skipif(
     not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
     reason="no C++ compiler",
 )
@@ -37,7 +39,7 @@ def load(capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
     return found, capsys.readouterr().err
 
 
-@compiled
+@with_compiler
 def test_a_library_is_built_once(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found, said = load(capsys)
     assert found.answer() == 41  # type: ignore[attr-defined]
@@ -49,7 +51,7 @@ def test_a_library_is_built_once(sources: Path, capsys: pytest.CaptureFixture[st
     assert [each.name for each in path.parent.iterdir()] == [path.name]  # nothing left lying
 
 
-@compiled
+@with_compiler
 def test_whatever_matters_makes_another_library(
     sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,15 +62,15 @@ def test_whatever_matters_makes_another_library(
     paths.append(native.build())
     monkeypatch.setenv("SAESCOPE_CXXFLAGS", "-DANSWER=43")
     paths.append(native.build())
-    monkeypatch.setattr(native, "_processor", lambda: "another")
+    monkeypatch.setattr(compiled, "processor", lambda: "another")
     paths.append(native.build())
-    monkeypatch.setattr(native, "_version", lambda _: "another")
+    monkeypatch.setattr(compiled, "_version", lambda _: "another")
     paths.append(native.build())
     assert len(set(paths)) == len(paths)
     assert all(path.exists() for path in paths)
 
 
-@compiled
+@with_compiler
 def test_two_processes_build_at_once(sources: Path) -> None:
     code = (
         "from pathlib import Path; from sae.kernels import native; "
@@ -107,7 +109,7 @@ def test_a_compiler_that_is_not_there(
     assert "(no-such-compiler: No such file or directory)" in said
 
 
-@compiled
+@with_compiler
 def test_source_that_does_not_compile(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (sources / "broken.cpp").write_text("int f() { return; }\n" * 5)
     found, said = load(capsys)
@@ -118,7 +120,7 @@ def test_source_that_does_not_compile(sources: Path, capsys: pytest.CaptureFixtu
     assert not list((sources.parent / "cache").iterdir())
 
 
-@compiled
+@with_compiler
 def test_a_symbol_that_is_not_there(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (sources / "answer.cpp").write_text(
         f"int nowhere();\n{_SOURCE % 0}".replace("0;", "nowhere();")
@@ -132,7 +134,7 @@ def test_a_symbol_that_is_not_there(sources: Path, capsys: pytest.CaptureFixture
 def test_a_cache_that_cannot_be_written(
     sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(native, "_version", lambda _: "any")
+    monkeypatch.setattr(compiled, "_version", lambda _: "any")
     monkeypatch.setenv("CXX", "any")
     monkeypatch.setenv("SAESCOPE_CACHE", str(sources / "answer.cpp" / "below a file"))
     found, said = load(capsys)
@@ -167,22 +169,28 @@ def test_a_process_without_a_compiler_says_so_once(tmp_path: Path) -> None:
     assert "no compiler" in done.stderr
 
 
-@compiled
+@with_compiler
 @pytest.mark.parametrize("target", ["native", "baseline"])
-def test_it_builds_without_warnings(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", [native.FOLDER, Path(activations.__file__).parent])
+def test_it_builds_without_warnings(target: str, folder: Path, tmp_path: Path) -> None:
     """For this processor, and without the vectors of newer ones."""
     if target == "baseline" and platform.machine() != "x86_64":
         pytest.skip("the baseline is named for x86-64 only")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
-    flags = [*native.FLAGS, "-Werror", *(["-march=x86-64"] if target == "baseline" else [])]
+    flags = [
+        *compiled.FLAGS,
+        *native.FLAGS,
+        "-Werror",
+        *(["-march=x86-64"] if target == "baseline" else []),
+    ]
     running = [
         subprocess.Popen(
             [*compiler.split(), *flags, "-c", str(source), "-o", str(tmp_path / source.stem)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for source in sorted(native.FOLDER.glob("*.cpp"))
+        for source in sorted(folder.glob("*.cpp"))
     ]  # fmt: skip
-    assert len(running) > 1
+    assert running
     assert "".join(process.communicate()[0] for process in running) == ""
     assert not any(process.returncode for process in running)
 

@@ -281,11 +281,11 @@ def test_the_threads_end_with_the_iterator(small: ActivationStore) -> None:
     loader = ActivationLoader(small, SITE, batch_size=16)
     batches: Any = loader.with_rows()
     next(batches)
-    assert threads() == 2  # one reads groups, one makes batches
+    assert threads() > 2  # one reads groups, one makes batches, others fill them
     batches.close()
     assert threads() == 0
     for _ in loader:
-        assert threads() == 2
+        assert threads() > 2
         break
     gc.collect()
     assert threads() == 0

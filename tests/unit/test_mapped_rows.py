@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from activations import ActivationLoader, ActivationStore, mapped_rows, zarr_store
 from activations.mapped_rows import MappedRows, mappable
-from activations.reading_order import PartReader, ReadingOrder
+from activations.reading_order import Part, PartReader, ReadingOrder
 from activations.row_storage import RowArray
 from saescope.artefact import DamagedError
 from tests.unit.test_loader_mixing import SITE, make_latent_store
@@ -56,9 +56,9 @@ def test_rows_that_are_mapped_are_those_that_are_read(
     shown, forgotten = [], []
     show, advise = MappedRows.show, mapped_rows._advise
 
-    def counted(self: MappedRows, *part: int) -> int:
-        shown.append(part)
-        return show(self, *part)
+    def counted(self: MappedRows, parts: Sequence[Part]) -> list[int]:
+        shown.extend(parts)
+        return show(self, parts)
 
     def advised(address: int, nbytes: int, advice: int) -> bool:
         if advice == mapped_rows.mmap.MADV_DONTNEED:
@@ -92,7 +92,7 @@ def test_what_is_let_go_of_comes_back(wide: ActivationStore, memory: str) -> Non
     rows = mapped_rows_of(wide)
     expected = wide.read_rows(SITE, 1)
     for _ in range(2):
-        assert rows.show(1, 100, 900) == CHUNK + 100
+        assert rows.show([(1, 100, 900)]) == [CHUNK + 100]
         assert np.array_equal(rows.array[CHUNK + 100 : CHUNK + 1000], expected[100:1000])
         rows.forget(1, 100, 900)
     assert np.array_equal(rows.array[CHUNK + 100 : CHUNK + 1000], expected[100:1000])
@@ -125,7 +125,7 @@ def test_a_chunk_that_is_gone_before_it_is_mapped_is_named(
 ) -> None:
     store, path = damaged
     rows = mapped_rows_of(store)
-    rows.show(0, 0, 64)
+    rows.show([(0, 0, 64)])
     damage(path)
     if message == "unreadable":  # root may read whatever it likes
         opened = Path.open
@@ -137,7 +137,7 @@ def test_a_chunk_that_is_gone_before_it_is_mapped_is_named(
 
         monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DamagedError, match=f"chunk 1 of {SITE} is .*{message.split()[-1]}"):
-        rows.show(1, 0, 64)
+        rows.show([(1, 0, 64)])
 
 
 def test_a_mapped_chunk_that_is_taken_away_is_still_there(
@@ -163,10 +163,10 @@ def test_a_mapped_chunk_that_is_cut_short_is_named_before_it_is_touched(
 ) -> None:
     store, path = damaged
     rows = mapped_rows_of(store)
-    rows.show(1, 0, 64)
+    rows.show([(1, 0, 64)])
     cut(path)
     with pytest.raises(DamagedError, match=f"chunk 1 of {SITE} is damaged: cut short"):
-        rows.show(1, 64, 64)
+        rows.show([(1, 64, 64)])
 
 
 def test_what_cannot_be_mapped(tmp_path: Path) -> None:

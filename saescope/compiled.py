@@ -1,0 +1,123 @@
+"""Builds a folder's C++ once, into the user's cache.
+
+A library is kept under the hash of its sources, compiler, flags and processor. CXX names another
+compiler than g++ or clang++, SAESCOPE_CXXFLAGS adds flags, SAESCOPE_CACHE names another folder.
+"""
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCES = ("*.h", "*.cpp")
+FLAGS = (
+    "-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno", "-fvisibility=hidden",
+    "-Wall", "-Wextra",
+)  # fmt: skip
+_CACHE = "SAESCOPE_CACHE"
+_MORE_FLAGS = "SAESCOPE_CXXFLAGS"
+
+
+class NotBuilt(Exception):
+    """Why there is no library."""
+
+
+def build(name: str, folder: Path, *, flags: Sequence[str] = (), identity: str = "") -> Path:
+    """The path of the library of a folder's sources, compiled if it is not in the cache.
+
+    Args:
+        flags: for the compiler, before those of the environment; the linker is not given them.
+        identity: of what else makes another library.
+
+    Raises NotBuilt if it cannot be.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or _found_compiler()
+    flags = (*FLAGS, *flags, *_more_flags())
+    sources = sorted(path for pattern in SOURCES for path in folder.glob(pattern))
+    facts = [*flags, *compiler, _version(compiler), platform.machine(), processor(), identity]
+    digest = hashlib.sha256("\n".join(facts).encode())
+    for path in sources:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    target = cache() / f"{name}-{digest.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+            built = Path(temporary) / target.name
+            _compile([*compiler, *flags], [p for p in sources if p.suffix == ".cpp"], built.parent)
+            _link([*compiler, "-shared", *_more_flags()], built)
+            built.replace(target)  # whoever is first; the other's is the same
+    except OSError as error:
+        said = f"{target.parent}: {error.strerror or error}; {_CACHE} may name another folder"
+        raise NotBuilt(said) from error
+    return target
+
+
+def cache() -> Path:
+    """Folder for what is compiled: SAESCOPE_CACHE, or saescope in the user's cache."""
+    given = os.environ.get(_CACHE)
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saescope"
+
+
+def processor() -> str:
+    """What -march=native looks at."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return platform.processor()
+    wanted = ("model name", "flags", "Features")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    first = {line.partition(":")[0].strip(): line for line in reversed(lines)}
+    return "\n".join(first[name] for name in wanted if name in first)
+
+
+def _more_flags() -> tuple[str, ...]:
+    return tuple(shlex.split(os.environ.get(_MORE_FLAGS, "")))
+
+
+def _found_compiler() -> list[str]:
+    for name in ("g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise NotBuilt("no compiler: neither g++ nor clang++ was found")
+
+
+def _compile(command: list[str], sources: list[Path], folder: Path) -> None:
+    running = [
+        subprocess.Popen(
+            [*command, "-c", str(source), "-o", str(folder / f"{source.stem}.o")],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for source in sources
+    ]  # fmt: skip
+    said = [process.communicate()[0] for process in running]
+    for process, message in zip(running, said, strict=True):
+        if process.returncode:
+            raise NotBuilt(f"{command[0]} failed: {_first_error(message)}")
+
+
+def _link(command: list[str], target: Path) -> None:
+    objects = sorted(map(str, target.parent.glob("*.o")))
+    linked = subprocess.run([*command, *objects, "-o", str(target)], capture_output=True, text=True)
+    if linked.returncode:
+        raise NotBuilt(f"{command[0]} failed to link: {_first_error(linked.stderr)}")
+
+
+def _first_error(said: str) -> str:
+    lines = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines()
+    return lines[0].strip() if lines else "no message"
+
+
+def _version(compiler: list[str]) -> str:
+    try:
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
+    except OSError as error:
+        raise NotBuilt(f"{compiler[0]}: {error.strerror}") from error
+    return done.stdout.partition("\n")[0]
