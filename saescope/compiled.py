@@ -14,12 +14,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from saescope.assets import cache_dir
+
 SOURCES = ("*.h", "*.cpp")
 FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno", "-fvisibility=hidden",
     "-Wall", "-Wextra",
 )  # fmt: skip
-_CACHE = "SAESCOPE_CACHE"
 _MORE_FLAGS = "SAESCOPE_CXXFLAGS"
 
 
@@ -43,7 +44,7 @@ def build(name: str, folder: Path, *, flags: Sequence[str] = (), identity: str =
     digest = hashlib.sha256("\n".join(facts).encode())
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    target = cache() / f"{name}-{digest.hexdigest()[:16]}.so"
+    target = cache_dir() / f"{name}-{digest.hexdigest()[:16]}.so"
     if target.exists():
         return target
     try:
@@ -54,17 +55,9 @@ def build(name: str, folder: Path, *, flags: Sequence[str] = (), identity: str =
             _link([*compiler, "-shared", *_more_flags()], built)
             built.replace(target)  # whoever is first; the other's is the same
     except OSError as error:
-        said = f"{target.parent}: {error.strerror or error}; {_CACHE} may name another folder"
+        said = f"{target.parent}: {error.strerror or error}; SAESCOPE_CACHE may name another folder"
         raise NotBuilt(said) from error
     return target
-
-
-def cache() -> Path:
-    """Folder for what is compiled: SAESCOPE_CACHE, or saescope in the user's cache."""
-    given = os.environ.get(_CACHE)
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saescope"
 
 
 def processor() -> str:

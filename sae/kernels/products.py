@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sae.kernels import native
-from saescope import compiled
+from saescope.assets import cache_dir
 
 _DEFAULT, _ONEDNN = "default", "onednn"
 _ROWS, _WIDTH, _FEATURES = 256, 768, 2048
@@ -78,7 +78,7 @@ def _has_onednn() -> bool:
 
 @functools.cache
 def _remembered(threads: int) -> str:
-    path = compiled.cache() / f"product-{native.machine()}-{threads}"
+    path = cache_dir() / f"product-{native.machine()}-{threads}"
     try:
         known = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):

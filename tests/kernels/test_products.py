@@ -12,7 +12,7 @@ from tests.kernels.cases import Random
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("saescope.compiled.cache", lambda: tmp_path)
+    monkeypatch.setattr("sae.kernels.products.cache_dir", lambda: tmp_path)
     remembered = products._remembered  # a test may put another in its place
     remembered.cache_clear()
     yield
