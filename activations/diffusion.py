@@ -41,7 +41,9 @@ def load_diffusion_model(
 ) -> "DiffusionModel":
     """Load a pipeline of diffusers from text to picture. Raises InputError."""
     try:
-        from diffusers import DiffusionPipeline  # pyright: ignore[reportMissingImports]
+        from diffusers import (  # pyright: ignore[reportMissingImports]
+            DiffusionPipeline,  # pyright: ignore[reportPrivateImportUsage]
+        )
         from diffusers.utils import logging  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(

@@ -1,5 +1,6 @@
 """Tiny models of other kinds than language that the tests make: random weights, real layouts."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -112,33 +113,28 @@ def make_pictures(folder: Path, count: int = 10) -> str:
 def make_tiny_pipeline(folder: Path) -> Path:
     """A Stable Diffusion of a few channels: latents of 8 x 8, prompts of up to 16 tokens."""
     import transformers
-    from diffusers import (  # pyright: ignore[reportMissingImports]
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
 
+    diffusers: Any = importlib.import_module("diffusers")  # its names are made up as it is imported
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(folder.with_name("tokenizer-of-" + folder.name))
     tokenizer.model_max_length = 16
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
+        unet = diffusers.UNet2DConditionModel(
             sample_size=8, block_out_channels=(8, 12), layers_per_block=1, norm_num_groups=4,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=D_MODEL,
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=2,
         )  # fmt: skip
-        vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+        vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
         config = transformers.CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=D_MODEL, intermediate_size=48,
             num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=16,
             pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )  # fmt: skip
         text_encoder = transformers.CLIPTextModel(config)
-    StableDiffusionPipeline(
+    diffusers.StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None,
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder, safe_serialization=True)  # fmt: skip
