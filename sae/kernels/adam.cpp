@@ -44,35 +44,52 @@ class FlushDenormals {
 };
 
 inline Doubles load(const float *from) {
+#ifdef __AVX512F__  // GCC 12 makes six instructions of what is below (and warns without a mask)
+  return (Doubles)_mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(from));
+#else
   Floats values;
   std::memcpy(&values, from, sizeof values);
   return __builtin_convertvector(values, Doubles);
+#endif
 }
 
-// The sum over i of term(load, i); `term` is given how to read 8 values at i as doubles.
-template <class Term>
-inline double sum_over(int64_t n, Term term) {
-  Doubles sums[kSums] = {};
-  int64_t i = 0;
-  for (; i + kSums * kLanes <= n; i += kSums * kLanes)
-    for (int64_t s = 0; s < kSums; ++s)
-      sums[s] += term([](const float *from) { return load(from); }, i + s * kLanes);
-  for (; i < n; i += kLanes) {
-    const size_t left = static_cast<size_t>(std::min(kLanes, n - i));
-    sums[0] += term(
-        [left](const float *from) {
-          float padded[kLanes] = {};
-          std::memcpy(padded, from, left * sizeof(float));
-          return load(padded);
-        },
-        i);
-  }
-  const Doubles all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+inline double sum_of(const Doubles &all) {
   return ((all[0] + all[1]) + (all[2] + all[3])) + ((all[4] + all[5]) + (all[6] + all[7]));
 }
 
+// Sums over n values a, b: of a b, and if asked those of a a and b b.
+struct Products {
+  double ab, aa, bb;
+};
+
+template <bool SQUARES>
+inline Products products(const float *a, const float *b, int64_t n) {
+  Doubles ab[kSums] = {}, aa[kSums] = {}, bb[kSums] = {};
+  const auto add = [&](const Doubles &of_a, const Doubles &of_b, int64_t s) {
+    ab[s] += of_a * of_b;
+    if (SQUARES) {
+      aa[s] += of_a * of_a;
+      bb[s] += of_b * of_b;
+    }
+  };
+  int64_t i = 0;
+  for (; i + kSums * kLanes <= n; i += kSums * kLanes)
+    for (int64_t s = 0; s < kSums; ++s) add(load(a + i + s * kLanes), load(b + i + s * kLanes), s);
+  for (; i < n; i += kLanes) {
+    const size_t left = static_cast<size_t>(std::min(kLanes, n - i)) * sizeof(float);
+    float of_a[kLanes] = {}, of_b[kLanes] = {};
+    std::memcpy(of_a, a + i, left);
+    std::memcpy(of_b, b + i, left);
+    add(load(of_a), load(of_b), 0);
+  }
+  const auto total = [](const Doubles(&of)[kSums]) {
+    return sum_of((of[0] + of[1]) + (of[2] + of[3]));
+  };
+  return {total(ab), SQUARES ? total(aa) : 0, SQUARES ? total(bb) : 0};
+}
+
 inline double dot(const float *a, const float *b, int64_t n) {
-  return sum_over(n, [a, b](auto read, int64_t i) { return read(a + i) * read(b + i); });
+  return products<false>(a, b, n).ab;
 }
 
 struct Constants {
@@ -116,14 +133,13 @@ EXPORT double saescope_gradient_square(const float *grad, const float *unit, int
     for (int64_t r = 0; r < rows; ++r) {
       const float *g = grad + r * width;
       const int64_t n = std::min(width, total - r * width);
-      double square = dot(g, g, n);
-      if (unit != nullptr && square != 0.0) {
-        const float *w = unit + r * width;
-        const double along = dot(g, w, n);
-        square = sum_over(n, [g, w, along](auto read, int64_t i) {
-          const Doubles left = read(g + i) - along * read(w + i);
-          return left * left;
-        });
+      double square;
+      if (unit == nullptr) {
+        square = dot(g, g, n);
+      } else {  // |g - (g.w) w|^2, with a w that is of norm 1 but for rounding
+        const Products sums = products<true>(g, unit + r * width, n);
+        square = std::max(0.0, sums.aa - sums.ab * sums.ab * (2 - sums.bb));
+        if (!std::isfinite(sums.aa)) square = sums.aa;
       }
       squares[static_cast<size_t>(r)] = square;
     }

@@ -8,34 +8,13 @@
 
 namespace screen {
 
-float dot(const float* x, const float* w, int64_t d) {
-  Lanes s0{}, s1{}, s2{}, s3{};
-  int64_t j = 0;
-  for (; j + 4 * LANES <= d; j += 4 * LANES) {
-    s0 += lanes(x + j) * lanes(w + j);
-    s1 += lanes(x + j + LANES) * lanes(w + j + LANES);
-    s2 += lanes(x + j + 2 * LANES) * lanes(w + j + 2 * LANES);
-    s3 += lanes(x + j + 3 * LANES) * lanes(w + j + 3 * LANES);
-  }
-  for (; j + LANES <= d; j += LANES) s0 += lanes(x + j) * lanes(w + j);
-  float rest = 0;
-  for (; j < d; j++) rest += x[j] * w[j];
-  return sum_of((s0 + s1) + (s2 + s3)) + rest;
-}
-
 namespace {
 
 constexpr float ROUNDING = 1.0f / (1 << 20);  // a few float operations, relative
-constexpr int64_t AHEAD = 3;  // features
 constexpr float NEVER = std::numeric_limits<float>::quiet_NaN();
 
 // Reused from block to block by one thread.
 struct Scratch {
-  struct Pair {
-    int32_t row, feature;
-  };
-  std::vector<int64_t> first;
-  std::vector<Pair> pairs;
   std::vector<float> ranks, best, dense;
 };
 
@@ -114,38 +93,6 @@ void tighten(const Job& job, const Features& features, Lists& lists, Row& row) {
   row.count = sieve(row.u, row.feature, row.count, row.tau, row.u, row.feature);
 }
 
-// Overwrites bounds with exact values, in the order of features, so that rows of W are read once.
-void rescore(const Job& job, Lists& lists, int64_t first, int64_t rows, Scratch& scratch) {
-  auto& at = scratch.first;
-  at.assign(std::max(job.features, rows) + 1, 0);
-  int64_t total = 0;
-  for (int64_t r = 0; r < rows; r++) {
-    const Row& row = lists.rows[r];
-    if (row.overflown) continue;
-    for (int32_t i = 0; i < row.count; i++) at[row.feature[i] + 1]++;
-    total += row.count;
-  }
-  for (int64_t f = 0; f < job.features; f++) at[f + 1] += at[f];
-  scratch.pairs.resize(total);
-  for (int64_t r = 0; r < rows; r++) {
-    const Row& row = lists.rows[r];
-    if (row.overflown) continue;
-    for (int32_t i = 0; i < row.count; i++)
-      scratch.pairs[at[row.feature[i]]++] = {static_cast<int32_t>(r), row.feature[i]};
-  }
-  std::fill_n(at.begin(), rows, 0);  // from here on: how many of a row are done
-  int64_t last = -1;
-  for (const auto& pair : scratch.pairs) {
-    if (pair.feature != last) {  // most features have pairs: the next ones will be needed
-      last = pair.feature;
-      const float* later = job.W + std::min(last + AHEAD, job.features - 1) * job.d;
-      for (int64_t j = 0; j < job.d; j += LANES) __builtin_prefetch(later + j);
-    }
-    const float* x = job.x + (first + pair.row) * job.d;
-    lists.rows[pair.row].u[at[pair.row]++] = exact(job, x, pair.feature);
-  }
-}
-
 // The k largest of n values, ties to the lower index. False if the k-th is below the bar.
 bool choose(const Job& job, const float* value, const int32_t* feature, int64_t n, float bar,
             int64_t row, Scratch& scratch) {
@@ -187,21 +134,23 @@ void keep_above(const Job& job, const float* value, const int32_t* feature, int6
   job.row_ptr[row + 1] = kept;
 }
 
-// Exact values of the lists, and what is kept of them. Returns the products taken.
-int64_t settle(const Job& job, Lists& lists, int64_t first, int64_t rows, Scratch& scratch,
-               Entries* entries) {
-  rescore(job, lists, first, rows, scratch);
+// Exact values of what is in the pool, and what is kept of them: of row r in the entries of its
+// block. Returns the products taken; the pool is empty then.
+int64_t settle(const Job& job, Pool& pool, Scratch& scratch, std::vector<Entries>& entries,
+               int64_t block) {
+  pool.rescore(job);
   int64_t taken = 0;
-  for (int64_t r = 0; r < rows; r++) {
-    const Row& row = lists.rows[r];
-    const int64_t at = first + r;
-    if (!row.overflown) {
-      taken += row.count;
+  for (size_t r = 0; r < pool.row.size(); r++) {
+    const int64_t at = pool.row[r], n = pool.start[r + 1] - pool.start[r];
+    const float* value = pool.value + pool.start[r];
+    const int32_t* feature = pool.feature.data() + pool.start[r];
+    if (!pool.overflown[r]) {
+      taken += n;
       if (job.k == 0) {
-        keep_above(job, row.u, row.feature, row.count, at, *entries);
+        keep_above(job, value, feature, n, at, entries[at / block]);
         continue;
       }
-      if (choose(job, row.u, row.feature, row.count, row.bar, at, scratch)) continue;
+      if (choose(job, value, feature, n, pool.bar[r], at, scratch)) continue;
     }
     taken += job.features;
     scratch.dense.resize(job.features);
@@ -209,11 +158,12 @@ int64_t settle(const Job& job, Lists& lists, int64_t first, int64_t rows, Scratc
       scratch.dense[f] = exact(job, job.x + at * job.d, f);
     }
     if (job.k == 0) {
-      keep_above(job, scratch.dense.data(), nullptr, job.features, at, *entries);
+      keep_above(job, scratch.dense.data(), nullptr, job.features, at, entries[at / block]);
     } else {
       choose(job, scratch.dense.data(), nullptr, job.features, -FLT_MAX, at, scratch);
     }
   }
+  pool.clear();
   return taken;
 }
 
@@ -298,8 +248,9 @@ void run(Job& job, int64_t block, const Collect& collect) {
 #pragma omp parallel num_threads(job.threads) reduction(+ : taken) reduction(&& : good)
   {
     Scratch scratch;
+    Pool pool;
     Lists lists(job, std::min(block, job.rows));
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t part = 0; part < blocks; part++) {
       const int64_t first = part * block, rows = std::min(block, job.rows - first);
       good = good && collect(lists, first, 1, rows);
@@ -312,8 +263,10 @@ void run(Job& job, int64_t block, const Collect& collect) {
         }
         continue;
       }
-      taken += settle(job, lists, first, rows, scratch, job.k ? nullptr : &(*entries)[part]);
+      for (int64_t r = 0; r < rows; r++) pool.add(lists.rows[r], first + r);
+      if (pool.full()) taken += settle(job, pool, scratch, *entries, block);
     }
+    taken += settle(job, pool, scratch, *entries, block);
   }
   if (!good) {
     job.status = UNFIT;

@@ -90,6 +90,47 @@ struct Lists {
 // The product whose values are returned: always summed in this order.
 float dot(const float* x, const float* w, int64_t d);
 
+// Memory that is kept from use to use, and is not filled with anything.
+template <class T>
+class Room {
+ public:
+  T* of(int64_t n) {
+    if (n > size_) {
+      memory_.reset(new T[n]);
+      size_ = n;
+    }
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<T[]> memory_;
+  int64_t size_ = 0;
+};
+
+// The candidates of some rows of x, one thread's, that are done together.
+class Pool {
+ public:
+  std::vector<int64_t> row, start;  // start [rows + 1]: where each row's candidates begin
+  std::vector<float> bar;
+  std::vector<bool> overflown;  // rows that have none, since there were too many
+  std::vector<int32_t> feature;
+  const float* value = nullptr;  // exact, after `rescore`
+
+  Pool() { clear(); }
+  void clear();
+  bool full() const;
+  void add(const Row& list, int64_t at);
+  void rescore(const Job& job);
+
+ private:
+  void deal(int64_t features);
+  void add_slice(const float* x, const float* W, int64_t distance);
+  std::vector<int32_t> first_, last_;  // [features]: where each one's pairs are
+  int64_t places_ = 0;                 // for the pairs, and some between features
+  Room<int32_t> source_, feature_of_;  // rows of the pairs; features, one for each GROUP of them
+  Room<float> sum_, tile_, value_;
+};
+
 // Whether a row of this size has squares, and products with others, that floats hold well.
 inline bool fit(float size) { return size == 0 || (size >= 1e-15f && size <= 1e15f); }
 

@@ -184,6 +184,14 @@ def test_topk_of_odd_shapes(batch: int, d_in: int, d_sae: int, k: int) -> None:
     check_above(problem, problem[2] + 0.5)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_more_rows_and_candidates_than_are_done_at_once(threads: int) -> None:
+    torch.set_num_threads(threads)
+    problem = plain(9000, 20, 300)
+    check_topk(problem, 5)
+    check_above(problem, torch.full((300,), -1.0))
+
+
 def test_thresholds_that_are_not_finite() -> None:
     problem = plain(9, 20, 200)
     threshold = torch.full((200,), 0.5)
