@@ -196,8 +196,8 @@ def _run(scenario: Scenario, workers: Sequence[Worker], inputs: Path) -> Iterato
         first = number % max(1, len(workers))
         for worker in [*workers[first:], *workers[:first]]:
             if not scenario.together:
-                load(worker)
-                worker.step()  # the second step still takes fresh memory
+                load(worker)  # with a first step; the second still takes fresh memory
+            worker.step()  # what the others did has left nothing of this one's in the caches
             step(worker)
             if not scenario.together:
                 worker.drop()
