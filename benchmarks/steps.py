@@ -5,8 +5,8 @@
 
 A process for each library and setting, in the library's own environment; while one steps, the
 others sleep. At small shapes all hold their tensors throughout and step one after the other, round
-by round. At large ones, where that would not fit into memory, each takes its turn: it loads, steps
-twice untimed, is timed, and lets go.
+by round, twice each: the second step is timed. At large ones, where that would not fit into memory,
+each takes its turn: it loads, steps twice untimed, is timed, and lets go.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
