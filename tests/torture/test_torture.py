@@ -121,16 +121,22 @@ def test_killed_before_random_changes_of_the_disk(
 
 
 def two_at_work(
-    config: HarvestConfig, kill_at: tuple[int | None, int | None], chance: random.Random
+    config: HarvestConfig,
+    kill_at: tuple[int | None, int | None],
+    chance: random.Random,
+    patience: float = 10,
 ) -> list[Child]:
-    """Two ranks that have ended, by themselves or killed; the second computes windows before."""
+    """Two ranks that have ended, by themselves or killed; the second computes windows before.
+
+    patience: seconds that it has for them; in a harvest that is gone on with, few may be left.
+    """
     logs = Path(config.out).parent / "logs"
     logs.mkdir(exist_ok=True)
     both = [
         Child(config, logs, kill_at[number], role=Role(number, 2, waits=number == 0))
         for number in range(2)
     ]
-    begun, until = chance.choice([1, 2, 3]), time.monotonic() + 10  # so many may not be left
+    begun, until = chance.choice([1, 2, 3]), time.monotonic() + patience
     while both[1].windows < begun and all(child.process.is_alive() for child in both):
         if time.monotonic() > until:
             break
@@ -150,7 +156,8 @@ def test_two_ranks_killed_before_random_changes_of_the_disk(
     """In what either puts away, in commits and in the finalisation; resumed by one, or by two."""
     chance = random.Random(share)
     (tmp_path / "counted").mkdir()
-    full = two_at_work(replace(config, out=str(tmp_path / "counted" / "out")), (None, None), chance)
+    counted = replace(config, out=str(tmp_path / "counted" / "out"))
+    full = two_at_work(counted, (None, None), chance, patience=300)
     assert [child.end() for child in full] == [0, 0]
     assert_same_content(tmp_path / "counted" / "out", whole)
     first, second = (child.changes for child in full)
