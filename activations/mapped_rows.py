@@ -58,7 +58,10 @@ class MappedRows:
 
         Raises DamagedError if they are not there.
         """
-        for chunk in dict.fromkeys(chunk for chunk, _, _ in parts):
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for chunk, first, count in parts:
+            wanted.setdefault(chunk, []).append((first, count))
+        for chunk, ranges in wanted.items():
             path, what = self._path_of(chunk), f"chunk {chunk} of {self._name}"
             assert isinstance(path, Path), "only files are mapped"
             try:
@@ -66,9 +69,8 @@ class MappedRows:
                     self._map(chunk, path, what)
                 elif not self._whole(chunk, path):  # touching what was cut off kills the process
                     raise cut_short(what, path)
-                for of, first, count in () if self._stays else parts:
-                    if of == chunk:
-                        _bring(self._address(chunk, first), count * self._row)
+                for first, count in () if self._stays else ranges:
+                    _bring(self._address(chunk, first), count * self._row)
             except OSError as error:
                 raise unreadable(what, path, error) from error
         return [chunk * self._chunk_rows + first for chunk, first, _ in parts]

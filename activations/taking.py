@@ -6,7 +6,6 @@ in two passes. The numbers are the same.
 
 import ctypes
 import functools
-import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -99,10 +98,8 @@ def take(arrays: Sequence[NDArray[Any]], places: NDArray[np.int64], out: Tensor)
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None, after one line on standard error that says why."""
-    try:
-        found = ctypes.CDLL(str(compiled.build("taking", Path(__file__).parent)))
-    except (compiled.NotBuilt, OSError) as error:
-        print(f"saescope: no C++ for batches ({error}); numpy makes them", file=sys.stderr)  # noqa: T201
+    found = compiled.load(_built, "for batches", "numpy makes them")
+    if found is None:
         return None
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     for name in set(_NATIVE.values()):
@@ -110,3 +107,7 @@ def library() -> ctypes.CDLL | None:
         function.argtypes = (pointer, pointer, pointer, count, count, pointer)
         function.restype = None
     return found
+
+
+def _built() -> Path:
+    return compiled.build("taking", Path(__file__).parent)

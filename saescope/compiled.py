@@ -4,14 +4,16 @@ A library is kept under the hash of its sources, compiler, flags and processor. 
 compiler than g++ or clang++, SAESCOPE_CXXFLAGS adds flags, SAESCOPE_CACHE names another folder.
 """
 
+import ctypes
 import hashlib
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from saescope.assets import cache_dir
@@ -26,6 +28,18 @@ _MORE_FLAGS = "SAESCOPE_CXXFLAGS"
 
 class NotBuilt(Exception):
     """Why there is no library."""
+
+
+def load(built: Callable[[], Path], what: str, instead: str) -> ctypes.CDLL | None:
+    """The library that is built, or None, after one line on standard error that says why.
+
+    Args: what: there is no C++ of, for that line; instead: what is done without it.
+    """
+    try:
+        return ctypes.CDLL(str(built()))
+    except (NotBuilt, OSError) as error:
+        print(f"saescope: no C++ {what} ({error}); {instead}", file=sys.stderr)  # noqa: T201
+        return None
 
 
 def build(name: str, folder: Path, *, flags: Sequence[str] = (), identity: str = "") -> Path:

@@ -138,8 +138,7 @@ EXPORT double saescope_gradient_square(const float *grad, const float *unit, int
         square = dot(g, g, n);
       } else {  // |g - (g.w) w|^2, with a w that is of norm 1 but for rounding
         const Products sums = products<true>(g, unit + r * width, n);
-        square = std::max(0.0, sums.aa - sums.ab * sums.ab * (2 - sums.bb));
-        if (!std::isfinite(sums.aa)) square = sums.aa;
+        square = std::max(sums.aa - sums.ab * sums.ab * (2 - sums.bb), 0.0);  // NaN stays
       }
       squares[static_cast<size_t>(r)] = square;
     }

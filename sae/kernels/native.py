@@ -9,7 +9,6 @@ import functools
 import hashlib
 import platform
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -26,12 +25,12 @@ _OPENMP = re.compile(r"lib(gomp|iomp5|omp)[-.]")
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None, after one line on standard error that says why."""
-    try:
+
+    def built() -> Path:
         _load_openmp()
-        return ctypes.CDLL(str(build()))
-    except (compiled.NotBuilt, OSError) as error:
-        print(f"saescope: no C++ kernels ({error}); using torch's operators", file=sys.stderr)  # noqa: T201
-        return None
+        return build()
+
+    return compiled.load(built, "kernels", "using torch's operators")
 
 
 def build() -> Path:
