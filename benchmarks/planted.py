@@ -31,7 +31,7 @@ from benchmarks.planted_training import (
     train,
 )
 from benchmarks.running import run
-from sae.architectures import architectures
+from sae.architectures import list_architectures
 from sae.bench.rows import processor
 from sae.evaluation.planted import PlantedConfig, PlantedDictionary, Structure
 from saescope import __version__
@@ -76,9 +76,9 @@ class PlantedBenchmark(Config):
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
-            if kind not in architectures():
+            if kind not in list_architectures():
                 raise InputError(
-                    "no such architecture", where="kinds", given=kind, allowed=architectures()
+                    "no such architecture", where="kinds", given=kind, allowed=list_architectures()
                 )
         for name in self.data:
             if name not in get_args(Structure):
@@ -123,7 +123,7 @@ def architecture_rows(config: PlantedBenchmark) -> list[dict[str, str]]:
     table = Table("planted.csv", COLUMNS, KEY)
     found = []
     for data, kind, seed in product(
-        config.data, config.kinds or tuple(architectures()), range(config.seeds)
+        config.data, config.kinds or tuple(list_architectures()), range(config.seeds)
     ):
         planted = PlantedConfig(structure=cast(Structure, data), seed=seed)
         recipe = recipe_of(kind, steps=config.steps)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.peers.environments import PEERS, python_of
 from benchmarks.running import run
-from sae.architectures import architecture, architectures
+from sae.architectures import architecture, list_architectures
 from sae.base import SparseAutoencoder
 from sae.formats import format_named
 from sae.loading import load
@@ -97,7 +97,7 @@ def kinds(name: str) -> list[tuple[str, dict[str, Any]]]:
     """Every architecture that a format holds, with the options that change its rule."""
     found: list[tuple[str, dict[str, Any]]] = []
     for kind in format_named(name).writes:
-        if kind not in architectures():
+        if kind not in list_architectures():
             continue
         if "transcoder" in kind:
             found += [(kind, {"activation": rule}) for rule in ("relu", "jumprelu")]

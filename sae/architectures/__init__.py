@@ -28,10 +28,10 @@ def register(cls: SaeT) -> SaeT:
     return cls
 
 
-def architectures() -> dict[str, type[SparseAutoencoder]]:
+def list_architectures() -> dict[str, type[SparseAutoencoder]]:
     """Every known architecture by name.
 
-    >>> {"relu", "topk"} <= set(architectures())
+    >>> {"relu", "topk"} <= set(list_architectures())
     True
     """
     for found in pkgutil.iter_modules(__path__):
@@ -43,7 +43,7 @@ def architectures() -> dict[str, type[SparseAutoencoder]]:
 
 def architecture(kind: str) -> type[SparseAutoencoder]:
     """The architecture of this name; InputError lists the known ones."""
-    known = architectures()
+    known = list_architectures()
     if kind not in known:
         raise InputError("no such architecture", where="sae.kind", given=kind, allowed=known)
     return known[kind]

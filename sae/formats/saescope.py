@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from sae.architectures import architectures
+from sae.architectures import list_architectures
 from sae.base import SparseAutoencoder
 from sae.formats import register
 from sae.formats._claim import Claim
@@ -27,7 +27,7 @@ class SaescopeFormat(Format):
     @property
     def writes(self) -> tuple[str, ...]:  # type: ignore[override]
         """Every architecture there is."""
-        return tuple(architectures())
+        return tuple(list_architectures())
 
     def recognise(self, folder: Path) -> bool:
         """A config.json that says it is an SAE's, even with its weights missing."""
@@ -43,7 +43,7 @@ class SaescopeFormat(Format):
     @torch.no_grad()
     def read(self, folder: Path, *, input_scale: float | None = None) -> SparseAutoencoder:
         """The SAE as it was saved."""
-        sae = read_sae(folder, architectures())
+        sae = read_sae(folder, list_architectures())
         if input_scale is None:
             return sae
         if not sae.normaliser.is_identity:

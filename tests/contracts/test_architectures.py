@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae.architectures import architecture, architectures
+from sae.architectures import architecture, list_architectures
 from sae.base import SparseAutoencoder, TrainingState
 from sae.batch import RawBatch, TrainingBatch
 from sae.loading import load
@@ -15,7 +15,7 @@ from sae.training.objective import BatchMaker, ObjectiveConfig
 from saescope.config import from_dict, to_dict
 from saescope.errors import ArtefactError, InputError
 
-KINDS = sorted(architectures())
+KINDS = sorted(list_architectures())
 D_IN, D_OUT, D_SAE, ROWS = 6, 5, 20, 50
 NORMALISERS = ["none", "unit_mean_square", "sqrt_d", "centred", "standardised"]
 SETTINGS: dict[str, dict[str, Any]] = {"msae": {"ks": (2, 4, 8)}}

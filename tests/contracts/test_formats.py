@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from sae.architectures import architecture, architectures
+from sae.architectures import architecture, list_architectures
 from sae.base import SparseAutoencoder
 from sae.formats import format_named, formats, recognise
 from sae.loading import load
@@ -20,7 +20,7 @@ HELD = [
     (name, kind)
     for name in formats()
     for kind in format_named(name).writes
-    if kind in architectures()
+    if kind in list_architectures()
 ]
 ONLY_FOLDED = ("gemma_scope", "sparsify", "dictionary_learning")
 """formats without a per-vector normaliser"""
@@ -90,7 +90,7 @@ def test_written_and_read_has_the_same_features(
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_what_it_cannot_hold_is_one_clear_error(name: str, tmp_path: Path) -> None:
-    cannot = sorted(set(architectures()) - set(format_named(name).writes))
+    cannot = sorted(set(list_architectures()) - set(format_named(name).writes))
     assert cannot
     for kind in cannot:
         cls = architecture(kind)
@@ -106,14 +106,14 @@ def _has_k(cls: type[SparseAutoencoder]) -> bool:
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_every_folder_is_of_one_format_only(name: str, tmp_path: Path) -> None:
-    kind = next(kind for kind in format_named(name).writes if kind in architectures())
+    kind = next(kind for kind in format_named(name).writes if kind in list_architectures())
     format_named(name).write(make(kind), tmp_path / "out")
     assert [n for n, each in formats().items() if each.recognise(tmp_path / "out")] == [name]
 
 
 @pytest.mark.parametrize("name", sorted(formats()))
 def test_truncated_weights_are_refused(name: str, tmp_path: Path) -> None:
-    kind = next(kind for kind in format_named(name).writes if kind in architectures())
+    kind = next(kind for kind in format_named(name).writes if kind in list_architectures())
     format_named(name).write(make(kind), tmp_path / "out")
     weights = max((tmp_path / "out").iterdir(), key=lambda path: path.stat().st_size)
     whole = weights.read_bytes()

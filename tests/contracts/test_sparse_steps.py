@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae.architectures import architecture, architectures, csr, matching_pursuit
+from sae.architectures import architecture, csr, list_architectures, matching_pursuit
 from sae.base import SparseAutoencoder, TrainingState
 from sae.batch import TrainingBatch
 from sae.kernels import aten, cpu, screen, selection
 
 ROWS, D_IN, D_SAE = 384, 16, 2048
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((kind, {}) for kind in sorted(architectures())),
+    *((kind, {}) for kind in sorted(list_architectures())),
     ("topk", {"multi_topk_coefficient": 0.1}),
     ("batchtopk", {"auxiliary": "zipf"}),
     ("feature_choice", {"phase_one": 0.01, "auxiliary": "auxk"}),

@@ -8,13 +8,13 @@ import pytest
 
 from benchmarks.planted_masking import Hiding, Start, distance
 from benchmarks.planted_training import absorption, controls, planted_for, recipe_of, train
-from sae.architectures import architectures
+from sae.architectures import list_architectures
 from sae.evaluation.planted import PlantedConfig, PlantedDictionary
 
 SMALL = Hiding(d_in=50, true=100, d_sae=500, k=3, rows=400)
 
 
-@pytest.mark.parametrize("kind", sorted(architectures()))
+@pytest.mark.parametrize("kind", sorted(list_architectures()))
 def test_recovers_planted_features(kind: str, tmp_path: Path) -> None:
     """More than its own rows before training, random rows, PCA and NMF, by a wide margin."""
     planted = planted_for(kind, PlantedConfig())
@@ -61,7 +61,7 @@ def test_masking_wins_at_high_noise_and_not_at_low(start: Start, tmp_path: Path)
 
 def test_every_architecture_is_measured_on_data_that_it_can_read() -> None:
     """Transcoders alone get targets."""
-    for kind, cls in architectures().items():
+    for kind, cls in list_architectures().items():
         config = planted_for(kind, PlantedConfig()).config
         assert (config.d_out > 0) == cls.transcodes
         assert replace(config, d_out=0) == PlantedConfig()

@@ -46,7 +46,7 @@ def test_every_kind_of_integer_becomes_pythons(value: Any) -> None:
 
 @pytest.mark.parametrize("value", NOT_INTEGERS, ids=repr)
 def test_what_is_no_integer_is_refused_in_one_clear_error(value: Any) -> None:
-    with pytest.raises(InputError, match="^feature: is not a whole number .*allowed: 0 to 9"):
+    with pytest.raises(InputError, match=r"^feature: is not a whole number .*allowed: 0 to 9"):
         as_index(value, where="feature", low=0, high=9)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sae import kernels
-from sae.architectures import architecture, architectures
+from sae.architectures import architecture, list_architectures
 from sae.kernels import screen
 from sae.normaliser import Normaliser
 from sae.training.trainer import Trainer, TrainerConfig
@@ -91,7 +91,7 @@ def test_200_steps_of_topk(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", FAST)
-@pytest.mark.parametrize("kind", sorted(architectures()))
+@pytest.mark.parametrize("kind", sorted(list_architectures()))
 def test_some_steps_of_every_architecture(kind: str, name: str) -> None:
     dense, found = errors(kind, name, 12, D_SAE)
     assert (found <= SCATTER * dense + FLOOR)[:5].all(), found

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae.architectures import architecture, architectures
+from sae.architectures import architecture, list_architectures
 from sae.architectures.topk import TopKSAE
 from sae.base import TrainingOutput
 from sae.batch import RawBatch, TrainingBatch
@@ -20,7 +20,7 @@ from sae.training.trainer import Trainer, TrainerConfig
 
 D_IN, D_SAE, BATCH = 8, 24, 32
 KINDS = sorted(
-    kind for kind, cls in architectures().items() if not (cls.transcodes or cls.concatenates)
+    kind for kind, cls in list_architectures().items() if not (cls.transcodes or cls.concatenates)
 )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae import kernels
-from sae.architectures import architecture, architectures
+from sae.architectures import architecture, list_architectures
 from sae.kernels import native, products, screen
 from sae.training.numerics import Numerics
 from sae.training.telemetry import read_metrics
@@ -195,7 +195,7 @@ def trained(kind: str, name: str, threads: int, folder: Path) -> dict[str, torch
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", sorted(architectures()))
+@pytest.mark.parametrize("kind", sorted(list_architectures()))
 def test_threads_change_no_bit_of_a_deterministic_run(tmp_path: Path, kind: str) -> None:
     one = trained(kind, "cpu", 1, tmp_path / "1")
     for threads in (2, 3):

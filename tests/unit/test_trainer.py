@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae.architectures import architecture, architectures
+from sae.architectures import architecture, list_architectures
 from sae.base import SparseAutoencoder
 from sae.batch import RawBatch
 from sae.training import checkpoint
@@ -68,7 +68,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-@pytest.mark.parametrize("kind", sorted(architectures()))
+@pytest.mark.parametrize("kind", sorted(list_architectures()))
 @pytest.mark.parametrize("kill_at", [1, 6, 7, 8, 14, 23])
 def test_killed_and_resumed_ends_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, kill_at: int
