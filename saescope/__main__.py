@@ -10,9 +10,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from types import ModuleType
 
 from saescope import config, memory, progress, ranks
 from saescope.errors import SaescopeError
+from saescope.standins import stand_ins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +206,34 @@ def _one_voice() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def _parse(module: ModuleType, name: str, words: Sequence[str]) -> config.Config:
+    """The configuration of a command, from its module and the words after its name."""
+    command = COMMANDS[name]
+    with _one_voice():
+        return config.parse(
+            getattr(module, command.config),
+            words,
+            program=f"saescope {name}",
+            description="\n".join(command.help_lines()),
+            positional=command.positional,
+        )
+
+
+def _show_help(name: str, words: Sequence[str]) -> None:
+    """Print a command's help and exit, without the seconds that torch takes to import.
+
+    Returns where that cannot be done: an architecture of somebody's own may need more of torch
+    than a stand-in has.
+    """
+    with stand_ins():
+        try:
+            _parse(importlib.import_module(COMMANDS[name].module), name, words)
+        except SaescopeError:
+            raise
+        except Exception:
+            return
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code.
 
@@ -226,15 +256,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         signal.signal(signal.SIGTERM, _terminate)
         memory.keep_freed_memory()
+        if config.asks_for_help(rest) and "torch" not in sys.modules:
+            _show_help(name, rest)
         module = importlib.import_module(command.module)
-        with _one_voice():
-            chosen = config.parse(
-                getattr(module, command.config),
-                rest,
-                program=f"saescope {name}",
-                description="\n".join(command.help_lines()),
-                positional=command.positional,
-            )
+        chosen = _parse(module, name, rest)
         result = getattr(module, command.function)(chosen)
     except SaescopeError as error:
         return config.fail(error)

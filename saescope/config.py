@@ -146,10 +146,12 @@ def parse(
             )
     for name in (*cls.SELECTORS, *_required(cls)):
         _select(values, name, words)
-    asks_for_help = "--help" in words or "-h" in words
-    default = tyro.MISSING if asks_for_help and not values else from_dict(cls, values, where)
     concrete: Any = cls.specialise(values)
-    options: dict[str, Any] = {} if default is tyro.MISSING else {"default": default}
+    options: dict[str, Any] = {}
+    if not asks_for_help(words):
+        options["default"] = from_dict(cls, values, where)
+    elif values:
+        options["default"] = _unfinished(cls, values, where)
     chosen = tyro.cli(
         tyro.conf.AvoidSubcommands[concrete],  # type: ignore[valid-type]
         args=words,
@@ -158,6 +160,25 @@ def parse(
         **options,
     )
     return from_dict(cls, to_dict(chosen), where)
+
+
+def _unfinished(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
+    """A configuration to show in help: what is required may be missing.
+
+    Raises InputError as `from_dict` does.
+    """
+    import tyro
+
+    missing = [name for name in _required(cls) if name not in values]
+    found = from_dict(cls, {**values, **dict.fromkeys(missing, "missing")}, where)
+    for name in missing:
+        object.__setattr__(found, name, tyro.MISSING)
+    return found
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Whether command-line words ask for help."""
+    return "--help" in words or "-h" in words
 
 
 def _required(cls: type[Config]) -> list[str]:

@@ -101,17 +101,85 @@ def test_progress_prints_plain_lines(
 
 def test_command_line_help_is_instant_and_complete() -> None:
     """Help must not import torch or a model library."""
-    code = (
-        "import sys; from saescope.__main__ import main; main(['--help']);"
-        "print(sorted({'torch', 'transformers', 'streamlit', 'duckdb'} & set(sys.modules)))"
-    )
-    shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout
-    assert shown.strip().endswith("[]")
+    shown = _printed("from saescope.__main__ import main; main(['--help'])")
     for name, command in command_line.COMMANDS.items():
         assert name in shown
         assert command.summary in shown
+
+
+HEAVY = "{'torch', 'numpy', 'transformers', 'streamlit', 'duckdb', 'zarr', 'pyarrow', 'triton'}"
+
+
+def _printed(code: str) -> str:
+    """What code prints; the process must not have imported anything heavy."""
+    ending = f"\nimport sys\nassert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)"
+    words = [sys.executable, "-c", code + ending]
+    return subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+HELP_OF = """
+import sys
+from saescope import __main__ as command_line
+def help_of(*words):
+    try:
+        command_line.main([*words, "--help"])
+    except SystemExit as ended:
+        assert ended.code == 0, words
+    else:
+        raise AssertionError(words)
+"""
+
+
+def test_help_of_every_command_is_made_without_torch() -> None:
+    _printed(HELP_OF + "for name in command_line.COMMANDS:\n    help_of(name)")
+
+
+@pytest.mark.parametrize(
+    "words", ["'configs/train/jumprelu.toml'", "'--sae.kind', 'jumprelu'", "'--sae.kind=jumprelu'"]
+)
+def test_help_shows_the_fields_of_the_chosen_architecture(words: str) -> None:
+    shown = _printed(HELP_OF + f"help_of('train', {words})")
+    assert "--sae.bandwidth" in shown
+    assert "--sae.k INT" not in shown
+
+
+def test_help_shows_what_is_still_required() -> None:
+    shown = _printed(HELP_OF + "help_of('train', '--harvest', 'data/somewhere')")
+    assert "data/somewhere" in shown
+    assert "Folder of the run to write. (required)" in shown
+
+
+def test_after_help_everything_is_imported_for_real() -> None:
+    code = HELP_OF + (
+        "help_of('train')\n"
+        "import sae\n"
+        "from sae.architectures.topk import TopKConfig, TopKSAE\n"
+        "assert TopKSAE(TopKConfig(d_sae=8, k=2), 4).W_dec.shape == (8, 4)\n"
+        "assert 'relu' in sae.list_architectures()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
+
+
+def test_a_command_that_needs_torch_for_its_help_gets_it(tmp_path: Path) -> None:
+    (tmp_path / "peculiar.py").write_text(
+        "from dataclasses import dataclass\n"
+        "import torch\n"
+        "from saescope.config import Config\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class PeculiarConfig(Config):\n"
+        '    """Peculiar."""\n'
+        "    size: int = int(torch.zeros(3).sum()) + 41\n"
+        '    """A size."""\n'
+    )
+    code = HELP_OF + (
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "command_line.COMMANDS['peculiar'] = command_line.Command(\n"
+        "    module='peculiar', config='PeculiarConfig', function='', summary='', examples=())\n"
+        "help_of('peculiar')\n"
+    )
+    words = [sys.executable, "-c", code]
+    found = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "(default: 41)" in found.stdout
 
 
 @pytest.mark.parametrize("name", sorted(command_line.COMMANDS))
