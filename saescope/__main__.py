@@ -39,6 +39,14 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command(
+        module="saescope.init_command",
+        config="InitConfig",
+        function="init",
+        summary="Write the example configurations into a folder, to run and to change.",
+        examples=("saescope init", "saescope init my-project"),
+        positional="folder",
+    ),
     "harvest": Command(
         module="activations.command",
         config="HarvestCommand",

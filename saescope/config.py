@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from saescope.errors import InputError, SaescopeError
+from saescope.examples import how_to_get
 
 
 class Config:
@@ -101,7 +102,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError("no such configuration file", where=str(path)) from None
+        hint = how_to_get(path)
+        raise InputError(
+            f"no such configuration file{'; ' if hint else ''}{hint}", where=str(path)
+        ) from None
     except IsADirectoryError:
         raise InputError("is a folder, not a configuration file", where=str(path)) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -1,0 +1,127 @@
+"""A wheel built from this tree, installed where there is no checkout, does all that one does."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_tiny_corpus, make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("saescope", "activations", "sae", "store", "dashboards")
+
+ALL_THE_WAY = """
+import importlib, pathlib, sys
+from saescope.__main__ import COMMANDS, main
+
+assert main(["init"]) == 0
+assert main(["harvest", "configs/harvest/smollm2-135m-wikipedia.toml", "--model.spec", "model",
+             "--model.dtype", "float32", "--corpus.source", "text/corpus.jsonl", "--context", "16",
+             "--sites", "resid_post:1", "--out", "data/tiny", "--chunk-rows", "128",
+             "--held-out-fraction", "0.2", "--max-tokens", "4096"]) == 0
+assert main(["train", "configs/train/topk.toml", "--harvest", "data/tiny", "--out", "runs/tiny",
+             "--site", "blocks.1.hook_resid_post", "--sae.d-sae", "128", "--sae.k", "8",
+             "--trainer.batch-size", "64", "--passes", "1"]) == 0
+assert main(["eval", "runs/tiny", "--tokens", "128"]) == 0
+assert main(["index", "runs/tiny", "--out", "stores/tiny"]) == 0
+assert main(["steer", "runs/tiny", "--add", "3=8", "--max-new-tokens", "4"]) == 0
+for command in COMMANDS.values():
+    importlib.import_module(command.module)
+import dashboards.app, dashboards.launch
+loaded = [m for name, m in sys.modules.items() if name.split(".")[0] in PACKAGES]
+for module in loaded:
+    assert pathlib.Path(module.__file__).is_relative_to(INSTALLED), module
+print(len(loaded), "modules of the wheel")
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a copy of this tree, in which nothing built before is left."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in (*PACKAGES, "configs"):
+        shutil.copytree(
+            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps",
+         "--wheel-dir", out, source],
+        check=True,
+    )  # fmt: skip
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of an environment with the wheel and, on its path, the packages that it needs.
+
+    This environment's packages come as a folder on the path, so that what an editable install has
+    put there for Python's start does not run.
+    """
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home, with_pip=False, symlinks=True)
+    python = home / "bin" / "python"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps",
+         "--no-index", wheel],
+        check=True,
+    )  # fmt: skip
+    (packages,) = home.glob("lib/python*/site-packages")
+    (packages / "needed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python.parent
+
+
+def run(command: list[str | Path], folder: Path, **variables: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return subprocess.run(
+        command, cwd=folder, env=environment | variables, capture_output=True, text=True,
+        check=False, timeout=240,
+    )  # fmt: skip
+
+
+def test_the_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {n for n in archive.namelist() if not n.startswith("saescope-")}
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    configs = {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.toml")}
+    assert inside == files | {f"saescope/{name}" for name in configs}
+    assert "store/schema.sql" in inside
+    assert "saescope/configs/train/topk.toml" in inside
+
+
+def test_help_and_missing_files(bin_folder: Path, tmp_path: Path) -> None:
+    saescope = bin_folder / "saescope"
+    shown = run([saescope, "--help"], tmp_path)
+    assert shown.returncode == 0
+    assert "explore" in shown.stdout
+    missing = run([saescope, "harvest", "configs/harvest/gpt2-small.toml"], tmp_path)
+    assert missing.returncode == 2
+    assert len(missing.stderr.splitlines()) == 1
+    assert "`saescope init .`" in missing.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_the_way(bin_folder: Path, tmp_path: Path) -> None:
+    """From examples that `init` wrote to a steered model, each module the wheel's own."""
+    make_tiny_model(tmp_path / "model")
+    make_tiny_corpus(tmp_path / "text", documents=200)
+    (installed,) = bin_folder.parent.glob("lib/python*/site-packages")
+    places = f"INSTALLED, PACKAGES = {str(installed)!r}, {PACKAGES!r}\n"
+    done = run([bin_folder / "python", "-c", places + ALL_THE_WAY], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "steered (add {3: 8.0}):" in done.stdout
+    assert (tmp_path / "stores" / "tiny" / "features.duckdb").is_file()
