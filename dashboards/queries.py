@@ -43,7 +43,8 @@ def version_of(path: Path) -> Version:
     return str(path), facts.st_mtime_ns, facts.st_ino, facts.st_size
 
 
-@st.cache_resource(max_entries=16, show_spinner=False, on_release=lambda store: store.close())
+# one that is dropped from here closes itself once no session asks it any more
+@st.cache_resource(max_entries=16, show_spinner=False)
 def _open(version: Version) -> FeatureStore:
     return FeatureStore.open(version[0])
 

@@ -1,24 +1,29 @@
-"""Opening store files with DuckDB, and turning its errors into ours.
+"""Opening store files with DuckDB, asking them, and turning what DuckDB says into one clear line.
 
 A store is attached under the name `db` to an in-memory DuckDB, never opened as the main database:
 so a reader that still holds a replaced file does not hide the new one from other readers in the
 same process, and no two readers have to agree on settings.
+
+A store may come from anybody: see `store.checking` for what is refused before anything is read.
 """
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 
-from saescope.artefact import check_schema
 from saescope.errors import ArtefactError
 
 KIND = "feature store"
 SCHEMA = 1
 FILE_NAME = "features.duckdb"
+_ODD = "?\\"
 
 
 def quoted(text: str | Path) -> str:
@@ -30,7 +35,18 @@ def quoted(text: str | Path) -> str:
     return "'" + str(text).replace("'", "''") + "'"
 
 
-def connect(*, threads: int, memory_limit: str, spill: Path | None = None) -> Any:
+def identifier(name: str) -> str:
+    """A name of a table or column as SQL.
+
+    >>> identifier('a"b')
+    '"a""b"'
+    """
+    return '"' + name.replace('"', '""') + '"'
+
+
+def connect(
+    *, threads: int, memory_limit: str, spill: Path | None = None, async_threads: int | None = None
+) -> Any:
     """An in-memory DuckDB that fetches no extensions and reads nothing by itself."""
     settings: dict[str, Any] = {
         "threads": threads,
@@ -40,6 +56,8 @@ def connect(*, threads: int, memory_limit: str, spill: Path | None = None) -> An
         "preserve_insertion_order": True,
         "temp_directory": str(spill) if spill else "",
     }
+    if async_threads is not None:
+        settings["async_threads"] = async_threads
     return duckdb.connect(":memory:", config=settings)
 
 
@@ -62,6 +80,21 @@ def clear_errors(where: str | Path) -> Iterator[None]:
         raise
 
 
+def odd_path(path: Path) -> bool:
+    """Whether DuckDB would read another path than this one: it takes `?` for the beginning of
+    options and `\\` for `/`, and knows only UTF-8."""
+    text = str(path.resolve())
+    return any(sign in text for sign in _ODD) or (not text.isascii() and not _is_utf8(text))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def store_file(path: str | Path) -> Path:
     """The store's file for a path of it or of its folder; ArtefactError if there is none."""
     given = Path(path)
@@ -73,33 +106,111 @@ def store_file(path: str | Path) -> Path:
     return file
 
 
-def open_read_only(file: Path, *, threads: int, memory_limit: str) -> tuple[Any, dict[str, Any]]:
-    """Attach a store read-only as `db`; the connection and its meta values.
+class Database:
+    """A file attached read-only as `db`, which nothing asked of it can get out of.
 
-    Raises ArtefactError if the file is no DuckDB file, no feature store, damaged or of a newer
-    version.
+    Queries may be asked from any thread. Every one of them ends within `seconds`, and what DuckDB
+    says about a damaged file becomes one ArtefactError.
     """
-    con = connect(threads=threads, memory_limit=memory_limit)
-    try:
-        con.execute(f"ATTACH {quoted(file)} AS db (READ_ONLY)")
-        rows = con.execute("SELECT key, value FROM db.meta").fetchall()
-        meta = {key: json.loads(value) for key, value in rows}
-    except duckdb.CatalogException:
-        con.close()
-        raise ArtefactError("is a DuckDB file but not a feature store", where=str(file)) from None
-    except (duckdb.Error, ValueError) as error:
-        con.close()
-        reason = str(error).splitlines()[0]
-        raise ArtefactError(f"cannot be read as a feature store: {reason}", where=str(file)) from (
-            error
-        )
-    try:
-        if meta.get("kind") != KIND:
+
+    def __init__(self, file: Path, *, threads: int, memory_limit: str, seconds: float) -> None:
+        self.file = file
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        # no threads for reading ahead: many stores are open at once, and their queries are short
+        self._con = connect(threads=threads, memory_limit=memory_limit, async_threads=0)
+        try:
+            self._attach()
+        except BaseException:
+            self._con.close()
+            raise
+
+    def _attach(self) -> None:
+        log = self.file.with_name(f"{self.file.name}.wal")
+        if os.path.lexists(log):
             raise ArtefactError(
-                "wrong kind of file", where=str(file), given=meta.get("kind"), allowed=KIND
+                "somebody has changed this store, which is never changed once it is built: "
+                f"{log.name} lies beside it; take it away to read the store as it was",
+                where=str(self.file),
             )
-        check_schema(meta.get("schema"), supported=SCHEMA, where=str(file))
-    except ArtefactError:
-        con.close()
-        raise
-    return con, meta
+        with self._clear(self._con), _path_for_duckdb(self.file) as path:
+            self._con.execute(f"ATTACH {quoted(path)} AS db (READ_ONLY)")
+            # from here on it reads no other file, runs no program and cannot be told otherwise
+            self._con.execute("SET enable_external_access = false")
+            self._con.execute("SET lock_configuration = true")
+
+    def close(self) -> None:
+        """Close the file; queries then raise ArtefactError."""
+        self._con.close()
+
+    def insist(self, holds: bool, table: str) -> None:
+        """Raise ArtefactError, naming a table, unless what was read from it fits the rest."""
+        if not holds:
+            raise ArtefactError(
+                "damaged: it does not fit the other tables", where=f"{self.file}: {table}"
+            )
+
+    @contextmanager
+    def _clear(self, cursor: Any) -> Iterator[None]:
+        """Turn what DuckDB says into one clear error; end what takes too long."""
+        timer = threading.Timer(self._seconds, _interrupt, [cursor])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except duckdb.InterruptException as error:
+            raise ArtefactError(
+                f"a query took more than {self._seconds:g} s and was ended", where=str(self.file)
+            ) from error
+        except duckdb.OutOfMemoryException as error:
+            raise ArtefactError("a query needs too much memory", where=str(self.file)) from error
+        except (duckdb.Error, UnicodeError) as error:
+            reason = str(error).split("\n", 1)[0]
+            if "read-only mode" in reason:
+                raise  # a statement that changes something is a mistake of ours
+            raise ArtefactError(
+                f"cannot be read as a feature store: {reason}", where=str(self.file)
+            ) from error
+        finally:
+            timer.cancel()
+
+    @contextmanager
+    def _answer(self, sql: str, values: Sequence[Any]) -> Iterator[Any]:
+        # one cursor a query: a connection shared by threads gives errors or wrong rows
+        with self._clear(None), self._lock:
+            cursor = self._con.cursor()
+        with cursor, self._clear(cursor):
+            yield cursor.execute(sql, list(values))
+
+    def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """A query's rows."""
+        with self._answer(sql, values) as answer:
+            return answer.fetchall()
+
+    def columns(self, sql: str, values: Sequence[Any] = ()) -> dict[str, np.ndarray]:
+        """A query's columns, by name."""
+        with self._answer(sql, values) as answer:
+            return answer.fetchnumpy()
+
+
+def _interrupt(cursor: Any) -> None:
+    with suppress(duckdb.Error, AttributeError):  # it has just ended
+        cursor.interrupt()
+
+
+@contextmanager
+def _path_for_duckdb(file: Path) -> Iterator[str]:
+    """A path under which DuckDB opens this very file, whatever signs are in its own."""
+    if not odd_path(file):
+        yield str(file)
+        return
+    if sys.platform != "linux":
+        raise ArtefactError(
+            "DuckDB cannot open a path with ? or \\ in it; move the store", where=str(file)
+        )
+    # only names the file: closing such a descriptor leaves DuckDB's lock on the file as it is
+    descriptor = os.open(file, os.O_PATH)
+    try:
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)

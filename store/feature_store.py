@@ -1,7 +1,6 @@
 """Reading a feature store: typed queries, read-only, from any number of threads and processes."""
 
 import random
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -10,9 +9,12 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from saescope.errors import InputError
-from store.database import open_read_only, store_file
+from saescope.errors import InputError, check_range
+from saescope.integers import as_index, as_indices
+from store.checking import COUNTS, check_store
+from store.database import Database, identifier, store_file
 from store.decoding import Vocabulary
+from store.examples import read_examples
 from store.finishing import FEATURE_COLUMNS
 from store.results import (
     Active,
@@ -30,6 +32,7 @@ from store.results import (
 from store.summaries import BINS
 
 KINDS = ("top", "interval")
+_MOST = 2**62
 STATES = {"all": "", "live": "n_active > 0", "dead": "n_active = 0"}
 _BOUNDS = {
     "feature_min": "feature >= ?",
@@ -48,13 +51,13 @@ class FeatureStore:
     ...     features.examples(123, "top", window=10)[0].tokens
     """
 
-    def __init__(self, path: Path, con: Any, meta: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, db: Database, meta: Mapping[str, Any]) -> None:
+        self.path = db.file
         self.meta = dict(meta)
         self.d_sae = int(meta["d_sae"])
         self.context = int(meta["context"])
-        self._con = con
-        self._lock = threading.Lock()
+        self._db = db
+        self._rows, self._columns = db.rows, db.columns
         self._vocabulary: Vocabulary | None = None
         self._statistics: dict[str, np.ndarray] | None = None
         names = [row[0] for row in self._rows("DESCRIBE db.feature")]
@@ -62,21 +65,37 @@ class FeatureStore:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, threads: int = 1, memory_limit: str = "1GB"
+        cls,
+        path: str | Path,
+        *,
+        threads: int = 1,
+        memory_limit: str = "1GB",
+        query_seconds: float = 120.0,
     ) -> "FeatureStore":
-        """Open a store's file, or the folder it is in.
+        """Open a store's file, or the folder it is in; anybody may have made it.
 
         threads: a query's own. The queries here are so short that one is the fastest; several
         callers' queries run beside one another whatever it is.
-        Raises ArtefactError if it is missing, no feature store, or of a newer version.
+        query_seconds: a query that takes longer is ended.
+        Raises ArtefactError if it is missing, no feature store, of another version, or has in it
+        what a feature store has not: nothing in the file is run, and no other file is read.
         """
-        file = store_file(path)
-        con, meta = open_read_only(file, threads=threads, memory_limit=memory_limit)
-        return cls(file, con, meta)
+        check_range("query_seconds", query_seconds, above=0)
+        db = Database(
+            store_file(path),
+            threads=as_index(threads, where="threads", low=1),
+            memory_limit=memory_limit,
+            seconds=query_seconds,
+        )
+        try:
+            return cls(db, check_store(db))
+        except BaseException:
+            db.close()
+            raise
 
     def close(self) -> None:
         """Close the file; queries then fail."""
-        self._con.close()
+        self._db.close()
 
     def __enter__(self) -> Self:
         return self
@@ -89,25 +108,13 @@ class FeatureStore:
     ) -> None:
         self.close()
 
-    def _cursor(self) -> Any:
-        # one cursor a query: a connection shared by threads gives errors or wrong rows
-        with self._lock:
-            return self._con.cursor()
-
-    def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with self._cursor() as cursor:
-            return cursor.execute(sql, list(values)).fetchall()
-
-    def _columns(self, sql: str, values: Sequence[Any] = ()) -> dict[str, np.ndarray]:
-        with self._cursor() as cursor:
-            return cursor.execute(sql, list(values)).fetchnumpy()
-
     def _check(self, feature: int) -> int:
-        if not 0 <= feature < self.d_sae:
+        number = as_index(feature, where="feature")
+        if not 0 <= number < self.d_sae:
             raise InputError(
-                "no such feature", where="feature", given=feature, allowed=f"0 to {self.d_sae - 1}"
+                "no such feature", where="feature", given=number, allowed=f"0 to {self.d_sae - 1}"
             )
-        return int(feature)
+        return number
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -115,6 +122,8 @@ class FeatureStore:
         if self._vocabulary is None:
             texts = [r[0] for r in self._rows("SELECT text FROM db.vocabulary ORDER BY token_id")]
             partial = self._rows("SELECT token_id, bytes FROM db.vocabulary WHERE bytes NOT NULL")
+            ends = self._rows("SELECT min(token_id), max(token_id), count(*) FROM db.vocabulary")
+            self._db.insist(ends == [(0, len(texts) - 1, len(texts))], "vocabulary")
             self._vocabulary = Vocabulary(texts, dict(partial))
         return self._vocabulary
 
@@ -122,10 +131,7 @@ class FeatureStore:
         """The store in numbers."""
         meta = self.meta
         kept = int(meta["n_kept"])
-        counts = {
-            key: int(meta[key])
-            for key in ("n_live", "n_activations", "n_sequences", "n_tokens", "n_documents")
-        }
+        counts = {key: int(meta[key]) for key in COUNTS if key != "n_kept"}
         return Overview(
             name=str(meta.get("name") or self.path.parent.name),
             model=str(meta.get("model") or ""),
@@ -155,14 +161,12 @@ class FeatureStore:
         """
         if sort not in self.columns:
             raise InputError("no such column", where="sort", given=sort, allowed=self.columns)
-        if limit < 1 or offset < 0:
-            raise InputError(
-                "out of range", where="limit, offset", given=(limit, offset), allowed="from 1, 0"
-            )
+        limit = as_index(limit, where="limit", low=1, high=_MOST)
+        offset = as_index(offset, where="offset", low=0, high=_MOST)
         where, values = self._where(filters or FeatureFilter())
         total = self._rows(f"SELECT count(*) FROM db.feature{where}", values)[0][0]
-        order = f'"{sort}" {"DESC" if descending else "ASC"} NULLS LAST, feature'
-        columns = ", ".join(f'"{name}"' for name in self.columns)
+        order = f"{identifier(sort)} {'DESC' if descending else 'ASC'} NULLS LAST, feature"
+        columns = ", ".join(map(identifier, self.columns))
         sql = f"SELECT {columns} FROM db.feature{where} ORDER BY {order} LIMIT ? OFFSET ?"
         found = self._rows(sql, [*values, limit, offset])
         arrays = zip(*found, strict=True) if found else [()] * len(self.columns)
@@ -178,16 +182,16 @@ class FeatureStore:
             bound = getattr(filters, name)
             if bound is not None:
                 clauses.append(clause)
-                values.append(bound)
+                values.append(_number(bound, name))
         if filters.ids is not None:
-            clauses.append("feature IN (SELECT unnest(?::INTEGER[]))")
-            values.append(list(filters.ids))
+            clauses.append("feature IN (SELECT unnest(?::BIGINT[]))")
+            values.append(as_indices(filters.ids, where="ids", low=-_MOST, high=_MOST))
         return (f" WHERE {' AND '.join(clauses)}" if clauses else ""), values
 
     def feature(self, feature: int) -> Feature:
         """One feature's statistics; InputError if there is no such feature."""
         columns = ("first_row", *self.columns)
-        names = ", ".join(f'"{name}"' for name in columns)
+        names = ", ".join(map(identifier, columns))
         sql = f"SELECT {names} FROM db.feature WHERE feature = ?"
         row = dict(zip(columns, self._rows(sql, [self._check(feature)])[0], strict=True))
         more = {name: row.pop(name) for name in list(row) if name not in FEATURE_COLUMNS}
@@ -206,10 +210,12 @@ class FeatureStore:
 
     def histogram(self, feature: int) -> Histogram:
         """How often the feature has which activation: equal bins over (0, max]."""
-        top = float(self._of_all("max")[self._check(feature)])
-        rows = self._rows("SELECT bin, count FROM db.histogram WHERE feature = ?", [feature])
+        number = self._check(feature)
+        top = float(self._of_all("max")[number])
+        rows = self._rows("SELECT bin, count FROM db.histogram WHERE feature = ?", [number])
         counts = np.zeros(BINS, dtype=np.int64)
         for bin_, count in rows:
+            self._db.insist(0 <= bin_ < BINS, "histogram")
             counts[bin_] = count
         return Histogram(np.linspace(0.0, top, BINS + 1), counts)
 
@@ -221,85 +227,36 @@ class FeatureStore:
         """
         if kind not in KINDS:
             raise InputError("no such kind of example", where="kind", given=kind, allowed=KINDS)
-        if window is not None and window < 0:
-            raise InputError("out of range", where="window", given=window, allowed="0 and more")
-        rows = self._rows(
-            "SELECT interval, rank, position, activation, active_place, active_value"
-            " FROM db.example WHERE feature = ? AND kind = ? ORDER BY interval DESC, rank",
-            [self._check(feature), kind],
-        )
-        sequences = self._sequences(sorted({row[2] // self.context for row in rows}))
-        titles = self._titles(
-            {int(sequences[r[2] // self.context][1][r[2] % self.context]) for r in rows}
-        )
-        return [self._example(kind, row, sequences, titles, window) for row in rows]
+        number = self._check(feature)
+        if window is not None:
+            window = as_index(window, where="window", low=0, high=_MOST)
+        return read_examples(self._db, self.vocabulary, self.context, number, kind, window)
 
-    def _example(
-        self,
-        kind: str,
-        row: tuple[Any, ...],
-        sequences: Mapping[int, tuple[np.ndarray, np.ndarray]],
-        titles: Mapping[int, str],
-        window: int | None,
-    ) -> Example:
-        interval, rank, position, activation, places, values = row
-        sequence, place = divmod(position, self.context)
-        tokens, documents = sequences[sequence]
-        reach = self.context if window is None else window
-        shown = slice(max(place - reach, 0), place + reach + 1)
-        active = np.zeros(self.context, dtype=np.float32)
-        active[places] = values
-        ids = tokens[shown].tolist()
-        document = int(documents[place])
-        return Example(
-            kind=kind,
-            interval=interval,
-            rank=rank,
-            sequence=sequence,
-            place=place,
-            start=shown.start,
-            position=position,
-            activation=activation,
-            document=document,
-            title=titles.get(document, ""),
-            token_ids=ids,
-            tokens=self.vocabulary.decode(ids),
-            activations=active[shown].tolist(),
-            same_document=(documents[shown] == document).tolist(),
-        )
+    def _text(self, token_id: int) -> str:
+        self._db.insist(0 <= token_id < len(self.vocabulary), "vocabulary")
+        return self.vocabulary.text(token_id)
 
-    def _sequences(self, numbers: Sequence[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        if not numbers:
-            return {}
-        marks = ", ".join("?" * len(numbers))
-        found = self._columns(
-            f"SELECT sequence, tokens, document FROM db.sequence WHERE sequence IN ({marks})",
-            numbers,
-        )
-        columns = zip(found["sequence"], found["tokens"], found["document"], strict=True)
-        return {int(n): (np.asarray(t), np.asarray(d)) for n, t, d in columns}
-
-    def _titles(self, documents: set[int]) -> dict[int, str]:
-        if not documents:
-            return {}
-        marks = ", ".join("?" * len(documents))
-        sql = f"SELECT document, title FROM db.document WHERE document IN ({marks})"
-        return dict(self._rows(sql, sorted(documents)))
+    def _of(self, column: str, other: int) -> float:
+        """A statistic of a feature that the store's tables name."""
+        self._db.insist(0 <= other < self.d_sae, "feature")
+        return float(self._of_all(column)[other])
 
     def top_tokens(self, features: Sequence[int], n: int = 5) -> dict[int, list[str]]:
         """For each feature, the n most frequent tokens among its strongest examples."""
-        if not features:
+        numbers = [self._check(f) for f in as_indices(features, where="features")]
+        n = as_index(n, where="n", low=0)
+        if not numbers:
             return {}
         rows = self._rows(
             "SELECT feature, token_id FROM db.example WHERE kind = 'top' AND feature IN"
             " (SELECT unnest(?::INTEGER[])) GROUP BY feature, token_id"
             " ORDER BY feature, count(*) DESC, min(rank)",
-            [[self._check(feature) for feature in features]],
+            [numbers],
         )
-        found: dict[int, list[str]] = {int(feature): [] for feature in features}
-        for feature, token_id in rows:
-            if len(found[feature]) < n:
-                found[feature].append(self.vocabulary.text(token_id))
+        found: dict[int, list[str]] = {number: [] for number in numbers}
+        for number, token_id in rows:
+            if len(found[number]) < n:
+                found[number].append(self._text(token_id))
         return found
 
     def logits(self, feature: int) -> Logits:
@@ -308,7 +265,7 @@ class FeatureStore:
             "SELECT sign, token_id, value FROM db.logit WHERE feature = ? ORDER BY rank",
             [self._check(feature)],
         )
-        effects = [(sign, LogitEffect(t, self.vocabulary.text(t), v)) for sign, t, v in rows]
+        effects = [(sign, LogitEffect(t, self._text(t), v)) for sign, t, v in rows]
         return Logits([e for s, e in effects if s > 0], [e for s, e in effects if s < 0])
 
     def neighbours(self, feature: int) -> list[Neighbour]:
@@ -317,23 +274,24 @@ class FeatureStore:
             "SELECT other, cosine FROM db.neighbour WHERE feature = ? ORDER BY rank",
             [self._check(feature)],
         )
-        density, top = self._of_all("density"), self._of_all("max")
-        return [Neighbour(o, cosine, float(density[o]), float(top[o])) for o, cosine in rows]
+        return [Neighbour(o, c, self._of("density", o), self._of("max", o)) for o, c in rows]
 
     def coactivating(self, feature: int, n: int = 10) -> list[Coactivation]:
         """The n features whose firing correlates most with this one's (at most 20 are stored)."""
         rows = self._rows(
             "SELECT other, share, correlation, sampled FROM db.coactivation"
             " WHERE feature = ? ORDER BY rank LIMIT ?",
-            [self._check(feature), n],
+            [self._check(feature), as_index(n, where="n", low=0, high=_MOST)],
         )
-        density = self._of_all("density")
-        return [Coactivation(o, s, r, float(density[o]), sampled) for o, s, r, sampled in rows]
+        return [Coactivation(o, s, r, self._of("density", o), sampled) for o, s, r, sampled in rows]
 
     def activations(self, feature: int, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The feature's positions [n] and activations [n], strongest first; all without limit."""
         row = self.feature(feature)
-        last = row.first_row + min(row.n_active, row.n_active if limit is None else limit)
+        count = row.n_active
+        if limit is not None:
+            count = min(count, as_index(limit, where="limit", low=0))
+        last = row.first_row + count
         found = self._columns(
             "SELECT position, activation FROM db.activation_by_feature"
             " WHERE rowid >= ? AND rowid < ? ORDER BY rowid",
@@ -343,16 +301,25 @@ class FeatureStore:
 
     def features_of_position(self, sequence: int, place: int) -> Active:
         """All features active at one token, strongest first."""
+        place = as_index(place, where="place")
         if not 0 <= place < self.context:
             raise InputError(
                 "no such place", where="place", given=place, allowed=f"0 to {self.context - 1}"
             )
-        position = sequence * self.context + place
+        position = self._sequence(sequence) * self.context + place
         return self._active(position, position + 1)
 
     def features_of_sequence(self, sequence: int) -> Active:
         """All features active anywhere in one sequence, token by token."""
-        return self._active(sequence * self.context, (sequence + 1) * self.context)
+        begin = self._sequence(sequence) * self.context
+        return self._active(begin, begin + self.context)
+
+    def _sequence(self, sequence: int) -> int:
+        number = as_index(sequence, where="sequence")
+        known = "SELECT count(*) FROM db.sequence WHERE sequence = ?"
+        if not 0 <= number < _MOST or not self._rows(known, [number])[0][0]:
+            raise InputError("no such sequence", where="sequence", given=number)
+        return number
 
     def _active(self, begin: int, end: int) -> Active:
         found = self._columns(
@@ -370,16 +337,28 @@ class FeatureStore:
     def next_live(self, feature: int) -> int | None:
         """The next feature that is active somewhere, or None."""
         live = self._live()
-        at = int(np.searchsorted(live, feature, side="right"))
+        at = int(np.searchsorted(live, as_index(feature, where="feature"), side="right"))
         return int(live[at]) if at < len(live) else None
 
     def previous_live(self, feature: int) -> int | None:
         """The previous feature that is active somewhere, or None."""
         live = self._live()
-        at = int(np.searchsorted(live, feature, side="left"))
+        at = int(np.searchsorted(live, as_index(feature, where="feature"), side="left"))
         return int(live[at - 1]) if at else None
 
     def random_live(self, seed: int | None = None) -> int | None:
         """A feature that is active somewhere, each with equal chance, or None."""
         live = self._live()
-        return int(random.Random(seed).choice(live)) if len(live) else None
+        chosen = random.Random(None if seed is None else as_index(seed, where="seed"))
+        return int(chosen.choice(live)) if len(live) else None
+
+
+def _number(value: float, where: str) -> float:
+    """A bound as Python's number, NumPy's included; InputError for anything else."""
+    if (
+        isinstance(value, bool | np.bool_)
+        or not isinstance(value, int | float | np.number)
+        or value != value
+    ):
+        raise InputError("is not a number", where=where, given=value)
+    return float(value) if isinstance(value, float | np.floating) else int(value)

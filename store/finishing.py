@@ -12,6 +12,7 @@ import pyarrow as pa
 from saescope.errors import InputError
 from saescope.progress import Progress
 from store import summaries
+from store.database import identifier
 from store.summaries import Scratch
 
 COUNTED = frozenset(
@@ -65,7 +66,7 @@ class Job:
     def insert(self, table: str, rows: pa.Table) -> None:
         """Append rows to a table of `staging`."""
         self.con.register("rows", rows)
-        names = ", ".join(rows.column_names)
+        names = ", ".join(map(identifier, rows.column_names))
         self.con.execute(f"INSERT INTO staging.{table} ({names}) SELECT {names} FROM rows")
         self.con.unregister("rows")
 
@@ -320,7 +321,7 @@ def _write_features(job: Job, table: Mapping[str, np.ndarray]) -> None:
     described = job.con.execute("DESCRIBE SELECT * FROM rows").fetchall()
     for name, kind, *_ in described:
         if name in job.columns:
-            job.con.execute(f'ALTER TABLE db.feature ADD COLUMN "{name}" {kind}')
+            job.con.execute(f"ALTER TABLE db.feature ADD COLUMN {identifier(name)} {kind}")
     job.con.execute("INSERT INTO db.feature BY NAME SELECT * FROM rows")
     job.con.unregister("rows")
 

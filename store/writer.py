@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -14,10 +15,11 @@ import pyarrow as pa
 from numpy.typing import ArrayLike
 
 from saescope.artefact import atomic_path
-from saescope.errors import InputError, check_range
+from saescope.errors import ArtefactError, InputError, check_range
 from saescope.progress import Progress
 from store import finishing
-from store.database import KIND, SCHEMA, clear_errors, connect, quoted
+from store.checking import plain_column
+from store.database import KIND, SCHEMA, clear_errors, connect, identifier, odd_path, quoted
 
 _BUFFERED_ROWS = 1 << 20
 
@@ -29,6 +31,17 @@ def _column(name: str, values: ArrayLike, dtype: type) -> np.ndarray:
     if np.issubdtype(dtype, np.integer) and array.size and array.dtype.kind not in "iu":
         raise InputError("must be integers", where=name, given=str(array.dtype))
     return np.ascontiguousarray(array, dtype=dtype)
+
+
+def _plain_values(kind: pa.DataType) -> bool:
+    of = pa.types
+    return (
+        of.is_integer(kind)
+        or of.is_floating(kind)
+        or of.is_boolean(kind)
+        or of.is_string(kind)
+        or of.is_large_string(kind)
+    )
 
 
 def _same_length(**columns: np.ndarray) -> None:
@@ -92,17 +105,27 @@ class StoreWriter:
         with ExitStack() as stack:
             stack.enter_context(clear_errors(self.path))
             self._target = stack.enter_context(atomic_path(self.path))
+            # DuckDB misreads some paths: such a store is built in the folder for temporary files
+            odd = odd_path(self._target)
             self._scratch = Path(
                 stack.enter_context(
-                    tempfile.TemporaryDirectory(prefix=".building-", dir=self.path.parent)
+                    tempfile.TemporaryDirectory(
+                        prefix=".building-", dir=None if odd else self.path.parent
+                    )
                 )
             )
+            if odd_path(self._scratch):
+                raise ArtefactError(
+                    "DuckDB cannot build a store below a folder with ? or \\ in its name",
+                    where=str(self._scratch),
+                )
+            self._built = self._scratch / "built" if odd else self._target
             spill = self._scratch / "spill"
             self._con = connect(threads=self._threads, memory_limit=self._memory_limit, spill=spill)
             stack.callback(self._con.close)
             schema = (Path(__file__).parent / "schema.sql").read_text(encoding="utf-8")
             # The same tables twice: `staging` as the rows come, `db` sorted, which is what stays.
-            for name, file in (("staging", self._scratch / "staging"), ("db", self._target)):
+            for name, file in (("staging", self._scratch / "staging"), ("db", self._built)):
                 self._con.execute(f"ATTACH {quoted(file)} AS {name}; USE {name}; {schema}")
             self._con.execute("USE memory")
             self._stack = stack.pop_all()
@@ -122,7 +145,7 @@ class StoreWriter:
 
     def _insert(self, table: str, rows: pa.Table) -> None:
         self._con.register("incoming", rows)
-        names = ", ".join(rows.column_names)
+        names = ", ".join(map(identifier, rows.column_names))
         self._con.execute(f"INSERT INTO staging.{table} ({names}) SELECT {names} FROM incoming")
         self._con.unregister("incoming")
 
@@ -234,8 +257,13 @@ class StoreWriter:
             where = f"features.{name}"
             if name in finishing.FEATURE_COLUMNS or name in self._columns:
                 raise InputError("this column is there already", where=where)
-            if not (name.isidentifier() and name.isascii() and name == name.lower()):
+            if not plain_column(name, "FLOAT"):
                 raise InputError("is no plain lower-case column name", where=where)
+            if not _plain_values(table.schema.field(name).type):
+                raise InputError(
+                    "holds no plain values", where=where, given=str(table.schema.field(name).type),
+                    allowed="numbers, truth values or text",
+                )  # fmt: skip
             if len(table) != self.d_sae:
                 raise InputError(
                     "wrong length", where=where, given=len(table), allowed=str(self.d_sae)
@@ -301,5 +329,7 @@ class StoreWriter:
         total = 3 * self.n_activations
         with Progress("building the store", total, "rows") as progress:
             rows = finishing.finish(job, progress)
+        if self._built != self._target:
+            shutil.copyfile(self._built, self._target)
         self._finished = True
         return rows

@@ -1,0 +1,101 @@
+"""A feature's examples, read from a store: positions with the tokens around them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from store.database import Database
+from store.decoding import Vocabulary
+from store.results import Example
+
+_SQL = (
+    "SELECT interval, rank, position, activation, active_place, active_value"
+    " FROM db.example WHERE feature = ? AND kind = ? ORDER BY interval DESC, rank"
+)
+_Sequences = Mapping[int, tuple[np.ndarray, np.ndarray]]
+
+
+def read_examples(
+    db: Database, vocabulary: Vocabulary, context: int, feature: int, kind: str, window: int | None
+) -> list[Example]:
+    """The examples of one kind, with `window` tokens on each side (the whole sequence if None).
+
+    Raises ArtefactError where the store's tables do not fit together.
+    """
+    rows = db.rows(_SQL, [feature, kind])
+    numbers = sorted({row[2] // context for row in rows})
+    sequences = _sequences(db, context, len(vocabulary), numbers)
+    documents = {int(sequences[row[2] // context][1][row[2] % context]) for row in rows}
+    titles = _titles(db, documents)
+    return [_example(db, vocabulary, context, kind, row, sequences, titles, window) for row in rows]
+
+
+def _sequences(db: Database, context: int, n_words: int, numbers: Sequence[int]) -> _Sequences:
+    if not numbers:
+        return {}
+    marks = ", ".join("?" * len(numbers))
+    found = db.columns(
+        f"SELECT sequence, tokens, document FROM db.sequence WHERE sequence IN ({marks})", numbers
+    )
+    columns = zip(found["sequence"], found["tokens"], found["document"], strict=True)
+    sequences = {}
+    for number, *parts in columns:
+        for part in parts:
+            whole = (
+                part.shape == (context,) and part.dtype.kind == "i" and not np.ma.is_masked(part)
+            )
+            db.insist(whole, "sequence")
+        tokens, documents = map(np.asarray, parts)
+        db.insist(tokens.min() >= 0 and tokens.max() < n_words, "sequence")
+        sequences[int(number)] = (tokens, documents)
+    db.insist(sequences.keys() == set(numbers), "sequence")
+    return sequences
+
+
+def _titles(db: Database, documents: set[int]) -> dict[int, str]:
+    if not documents:
+        return {}
+    marks = ", ".join("?" * len(documents))
+    sql = f"SELECT document, title FROM db.document WHERE document IN ({marks})"
+    return dict(db.rows(sql, sorted(documents)))
+
+
+def _example(
+    db: Database,
+    vocabulary: Vocabulary,
+    context: int,
+    kind: str,
+    row: tuple[Any, ...],
+    sequences: _Sequences,
+    titles: Mapping[int, str],
+    window: int | None,
+) -> Example:
+    interval, rank, position, activation, places, values = row
+    sequence, place = divmod(position, context)
+    tokens, documents = sequences[sequence]
+    reach = context if window is None else window
+    shown = slice(max(place - reach, 0), place + reach + 1)
+    active = np.zeros(context, dtype=np.float32)
+    db.insist(None not in places and None not in values and len(places) == len(values), "example")
+    at, value = np.asarray(places, dtype=np.int64), np.asarray([activation, *values])
+    db.insist(bool(((at >= 0) & (at < context)).all() and np.isfinite(value).all()), "example")
+    active[at] = values
+    ids = tokens[shown].tolist()
+    document = int(documents[place])
+    return Example(
+        kind=kind,
+        interval=interval,
+        rank=rank,
+        sequence=sequence,
+        place=place,
+        start=shown.start,
+        position=position,
+        activation=activation,
+        document=document,
+        title=titles.get(document, ""),
+        token_ids=ids,
+        tokens=vocabulary.decode(ids),
+        activations=active[shown].tolist(),
+        same_document=(documents[shown] == document).tolist(),
+    )
