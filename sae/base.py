@@ -20,6 +20,7 @@ from sae import kernels, objectives
 from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
 from sae.distributed import FEATURES, normal_rows_
+from sae.finite import check_rows
 from sae.normaliser import Normaliser
 from sae.outputs import SAEOutput, TrainingOutput, TrainingState
 from saescope.config import Config
@@ -76,6 +77,8 @@ class SparseAutoencoder(nn.Module, ABC):
     """reads and writes several sites at once, side by side"""
     unit_decoder: ClassVar[bool] = True
     """decoder rows are held at unit norm"""
+    first_rows: ClassVar[int] = 1
+    """rows that `start` needs"""
     by_feature: ClassVar[tuple[str, ...]] = ()
     """parameters and buffers with a row a feature; where they are named, ranks may share the
     features out: each then has an SAE of its own features, whose `d_sae` counts those"""
@@ -232,7 +235,10 @@ class SparseAutoencoder(nn.Module, ABC):
         return batch.mask_input(self.encoder_input(batch.y))
 
     def encode_sparse(self, x: Tensor) -> SparseCodes:
-        """Feature activations of x [batch, d_in], sparse, in the model's units."""
+        """Feature activations of x [batch, d_in], sparse, in the model's units.
+
+        Raises InputError for rows of another width, or that are not finite.
+        """
         self._check(x)
         codes = self.encode_normalised(self.normaliser.apply(x))
         return codes if self.normaliser.is_identity else codes.scale(self.normaliser.row_scale(x))
@@ -281,6 +287,7 @@ class SparseAutoencoder(nn.Module, ABC):
                 given=tuple(x.shape),
                 allowed=f"[batch, {self.d_in}]",
             )
+        check_rows(x, "sae")  # thresholds would take a NaN for a row on which nothing fires
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:

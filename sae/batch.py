@@ -30,6 +30,13 @@ class RawBatch:
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that the rows are of; layers may give a token several rows, side by side."""
+        if self.group is None or self.row_token is None:
+            return len(self)
+        return len(torch.unique_consecutive(self.row_token))
+
     def to(self, device: torch.device) -> Self:
         """The same rows on a device."""
         moved = {

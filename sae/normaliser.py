@@ -15,6 +15,8 @@ from saescope.errors import InputError
 NormaliserKind = Literal["none", "unit_mean_square", "sqrt_d", "centred", "standardised"]
 _EPS = 1e-5
 """added to a vector's deviation before it divides (Lawson et al. 2024)"""
+_ROUNDING = (8 * torch.finfo(torch.float32).eps) ** 2
+"""rounding makes equal activations vary by so much of their mean square"""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Normaliser:
             sample: rows [n, d_in], needed by "standardised" for the variance it then has, and by
                 "sqrt_d" if mean_norm is not given.
 
-        Raises InputError for an unknown kind, for data that does not vary, or if what the kind
-        needs is not given.
+        Raises InputError for an unknown kind, for data that does not vary but for rounding, or if
+        what the kind needs is not given.
         """
         if kind not in get_args(NormaliserKind):
             raise InputError(
@@ -68,13 +70,13 @@ class Normaliser:
             )
         mean = mean.to(torch.float64)
         variance = mean_square - float(mean.square().sum())
-        if not variance > 0:
-            raise InputError("the activations do not vary", where="normaliser", given=variance)
+        _check_varies(variance, mean_square)
         if kind == "standardised":
             if sample is None:
                 raise InputError("needs a sample of rows", where="Normaliser.fit", given=kind)
             y = _standardise(sample.double())
             spread = float((y - y.mean(0)).square().sum(1).mean())
+            _check_varies(spread, float(y.square().sum(1).mean()))
             return cls(kind, torch.zeros_like(mean).float(), torch.ones(()), spread)
         if kind == "sqrt_d" and mean_norm is None:
             if sample is None:
@@ -160,6 +162,15 @@ class Normaliser:
     def to(self, device: torch.device | str) -> "Normaliser":
         """The same on another device."""
         return Normaliser(self.kind, self.mean.to(device), self.scale.to(device), self.variance)
+
+
+def _check_varies(variance: float, mean_square: float) -> None:
+    if not variance > _ROUNDING * mean_square:
+        raise InputError(
+            "the activations do not vary, but for rounding",
+            where="normaliser",
+            given=f"variance {variance:.3g} at a mean square of {mean_square:.3g}",
+        )
 
 
 def _standardise(x: Tensor) -> Tensor:

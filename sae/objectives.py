@@ -14,6 +14,9 @@ from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
 from sae.distributed import FEATURES, ROWS
 
+_ROUNDING = 16
+"""so many rounding errors of what is subtracted are no difference"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
@@ -88,6 +91,9 @@ def auxk(
     k_aux: int,
     *,
     signed: bool = False,
+    visible: Tensor | None = None,
+    refit: bool = False,
+    size: Tensor | None = None,
 ) -> Tensor:
     """AuxK: let the k_aux strongest dead features reconstruct what the living ones left over.
 
@@ -95,7 +101,10 @@ def auxk(
     without bias (Gao et al. 2024, appendix A.2); 0 where there is no dead feature or nothing left.
 
     Args: residual, centred (y - b_dec) [batch, d_in]; dead bool [d_sae]; signed: strongest in
-    magnitude, not rectified.
+    magnitude, not rectified; visible bool [d_in]: coordinates that are no part of e, 0 in
+    `residual`; refit: encoder rows are counted at unit length over the visible ones, and codes
+    divided by what length they have there (a tied dictionary that has to do with those alone);
+    size [batch, d_in]: numbers whose rounding e cannot be less than (see `unpredicted`).
     """
     rows = dead.nonzero()[:, 0]
     number = FEATURES.total(len(rows))
@@ -104,6 +113,12 @@ def auxk(
     residual = residual.detach()
     encoder, decoder = rows_of(W_enc_T, rows), rows_of(W_dec, rows)
     bias = b_enc.index_select(0, rows)
+    if visible is not None:
+        if refit:
+            seen = encoder * visible
+            length = row_norms(seen).clamp_min(torch.finfo(seen.dtype).tiny)[:, None]
+            encoder, decoder = seen / length, decoder / length
+        decoder = decoder * ~visible
     if number <= k_aux:  # all of them are taken, and dense products on so few rows are cheap
         pre = functional.linear(centred, encoder, bias)
         e_hat = FEATURES.sum((pre if signed else pre.relu()) @ decoder)
@@ -116,7 +131,7 @@ def auxk(
             index, value = rows.new_zeros(len(centred), 0), residual.new_zeros(len(centred), 0)
         codes = contest.strongest(index, value, k_aux, len(rows))
         left = left_by(codes, residual, decoder)
-    return unpredicted(residual, left)
+    return unpredicted(residual, left, size)
 
 
 def left_by(codes: SparseCodes, residual: Tensor, W_dec: Tensor) -> Tensor:
@@ -131,14 +146,17 @@ def left_by(codes: SparseCodes, residual: Tensor, W_dec: Tensor) -> Tensor:
     return kernels.total(squared)
 
 
-def unpredicted(residual: Tensor, left: Tensor) -> Tensor:
+def unpredicted(residual: Tensor, left: Tensor, size: Tensor | None = None) -> Tensor:
     """left / ||e - mean e||^2 over a batch e [batch, d_out]; 0 where e does not vary.
 
-    Both are of this rank's rows, and summed over ranks that have others.
+    All are of this rank's rows, and summed over ranks that have others. What rounding makes of e,
+    or of numbers as large as `size` [batch, d_out] (the targets), is no variation.
     """
     total = kernels.total((residual - ROWS.mean(residual)).square())
-    left, total = ROWS.sum(torch.stack([left, total]))
-    return left / torch.where(total > 0, total, torch.inf)  # so that gradients are 0 there too
+    largest = residual.square() if size is None else residual.square() + size.square()
+    least = (_ROUNDING * torch.finfo(residual.dtype).eps) ** 2 * kernels.total(largest.detach())
+    left, total, least = ROWS.sum(torch.stack([left, total, least]))
+    return left / torch.where(total > least, total, torch.inf)  # gradients are 0 there too
 
 
 def rows_of(W: Tensor, rows: Tensor) -> Tensor:
@@ -187,13 +205,37 @@ class _RowNorms(Function):
         return W * torch.where(norm > 0, gradients[0] / norm, 0.0)[:, None]
 
 
+@torch.no_grad()
 def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """The point [d_in] of least summed distance to points [rows, d_in] (Weiszfeld's iteration)."""
+    """The point [d_in] of least summed distance to points [rows, d_in].
+
+    Weiszfeld's iteration, which stops at a point of the data whether it is the median or not, with
+    Vardi and Zhang's step (2000, "The multivariate L1-median", eq. 2.6) away from such a point. It
+    comes near a median that is a point of the data only slowly, so the nearest one is tried last.
+    """
     guess = points.mean(0)
     for _ in range(iterations):
-        weight = 1 / (points - guess).norm(dim=1, keepdim=True).clamp_min(1e-12)
-        moved = (points * weight).sum(0) / weight.sum()
-        if (moved - guess).norm() <= tolerance * guess.norm():
-            return moved
-        guess = moved
-    return guess
+        distance = (points - guess).norm(dim=1, keepdim=True)
+        here = distance[:, 0] <= tolerance * distance.mean()
+        if here.any() and not here.all():
+            moved = _away_from(points, guess, here)
+        else:
+            weight = 1 / distance.clamp_min(1e-12)
+            moved = (points * weight).sum(0) / weight.sum()
+        step, guess = (moved - guess).norm(), moved
+        if step <= tolerance * guess.norm():
+            break
+    distance = (points - guess).norm(dim=1)
+    nearest, total = points[distance.argmin()], distance.sum()
+    better = (points - nearest).norm(dim=1).sum() < total and bool(total.isfinite())
+    return nearest if better else guess
+
+
+def _away_from(points: Tensor, guess: Tensor, here: Tensor) -> Tensor:
+    """Vardi and Zhang's step from a guess at which the points of a mask [rows] are, not all."""
+    others = points[~here]
+    offset = others - guess
+    weight = 1 / offset.norm(dim=1, keepdim=True)
+    pull = (offset * weight).sum(0).norm()  # of the others, against 1 of each point here
+    part = (1 - here.sum() / pull).clamp_min(0) if pull > 0 else 0.0
+    return guess + part * ((others * weight).sum(0) / weight.sum() - guess)

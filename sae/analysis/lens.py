@@ -273,6 +273,7 @@ def _check(model: Model, store: ActivationStore, sites: Iterable[str], head: Hea
             )  # fmt: skip
 
 
+@torch.enable_grad()
 def _fit(
     head: Head, store: ActivationStore, sites: Sequence[str], d: int, config: LensConfig
 ) -> tuple[Tensor, Tensor]:

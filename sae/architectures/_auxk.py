@@ -33,6 +33,8 @@ class AuxKSAE(SparseAutoencoder):
 
     signed_auxk: ClassVar[bool] = False
     """AuxK takes dead features by magnitude, and does not rectify them"""
+    refits_visible: ClassVar[bool] = False
+    """where coordinates are hidden, codes are those of the dictionary's visible part"""
 
     @property
     def k_aux(self) -> int:
@@ -62,6 +64,9 @@ class AuxKSAE(SparseAutoencoder):
                 state.dead,
                 self.k_aux,
                 signed=self.signed_auxk,
+                visible=found.batch.visible,
+                refit=self.refits_visible,
+                size=found.batch.target,
             )
         terms["auxk"] = term.detach()
         return loss + config.auxk_coefficient * term

@@ -194,20 +194,22 @@ class BatchSelectionSAE(AuxKSAE):
             return loss
         term = loss.new_zeros(())
         if chosen.any():
-            term = self._aux_zipf(found.left_over(), centred, codes, chosen)
+            term = self._aux_zipf(found, centred, codes, chosen)
         terms["aux_zipf"] = term.detach()
         return loss + config.auxk_coefficient * term
 
     def _aux_zipf(
-        self, residual: Tensor, centred: Tensor, codes: SparseCodes, chosen: Tensor
+        self, found: Reconstruction, centred: Tensor, codes: SparseCodes, chosen: Tensor
     ) -> Tensor:
         """aux_zipf (Ayonrinde 2024): AuxK's loss, predicted by under-used features.
 
         They share k_aux activations a row over the batch. An entry that the code has already is
         left out: its part of the residual is gone, and asking for it twice would shrink it.
         """
-        features = chosen.nonzero()[:, 0]
+        residual, features = found.left_over(), chosen.nonzero()[:, 0]
         encoder, decoder = (objectives.rows_of(W, features) for W in (self.W_enc_T, self.W_dec))
+        if found.batch.visible is not None:  # what the residual is of
+            decoder = decoder * ~found.batch.visible
         bias = self.b_enc.index_select(0, features)
         taken = codes.of(features)
         if len(features) <= self.k_aux:  # none is too many, and dense products on few are cheap
@@ -221,7 +223,7 @@ class BatchSelectionSAE(AuxKSAE):
                 taken=(taken.row_ptr, taken.index),
             )  # fmt: skip
             left = objectives.left_by(SparseCodes(*parts, len(features)), residual, decoder)
-        return objectives.unpredicted(residual, left)
+        return objectives.unpredicted(residual, left, found.batch.target)
 
     @torch.no_grad()
     def _observe(self, codes: SparseCodes, counts: Tensor, state: TrainingState) -> None:

@@ -63,6 +63,7 @@ class ArchetypalSAE(TopKFamily):
     config: ArchetypalConfig
 
     unit_decoder: ClassVar[bool] = False
+    first_rows: ClassVar[int] = 2
 
     points: Tensor
     """C [N, d_out], at the normaliser's scale"""
@@ -91,8 +92,16 @@ class ArchetypalSAE(TopKFamily):
     def start(self, batch: TrainingBatch) -> None:
         """b_dec at the geometric median; candidates from the batch's rows less b_dec.
 
-        A batch of fewer rows than candidates gives each of its rows several times.
+        A batch of fewer rows than candidates gives each of its rows several times. Raises
+        InputError for rows that are all equal, as a single one is: they span nothing.
         """
+        if torch.equal(batch.target, batch.target[:1].expand_as(batch.target)):
+            raise InputError(
+                "candidates come from the first batch, whose rows are all equal",
+                where="sae.kind",
+                given=f"archetypal, {len(batch)} rows",
+                allowed="at least 2 rows that differ; raise trainer.batch_size or lower accumulate",
+            )
         super().start(batch)
         rows = batch.target - self.b_dec
         n = self.config.n_candidates

@@ -81,6 +81,7 @@ class MatchingPursuitSAE(TiedSAE):
     config: MatchingPursuitConfig
 
     encoder_bias: ClassVar[bool] = False
+    refits_visible: ClassVar[bool] = True
 
     @property
     def signed(self) -> bool:  # type: ignore[override]
@@ -96,6 +97,7 @@ class MatchingPursuitSAE(TiedSAE):
             atoms = seen / norm[:, None]
         if config.orthogonal:
             index, value = orthogonal_pursuit(centred, atoms, config.k)
+            norm = None if norm is None else norm.detach()  # codes are constants
         else:
             stop = Stop(config.residual_threshold, config.stop_on_duplicate)
             index, value = matching_pursuit(

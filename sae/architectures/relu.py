@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sae import kernels
 from sae.architectures import register
@@ -147,9 +148,10 @@ class ReLUSAE(L1SAE):
         """At the steps that `resample_at` names, start dead features anew (Bricken et al. 2023).
 
         Each takes one row, drawn without replacement with probability proportional to its squared
-        loss: the decoder row is the row less b_dec at unit norm, the encoder row points there at
-        0.2 of the living rows' mean norm, the bias is 0. Dead features beyond the rows that have
-        a loss wait. Raises InputError without the run's generator.
+        loss: the decoder row is the row less b_dec at unit norm (where norms are free, at the
+        living rows' mean norm), the encoder row points there at 0.2 of the living rows' mean norm,
+        the bias is 0. Dead features beyond the rows that have a loss wait. Raises InputError
+        without the run's generator.
         """
         if not self.resamples(state):
             return None
@@ -162,13 +164,14 @@ class ReLUSAE(L1SAE):
             return None
         drawn = torch.multinomial(loss.cpu(), len(features), generator=state.generator)
         drawn = drawn.to(loss.device)
-        towards = torch.nn.functional.normalize(self.centred(batch)[drawn], dim=1)
-        norms = self.W_enc_T.norm(dim=1)
-        living = norms if state.dead.all() else norms[~state.dead]
-        self.W_enc_T[features] = _RESAMPLED_NORM * living.mean() * towards
-        self.W_dec[features] = torch.nn.functional.normalize(
-            batch.target[drawn] - self.b_dec, dim=1
-        )
+        living = ~state.dead if not state.dead.all() else state.dead
+        towards = functional.normalize(self.centred(batch)[drawn], dim=1)
+        written = functional.normalize(batch.target[drawn] - self.b_dec, dim=1)
+        if not self.unit_decoder:
+            written = written * self.W_dec[living].norm(dim=1).mean()
+        norm = self.W_enc_T.norm(dim=1)[living].mean()
+        self.W_enc_T[features] = _RESAMPLED_NORM * norm * towards
+        self.W_dec[features] = written
         self.b_enc[features] = 0
         return features
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from sae.base import SparseAutoencoder
 from sae.batch import RawBatch
 from sae.evaluation.reconstruction import Reconstruction, measure_reconstruction
-from sae.training.finite import check_finite
+from sae.finite import check_finite
 from sae.training.objective import BatchMaker
 
 HeldOutRows = Callable[[], Iterable[RawBatch | Tensor]]

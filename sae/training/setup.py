@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ from sae import distributed
 from sae.analysis.lens import TunedLens
 from sae.architectures import architecture
 from sae.base import SparseAutoencoder, kind_of
+from sae.gradients import check_trainable
 from sae.harvests import choose_site, load_harvested_model
 from sae.loading import SAE_FOLDER, load
 from sae.normaliser import Normaliser
@@ -24,6 +26,7 @@ from sae.training.end_to_end import EndToEnd, EndToEndStream
 from sae.training.outliers import OutlierFilter
 from sae.training.streams import Stream, make_stream
 from sae.training.trainer import Trainer
+from sae.training.trainer_config import TrainerConfig
 from saescope.artefact import (
     MANIFEST,
     git_commit,
@@ -65,6 +68,14 @@ class Run:
         *,
         streams: dict[str, Stream] | None = None,
     ) -> None:
+        check_trainable("train")
+        if harvest.n_rows("held_out") == 0:
+            raise InputError(
+                "the harvest has no held-out rows, on which a run is measured and its thresholds "
+                "are set; harvest more text, or with a larger held_out_fraction",
+                where=str(harvest.path),
+                given=f"{harvest.n_rows('train'):,} training rows, 0 held out",
+            )
         self.config, self.harvest = config, harvest
         self.folder = local(config.out)
         self.sae_config = config.sae
@@ -78,7 +89,11 @@ class Run:
         if (self.folder / MANIFEST).exists():
             before = read_manifest(self.folder, kind="run", schema=RUN_SCHEMA)
         order = self._order(before)
-        self.settings = {**to_dict(config), "sites": list(self.sites), "site": None, "order": order}
+        self.trainer_config = self._trainer_config(before)
+        self.settings = {
+            **to_dict(config), "sites": list(self.sites), "site": None, "order": order,
+            "trainer": to_dict(self.trainer_config),
+        }  # fmt: skip
         self._lens = TunedLens.load(config.lens) if config.lens else None
         self.tag = sha256_json({
             "config": _identity(self.settings), "harvest": harvest.hash,
@@ -112,6 +127,15 @@ class Run:
             return chosen or "spread"
         earlier: Order | None = before["config"].get("order")
         return earlier if chosen is None or (chosen, earlier) == ("chunks", None) else chosen
+
+    def _trainer_config(self, before: Mapping[str, Any] | None) -> TrainerConfig:
+        """The trainer's, with the tokens after which a feature is dead; a begun run keeps them."""
+        given = self.config.trainer
+        if given.dead_after_tokens is None and before is not None:
+            begun = before["config"]["trainer"]
+            given = replace(given, dead_after_tokens=begun["dead_after_tokens"])
+        tokens = round(self.config.passes * self.harvest.n_rows("train"))
+        return replace(given, dead_after_tokens=given.dead_after(tokens))
 
     @property
     def _reading_order(self) -> Order | None:
@@ -201,6 +225,12 @@ class Run:
     def start(self) -> None:
         """Make the trainer and, in a new folder, write the manifest."""
         trainer = self.trainer  # before anything is written: wrong input leaves no folder behind
+        tokens = self.total_steps * self.stream.tokens_per_batch
+        if trainer.dead_after >= tokens:
+            say(
+                f"trainer.dead_after_tokens {trainer.dead_after:,} is all of the run's {tokens:,} "
+                "tokens or more: no feature will count as dead, and nothing (AuxK) revives any"
+            )
         if ranks.first() and not (self.folder / MANIFEST).exists():
             write_manifest(
                 self.folder, kind="run", schema=RUN_SCHEMA, config=self.settings,
@@ -222,7 +252,7 @@ class Run:
         return Trainer(
             sae,
             self.stream,
-            config.trainer,
+            self.trainer_config,
             total_steps=self.total_steps,
             held_out=self.stream.held_out(config.evaluation_rows),
             calibration=self.stream.held_out(config.calibration_rows),

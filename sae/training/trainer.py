@@ -7,13 +7,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sae.base import SparseAutoencoder, TrainingState
+from sae.base import SparseAutoencoder, TrainingState, kind_of
 from sae.batch import RawBatch, TrainingBatch
 from sae.distributed import FEATURES, ROWS
+from sae.finite import check_finite
+from sae.gradients import check_trainable
 from sae.kernels import spare
 from sae.training import checkpoint, ranks, shards
 from sae.training.controller import L0Controller, warmup_fraction
-from sae.training.finite import check_finite
 from sae.training.measuring import HeldOutRows, measure, normalised_rows
 from sae.training.numerics import Numerics
 from sae.training.objective import BatchMaker
@@ -66,8 +67,11 @@ class Trainer:
         tag: str = "",
         seed: int = 0,
     ) -> None:
+        check_trainable("Trainer")
         check_range("training steps", total_steps, low=1)
         ranks.check_batch(config.batch_size, config.accumulate)
+        if initialise:
+            _check_first_rows(sae, config)
         self.sae, self.batches, self.config = sae, batches, config
         self.total_steps, self.held_out = total_steps, held_out
         self.calibration = calibration or held_out
@@ -93,6 +97,9 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.step = 0
         self.last_held_out: dict[str, Any] = {}
+        self.tokens = 0
+        """tokens trained on"""
+        self.dead_after = config.dead_after(total_steps * config.batch_size)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.b_dec.device)
         if (folder / CHECKPOINT).exists():
             self._restore()
@@ -132,22 +139,24 @@ class Trainer:
             self.log.close()
         return note
 
-    def train_step(self, raw: RawBatch | Tensor) -> dict[str, float]:
+    @torch.enable_grad()
+    def train_step(self, raw: RawBatch | Tensor) -> dict[str, Any]:
         """One optimiser step on rows [batch, d_in]; the named parts of the loss.
 
-        Raises InputError, with nothing changed, if a row is not finite.
+        "dead" is None as long as it is not known: before `dead_after_tokens` tokens. Raises
+        InputError, with nothing changed, if a row is not finite.
         """
         raw = (RawBatch(raw) if isinstance(raw, Tensor) else raw).to(self.sae.b_dec.device)
         check_finite(raw, f"step {self.step}")
         with self.numerics.running():
             return self._step(raw)
 
-    def _step(self, raw: RawBatch) -> dict[str, float]:
+    def _step(self, raw: RawBatch) -> dict[str, Any]:
         sae, config = self.sae.train(), self.config
         state = TrainingState(
             step=self.step,
             total_steps=self.total_steps,
-            dead=self.tokens_since_fired >= config.dead_after_tokens,
+            dead=self.tokens_since_fired >= self.dead_after,
             penalty=self.controller.penalty if self.controller else 1.0,
             generator=self.generator,
         )
@@ -161,7 +170,9 @@ class Trainer:
             sae, self.optimiser, lr=lr, clip=config.grad_clip,
             what=f"step {self.step} (loss {terms['loss']:.4g})",
         )  # fmt: skip
-        self.tokens_since_fired += rows
+        known, tokens = self.tokens >= self.dead_after, raw.tokens
+        self.tokens += tokens
+        self.tokens_since_fired += tokens
         self.tokens_since_fired[counts > 0] = 0
         self._resample(raw, state)
         l0 = float(FEATURES.sum(counts.sum())) / rows
@@ -171,7 +182,7 @@ class Trainer:
         return {
             **terms,
             "l0": l0,
-            "dead": FEATURES.total(int(state.dead.sum())),
+            "dead": FEATURES.total(int(state.dead.sum())) if known else None,
             "grad_norm": norm,
             "lr": lr,
             **({"penalty": state.penalty} if self.controller else {}),
@@ -227,19 +238,18 @@ class Trainer:
         with self.numerics.running():
             self.sae.eval().calibrate(normalised_rows(self.maker, self.calibration))
 
-    def _evaluate(self, terms: dict[str, float]) -> str:
+    def _evaluate(self, terms: dict[str, Any]) -> str:
         with self.numerics.running(), averaged(self.optimiser, self.sae.after_step):
             held_out = measure(self.sae.eval(), self.held_out)
         self.last_held_out = held_out
         values = {
-            "tokens": self.step * self.config.batch_size, "kernels": self.numerics.kernels,
+            "tokens": self.tokens, "kernels": self.numerics.kernels,
             "train": terms,
         }  # fmt: skip
         if self.log is not None:
             self.log.append(self.step, **values, held_out=held_out)
-        return (
-            f"held-out FVU {held_out['fvu']:.4f}, L0 {held_out['l0']:.1f}, dead {terms['dead']:,}"
-        )
+        dead = "not yet known" if terms["dead"] is None else f"{terms['dead']:,}"
+        return f"held-out FVU {held_out['fvu']:.4f}, L0 {held_out['l0']:.1f}, dead {dead}"
 
     def _save(self) -> None:
         shards.save(
@@ -255,6 +265,7 @@ class Trainer:
             },
             state={
                 "step": self.step,
+                "tokens": self.tokens,
                 "tag": self.tag,
                 "batches": self.batches.state_dict(),
                 "controller": self.controller.state_dict() if self.controller else None,
@@ -280,3 +291,17 @@ class Trainer:
             self.controller.load_state_dict(state["controller"])
         self.batches.load_state_dict(state["batches"])
         self.step, self.last_held_out = state["step"], state["last_held_out"]
+        # older checkpoints do not say, and took rows for tokens
+        self.tokens = state.get("tokens", self.step * self.config.batch_size)
+
+
+def _check_first_rows(sae: SparseAutoencoder, config: TrainerConfig) -> None:
+    """Raise InputError if the first part of a batch is too small to initialise an SAE from."""
+    first = -(-config.batch_size // config.accumulate)
+    if first < sae.first_rows:
+        raise InputError(
+            f"{kind_of(sae.config)} takes more rows than that from its first batch",
+            where="trainer.batch_size",
+            given=f"{first} in the first of {config.accumulate} parts",
+            allowed=f"at least {sae.first_rows} in each part",
+        )

@@ -10,6 +10,11 @@ from sae.training.telemetry import SinkKind, check_sink
 from saescope.config import Config
 from saescope.errors import check_range
 
+_DEAD_AFTER = 10_000_000
+"""tokens (Gao et al. 2024), or of a run that is not much longer"""
+_DEAD_SHARE = 1 / 8
+"""of its tokens: what 250,000 are of the default run, rounded"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig(Config):
@@ -43,8 +48,10 @@ class TrainerConfig(Config):
     target_l0: float | None = None
     """Mean L0 to reach on held-out rows: k, for architectures that have it; else the sparsity
     coefficient is moved during training until L0 is this."""
-    dead_after_tokens: int = 10_000_000
-    """A feature is dead when it has not fired for this many tokens."""
+    dead_after_tokens: int | None = None
+    """A feature is dead when it has not fired for this many tokens; until so many have been seen
+    it is not known which are. 10 million, or an eighth of the run's tokens if that is less, if not
+    given."""
     evaluate_every: int = 250
     """Steps between held-out evaluations."""
     checkpoint_every: int = 250
@@ -61,8 +68,10 @@ class TrainerConfig(Config):
     """Changes to the reconstruction loss that every architecture can take."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "dead_after_tokens", "evaluate_every"):
+        for name in ("batch_size", "accumulate", "evaluate_every"):
             check_range(f"trainer.{name}", getattr(self, name), low=1)
+        if self.dead_after_tokens is not None:
+            check_range("trainer.dead_after_tokens", self.dead_after_tokens, low=1)
         check_range("trainer.checkpoint_every", self.checkpoint_every, low=1)
         check_range("trainer.accumulate", self.accumulate, high=self.batch_size)
         check_range("trainer.lr_multiplier", self.lr_multiplier, above=0)
@@ -76,3 +85,13 @@ class TrainerConfig(Config):
         check_range("trainer.eps", self.eps, above=0)
         check_range("trainer.grad_clip", self.grad_clip, low=0)
         check_sink(self.telemetry)
+
+    def dead_after(self, tokens: int) -> int:
+        """`dead_after_tokens`, or what it is in a run of so many tokens.
+
+        >>> TrainerConfig().dead_after(800_000), TrainerConfig().dead_after(10**9)
+        (100000, 10000000)
+        """
+        if self.dead_after_tokens is not None:
+            return self.dead_after_tokens
+        return max(1, min(_DEAD_AFTER, round(_DEAD_SHARE * tokens)))

@@ -230,6 +230,20 @@ def test_masked_gradient_passes_through_the_restricted_norms() -> None:
     assert slope == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
 
 
+def test_masked_orthogonal_codes_are_constants_to_the_gradient() -> None:
+    torch.manual_seed(0)
+    config = MatchingPursuitConfig(d_sae=30, k=4, auxk_coefficient=0, orthogonal=True)
+    sae = MatchingPursuitSAE(config, 8).double()
+    visible = torch.tensor([True] * 5 + [False] * 3)
+    y, state = torch.randn(20, 8, dtype=torch.float64), TrainingState(dead=torch.zeros(30).bool())
+    output = sae.training_output(TrainingBatch.of(y, visible=visible), state)
+    (gradient,) = torch.autograd.grad(output.loss, sae.W_dec)
+    codes = sae._codes(sae.encoder_input(y) * visible, visible).dense().detach()
+    error = (codes @ sae.W_dec + sae.b_dec - y)[:, ~visible]
+    (wanted,) = torch.autograd.grad(error.square().sum(1).mean() * 8 / 3, sae.W_dec)
+    torch.testing.assert_close(gradient, wanted)
+
+
 def test_finds_the_parts_that_make_a_row() -> None:
     """Sparse sums in an incoherent dictionary: the atoms, and by OMP their strengths too."""
     generator = torch.Generator().manual_seed(0)

@@ -72,3 +72,21 @@ def test_standardised_features_need_the_row_they_came_from() -> None:
     torch.testing.assert_close(
         sae(2 * X[:9] + 7).x_hat, 2 * sae(X[:9]).x_hat + 7, rtol=1e-4, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("kind", ["none", "unit_mean_square", "sqrt_d", "centred", "standardised"])
+def test_rows_that_are_equal_but_for_rounding_do_not_vary(kind: str) -> None:
+    """Moments in float64 of equal rows differ from no variance by rounding, either way."""
+    torch.manual_seed(0)
+    for rows in (torch.full((1000, 7), 0.1), (torch.randn(7) * 30).repeat(1000, 1)):
+        for x in (rows, rows * (1 + 1e-7 * torch.randn(1000, 7))):
+            with pytest.raises(InputError, match="do not vary, but for rounding"):
+                fit(kind, x)
+            fit(kind, x + 1e-3 * x * torch.randn(1000, 7))  # little, but it varies
+
+
+def test_rows_that_standardise_to_the_same_do_not_vary() -> None:
+    x = 1e3 * torch.linspace(1, 9, 50)[:, None] * torch.tensor([[1.0, -1.0, 2.0]])
+    fit("centred", x)
+    with pytest.raises(InputError, match="do not vary"):
+        fit("standardised", x)

@@ -174,3 +174,45 @@ def test_the_error_comes_with_the_loss() -> None:
         found = objectives.reconstruct(codes, batch, W_dec, b_dec)
     assert found.error is not None
     torch.testing.assert_close(found.left_over(), -found.error)
+
+
+@pytest.mark.parametrize(
+    ("points", "median"),
+    [
+        # the mean is a point of the data, at which Weiszfeld's iteration stops
+        ([[0.0], [0.0], [0.0], [3.0], [12.0]], [0.0]),
+        ([[0.0], [0.0], [0.0], [3.0], [12.0 + 1e-6]], [0.0]),
+        # a corner of more than 120 degrees is the median; the mean (2, 0.5) is not
+        ([[0.0, 0.0], [2.0, 1.0], [4.0, 0.5]], [2.0, 1.0]),
+        # Fermat's point of an equilateral triangle
+        ([[1.0, 0.0], [-0.5, 0.75**0.5], [-0.5, -(0.75**0.5)]], [0.0, 0.0]),
+        ([[5.0, 7.0]], [5.0, 7.0]),
+        ([[5.0, 7.0]] * 3, [5.0, 7.0]),
+    ],
+)
+def test_geometric_median_by_hand(points: list[list[float]], median: list[float]) -> None:
+    for dtype in (torch.float32, torch.float64):
+        found = objectives.geometric_median(torch.tensor(points, dtype=dtype))
+        torch.testing.assert_close(found, torch.tensor(median, dtype=dtype), rtol=1e-5, atol=1e-5)
+
+
+def test_no_point_near_the_geometric_median_is_better() -> None:
+    torch.manual_seed(0)
+    for number in range(20):
+        points = torch.randn(9, 3, dtype=torch.float64).round(decimals=number % 2)  # ties, too
+        points[:4] = points[0]
+        found = objectives.geometric_median(points, iterations=2000, tolerance=1e-12)
+        least = (points - found).norm(dim=1).sum()
+        for other in (*points, *(found + 1e-3 * torch.randn(200, 3, dtype=torch.float64))):
+            assert (points - other).norm(dim=1).sum() >= least - 1e-9
+
+
+@pytest.mark.parametrize("size", [None, 1000.0])
+def test_what_rounding_makes_of_equal_rows_is_nothing_to_predict(size: float | None) -> None:
+    torch.manual_seed(0)
+    e = torch.randn(6).expand(50, 6) + 1e-7 * torch.randn(50, 6)
+    if size is not None:  # rounding of the targets, not of what is left of them
+        e = 3e-5 * torch.randn(50, 6)
+    targets = None if size is None else torch.full((50, 6), size)
+    assert float(objectives.unpredicted(e, torch.tensor(5.0), targets)) == 0
+    assert float(objectives.unpredicted(e + torch.randn(50, 1), torch.tensor(5.0), targets)) > 0

@@ -209,14 +209,20 @@ class TestResampling:
         features = sae.resample(batch, self.state([False, True, False]))
         assert features is not None
         assert features.tolist() == [1]
-        # y - b_dec = (3, 4); living encoder rows have norms 1 and sqrt 2
-        torch.testing.assert_close(sae.W_dec[1], torch.tensor([0.6, 0.8]))
+        # y - b_dec = (3, 4); living rows have norms 1 and sqrt 2 (encoder), 2 and 5 (decoder)
+        torch.testing.assert_close(sae.W_dec[1], 3.5 * torch.tensor([0.6, 0.8]))
         norm = 0.2 * (1 + 2**0.5) / 2
         torch.testing.assert_close(sae.W_enc_T[1], norm * torch.tensor([0.6, 0.8]))
         assert sae.b_enc[1] == 0
         for name in ("W_enc_T", "W_dec", "b_enc"):
             for row in (0, 2):
                 assert torch.equal(sae.state_dict()[name][row], before[name][row])
+
+    def test_decoder_rows_of_unit_norm_get_one_more(self) -> None:
+        sae = by_hand(resample_at=(0.5,), decoder_norm_weighted=False)
+        sae.normalise_decoder()
+        sae.resample(TrainingBatch.of(torch.tensor([[4.0, 4.0]])), self.state([False, True, False]))
+        torch.testing.assert_close(sae.W_dec[1], torch.tensor([0.6, 0.8]))
 
     def test_only_at_its_steps_and_only_the_dead(self) -> None:
         sae, batch = by_hand(resample_at=(0.5,)), TrainingBatch.of(ROWS)
@@ -233,7 +239,7 @@ class TestResampling:
             with torch.no_grad():
                 sae.b_enc.fill_(-100)  # y_hat = b_dec; losses 1 and 4, so squares 1 and 16
             sae.resample(batch, state)
-            second += int(sae.W_dec[0, 1] == 1)
+            second += int(sae.W_dec[0, 1] > 0)
         assert second / 500 == pytest.approx(16 / 17, abs=0.04)
 
     def test_no_row_is_taken_twice(self) -> None:

@@ -68,3 +68,46 @@ def test_a_run_from_before_the_setting_goes_on_in_chunks(
         assert (again.tag, reads_in(again)) == (older.tag, "chunks")
     with pytest.raises(InputError, match="differs in: order"):
         run(store, tmp_path / "run", order="spread")
+
+
+def dead_after(run: Run) -> int:
+    return run.settings["trainer"]["dead_after_tokens"]
+
+
+def test_dead_after_tokens_is_an_eighth_of_a_short_run_and_a_begun_run_keeps_its_own(
+    store: ActivationStore, tmp_path: Path
+) -> None:
+    rows = store.n_rows("train")
+    new = run(store, tmp_path / "run", passes=2.0)
+    assert dead_after(new) == new.trainer.dead_after == round(2 * rows / 8)
+    new.start()
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["config"]["trainer"]["dead_after_tokens"] == round(2 * rows / 8)
+    # the default of runs from before it followed the length
+    older = run(
+        store, tmp_path / "older", trainer={"batch_size": 64, "dead_after_tokens": 10_000_000}
+    )
+    older.start()
+    again = run(store, tmp_path / "older")
+    assert (again.tag, dead_after(again)) == (older.tag, 10_000_000)
+    with pytest.raises(InputError, match="differs in: trainer"):
+        run(store, tmp_path / "older", trainer={"batch_size": 64, "dead_after_tokens": 5})
+
+
+def test_a_run_in_which_no_feature_can_be_dead_says_so(
+    store: ActivationStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(store, tmp_path / "short").start()
+    assert "dead_after_tokens" not in capsys.readouterr().out
+    run(store, tmp_path / "long", trainer={"batch_size": 64, "dead_after_tokens": 10**6}).start()
+    assert "no feature will count as dead" in capsys.readouterr().out
+
+
+def test_a_harvest_without_held_out_rows_is_refused_before_anything_is_made(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = store.n_rows
+    monkeypatch.setattr(store, "n_rows", lambda split: rows(split) if split == "train" else 0)
+    with pytest.raises(InputError, match="no held-out rows, on which a run is measured"):
+        run(store, tmp_path / "run")
+    assert not list(tmp_path.iterdir())

@@ -12,8 +12,8 @@ import torch
 from sae.architectures import architecture, list_architectures
 from sae.base import SparseAutoencoder
 from sae.batch import RawBatch
+from sae.finite import check_finite
 from sae.training import checkpoint
-from sae.training.finite import check_finite
 from sae.training.schedules import base_lr, lr_factor
 from sae.training.telemetry import MetricsLog, read_metrics
 from sae.training.trainer import CHECKPOINT, METRICS, Trainer, TrainerConfig
@@ -173,7 +173,8 @@ def test_dead_features_are_counted_in_tokens(tmp_path: Path) -> None:
         trainer.sae.b_enc[5] = -1e6
     dead = [trainer.train_step(torch.randn(BATCH, D_IN))["dead"] for _ in range(5)]
     # not known as dead before 3 batches have passed without it
-    assert dead[:3] == [0, 0, 0]
+    assert dead[:3] == [None, None, None]
+    assert dead[3] is not None
     assert dead[3] >= 1
     assert trainer.tokens_since_fired[5] == 5 * BATCH
     assert trainer.tokens_since_fired.min() == 0
@@ -283,3 +284,59 @@ def test_atomic_folder_replaces_and_survives_failure(tmp_path: Path) -> None:
         killed_while_writing()
     assert (target / "file").read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_training_turns_gradients_on_itself(tmp_path: Path) -> None:
+    trained = bits(make_trainer(tmp_path / "on").run())
+    try:
+        torch.set_grad_enabled(False)  # for good, as notebooks do at their top
+        again = bits(make_trainer(tmp_path / "off").run())
+        assert not torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
+    assert all(torch.equal(value, again[name]) for name, value in trained.items())
+
+
+def test_inference_mode_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with torch.inference_mode(), pytest.raises(InputError, match=r"inside torch\.inference_mode"):
+        make_trainer(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_are_counted_where_they_have_several_rows(tmp_path: Path) -> None:
+    """With mix = "all" a token has a row at each of several layers."""
+    trainer = make_trainer(tmp_path)
+    rows = RawBatch(
+        torch.randn(BATCH, D_IN), group=torch.arange(BATCH) % 4,
+        row_token=torch.arange(BATCH) // 4,
+    )  # fmt: skip
+    dead = [trainer.train_step(rows)["dead"] for _ in range(13)]
+    assert trainer.tokens == 13 * BATCH // 4
+    assert int(trainer.tokens_since_fired.max()) <= trainer.tokens
+    # dead_after_tokens is that of 3 batches of rows
+    assert dead[:12] == [None] * 12
+    assert dead[12] is not None
+
+
+def test_dead_after_follows_the_length_of_the_run(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "a", dead_after_tokens=None)
+    assert trainer.dead_after == STEPS * BATCH // 8
+    trainer.run()
+    lines = read_metrics(tmp_path / "a" / METRICS)
+    assert all((line["train"]["dead"] is None) == (line["step"] <= STEPS // 8) for line in lines)
+    assert TrainerConfig().dead_after(10**9) == 10_000_000
+    assert TrainerConfig(dead_after_tokens=5).dead_after(10**9) == 5
+    with pytest.raises(InputError, match="dead_after_tokens"):
+        TrainerConfig(dead_after_tokens=0)
+
+
+def test_a_first_part_too_small_to_start_from_is_refused(tmp_path: Path) -> None:
+    config = TrainerConfig(batch_size=BATCH, accumulate=BATCH)
+    cls = architecture("archetypal")
+    sae = cls(cls.Config(d_sae=D_SAE, k=4, n_candidates=5), D_IN)  # type: ignore[call-arg]
+    with pytest.raises(InputError, match=r"1 in the first of 16 parts'; allowed: at least 2"):
+        Trainer(
+            sae, make_trainer(tmp_path / "other").batches, config, total_steps=3,
+            held_out=list, folder=tmp_path / "run",
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()
