@@ -9,7 +9,7 @@ from sae.certificate import Measured, certify
 from sae.formats import format_named, formats
 from sae.formats._claim import Claim
 from sae.formats.hub import evaluation_of, upload
-from sae.loading import load
+from sae.loading import load, named_sites
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 from saescope.places import local
@@ -35,7 +35,10 @@ class ConvertConfig(Config):
     license: str | None = None
     """License of the uploaded SAE, as the hub names it."""
     site: str | None = None
-    """Of an SAE of several layers, the one to convert; the harvest's, where the SAE names none."""
+    """Of an SAE of several layers, the one to convert; of someone else's SAE, where it reads, if
+    its files do not say."""
+    target_site: str | None = None
+    """Where someone else's transcoder writes, if its files do not say."""
     harvest: str | None = None
     """Harvest of the SAE's site; if given, L0 and FVU are checked on it before anything is
     written."""
@@ -68,9 +71,9 @@ def convert(config: ConvertConfig) -> SparseAutoencoder:
     claimed = {name: value for name, value in claims.items() if value is not None}
     if claimed and config.harvest is None:
         raise InputError("claims are checked on a harvest; give --harvest", where="harvest")
-    sae = load(config.source, input_scale=config.input_scale)
-    if config.site and sae.site_normalisers:
-        sae = sae.at(config.site)
+    sae = load(config.source, input_scale=config.input_scale, target_site=config.target_site)
+    if config.site:
+        sae = sae.at(config.site) if sae.site_normalisers else named_sites(sae, config.site, None)
     said = f"{kind_of(sae.config)}, d_in {sae.d_in}, d_sae {sae.d_sae}"
     if config.harvest:
         measured = _check(sae, config, claimed)

@@ -9,6 +9,7 @@ from activations import ActivationStore, Model, load_model
 from activations.loader import aligned_rows
 from activations.zarr_store import Chunk
 from sae.base import SparseAutoencoder
+from sae.expectations import warn_of_model
 from sae.sites import Placed, placed
 from saescope.errors import InputError
 
@@ -91,7 +92,7 @@ def open_harvest(
     if not chosen:
         raise InputError("this SAE names no harvest; give one", where="harvest")
     harvest = open_complete(chosen)
-    if not (site or sae.site_normalisers or sae.metadata.get("site")):
+    if not (site or sae.transcodes or sae.site_normalisers or sae.metadata.get("site")):
         site = choose_site(harvest, None)
     place = placed(sae, site, behind_lens=behind_lens)
     for names, width in ((place.read, sae.d_in), (place.written, sae.d_out)):
@@ -107,6 +108,8 @@ def open_harvest(
             "was harvested from another model than the SAE's", where=str(chosen), given=found,
             allowed=trained_on,
         )  # fmt: skip
+    bos = harvest.manifest["model"].get("bos_token_id")
+    warn_of_model(sae, where=str(chosen), has_bos=bos is not None)
     return harvest, place
 
 

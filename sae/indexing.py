@@ -15,11 +15,11 @@ from torch import Tensor
 from activations import ActivationStore, Model
 from sae.architectures.crosscoder import Crosscoder
 from sae.base import SparseAutoencoder, kind_of
-from sae.evaluation.command import EVALUATION_FILE
+from sae.formats.hub import SCHEME, evaluation_of
 from sae.harvests import load_harvested_model, open_harvest, read_chunk
 from sae.loading import load
 from sae.sites import Placed
-from saescope.artefact import disk_full, read_json
+from saescope.artefact import disk_full
 from saescope.config import Config, to_dict
 from saescope.errors import InputError, check_range
 from saescope.places import local
@@ -37,13 +37,16 @@ class IndexConfig(Config):
     """Build the feature store of an SAE."""
 
     run: str
-    """Folder of a trained run or of an SAE."""
+    """Folder of a trained run or of an SAE, in any known format, or hf://owner/repo/folder."""
     out: str
     """Folder of the store to write; its name is the SAE's name in the explorer."""
     harvest: str | None = None
     """Folder of the harvest to encode; the one it was trained on if not given."""
     site: str | None = None
-    """The layer to use an SAE of several layers at."""
+    """The layer to use an SAE of several layers at; of someone else's SAE, where it reads, if its
+    files do not say."""
+    target_site: str | None = None
+    """Where someone else's transcoder writes, if its files do not say."""
     logits: int = 10
     """Most raised and most lowered tokens kept of each feature."""
     neighbours: int = 10
@@ -66,7 +69,9 @@ def index(config: IndexConfig) -> Path:
     if path.exists() and not config.replace:
         say(f"{path}: already built (--replace builds it anew)")
         return path
-    harvest, place = open_harvest(load(config.run), config.harvest, config.site)
+    harvest, place = open_harvest(
+        load(config.run, target_site=config.target_site), config.harvest, config.site
+    )
     sae = place.sae
     if sae.signed:
         raise InputError(
@@ -97,8 +102,7 @@ def index(config: IndexConfig) -> Path:
 
 def _meta(config: IndexConfig, place: Placed, harvest: ActivationStore) -> dict[str, Any]:
     sae = place.sae
-    evaluation = Path(config.run) / EVALUATION_FILE
-    measured = read_json(evaluation) if evaluation.exists() else {}
+    measured = evaluation_of(config.run) or {}
     metrics = {**(measured.get("reconstruction") or {}), **(measured.get("downstream") or {})}
     return {
         "name": Path(config.out).resolve().name,
@@ -110,7 +114,11 @@ def _meta(config: IndexConfig, place: Placed, harvest: ActivationStore) -> dict[
         "architecture": kind_of(sae.config),
         "sae_config": to_dict(sae.config),
         "d_in": sae.d_in,
-        "sae_path": str(Path(config.run).resolve()),
+        "sae_path": (
+            sae.metadata["source"]  # with the commit that was read
+            if config.run.startswith(SCHEME)
+            else str(Path(config.run).resolve())
+        ),
         "sae_hash": weights_hash(sae),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "harvest": harvest.hash,

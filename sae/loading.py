@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from sae.base import SparseAutoencoder
+from sae.expectations import warn_at_load
 from sae.formats import Format, format_named, recognise
 from sae.formats._claim import Claim
+from sae.formats._ours import plain_of, sae_of
 from sae.formats.hub import SCHEME, HubFolder, fetch
 from saescope.artefact import MANIFEST
 from saescope.errors import ArtefactError, InputError
@@ -29,6 +31,8 @@ def load(
     model: "Model | None" = None,
     tokens: Tensor | None = None,
     input_scale: float | None = None,
+    site: str | None = None,
+    target_site: str | None = None,
 ) -> SparseAutoencoder:
     """The SAE in a folder, in evaluation mode, on the CPU.
 
@@ -43,6 +47,11 @@ def load(
         claimed: l0, fvu, ce_recovered, beside or instead of those that the files state.
         model, tokens: to measure the cross-entropy recovered too, on sequences int64 [n, position].
         input_scale: what inputs were multiplied by in training, where the files lost it.
+        site, target_site: of an SAE of someone else's, where it reads, and where a transcoder
+        writes, if its files do not say, or name what the model has not. Given a target_site, an SAE
+        whose files do not say what it is becomes a transcoder. SAEs of saescope know their sites.
+
+    What the files say of the model that an SAE is for, and saescope's models are not, is a warning.
 
     Raises ArtefactError if there is none, if a run is not finished, if files are damaged or of a
     newer version, or if the measurements are not in line (it says what looks wrong); InputError
@@ -56,7 +65,10 @@ def load(
     place = HubFolder.parse(name) if name.startswith(SCHEME) else None
     here, commit = fetch(place) if place else (Path(path), None)
     folder, found = find(here, name)
-    sae = found.read(folder, input_scale=input_scale).eval()
+    released = PurePosixPath(place.repo, place.folder) if place else None
+    sae = found.read(folder, input_scale=input_scale, released=released).eval()
+    sae = named_sites(sae, site, target_site)
+    warn_at_load(sae)
     stated = found.claim(folder, sae)
     if place:
         sae.metadata["source"] = str(replace(place, revision=commit or place.revision))
@@ -87,3 +99,39 @@ def find(folder: Path, name: str) -> tuple[Path, Format]:
     if not folder.is_dir():
         raise ArtefactError("no SAE here", where=name)
     return folder, recognise(folder)
+
+
+def named_sites(
+    sae: SparseAutoencoder, site: str | None, target_site: str | None
+) -> SparseAutoencoder:
+    """A foreign SAE at sites that its user names; made a transcoder by a target_site.
+
+    Raises InputError for an SAE that knows what it is and where.
+    """
+    unstated = sae.metadata.pop("kind_unstated", False)
+    if site is None and target_site is None:
+        return sae
+    from activations.sites import full_name
+
+    given = {"site": site, "target_site": target_site}
+    names = {name: full_name(value) for name, value in given.items() if value is not None}
+    if target_site is not None and not sae.transcodes:
+        if not unstated:
+            raise InputError(
+                "this SAE is no transcoder: it writes where it reads",
+                where="target_site",
+                given=target_site,
+            )
+        metadata = sae.metadata
+        sae = sae_of(replace(plain_of(sae), transcoder=True)).eval()
+        sae.metadata = metadata
+    for name, value in names.items():
+        if not sae.metadata.get("format") and sae.metadata.get(name) != value:
+            raise InputError(
+                "this SAE has sites of its own",
+                where=name,
+                given=value,
+                allowed=str(sae.metadata.get(name)),
+            )
+        sae.metadata[name] = value
+    return sae

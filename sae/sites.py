@@ -29,15 +29,19 @@ class Placed(NamedTuple):
 def placed(sae: SparseAutoencoder, site: str | None = None, *, behind_lens: bool = False) -> Placed:
     """The SAE at a site: which layer a several-layer SAE is used at, or another than is recorded.
 
-    Transcoders and crosscoders have their own sites. Raises InputError if no site is known, or one
-    is given that the SAE is not for; and for an SAE behind a tuned lens, whose features are not of
-    the model's own activations, unless `behind_lens`.
+    Transcoders and crosscoders have their own sites; of a transcoder of someone else's, where it
+    reads can be given, for its files may name what a model has not. Raises InputError if no site is
+    known, or one is given that the SAE is not for; and for an SAE behind a tuned lens, whose
+    features are not of the model's own activations, unless `behind_lens`.
     """
     if sae.metadata.get("lens") and not behind_lens:
         raise InputError(
             "this SAE was trained behind a tuned lens: its features are not of the model's own "
             "activations, and it can only be evaluated", where="lens", given=sae.metadata["lens"],
         )  # fmt: skip
+    from activations.sites import full_name
+
+    site = None if site is None else full_name(site)
     if sae.site_normalisers:
         if site is None:
             raise InputError(
@@ -52,17 +56,23 @@ def placed(sae: SparseAutoencoder, site: str | None = None, *, behind_lens: bool
             raise InputError("this SAE does not say where it belongs; give site", where="site")
         return Placed(released(sae), (name,), (name,))
     several = sae.metadata.get("sites") if sae.concatenates else None
-    read = tuple(several or ([recorded] if recorded else []))
+    read = tuple(several or [name for name in (recorded or site,) if name])
     target = sae.metadata.get("target_site")
     if not read or (sae.transcodes and target is None):
         raise InputError(
-            "this SAE does not say which sites it reads and writes", where="site",
-            given=sae.metadata.get("sites"),
-        )  # fmt: skip
-    if site is not None and read != (site,):
-        raise InputError(
-            "this SAE reads sites of its own", where="site", given=site, allowed=", ".join(read)
+            "this SAE does not say which sites it reads and writes; give site and target_site",
+            where="site",
+            given={"site": recorded, "target_site": target},
         )
+    if site is not None and read != (site,):
+        if not sae.metadata.get("format"):
+            raise InputError(
+                "this SAE reads sites of its own",
+                where="site",
+                given=site,
+                allowed=", ".join(read),
+            )
+        read = (site,)
     return Placed(released(sae), read, (str(target),) if sae.transcodes else read)
 
 

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from activations import load_model
+from activations import Model, load_model
+from activations.model_names import hub_name
+from activations.packaged import PACKAGED_MODELS
+from sae.base import SparseAutoencoder
 from sae.indexing import STORE_FILE
 from sae.loading import load
 from sae.steering import steer
@@ -18,9 +21,13 @@ class SteerConfig(Config):
     """Continue a prompt, untouched and steered; edits are written FEATURE=NUMBER."""
 
     run: str
-    """Folder of a trained run or of an SAE."""
+    """Folder of a trained run or of an SAE, in any known format, or hf://owner/repo/folder."""
+    model: str | None = None
+    """Model to steer, a folder or a name; the one the SAE was trained on if not given."""
     site: str | None = None
     """Site to steer at, if not the one the SAE was trained at; of several layers, which."""
+    target_site: str | None = None
+    """Where someone else's transcoder writes, if its files do not say."""
     prompt: str = "The weather today"
     """Text to continue."""
     add: tuple[str, ...] = ()
@@ -90,12 +97,32 @@ def suggest(store_path: str) -> tuple[int, float, str]:
     raise InputError("no feature to suggest; give --add FEATURE=STRENGTH", where=store_path)
 
 
+def _model_of(sae: SparseAutoencoder, config: SteerConfig) -> Model:
+    """The model given, or the one that the SAE's files name; InputError if there is none."""
+    if config.model is not None:
+        return load_model(config.model)
+    spec = sae.metadata.get("model_spec")
+    if spec is not None:
+        return load_model(spec, revision=sae.metadata.get("model_revision"))
+    named = sae.metadata.get("model")
+    if named is None:
+        raise InputError("this SAE does not name its model; give --model", where=config.run)
+    try:
+        here = named in PACKAGED_MODELS or Path(named).expanduser().is_dir()
+        return load_model(named if here else hub_name(named))
+    except InputError as error:
+        raise InputError(
+            f"the model that this SAE names cannot be had; give --model ({error})",
+            where=config.run,
+        ) from error
+
+
 def steer_text(config: SteerConfig) -> dict[str, str]:
     """Print and return both continuations.
 
     Raises InputError for wrong edits or an SAE that does not fit its model.
     """
-    sae = load(config.run)
+    sae = load(config.run, target_site=config.target_site)
     add, clamp = parse_edits("add", config.add), parse_edits("clamp", config.clamp)
     scale = parse_edits("scale", config.scale)
     if not (add or clamp or scale or config.ablate):
@@ -108,10 +135,7 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
         feature, largest, word = suggest(config.store)
         add = {feature: round(config.strength * largest, 1)}
         say(f"feature {feature} fires on {word!r}, with at most {largest:.1f}")
-    spec = sae.metadata.get("model_spec")
-    if spec is None:
-        raise InputError("this SAE does not name its model", where=config.run)
-    model = load_model(spec, revision=sae.metadata.get("model_revision"))
+    model = _model_of(sae, config)
 
     def generate() -> str:
         return model.generate(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from activations import Model
 from sae.base import SparseAutoencoder
+from sae.expectations import warn_of_model
 from sae.sites import Placed, placed
 from saescope.errors import InputError
 
@@ -146,6 +147,12 @@ def place_of(
             "can be changed", where=where, allowed="SAEs of one site, transcoders",
         )  # fmt: skip
     place = placed(sae, site)
+    warn_of_model(
+        sae,
+        where=model.name,
+        has_bos=model.bos_token_id is not None,
+        layer_norm=any(isinstance(part, torch.nn.LayerNorm) for part in model.hf.modules()),
+    )
     read, written = tuple(model.resolve(place.read)), tuple(model.resolve(place.written))
     for names, width in ((read, sae.d_in), (written, sae.d_out)):
         found = sum(model.d_in(name) for name in names)

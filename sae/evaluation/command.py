@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from sae.analysis.lens import TunedLens
 from sae.base import SparseAutoencoder
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.reconstruction import Reconstruction, measure_reconstruction, pool
+from sae.formats.hub import evaluation_file
 from sae.harvests import held_out_pieces, load_harvested_model, open_harvest
 from sae.loading import load
 from sae.sites import Placed
@@ -22,20 +22,21 @@ from saescope.config import Config
 from saescope.errors import InputError, check_range
 from saescope.progress import say
 
-EVALUATION_FILE = "evaluation.json"
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Config):
     """Measure an SAE on the held-out part of a harvest."""
 
     run: str
-    """Folder of a trained run or of an SAE."""
+    """Folder of a trained run or of an SAE, in any known format, or hf://owner/repo/folder."""
     harvest: str | None = None
     """Folder of the harvest to measure on; the one it was trained on if not given."""
     site: str | None = None
     """Of an SAE of several layers, the one to measure at (without it FVU and the like are measured
-    at all, and the model's loss is not); of a crosscoder, the only site to replace in the model."""
+    at all, and the model's loss is not); of a crosscoder, the only site to replace in the model;
+    of someone else's SAE, where it reads, if its files do not say."""
+    target_site: str | None = None
+    """Where someone else's transcoder writes, if its files do not say."""
     rows: int | None = None
     """Held-out activation rows for L0, FVU and the like; all of them if not given."""
     tokens: int = 8192
@@ -43,7 +44,8 @@ class EvaluateConfig(Config):
     batch: int = 4
     """Sequences a run of the model."""
     out: str | None = None
-    """File to write; evaluation.json in the run's folder if not given."""
+    """File to write; if not given, evaluation.json in the run's folder, and for an SAE on the hub
+    OWNER--REPO--FOLDER.evaluation.json here."""
 
     def __post_init__(self) -> None:
         if self.rows is not None:
@@ -57,7 +59,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Raises InputError if the harvest does not fit the SAE, ArtefactError if either cannot be read.
     """
-    sae = load(config.run)
+    sae = load(config.run, target_site=config.target_site)
     layers = list(sae.site_normalisers) if config.site is None else []
     one = None if sae.concatenates else config.site
     harvest, place = open_harvest(
@@ -86,7 +88,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "reconstruction": reconstruction,
         "downstream": downstream,
     }
-    write_json(config.out or Path(config.run) / EVALUATION_FILE, result)
+    write_json(config.out or evaluation_file(config.run), result)
     for line in report(result):
         say(line)
     return result

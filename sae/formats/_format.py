@@ -1,7 +1,7 @@
 """What a file format is."""
 
 from abc import ABC, abstractmethod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 from sae.base import SparseAutoencoder, kind_of
@@ -27,11 +27,21 @@ class Format(ABC):
         return all((folder / name).is_file() for name in self.files)
 
     @abstractmethod
-    def read(self, folder: Path, *, input_scale: float | None = None) -> SparseAutoencoder:
+    def read(
+        self,
+        folder: Path,
+        *,
+        input_scale: float | None = None,
+        released: PurePosixPath | None = None,
+    ) -> SparseAutoencoder:
         """The SAE in a folder, for activations in the model's units.
 
-        Args: input_scale is what the SAE's inputs were multiplied by in training, where the files
-        do not have it folded in; it is folded into the weights.
+        Args:
+            input_scale: what the SAE's inputs were multiplied by in training, where the files do
+            not have it folded in; it is folded into the weights.
+            released: owner/repository/folder that the files were fetched from; that of a folder
+            here is read off its own path (see `released_as`).
+
         Raises ArtefactError for damaged files, InputError for what saescope cannot represent.
         """
 
@@ -61,3 +71,23 @@ class Format(ABC):
                 "cannot hold an SAE that standardises each vector", where=self.name,
                 given=sae.normaliser.kind, allowed="a normaliser that folds into the weights",
             )  # fmt: skip
+
+
+def released_as(folder: Path, released: PurePosixPath | None = None) -> PurePosixPath:
+    """The name that an SAE's folder has in its release, for those that are told by their names.
+
+    Where the hub's cache keeps it, what belongs to the cache is left out. A format may take from
+    this only what stands at its end in exactly the released form: the folders above are the
+    user's own.
+
+    >>> released_as(Path("/cache/models--me--saes/snapshots/0a1b/layer_3"))
+    PurePosixPath('me/saes/layer_3')
+    """
+    if released is not None:
+        return released
+    parts = folder.absolute().parts
+    for at in range(len(parts) - 2, 0, -1):
+        if parts[at] == "snapshots" and parts[at - 1].startswith("models--"):
+            repository = parts[at - 1].split("--")[1:]
+            return PurePosixPath(*repository, *parts[at + 2 :])
+    return PurePosixPath(*parts)

@@ -2,15 +2,24 @@
 
 Since version 6 a configuration has few keys, all of them known here: another is an error. Before,
 it was the whole training run's: the keys that decide the function are read, and every tensor of the
-weights must have a place.
+weights must have a place. What a missing key means depends on the version that wrote the file,
+which `sae_lens_version` says (SAELens' changelog and history):
+
+    before 3.19.3   the model's weights were processed by TransformerLens' defaults (centred, norms
+                    and value biases folded); from it on only as model_from_pretrained_kwargs says
+    before 6        apply_b_dec_to_input and prepend_bos are true where they are missing
+    before 6.14     pre-activations were not multiplied by decoder norms; from it on
+                    rescale_acts_by_decoder_norm says, true in training where it is missing
+    before 6.48     checkpoints have the logarithm of JumpReLU's thresholds
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saescope.artefact import read_json
+from sae.formats._given import Given
 from saescope.errors import ArtefactError, InputError
 
 LAYOUT = "6.54.12"
@@ -49,6 +58,13 @@ _DESCRIBES = (
     "training_architecture", "hook_layer", "held_out",
 )  # fmt: skip
 
+RESCALED_SINCE = (6, 14)
+PROCESSED_BEFORE = (3, 19, 3)
+PROCESSING = (
+    "center_writing_weights", "fold_ln", "fold_value_biases", "refactor_factored_attn_matrices",
+)  # fmt: skip
+"""what TransformerLens does to a model's weights that changes activations"""
+
 NOT_FOLDED = (
     "was saved before the scale of its inputs was folded into its weights "
     "(normalize_activations='expected_average_only_in'), and the scale is not in the folder "
@@ -67,10 +83,12 @@ class SaelensConfig:
     d_out: int | None
     pre_bias: bool
     normalisation: str
-    k: float | None
+    k: int | None
     rescale_by_decoder_norm: bool
     finetuned_scale: bool
-    pursuit: dict[str, Any]
+    pursuit: Given
+    processing: tuple[str, ...]
+    """what was done to the weights of the model whose activations it is for"""
     describes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,64 +97,69 @@ def read_config(path: Path) -> SaelensConfig:
 
     Raises ArtefactError if it is damaged, InputError for what saescope cannot represent.
     """
-    given = read_json(path)
-    if not isinstance(given, dict):
-        raise ArtefactError("is not an SAE's configuration", where=str(path))
-    metadata = given.get("metadata") or {}
-    version = str(given.get("sae_lens_version") or metadata.get("sae_lens_version") or "")
-    old = not version or int(version.split(".")[0]) < 6
-    try:
-        return _old(given, str(path)) if old else _new(given, metadata, str(path))
-    except KeyError as error:
-        raise ArtefactError(f"{error} is missing", where=str(path)) from None
+    given = Given.read(path)
+    metadata = given.part("metadata")
+    name = next((g for g in (given, metadata) if g.get("sae_lens_version") is not None), None)
+    version = _version(name.text("sae_lens_version") if name else "0", str(path))
+    return _new(given, metadata, version) if version >= (6,) else _old(given, metadata, version)
 
 
-def _new(given: dict[str, Any], metadata: dict[str, Any], where: str) -> SaelensConfig:
-    architecture = _architecture(given["architecture"], where)
+def _version(text: str, where: str) -> tuple[int, ...]:
+    """Major, minor and patch, of a release or of one that leads to it.
+
+    >>> _version("6.14.0", ""), _version("6.0.0-rc.2", "")
+    ((6, 14, 0), (6, 0, 0))
+    """
+    found = re.match(r"v?(\d{1,4})(?:\.(\d{1,4}))?(?:\.(\d{1,4}))?(?![\d.])", text)
+    if not found:
+        raise ArtefactError("no version of SAELens", where=where, given=text[:60])
+    return tuple(int(part or 0) for part in found.groups())
+
+
+def _new(given: Given, metadata: Given, version: tuple[int, ...]) -> SaelensConfig:
+    architecture = _architecture(given["architecture"], given.where)
     own = _OWN.get(architecture, set())
-    unknown = sorted(set(given) - _COMMON - own - _TRAINING)
-    if unknown:
-        raise InputError(
-            "keys that this reader does not know, so the SAE might be another", where=where,
-            given=unknown, allowed=sorted(_COMMON | own),
-        )  # fmt: skip
-    return _config(given, architecture, metadata, where)
+    given.refuse_unknown(_COMMON | own | _TRAINING, sorted(_COMMON | own))
+    return _config(given, architecture, metadata, version)
 
 
-def _old(given: dict[str, Any], where: str) -> SaelensConfig:
-    given = dict(given)
-    for name, since in (("hook_point", "hook_name"), ("activation_fn_str", "activation_fn")):
-        if name in given:
-            given[since] = given.pop(name)
-    activation = given.get("activation_fn") or "relu"
+def _old(given: Given, metadata: Given, version: tuple[int, ...]) -> SaelensConfig:
+    renamed = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index",
+               "activation_fn_str": "activation_fn"}  # fmt: skip
+    values = {renamed.get(name, name): value for name, value in given.items()}
+    activation = values.get("activation_fn") or "relu"
     if activation not in ("relu", "topk"):
         raise InputError(
-            "an activation function that saescope has not", where=where, given=activation,
+            "an activation function that saescope has not", where=given.where, given=activation,
             allowed=("relu", "topk"),
         )  # fmt: skip
-    architecture = given.get("architecture") or "standard"
+    architecture = values.get("architecture") or "standard"
     if activation == "topk":
         architecture = "topk"
-        given["k"] = (given.get("activation_fn_kwargs") or {}).get("k", given.get("k"))
-    normalisation = given.get("normalize_activations")
+        options = given.part("activation_fn_kwargs")
+        values["k"] = options.get("k", values.get("k"))
+    normalisation = values.get("normalize_activations")
     if isinstance(normalisation, bool):
-        given["normalize_activations"] = "expected_average_only_in" if normalisation else "none"
-    described = {**given, **(given.get("metadata") or {})}
-    return _config(given, _architecture(architecture, where), described, where)
+        values["normalize_activations"] = "expected_average_only_in" if normalisation else "none"
+    values.setdefault("prepend_bos", True)
+    found = Given(values, given.where)
+    described = Given({**values, **metadata}, given.where)
+    return _config(found, _architecture(architecture, given.where), described, version)
 
 
-def _architecture(name: str, where: str) -> str:
+def _architecture(name: object, where: str) -> str:
     if name not in READ:
         raise InputError(
             "an architecture of SAELens that saescope has not", where=where, given=name,
             allowed=READ,
         )  # fmt: skip
-    return name
+    return str(name)
 
 
 def _config(
-    given: dict[str, Any], architecture: str, metadata: dict[str, Any], where: str
+    given: Given, architecture: str, metadata: Given, version: tuple[int, ...]
 ) -> SaelensConfig:
+    where = given.where
     transcoder = architecture in TRANSCODERS
     normalisation = given.get("normalize_activations") or "none"
     if normalisation not in ("none", "layer_norm", "expected_average_only_in"):
@@ -149,30 +172,66 @@ def _config(
             "a transcoder whose inputs are normalised", where=where, given=normalisation,
             allowed="none",
         )  # fmt: skip
-    pre_bias = bool(given.get("apply_b_dec_to_input", not transcoder))
+    pre_bias = given.flag("apply_b_dec_to_input", default=not transcoder)
     if transcoder and pre_bias:
         raise InputError(
             "a transcoder's output bias cannot be subtracted from its input", where=where,
             given="apply_b_dec_to_input=true",
         )  # fmt: skip
-    k = given.get("k")
-    if k is None and architecture in ("topk", "abstopk"):
-        raise ArtefactError("k is missing", where=where)
+    has_k = architecture in ("topk", "abstopk")
+    rescales = architecture in CHECKPOINTS and version >= RESCALED_SINCE
+    d_in = given.count("d_in")
     return SaelensConfig(
         architecture=architecture,
-        d_in=int(given["d_in"]),
-        d_sae=int(given["d_sae"]) if given.get("d_sae") else None,
-        d_out=int(given.get("d_out", given["d_in"])) if transcoder else None,
+        d_in=d_in,
+        d_sae=given.count("d_sae") if given.get("d_sae") is not None else None,
+        d_out=given.count("d_out")
+        if transcoder and "d_out" in given
+        else d_in
+        if transcoder
+        else None,
         pre_bias=pre_bias,
         normalisation=normalisation,
-        k=k,
-        rescale_by_decoder_norm=bool(
-            given.get("rescale_acts_by_decoder_norm", architecture in CHECKPOINTS)
-        ),
-        finetuned_scale=bool(given.get("finetuning_scaling_factor", False)),
-        pursuit={n: given[n] for n in _OWN["matching_pursuit"] if n in given},
-        describes={n: metadata[n] for n in _DESCRIBES if metadata.get(n) is not None},
+        k=_k(given) if has_k else None,
+        rescale_by_decoder_norm=given.flag("rescale_acts_by_decoder_norm", default=rescales),
+        finetuned_scale=given.flag("finetuning_scaling_factor"),
+        pursuit=Given({n: given[n] for n in _OWN["matching_pursuit"] if n in given}, where),
+        processing=_processing(metadata, version),
+        describes=_describes(metadata),
     )
+
+
+def _describes(metadata: Given) -> dict[str, Any]:
+    """What is said of the model and data; what this reader uses is of the type it must be."""
+    found = {name: metadata[name] for name in _DESCRIBES if metadata.get(name) is not None}
+    for name in ("hook_name", "hook_name_out", "model_name", "model_class_name"):
+        if name in found:
+            metadata.text(name)
+    if "context_size" in found:
+        metadata.count("context_size")
+    if "prepend_bos" in found:
+        metadata.flag("prepend_bos")
+    if "held_out" in found:
+        held_out = metadata.part("held_out")
+        for name in held_out:
+            if held_out[name] is not None and name in ("l0", "fvu", "ce_recovered"):
+                held_out.number(name)
+    return found
+
+
+def _k(given: Given) -> int:
+    if given.get("k") is None:
+        raise ArtefactError("k is missing", where=given.where)
+    return given.count("k")
+
+
+def _processing(metadata: Given, version: tuple[int, ...]) -> tuple[str, ...]:
+    """What TransformerLens did to the weights of the model that an SAE was trained on."""
+    asked = metadata.part("model_from_pretrained_kwargs")
+    lens = metadata.get("model_class_name") in (None, "HookedTransformer")
+    always = lens and version < PROCESSED_BEFORE and metadata.get("model_name") is not None
+    defaults = {"center_writing_weights", "fold_ln", "fold_value_biases"} if always else set()
+    return tuple(name for name in PROCESSING if asked.flag(name, default=name in defaults))
 
 
 def input_scale_of(config: SaelensConfig, folder: Path, given: float | None) -> float:
@@ -182,7 +241,10 @@ def input_scale_of(config: SaelensConfig, folder: Path, given: float | None) -> 
     if config.normalisation == "none" or given is not None:
         return given or 1.0
     path = folder / "activation_scaler.json"
-    stored = read_json(path).get("scaling_factor") if path.exists() else None
-    if not stored:
+    stored = Given.read(path) if path.exists() else Given({}, str(path))
+    if stored.get("scaling_factor") is None:
         raise InputError(NOT_FOLDED, where=str(folder))
-    return float(stored)
+    scale = stored.number("scaling_factor")
+    if scale <= 0:
+        raise ArtefactError("scaling_factor is not above 0", where=str(path), given=scale)
+    return scale

@@ -3,7 +3,8 @@
     AutoEncoder             encoder.weight [d_sae, d_in], encoder.bias, decoder.weight, bias
     AutoEncoderNew          decoder.bias instead of bias, and b_dec is not subtracted
     GatedAutoEncoder        encoder.weight, decoder.weight, decoder_bias, r_mag, gate_bias, mag_bias
-    AutoEncoderTopK         encoder.*, decoder.weight, b_dec, k, threshold (not used to encode)
+    AutoEncoderTopK         encoder.*, decoder.weight, b_dec, k, threshold (not used to encode);
+                            before December 2024 k is in config.json alone
     BatchTopKSAE            the same; fires above its one threshold
     JumpReluAutoEncoder     W_enc [d_in, d_sae], b_enc, W_dec, b_dec not subtracted, threshold
     MatryoshkaBatchTopKSAE  W_enc, b_enc, W_dec, b_dec, k, threshold, group_sizes
@@ -13,8 +14,8 @@ the model's units; a checkpoint that missed this needs input_scale. Its own load
 AutoEncoder's rows to norm 1, and the features with them; here the file is taken as it is.
 """
 
-import pickle
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import torch
@@ -22,15 +23,18 @@ from torch import Tensor
 
 from sae.base import SparseAutoencoder, kind_of
 from sae.formats import register
-from sae.formats._format import Format
+from sae.formats._format import Format, released_as
+from sae.formats._given import Given
 from sae.formats._ours import THRESHOLDS, TOPK, plain_of, sae_of
 from sae.formats._plain import PlainSAE
 from sae.formats._weights import Weights, layer_of
-from saescope.artefact import atomic_path, read_json, write_json
+from saescope.artefact import atomic_path, write_json
 from saescope.errors import ArtefactError, InputError
 
 WEIGHTS = "ae.pt"
 CONFIG = "config.json"
+_RESIDUAL = re.compile(r"(?:.*/)?resid_post_layer_(\d{1,3})/trainer_\d+")
+"""how releases name the folder of one trainer on the residual stream"""
 
 
 @register
@@ -43,27 +47,28 @@ class DictionaryLearning(Format):
     writes: ClassVar[tuple[str, ...]] = ("relu", "gated", *TOPK, *THRESHOLDS)
 
     @torch.no_grad()
-    def read(self, folder: Path, *, input_scale: float | None = None) -> SparseAutoencoder:
+    def read(
+        self,
+        folder: Path,
+        *,
+        input_scale: float | None = None,
+        released: PurePosixPath | None = None,
+    ) -> SparseAutoencoder:
         """The SAE in a folder; see `Format.read`."""
         path = folder / CONFIG
-        described = read_json(path) if path.is_file() else {}
-        weights = _load(folder / WEIGHTS)
-        trainer = described.get("trainer") or {}
-        kind = _kind(weights, trainer.get("dict_class"))
-        plain = _READERS[kind](weights)
-        if plain.k is not None and trainer.get("k") not in (None, plain.k):
-            raise ArtefactError(
-                "k differs between the weights and config.json", where=str(folder),
-                given=trainer["k"], allowed=str(plain.k),
-            )  # fmt: skip
+        described = Given.read(path) if path.is_file() else Given({}, str(path))
+        trainer = described.part("trainer")
+        weights = Weights.state_dict(folder / WEIGHTS)
+        stated = trainer.text("dict_class") if trainer.get("dict_class") is not None else None
+        kind = _kind(weights, stated)
+        k = trainer.count("k") if trainer.get("k") is not None else None
+        plain = _READERS[kind](weights, k)
         weights.finish()
         sae = sae_of(plain.scale_input(input_scale or 1.0))
-        sae.metadata = {"format": self.name, "dict_class": kind}
-        for ours, theirs in (("model", "lm_name"), ("submodule", "submodule_name")):
-            if trainer.get(theirs):
-                sae.metadata[ours] = trainer[theirs]
-        if isinstance(trainer.get("layer"), int) and "resid_post" in str(trainer):
-            sae.metadata["site"] = f"blocks.{trainer['layer']}.hook_resid_post"
+        sae.metadata = {"format": self.name, "dict_class": kind, **_facts(trainer)}
+        named = _RESIDUAL.fullmatch(released_as(folder, released).as_posix())
+        if named and "submodule" not in sae.metadata:
+            sae.metadata.setdefault("site", f"blocks.{int(named[1])}.hook_resid_post")
         return sae
 
     @torch.no_grad()
@@ -90,17 +95,43 @@ class DictionaryLearning(Format):
             write_json(temporary / CONFIG, {"trainer": trainer, "buffer": buffer})
 
 
-def _load(path: Path) -> Weights:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ArtefactError("weights are missing", where=str(path)) from None
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        what = f"damaged weights, or more than weights: {str(error).splitlines()[0]}"
-        raise ArtefactError(what, where=str(path)) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ArtefactError("is not a state dict of tensors", where=str(path))
-    return Weights(state, str(path))
+def _facts(trainer: Given) -> dict[str, Any]:
+    """The model and the submodule; the residual stream's is the only one that names a site."""
+    facts = {}
+    for ours, theirs in (("model", "lm_name"), ("submodule", "submodule_name")):
+        if trainer.get(theirs) is not None and trainer.text(theirs):
+            facts[ours] = trainer.text(theirs)
+    layer = trainer.count("layer", low=0) if trainer.get("layer") is not None else None
+    submodule = facts.get("submodule", "")
+    named = re.fullmatch(r"resid_post_layer_(\d{1,3})", submodule)
+    if named and layer not in (None, int(named[1])):
+        raise ArtefactError(
+            "layer and submodule_name differ", where=trainer.where, given=layer, allowed=submodule
+        )
+    if named:
+        facts["site"] = f"blocks.{int(named[1])}.hook_resid_post"
+    elif submodule == "resid_post" and layer is not None:
+        facts["site"] = f"blocks.{layer}.hook_resid_post"
+    elif re.fullmatch(r"blocks\.\d{1,3}\.[\w.]+", submodule):  # as saescope writes it
+        facts["site"] = submodule
+    return facts
+
+
+def _agreed_k(weights: Weights, stated: int | None) -> int:
+    """k: in the weights since December 2024, before that in config.json alone."""
+    if "k" not in weights:
+        if stated is None:
+            raise ArtefactError(
+                "k is neither in the weights nor in config.json", where=weights.where
+            )
+        return stated
+    k = weights.take_count("k")
+    if stated not in (None, k):
+        raise ArtefactError(
+            "k differs between the weights and config.json", where=weights.where, given=stated,
+            allowed=str(k),
+        )  # fmt: skip
+    return k
 
 
 def _kind(weights: Weights, stated: str | None) -> str:
@@ -110,12 +141,15 @@ def _kind(weights: Weights, stated: str | None) -> str:
             "a dictionary that saescope has not", where=weights.where, given=stated,
             allowed=_READERS,
         )  # fmt: skip
-    fitting = [name for name, keys in _KEYS.items() if keys <= set(weights.left)]
-    fitting = [name for name in fitting if set(weights.left) <= _KEYS[name] | _OPTIONAL]
+    found = set(weights.left)
+    fitting = [
+        name for name, keys in _KEYS.items()
+        if keys <= found and found <= keys | _OPTIONAL.get(name, set())
+    ]  # fmt: skip
     if not fitting:
         raise ArtefactError(
             "these tensors are of no dictionary that saescope has", where=weights.where,
-            given=sorted(weights.left), allowed=_READERS,
+            given=sorted(weights.left)[:20], allowed=_READERS,
         )  # fmt: skip
     if stated is None and len(fitting) > 1:
         raise InputError(
@@ -131,14 +165,15 @@ def _kind(weights: Weights, stated: str | None) -> str:
 
 
 def _linear(weights: Weights) -> dict[str, Any]:
-    d_sae, d_in = weights.shape("encoder.weight")
+    d_sae, d_in = weights.matrix("encoder.weight")
     return {
         "W_enc": weights.take("encoder.weight", (d_sae, d_in)).T,
         "W_dec": weights.take("decoder.weight", (d_in, d_sae)).T,
     }
 
 
-def _read_autoencoder(weights: Weights) -> PlainSAE:
+def _read_autoencoder(weights: Weights, k: int | None) -> PlainSAE:
+    del k
     parts = _linear(weights)
     d_in, d_sae = parts["W_enc"].shape
     own = "bias" in weights
@@ -151,7 +186,8 @@ def _read_autoencoder(weights: Weights) -> PlainSAE:
     )
 
 
-def _read_gated(weights: Weights) -> PlainSAE:
+def _read_gated(weights: Weights, k: int | None) -> PlainSAE:
+    del k
     parts = _linear(weights)
     d_in, d_sae = parts["W_enc"].shape
     return PlainSAE(
@@ -164,25 +200,23 @@ def _read_gated(weights: Weights) -> PlainSAE:
     )
 
 
-def _read_topk(weights: Weights) -> PlainSAE:
+def _read_topk(weights: Weights, k: int | None) -> PlainSAE:
     parts = _linear(weights)
     d_in, d_sae = parts["W_enc"].shape
-    k = int(weights.take("k", ()))
-    if "threshold" in weights:
-        weights.take("threshold", ())
+    weights.drop("threshold")
     return PlainSAE(
         activation="topk",
-        k=k,
+        k=_agreed_k(weights, k),
         b_enc=weights.take("encoder.bias", (d_sae,)),
         b_dec=weights.take("b_dec", (d_in,)),
         **parts,
     )
 
 
-def _read_batchtopk(weights: Weights) -> PlainSAE:
+def _read_batchtopk(weights: Weights, k: int | None) -> PlainSAE:
     parts = _linear(weights)
     d_in, d_sae = parts["W_enc"].shape
-    weights.take("k", ())
+    _agreed_k(weights, k)
     return PlainSAE(
         activation="jumprelu",
         b_enc=weights.take("encoder.bias", (d_sae,)),
@@ -192,10 +226,10 @@ def _read_batchtopk(weights: Weights) -> PlainSAE:
     )
 
 
-def _read_matryoshka(weights: Weights) -> PlainSAE:
-    d_in, d_sae = weights.shape("W_enc")
-    weights.take("k", ())
-    weights.take("group_sizes", weights.shape("group_sizes"))
+def _read_matryoshka(weights: Weights, k: int | None) -> PlainSAE:
+    d_in, d_sae = weights.matrix("W_enc")
+    _agreed_k(weights, k)
+    weights.drop("group_sizes")
     return PlainSAE(
         activation="jumprelu",
         W_enc=weights.take("W_enc", (d_in, d_sae)),
@@ -207,12 +241,22 @@ def _read_matryoshka(weights: Weights) -> PlainSAE:
 
 
 def _one_threshold(weights: Weights, d_sae: int) -> Tensor:
-    """-1 until the trainer has begun to estimate it; the rectifier makes 0 of that."""
+    """-1 until the trainer has begun to estimate it; the rectifier makes 0 of that.
+
+    Raises InputError where there is none, as before December 2024.
+    """
+    if "threshold" not in weights:
+        raise InputError(
+            "was saved before dictionary_learning estimated a threshold: which of its features "
+            "fire depends on the other rows of a batch, and on one row it has no rule",
+            where=weights.where, given="no threshold",
+        )  # fmt: skip
     return weights.take("threshold", ()).clamp_min(0).expand(d_sae)
 
 
-def _read_jumprelu(weights: Weights) -> PlainSAE:
-    d_in, d_sae = weights.shape("W_enc")
+def _read_jumprelu(weights: Weights, k: int | None) -> PlainSAE:
+    del k
+    d_in, d_sae = weights.matrix("W_enc")
     return PlainSAE(
         activation="jumprelu",
         W_enc=weights.take("W_enc", (d_in, d_sae)),
@@ -232,12 +276,12 @@ _KEYS = {
     "GatedAutoEncoder": {
         "encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias",
     },
-    "AutoEncoderTopK": {*_LINEAR, "b_dec", "k"},
-    "BatchTopKSAE": {*_LINEAR, "b_dec", "k", "threshold"},
+    "AutoEncoderTopK": {*_LINEAR, "b_dec"},
+    "BatchTopKSAE": {*_LINEAR, "b_dec"},
     "JumpReluAutoEncoder": _MATRICES,
     "MatryoshkaBatchTopKSAE": {*_MATRICES, "k", "group_sizes"},
 }  # fmt: skip
-_OPTIONAL = {"threshold"}
+_OPTIONAL = {"AutoEncoderTopK": {"k", "threshold"}, "BatchTopKSAE": {"k", "threshold"}}
 _READERS = {
     "AutoEncoder": _read_autoencoder,
     "AutoEncoderNew": _read_autoencoder,

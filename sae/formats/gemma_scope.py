@@ -2,15 +2,16 @@
 
 JumpReLU without a pre-encoder bias: f = z where z = x W_enc + b_enc > threshold. Keys W_enc [d_in,
 d_sae], W_dec [d_sae, d_out], b_enc, b_dec, threshold, in some files w_enc and w_dec; transcoders
-may have affine_skip_connection [d_in, d_out]. Folders are named after what they hold:
-gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82. Embedding SAEs read the embedding before
-the model multiplies it by sqrt(d_in); they are brought to the scaled one, which a hook sees.
+may have affine_skip_connection [d_in, d_out].
+
+Gemma Scope 2 has a config.json that says the kind and both hook points. Gemma Scope 1 has nothing
+but its folders' names (see `_gemma_scope_names`). Embedding SAEs read the embedding before the
+model multiplies it by sqrt(d_in); they are brought to the scaled one, which a hook sees.
 """
 
 import re
-import zipfile
-from pathlib import Path
-from typing import Any, ClassVar
+from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,20 +19,18 @@ import torch
 from sae.base import SparseAutoencoder
 from sae.formats import register
 from sae.formats._claim import Claim
-from sae.formats._format import Format
+from sae.formats._format import Format, released_as
+from sae.formats._gemma_scope_names import Facts, facts_of, kind_of_config
+from sae.formats._given import Given
 from sae.formats._ours import THRESHOLDS, plain_of, sae_of
 from sae.formats._plain import PlainSAE
 from sae.formats._weights import Weights
-from saescope.artefact import atomic_path, read_json
+from saescope.artefact import atomic_path
 from saescope.errors import ArtefactError, InputError
 
 NPZ = "params.npz"
 SAFETENSORS = "params.safetensors"
 CONFIG = "config.json"
-_SITES = {
-    "-res": "hook_resid_post", "-mlp": "hook_mlp_out", "-att": "attn.hook_z",
-    "resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "attn.hook_z",
-}  # fmt: skip
 _SKIP = "affine_skip_connection"
 
 
@@ -49,19 +48,27 @@ class GemmaScope(Format):
         return (folder / NPZ).is_file() or (folder / SAFETENSORS).is_file()
 
     @torch.no_grad()
-    def read(self, folder: Path, *, input_scale: float | None = None) -> SparseAutoencoder:
+    def read(
+        self,
+        folder: Path,
+        *,
+        input_scale: float | None = None,
+        released: PurePosixPath | None = None,
+    ) -> SparseAutoencoder:
         """The SAE in a folder; see `Format.read`."""
-        described = _config(folder)
+        given = _config(folder)
+        facts = facts_of(given, released_as(folder, released))
         weights = _weights(folder)
-        d_in, d_sae = weights.shape("W_enc")
-        d_out = weights.shape("W_dec")[-1]
+        d_in, d_sae = weights.matrix("W_enc")
+        d_out = weights.matrix("W_dec")[1]
         scale = weights.take("scaling_factor", (d_sae,)) if "scaling_factor" in weights else None
         if scale is not None and not torch.allclose(scale, torch.ones_like(scale)):
             raise InputError(
                 "has factors for its features, whose meaning is not published",
-                where=weights.where, given="scaling_factor",
-            )  # fmt: skip
-        transcoder = d_in != d_out or _SKIP in weights or "transcoder" in str(folder)
+                where=weights.where,
+                given="scaling_factor",
+            )
+        has_skip = _skip_agrees(given, weights)
         plain = PlainSAE(
             activation="jumprelu",
             W_enc=weights.take("W_enc", (d_in, d_sae)),
@@ -70,15 +77,15 @@ class GemmaScope(Format):
             b_dec=weights.take("b_dec", (d_out,)),
             # what is not above 0 is rectified away, so a negative threshold acts as 0
             threshold=weights.take("threshold", (d_sae,)).clamp_min(0),
-            W_skip=weights.take(_SKIP, (d_in, d_out)) if _SKIP in weights else None,
+            W_skip=weights.take(_SKIP, (d_in, d_out)) if has_skip else None,
             pre_bias=False,
-            transcoder=transcoder or "hf_hook_point_out" in described,
+            transcoder=_transcodes(facts, has_skip or d_in != d_out, weights.where),
         )
         weights.finish()
-        if "embedding" in folder.parts:
+        if facts.embedding:
             plain = plain.scale_input(d_in**-0.5)
         sae = sae_of(plain.scale_input(input_scale or 1.0))
-        sae.metadata = {"format": self.name, **_facts(folder, described)}
+        sae.metadata = {"format": self.name, **facts.metadata()}
         return sae
 
     @torch.no_grad()
@@ -95,65 +102,48 @@ class GemmaScope(Format):
     def claim(self, folder: Path, sae: SparseAutoencoder) -> Claim | None:
         """The L0 in the folder's name, or in Gemma Scope 2's configuration."""
         del sae
-        found = re.search(r"average_l0_(\d+)", folder.name)
-        if found:
+        found = re.fullmatch(r"average_l0_(\d{1,6})", folder.name)
+        if found and int(found[1]):
             return Claim(l0=float(found[1]), source=f"the folder's name, {folder.name}")
-        stated = _config(folder).get("l0")
-        return Claim(l0=float(stated), source=f"its {CONFIG}") if stated else None
+        given = _config(folder)
+        stated = given.number("l0", low=0) if "l0" in given else None
+        return Claim(l0=stated, source=f"its {CONFIG}") if stated else None
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _transcodes(facts: Facts, shaped: bool, where: str) -> bool:
+    """Whether it is a transcoder: as the files say, else as the release's names do, else by shape.
+
+    Args: shaped is whether its tensors can only be a transcoder's.
+    """
+    if shaped and facts.transcodes is False:
+        raise ArtefactError(
+            "its tensors are a transcoder's, and it is said to be a plain SAE", where=where
+        )
+    return shaped if facts.transcodes is None else facts.transcodes
+
+
+def _skip_agrees(given: Given, weights: Weights) -> bool:
+    """Whether there is a skip connection, as config.json says if it says anything."""
+    stated = given.flag("affine_connection") if "affine_connection" in given else None
+    if stated is not None and stated != (_SKIP in weights):
+        raise ArtefactError(
+            f"{CONFIG} and the weights differ in whether there is an affine connection",
+            where=weights.where,
+            given=stated,
+        )
+    return _SKIP in weights
+
+
+def _config(folder: Path) -> Given:
     path = folder / CONFIG
-    described = read_json(path) if path.is_file() else {}
-    architecture = described.get("architecture", "jump_relu")
-    if architecture != "jump_relu":
-        raise InputError(
-            "an architecture that Gemma Scope's files do not have", where=str(path),
-            given=architecture, allowed="jump_relu",
-        )  # fmt: skip
-    return described
+    given = Given.read(path) if path.is_file() else Given({}, str(path))
+    kind_of_config(given)
+    return given
 
 
 def _weights(folder: Path) -> Weights:
     path = folder / NPZ
-    if not path.is_file():
-        found = Weights.safetensors(folder / SAFETENSORS)
-    else:
-        try:
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-                arrays = {name: torch.from_numpy(np.array(stored[name])) for name in stored.files}
-        except (OSError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
-            raise ArtefactError(f"damaged weights: {error}", where=str(path)) from error
-        found = Weights(arrays, str(path))
-    found.left = {
-        f"W_{name[2:]}" if name.startswith("w_") else name: value
-        for name, value in found.left.items()
-    }
+    found = Weights.npz(path) if path.is_file() else Weights.safetensors(folder / SAFETENSORS)
+    lower = {name: f"W_{name[2:]}" for name in found.left if name.startswith("w_")}
+    found.rename(lower)
     return found
-
-
-def _facts(folder: Path, described: dict[str, Any]) -> dict[str, Any]:
-    """The site and the model, as far as names tell: .../gemma-scope-2b-pt-res/layer_12/..."""
-    path = folder.as_posix()
-    facts: dict[str, Any] = {}
-    layer = re.search(r"layer_(\d+)", path)
-    release = re.search(r"gemma-scope-(?:2-)?(\d+[bm])-(pt|it)", path)
-    site = next((name for part, name in _SITES.items() if part in path), None)
-    if "embedding" in folder.parts:
-        facts["site"] = "hook_embed"
-    elif "transcoder" in path and layer:
-        before = "hook_mlp_in" if "gemma-scope-2-" in path else "ln2.hook_normalized"
-        facts["site"] = f"blocks.{layer[1]}.{before}"
-        facts["target_site"] = f"blocks.{layer[1]}.hook_mlp_out"
-    elif layer and site:
-        facts["site"] = f"blocks.{layer[1]}.{site}"
-    if described.get("model_name"):
-        facts["model"] = described["model_name"]
-    elif release:
-        generation = "3" if "gemma-scope-2-" in path else "2"
-        suffix = "-it" if release[2] == "it" else ("-pt" if generation == "3" else "")
-        facts["model"] = f"google/gemma-{generation}-{release[1]}{suffix}"
-    for name in ("hf_hook_point_in", "hf_hook_point_out"):
-        if name in described:
-            facts[name] = described[name]
-    return facts

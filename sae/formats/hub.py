@@ -16,7 +16,7 @@ SCHEME = "hf://"
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _REVISION = re.compile(r"(refs/(?:pr|convert)/[^/]+|[^/]+)(?:/(.*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-EVALUATION = "evaluation.json"
+EVALUATION_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,15 @@ class HubFolder:
             folder="/".join(folder),
             revision=revision[1] if revision else None,
         )
+
+    @property
+    def file_name(self) -> str:
+        """A name for what is measured of it here.
+
+        >>> HubFolder.parse("hf://me/saes/layer_3@v1").file_name
+        'me--saes--layer_3@v1'
+        """
+        return str(self).removeprefix(SCHEME).replace("/", "--")
 
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision else ""
@@ -154,7 +163,15 @@ def _at_end_of_training(sae: SparseAutoencoder) -> dict[str, Any] | None:
     return {"protocol": {**facts, **protocol}, "reconstruction": last}
 
 
+def evaluation_file(source: str | Path) -> Path:
+    """Where `saescope eval` writes: into an SAE's or a run's folder; of one on the hub, here."""
+    name = str(source)
+    if name.startswith(SCHEME):
+        return Path(f"{HubFolder.parse(name).file_name}.{EVALUATION_FILE}")
+    return Path(name) / EVALUATION_FILE
+
+
 def evaluation_of(source: str | Path) -> dict[str, Any] | None:
     """What `saescope eval` wrote beside an SAE or a run; None where it did not."""
-    path = Path(source) / EVALUATION
+    path = evaluation_file(source)
     return read_json(path) if path.is_file() else None

@@ -10,7 +10,7 @@ features in units of a vector's deviation there; ours are multiplied by it.
 """
 
 import math
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import torch
@@ -51,24 +51,20 @@ class SAELens(Format):
     scales_rows: ClassVar[bool] = True
 
     @torch.no_grad()
-    def read(self, folder: Path, *, input_scale: float | None = None) -> SparseAutoencoder:
+    def read(
+        self,
+        folder: Path,
+        *,
+        input_scale: float | None = None,
+        released: PurePosixPath | None = None,
+    ) -> SparseAutoencoder:
         """The SAE in a folder; see `Format.read`."""
+        del released
         config = read_config(folder / CONFIG)
         plain = _plain(config, Weights.safetensors(folder / WEIGHTS))
         plain = plain.scale_input(input_scale_of(config, folder, input_scale))
         sae = sae_of(plain)
-        described = dict(config.describes)
-        sae.metadata = {
-            "site": described.pop("hook_name", None),
-            "model": described.pop("model_name", None),
-            "context": described.pop("context_size", None),
-            "format": self.name,
-            "claimed": described.pop("held_out", None),
-            "saelens": {"architecture": config.architecture, **described},
-        }
-        if config.d_out is not None:
-            sae.metadata["target_site"] = described.get("hook_name_out")
-        sae.metadata = {name: value for name, value in sae.metadata.items() if value is not None}
+        sae.metadata = {"format": self.name, **_metadata(config)}
         return sae
 
     def claim(self, folder: Path, sae: SparseAutoencoder) -> Claim | None:
@@ -93,9 +89,31 @@ class SAELens(Format):
             write_json(temporary / CONFIG, config)
 
 
+def _metadata(config: SaelensConfig) -> dict[str, Any]:
+    described = dict(config.describes)
+    # of one head: no site here has its columns alone
+    whole = described.get("hook_head_index") is None
+    module = described.get("model_class_name") == "AutoModelForCausalLM"
+    read, written = (
+        f"module:{name}:output" if module and name else name
+        for name in (described.pop("hook_name", None), described.get("hook_name_out"))
+    )
+    found = {
+        "site": read if whole else None,
+        "target_site": written if config.d_out is not None else None,
+        "model": described.pop("model_name", None),
+        "context": described.pop("context_size", None),
+        "prepend_bos": described.get("prepend_bos"),
+        "processing": list(config.processing) or None,
+        "claimed": described.pop("held_out", None),
+        "saelens": {"architecture": config.architecture, **described},
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _plain(config: SaelensConfig, weights: Weights) -> PlainSAE:
     d_in, d_out = config.d_in, config.d_out or config.d_in
-    d_sae = config.d_sae or weights.shape("W_dec")[0]
+    d_sae = config.d_sae or weights.matrix("W_dec")[0]
     pursuit = config.architecture == "matching_pursuit"
     parts: dict[str, Any] = {
         "W_dec": weights.take("W_dec", (d_sae, d_out)),
@@ -119,7 +137,7 @@ def _plain(config: SaelensConfig, weights: Weights) -> PlainSAE:
     plain = PlainSAE(
         activation=_ACTIVATIONS.get(config.architecture, config.architecture),  # type: ignore[arg-type]
         pre_bias=config.pre_bias,
-        k=int(config.k) if config.k and config.architecture in ("topk", "abstopk") else None,
+        k=config.k,
         transcoder=config.architecture in TRANSCODERS,
         standardised=config.normalisation == "layer_norm",
         pursuit=_pursuit(config) if pursuit else None,
@@ -139,9 +157,11 @@ def _pursuit(config: SaelensConfig) -> dict[str, Any]:
     """Its rule and defaults in our fields; SAELens takes d_in steps where it states none."""
     given = config.pursuit
     return {
-        "k": int(given.get("max_iterations") or config.d_in),
-        "residual_threshold": float(given.get("residual_threshold", 1e-2)),
-        "stop_on_duplicate": bool(given.get("stop_on_duplicate_support", True)),
+        "k": given.count("max_iterations") if given.get("max_iterations") else config.d_in,
+        "residual_threshold": (
+            given.number("residual_threshold", low=0) if "residual_threshold" in given else 1e-2
+        ),
+        "stop_on_duplicate": given.flag("stop_on_duplicate_support", default=True),
     }
 
 

@@ -1,6 +1,6 @@
 """Our own format: config.json and weights.safetensors (see `sae.saved`)."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 import torch
@@ -41,8 +41,15 @@ class SaescopeFormat(Format):
         return isinstance(described, dict) and described.get("kind") == "sae"
 
     @torch.no_grad()
-    def read(self, folder: Path, *, input_scale: float | None = None) -> SparseAutoencoder:
+    def read(
+        self,
+        folder: Path,
+        *,
+        input_scale: float | None = None,
+        released: PurePosixPath | None = None,
+    ) -> SparseAutoencoder:
         """The SAE as it was saved."""
+        del released
         sae = read_sae(folder, list_architectures())
         if input_scale is None:
             return sae

@@ -6,7 +6,7 @@ ReLU((x - b_dec) encoder.weight^T + encoder.bias); transcoders do not subtract b
 """
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import torch
@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 
 from sae.base import SparseAutoencoder
 from sae.formats import register
-from sae.formats._format import Format
+from sae.formats._format import Format, released_as
+from sae.formats._given import Given
 from sae.formats._ours import TOPK, TRANSCODERS, plain_of, sae_of
 from sae.formats._plain import PlainSAE
 from sae.formats._weights import Weights
-from saescope.artefact import atomic_path, read_json, write_json
-from saescope.errors import ArtefactError, InputError
+from saescope.artefact import atomic_path, write_json
+from saescope.errors import InputError
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"
@@ -28,6 +29,8 @@ _KNOWN = {
     "skip_connection", "transcode", "d_in", "signed",
     "embed_skip", "gram_lookup", "lookup_max_order", "gram_table_hash",
 }  # fmt: skip
+_EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
+_HOOKPOINT = re.compile(r"(?:layers|h)\.(\d{1,3})(?:\.(mlp|self_attn|attention|attn))?")
 
 
 @register
@@ -39,32 +42,41 @@ class Sparsify(Format):
     writes: ClassVar[tuple[str, ...]] = (*TOPK, "abstopk", *TRANSCODERS)
 
     @torch.no_grad()
-    def read(self, folder: Path, *, input_scale: float | None = None) -> SparseAutoencoder:
+    def read(
+        self,
+        folder: Path,
+        *,
+        input_scale: float | None = None,
+        released: PurePosixPath | None = None,
+    ) -> SparseAutoencoder:
         """The SAE in a folder; see `Format.read`."""
         given = _config(folder / CONFIG)
         weights = Weights.safetensors(folder / WEIGHTS)
-        d_in, transcoder = int(given["d_in"]), bool(given.get("transcode", False))
-        d_sae = int(given.get("num_latents") or d_in * int(given["expansion_factor"]))
-        d_out = weights.shape("b_dec")[0]
+        d_in, transcoder = given.count("d_in"), given.flag("transcode")
+        stated = given.count("num_latents", low=0) if "num_latents" in given else 0
+        d_sae = stated or d_in * given.count("expansion_factor")
+        d_out = weights.vector("b_dec")
         skip = weights.take("W_skip", (d_out, d_in)).T if "W_skip" in weights else None
         plain = PlainSAE(
-            activation="abstopk" if given.get("signed") else "topk",
-            k=int(given["k"]),
+            activation="abstopk" if given.flag("signed") else "topk",
+            k=given.count("k"),
             W_enc=weights.take("encoder.weight", (d_sae, d_in)).T,
             b_enc=weights.take("encoder.bias", (d_sae,)),
             W_dec=weights.take("W_dec", (d_sae, d_out)),
             b_dec=weights.take("b_dec", (d_out,)),
             W_skip=skip,
+            # transcoders before February 2025 have no "transcode" here, and subtract it
             pre_bias=not transcoder,
             # a skip connection makes it one of ours that has a place for it
             transcoder=transcoder or skip is not None,
         )
         weights.finish()
         sae = sae_of(plain.scale_input(input_scale or 1.0))
-        sae.metadata = {"format": self.name, "hookpoint": folder.name}
-        layer = re.search(r"layers?[._](\d+)$", folder.name)
-        if layer:
-            sae.metadata["site"] = f"blocks.{layer[1]}.hook_resid_post"
+        hookpoint = released_as(folder, released).name
+        sae.metadata = {"format": self.name, "hookpoint": hookpoint}
+        sae.metadata |= _sites(hookpoint, transcoder=sae.transcodes)
+        if "transcode" not in given:
+            sae.metadata["kind_unstated"] = True
         return sae
 
     @torch.no_grad()
@@ -106,19 +118,9 @@ class Sparsify(Format):
             write_json(temporary / CONFIG, config)
 
 
-def _config(path: Path) -> dict[str, Any]:
-    given = read_json(path)
-    if not isinstance(given, dict):
-        raise ArtefactError("is not an SAE's configuration", where=str(path))
-    for name in ("d_in", "k"):
-        if name not in given:
-            raise ArtefactError(f"{name!r} is missing", where=str(path))
-    unknown = sorted(set(given) - _KNOWN)
-    if unknown:
-        raise InputError(
-            "keys that this reader does not know, so the SAE might be another", where=str(path),
-            given=unknown, allowed=sorted(_KNOWN),
-        )  # fmt: skip
+def _config(path: Path) -> Given:
+    given = Given.read(path)
+    given.refuse_unknown(_KNOWN, sorted(_KNOWN))
     for name in ("embed_skip", "gram_lookup"):
         if given.get(name):
             raise InputError(
@@ -130,3 +132,23 @@ def _config(path: Path) -> dict[str, Any]:
             given=given["activation"], allowed="topk",
         )  # fmt: skip
     return given
+
+
+def _sites(hookpoint: str, *, transcoder: bool) -> dict[str, str]:
+    """The sites of a hookpoint: a module of the model without its head, as sparsify names it.
+
+    An autoencoder reads what the module gives; a transcoder reads what goes in, writes what comes
+    out. A folder of another name tells nothing.
+    """
+    if hookpoint in _EMBEDDINGS:
+        return {} if transcoder else {"site": "hook_embed"}
+    found = _HOOKPOINT.fullmatch(hookpoint)
+    if not found:
+        return {}
+    part = "mlp" if found[2] == "mlp" else "attn" if found[2] else None
+    before = f"{part}.hook_in" if part else "hook_resid_pre"
+    after = f"{part}.hook_out" if part else "hook_resid_post"
+    block = f"blocks.{int(found[1])}"
+    if transcoder:
+        return {"site": f"{block}.{before}", "target_site": f"{block}.{after}"}
+    return {"site": f"{block}.{after}"}

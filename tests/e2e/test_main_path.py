@@ -9,7 +9,7 @@ import torch
 import activations
 import sae
 import store
-from sae.evaluation.command import EVALUATION_FILE
+from sae.formats.hub import EVALUATION_FILE
 from sae.indexing import STORE_FILE, direct_logits
 from saescope.__main__ import main
 from saescope.errors import ArtefactError

@@ -13,8 +13,8 @@ from sae.architectures.crosscoder import Crosscoder, CrosscoderConfig
 from sae.architectures.skip_transcoder import SkipTranscoder, SkipTranscoderConfig
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.base import SparseAutoencoder
-from sae.evaluation.command import EVALUATION_FILE
 from sae.evaluation.downstream import measure_downstream
+from sae.formats.hub import EVALUATION_FILE
 from sae.indexing import STORE_FILE, direct_logits
 from sae.loading import load
 from sae.normaliser import Normaliser
