@@ -51,10 +51,8 @@ steer: $(STAMP) ## Continue a prompt with and without a steered feature.
 explore: $(STAMP) ## Open the feature explorer on stores/.
 	@$(SAESCOPE) explore $(dir $(STORE)) --port $(PORT)
 
-demo: $(STAMP) ## All of the above: text, activations, an SAE, its features, a steered model.
-	@$(MAKE) --no-print-directory harvest train-sae eval index steer
-	@if [ -t 1 ]; then $(MAKE) --no-print-directory explore; \
-	else echo "explore the features: make explore, then open http://localhost:$(PORT)"; fi
+demo: $(STAMP) ## Text, activations, an SAE, its features, a steered model; QUICK=1: a small one.
+	@$(SAESCOPE) demo --port $(PORT) $(if $(QUICK),--quick)
 
 check: $(STAMP) ## Style, types, import rule.
 	@$(BIN)/ruff check .

@@ -113,7 +113,7 @@ def describe(
 ) -> tuple[list[str], Needs]:  # fmt: skip
     """Lines for people on what the rest of a harvest takes; a few batches are measured."""
     sites, config = tuple(facts["sites"]), in_planned_batches(config, facts)
-    seconds, share = _measured(config, facts, text, model)
+    seconds, share = measured(config, facts, text, model)
     needed = needs(facts, left, share)
     tokens = sum(left.values()) * config.context
     width = 2 * sum(facts["sites"].values())
@@ -145,7 +145,7 @@ def _room(free: int | None) -> str:
     return "an object store has no limit" if free is None else f"{as_size(free)} free"
 
 
-def _measured(
+def measured(
     config: "HarvestConfig", facts: Mapping[str, Any], text: Text, model: Model | RawModel
 ) -> tuple[float, float]:
     """Seconds a token, the median over a few batches, and the share of positions with a row."""

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 Products = Literal["own", "float32"]
 """in what the products of a model in 16 bits are made; a harvest's manifest says it"""
 _SHORT = (torch.bfloat16, torch.float16)
+PRODUCT = (1024, 576, 1536)
+"""rows, width and outputs of the product that is timed"""
 _FEW = 64
 """rows below which turning the weights to float32 costs more than it saves"""
 _CLEARLY = 0.87
@@ -40,7 +42,8 @@ def multiplied_in(products: Products) -> AbstractContextManager[object]:
 
 def seconds_of_product(dtype: torch.dtype) -> float:
     """What a product of a small model's size takes on the CPU."""
-    x, w = torch.ones(1024, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    rows, width, out = PRODUCT
+    x, w = torch.ones(rows, width, dtype=dtype), torch.ones(out, width, dtype=dtype)
     return min(repeat(lambda: linear(x, w), number=2, repeat=8)) / 2
 
 

@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +63,9 @@ def command(config: ExploreConfig) -> list[str]:
     return [sys.executable, "-m", "streamlit", "run", str(app), *words]
 
 
-def explore(config: ExploreConfig) -> None:
-    """Serve the explorer in the foreground until Ctrl-C.
+@contextmanager
+def serving(config: ExploreConfig) -> Iterator[subprocess.Popen[bytes]]:
+    """The explorer's process, which is ended with the context.
 
     Raises ArtefactError if there is no store, or one cannot be read; InputError if the port is
     taken.
@@ -82,6 +85,15 @@ def explore(config: ExploreConfig) -> None:
     say(f"explorer: {url(config)}  ({', '.join(stores)}; Ctrl-C ends it)")
     process = subprocess.Popen(command(config), env=environment, stdout=subprocess.DEVNULL)
     try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait(process: subprocess.Popen[bytes]) -> None:
+    """Until Ctrl-C. Raises InputError if the explorer ends before."""
+    try:
         code = process.wait()
     except KeyboardInterrupt:
         process.terminate()
@@ -90,6 +102,12 @@ def explore(config: ExploreConfig) -> None:
         return
     if code:
         raise InputError(f"the explorer ended by itself with code {code}", where="streamlit")
+
+
+def explore(config: ExploreConfig) -> None:
+    """Serve the explorer in the foreground until Ctrl-C. Raises what `serving` and `wait` do."""
+    with serving(config) as process:
+        wait(process)
 
 
 def _check_port(port: int) -> None:

