@@ -15,8 +15,8 @@ from saescope.errors import InputError
 NormaliserKind = Literal["none", "unit_mean_square", "sqrt_d", "centred", "standardised"]
 _EPS = 1e-5
 """added to a vector's deviation before it divides (Lawson et al. 2024)"""
-_ROUNDING = (8 * torch.finfo(torch.float32).eps) ** 2
-"""rounding makes equal activations vary by so much of their mean square"""
+_ROUNDING = (8 * 2.0**-23) ** 2
+"""float32 makes equal activations vary by so much of their mean square"""
 
 
 @dataclass(frozen=True)
