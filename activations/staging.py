@@ -20,17 +20,11 @@ from activations.row_storage import SiteSums
 from activations.windows import MissingWindow
 from activations.zarr_store import ActivationStore
 from activations.zarr_writer import StagedRows, WindowData, filled_up
-from saescope.artefact import (
-    atomic_path,
-    disk_full,
-    is_leftover,
-    read_json,
-    remove,
-    sha256_json,
-    write_json,
-)
+from saescope.artefact import atomic_path, read_json, sha256_json, write_json
 from saescope.errors import ArtefactError
-from saescope.places import local
+from saescope.leftovers import is_leftover
+from saescope.places import local, remove
+from saescope.system import system_errors
 
 _RECORD = "window.json"
 _SEQUENCES = ("tokens", "document", "keep")
@@ -81,7 +75,7 @@ class Staging:
         """
         if not self.folder.exists():
             return  # the harvest has been finished by others
-        with disk_full(str(self._store)), atomic_path(self.folder / name) as temporary:
+        with system_errors(str(self._store)), atomic_path(self.folder / name) as temporary:
             crcs: dict[str, list[int]] = {array: [] for array in self._arrays}
             for number, array, values in data.chunks(self._chunk_rows):
                 path = chunk_path(temporary, array, number, values.ndim)
@@ -136,7 +130,7 @@ class Staging:
 
         For rank 0, while others may be at work.
         """
-        with disk_full(str(self._store)):
+        with system_errors(str(self._store)):
             self.folder.mkdir(exist_ok=True)
         for path in sorted(self.folder.glob("window-*")):
             found = re.fullmatch(r"window-(\d{6,})-[0-9a-f]{16}", path.name)

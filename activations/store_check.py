@@ -20,7 +20,8 @@ from activations.layout import (
     with_length,
 )
 from activations.ledger import LEDGER, LEDGER_SINCE
-from saescope.artefact import MANIFEST, DamagedError, is_leftover, read_json
+from saescope.artefact import MANIFEST, DamagedError, read_json
+from saescope.leftovers import is_leftover
 from saescope.places import Place, below, exists, listing, objects, read_bytes
 
 if TYPE_CHECKING:

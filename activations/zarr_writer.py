@@ -38,7 +38,6 @@ from activations.store_check import (
 from activations.zarr_store import KIND, SCHEMA, ActivationStore
 from saescope.artefact import (
     MANIFEST,
-    disk_full,
     fsync_path,
     new_folder,
     write_bytes,
@@ -46,6 +45,7 @@ from saescope.artefact import (
     write_manifest,
 )
 from saescope.places import Place, below, cut, move, remove
+from saescope.system import system_errors
 
 _WRITTEN_ANEW = (
     *("kind", "schema", "created", "versions", "commit", "parent", "sha256"),
@@ -102,7 +102,7 @@ class HarvestWriter:
 
     A window's files are written and flushed first, then the ledger, and the manifest last. A window
     that the manifest does not count does not exist: `trim` removes what an interruption left of
-    it. Whoever writes holds the store's lock (`saescope.artefact.locked`).
+    it. Whoever writes holds the store's lock (`saescope.locks.locked`).
     """
 
     def __init__(self, store: ActivationStore) -> None:
@@ -132,7 +132,7 @@ class HarvestWriter:
         facts = {**facts, "corpus": None, "sums": sums, "positions": positions, "complete": False}
         for leftover in left_by_creation(path):
             remove(leftover)
-        with disk_full(str(path)), new_folder(path, MANIFEST) as temporary:
+        with system_errors(str(path)), new_folder(path, MANIFEST) as temporary:
             (temporary / DOCUMENTS).mkdir()
             (temporary / LEDGER).touch()
             create_arrays(temporary / GROUP, facts)
@@ -151,7 +151,7 @@ class HarvestWriter:
         A store of an older schema is brought to the present one. Raises ArtefactError for one with
         a damaged chunk, or if the disk is full.
         """
-        with disk_full(str(self.path)):
+        with system_errors(str(self.path)):
             if not self._ledger.knows_checksums:
                 self.upgrade()
             if self._ledger.excess:
@@ -174,7 +174,7 @@ class HarvestWriter:
 
     def write(self, data: WindowData) -> None:
         """Append a window. Raises ArtefactError if the disk is full; nothing is committed then."""
-        with disk_full(str(self.path)):
+        with system_errors(str(self.path)):
             window, rows, sequences = self._write_arrays(data)
             documents = self._write_documents(data)
             if data.split == "train":
@@ -192,7 +192,7 @@ class HarvestWriter:
         """Append a corpus: what is written from now on is of it, and the store incomplete."""
         appended = [*self._facts.get("appended", []), {**part, "counts": None}]
         self._facts |= {"appended": appended, "complete": False}
-        with disk_full(str(self.path)):
+        with system_errors(str(self.path)):
             self._write_manifest()
 
     def finish(self, corpus: dict[str, Any]) -> None:
@@ -203,7 +203,7 @@ class HarvestWriter:
             self._facts["corpus"] = corpus
         self._facts.pop("places", None)
         self._facts["complete"] = True
-        with disk_full(str(self.path)):
+        with system_errors(str(self.path)):
             self._write_manifest()
 
     def _write_manifest(self, **made: Any) -> None:
@@ -212,7 +212,7 @@ class HarvestWriter:
     def correct(self, line: bytes) -> None:
         """Commit that a chunk now holds something else than was committed first."""
         made = _made(self.store)
-        with disk_full(str(self.path)):
+        with system_errors(str(self.path)):
             self._ledger.append(self.path, line)
             self._write_manifest(**made)
 

@@ -38,9 +38,9 @@ from benchmarks.peers.environments import HERE, PEERS
 from benchmarks.running import run, run_peer
 from sae.bench import rows as measured
 from saescope import __version__, memory
-from saescope.artefact import remove
 from saescope.config import Config
 from saescope.errors import ArtefactError, check_range
+from saescope.places import remove
 from saescope.progress import Progress, say, silent
 
 BARE, OURS, SAELENS, MEMORY = "transformers", "saescope", "SAELens", "memory"

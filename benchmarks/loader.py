@@ -31,9 +31,10 @@ from benchmarks.peers.environments import HERE, PEERS
 from benchmarks.running import run, run_peer
 from sae.bench import rows as measured
 from saescope import __version__, memory
-from saescope.artefact import atomic_path, remove, sha256_json
+from saescope.artefact import atomic_path, sha256_json
 from saescope.config import Config
 from saescope.errors import check_range
+from saescope.places import remove
 from saescope.progress import say
 
 SITE, CONTEXT, MIXED = "site", 128, 4

@@ -386,14 +386,15 @@ class SparseAutoencoder(nn.Module, ABC):
 
     # ---- on disk ----------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, **more: Any) -> None:
+    def save(self, folder: str | Path, *, replace: bool = False, **more: Any) -> None:
         """Write config.json and weights.safetensors into a folder, atomically.
 
-        Keyword arguments are put into config.json beside `metadata` (measured metrics, say).
+        Keyword arguments are put into config.json beside `metadata` (measured metrics, say). With
+        `replace` an SAE that is there is replaced; InputError for anything else that is.
         """
         from sae.saved import write_sae  # it imports this module
 
-        write_sae(self, Path(folder), more)
+        write_sae(self, Path(folder), more, replace=replace)
 
 
 def _inverse(normaliser: Normaliser) -> Normaliser:

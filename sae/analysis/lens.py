@@ -25,13 +25,23 @@ from activations import ActivationLoader, ActivationStore, Model
 from activations.head import Head
 from activations.loader import aligned_rows
 from sae.analysis.layers import residual_sites
-from saescope.artefact import atomic_path, disk_full, read_manifest, sha256_json, write_manifest
+from saescope.artefact import MANIFEST, atomic_path, read_manifest, sha256_json, write_manifest
 from saescope.config import Config, to_dict
 from saescope.errors import ArtefactError, InputError, check_range
 from saescope.progress import Progress
+from saescope.replacing import Kind, only_files
+from saescope.system import system_errors
 
 KIND, SCHEMA = "lens", 1
 WEIGHTS = "weights.safetensors"
+
+
+def _is_lens(folder: Path) -> bool:
+    read_manifest(folder, kind=KIND, schema=SCHEMA)
+    return only_files(folder, (MANIFEST, WEIGHTS))
+
+
+_LENS = Kind("a lens", _is_lens)
 LARGEST_CONDITION = 1e7
 _ROWS = 256
 
@@ -137,9 +147,13 @@ class TunedLens:
         self._number(site)
         return lambda x: self.invert(site, replacement(self.apply(site, x)))
 
-    def save(self, folder: str | Path) -> None:
-        """Write weights and manifest, replacing a lens that is there. ArtefactError: disk full."""
-        with disk_full(str(folder)), atomic_path(folder) as temporary:
+    def save(self, folder: str | Path, *, replace: bool = False) -> None:
+        """Write weights and manifest; with `replace`, in the place of a lens that is there.
+
+        Raises InputError for anything else that is there, ArtefactError if the disk is full.
+        """
+        holder = atomic_path(folder, _LENS, replace=replace)
+        with system_errors(str(folder)), holder as temporary:
             temporary.mkdir()
             tensors = {"A": self.A.contiguous(), "b": self.b.contiguous()}
             save_file(tensors, temporary / WEIGHTS)

@@ -8,10 +8,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saescope.artefact import atomic_path, disk_full, read_json, write_json
+from saescope.artefact import atomic_path, read_json, write_json
 from saescope.errors import ArtefactError
+from saescope.replacing import Kind, only_files
+from saescope.system import system_errors
 
 SCHEMA = 1
+_TENSORS, _STATE = "tensors.safetensors", "state.json"
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    shards = [path.name for path in folder.glob("features-*.safetensors")]
+    return only_files(folder, (_TENSORS, _STATE), shards)
+
+
+KIND = Kind("a checkpoint", _is_checkpoint)
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -42,7 +53,7 @@ def save(folder: Path, *, tensors: dict[str, dict[str, Tensor]], state: dict[str
 
     Raises ArtefactError if the disk is full; the previous checkpoint is then still there.
     """
-    with disk_full(str(folder)), atomic_path(folder) as temporary:
+    with system_errors(str(folder)), atomic_path(folder, KIND, replace=True) as temporary:
         temporary.mkdir()
         write(temporary, flatten(tensors), state)
 
@@ -58,20 +69,20 @@ def flatten(groups: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def write(folder: Path, flat: dict[str, Tensor], state: dict[str, Any]) -> None:
     """The files of a checkpoint, into a folder that is there."""
-    save_file(flat, folder / "tensors.safetensors")
-    write_json(folder / "state.json", {"schema": SCHEMA, **state})
+    save_file(flat, folder / _TENSORS)
+    write_json(folder / _STATE, {"schema": SCHEMA, **state})
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read a checkpoint; ArtefactError if it is damaged or of another schema."""
-    state = read_json(folder / "state.json")
+    state = read_json(folder / _STATE)
     if state.get("schema") != SCHEMA:
         raise ArtefactError(
             "checkpoint of another version", where=str(folder), given=state.get("schema"),
             allowed=str(SCHEMA),
         )  # fmt: skip
     try:
-        flat = load_file(folder / "tensors.safetensors")
+        flat = load_file(folder / _TENSORS)
     except (OSError, SafetensorError) as error:
         raise ArtefactError(f"damaged checkpoint: {error}", where=str(folder)) from error
     groups: dict[str, dict[str, Tensor]] = {}

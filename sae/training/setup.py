@@ -27,16 +27,10 @@ from sae.training.outliers import OutlierFilter
 from sae.training.streams import Stream, make_stream
 from sae.training.trainer import Trainer
 from sae.training.trainer_config import TrainerConfig
-from saescope.artefact import (
-    MANIFEST,
-    git_commit,
-    locked,
-    read_manifest,
-    sha256_json,
-    write_manifest,
-)
+from saescope.artefact import MANIFEST, git_commit, read_manifest, sha256_json, write_manifest
 from saescope.config import to_dict
 from saescope.errors import InputError
+from saescope.locks import locked
 from saescope.places import local
 from saescope.progress import say
 

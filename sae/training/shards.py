@@ -23,8 +23,9 @@ from sae.base import SparseAutoencoder
 from sae.distributed import FEATURES
 from sae.saved import write_sae
 from sae.training import checkpoint, ranks
-from saescope.artefact import atomic_path, disk_full, fsync_path
+from saescope.artefact import atomic_path, fsync_path
 from saescope.errors import ArtefactError
+from saescope.system import system_errors
 
 Splits = Callable[[str, Tensor], bool]
 """whether a tensor, by its name, has one row a feature"""
@@ -81,14 +82,14 @@ def save(
 
     def write(temporary: str) -> None:
         path = Path(temporary) / _file(FEATURES.rank)
-        with disk_full(str(folder)):
+        with system_errors(str(folder)):
             save_file(own, path)
             fsync_path(path)
             if ranks.first():
                 checkpoint.write(Path(temporary), alike, {**state, "shards": FEATURES.size})
 
     if ranks.first():
-        with atomic_path(folder) as temporary:
+        with atomic_path(folder, checkpoint.KIND, replace=True) as temporary:
             temporary.mkdir()
             ranks.together(partial(write, distributed.broadcast(str(temporary))))
     else:

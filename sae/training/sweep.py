@@ -19,9 +19,10 @@ from sae.training.command import TrainConfig
 from sae.training.plan import describe
 from sae.training.setup import Run
 from sae.training.streams import Stream
-from saescope.artefact import locked, read_json, write_json
+from saescope.artefact import read_json, write_json
 from saescope.config import Config, from_dict
 from saescope.errors import InputError, check_range
+from saescope.locks import locked
 from saescope.places import local
 from saescope.progress import Progress, say
 

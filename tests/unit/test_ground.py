@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from saescope import __main__ as command_line
-from saescope import artefact, assets, progress
+from saescope import artefact, assets, leftovers, locks, progress, system
 from saescope.errors import ArtefactError, InputError, check_range
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,10 +78,13 @@ def test_atomic_file(tmp_path: Path) -> None:
 def test_disk_full_is_told_apart() -> None:
     with (
         pytest.raises(ArtefactError, match="data/x: the disk is full"),
-        artefact.disk_full("data/x"),
+        system.system_errors("data/x"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(OSError, match="other"), artefact.disk_full("data/x"):
+    with (
+        pytest.raises(ArtefactError, match="data/x: reading or writing failed"),
+        system.system_errors("data/x"),
+    ):
         raise OSError(errno.EIO, "other")
 
 
@@ -283,7 +286,7 @@ def test_assets_that_cannot_be_fetched_are_one_line(
 
 HOLD = """
 import sys, time
-from saescope.artefact import locked
+from saescope.locks import locked
 with locked(sys.argv[1], "test"):
     print("held", flush=True)
     time.sleep(60)
@@ -300,27 +303,27 @@ def test_a_lock_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:
         assert holder.stdout.readline() == "held\n"
         with (
             pytest.raises(ArtefactError, match=f"store: in use by test, process {holder.pid} on"),
-            artefact.locked(path, "other"),
+            locks.locked(path, "other"),
         ):
             pass
         holder.kill()
     assert (tmp_path / ".store.lock").exists()
-    with artefact.locked(path, "other"):
+    with locks.locked(path, "other"):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_is_held_against_this_process_too(tmp_path: Path) -> None:
     with (
-        artefact.locked(tmp_path / "a", "one"),
-        artefact.locked(tmp_path / "b", "two"),
+        locks.locked(tmp_path / "a", "one"),
+        locks.locked(tmp_path / "b", "two"),
         pytest.raises(ArtefactError, match="in use by one"),
-        artefact.locked(tmp_path / "a", "three"),
+        locks.locked(tmp_path / "a", "three"),
     ):
         pass
-    with pytest.raises(RuntimeError), artefact.locked(tmp_path / "a", "one"):
+    with pytest.raises(RuntimeError), locks.locked(tmp_path / "a", "one"):
         raise RuntimeError
-    with artefact.locked(tmp_path / "a", "one"):
+    with locks.locked(tmp_path / "a", "one"):
         pass
 
 
@@ -328,7 +331,7 @@ def test_a_lock_file_that_was_removed_while_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two may not hold the same lock, one of them by a file that is no longer there."""
-    original, calls = artefact._is_file, []
+    original, calls = locks._is_file, []
 
     def removed_once(descriptor: int, path: Path) -> bool:
         if not calls:
@@ -336,8 +339,8 @@ def test_a_lock_file_that_was_removed_while_waited_for(
         calls.append(path)
         return original(descriptor, path)
 
-    monkeypatch.setattr(artefact, "_is_file", removed_once)
-    with artefact.locked(tmp_path / "a", "one"):
+    monkeypatch.setattr(locks, "_is_file", removed_once)
+    with locks.locked(tmp_path / "a", "one"):
         assert len(calls) == 2
         assert (tmp_path / ".a.lock").exists()
 
@@ -354,7 +357,7 @@ def test_leftovers_are_told_from_what_is_precious(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for member in inside:
             (tmp_path / name / member).write_text("x")
-        assert artefact.is_leftover(tmp_path / name) is expected, name
+        assert leftovers.is_leftover(tmp_path / name) is expected, name
 
 
 @pytest.mark.parametrize(("signum", "code", "word"), [(2, 130, "interrupted"), (15, 143, "term")])

@@ -25,8 +25,8 @@ from activations import (
 from activations.ledger import Ledger
 from activations.zarr_writer import HarvestWriter
 from saescope import config as configuration
-from saescope.artefact import locked
 from saescope.errors import ArtefactError, InputError
+from saescope.locks import locked
 from saescope.places import local
 from tests.damage import as_schema_1, assert_same_content, content
 from tests.interrupt import Interrupt

@@ -21,8 +21,8 @@ from activations.layout import PENDING
 from activations.packing import Sequences
 from activations.staging import Staging
 from activations.store_check import examine
-from saescope.artefact import locked
 from saescope.errors import ArtefactError, InputError
+from saescope.locks import locked
 from tests.damage import SITES, assert_same_content, flip
 from tests.interrupt import Interrupt, Killed
 from tests.tiny import make_tiny_corpus, make_tiny_model

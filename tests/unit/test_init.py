@@ -7,7 +7,7 @@ import pytest
 from saescope import config
 from saescope.__main__ import main
 from saescope.config import Config
-from saescope.errors import InputError
+from saescope.errors import ArtefactError, InputError
 from saescope.examples import examples
 from saescope.init_command import InitConfig, init
 
@@ -59,7 +59,7 @@ def test_writes_over_nothing(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file.*cannot be written: "):
+    with pytest.raises(ArtefactError, match=r"file.*is no folder, or lies below"):
         init(InitConfig(folder=str(tmp_path / "file")))
 
 
@@ -70,7 +70,7 @@ def test_an_interrupted_one_leaves_no_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         "saescope.init_command.examples", lambda: found | {third: tmp_path / "nowhere"}
     )
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(ArtefactError, match="nowhere: no such file"):
         init(InitConfig(folder=str(tmp_path / "new")))
     assert files(tmp_path) == {}
 

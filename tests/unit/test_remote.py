@@ -28,8 +28,8 @@ from activations import (
 from activations.store_check import examine
 from saescope import artefact
 from saescope.__main__ import main
-from saescope.artefact import locked
 from saescope.errors import ArtefactError, InputError
+from saescope.locks import locked
 from saescope.places import is_remote, local, place
 from tests.damage import GROUP, assert_same_content, files_of
 from tests.interrupt import Interrupt, Killed
@@ -347,7 +347,7 @@ def test_the_lock_of_another_machine_is_refused(make: Make, content: bytes, hold
 
 def test_of_two_machines_that_begin_at_once_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both find no lock; the store lets only the first write one."""
-    remote_lock = importlib.import_module("saescope.remote_lock")
+    remote_lock = importlib.import_module("saescope.locks")
     lock = b'{"holder": "the other", "locks": "x"}'
     fsspec.filesystem("memory").pipe_file("/bucket/.new.lock", lock)
     monkeypatch.setattr(remote_lock, "exists", lambda path: False)

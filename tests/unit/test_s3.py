@@ -19,8 +19,8 @@ from activations import (
 )
 from saescope import artefact
 from saescope.__main__ import main
-from saescope.artefact import locked
 from saescope.errors import ArtefactError, InputError
+from saescope.locks import locked
 from saescope.places import exists, listing, place, put, remove
 from tests.damage import GROUP, assert_same_content
 from tests.interrupt import Interrupt, Killed

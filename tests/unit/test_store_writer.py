@@ -322,4 +322,4 @@ def test_memory_limit_is_set(writer: StoreWriter) -> None:
     limit, spill = writer._con.execute(setting).fetchone()
     assert limit == "1.3 GiB"
     assert Path(spill).parent == writer._scratch
-    assert writer._scratch.parent == writer.path.parent
+    assert writer._scratch.parent.parent == writer.path.parent

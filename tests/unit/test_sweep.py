@@ -13,9 +13,10 @@ from sae.training.outliers import OutlierFilter
 from sae.training.sweep import SweepConfig, members
 from sae.training.telemetry import read_metrics
 from sae.training.trainer import Trainer
-from saescope.artefact import locked, read_json
+from saescope.artefact import read_json
 from saescope.config import from_dict
 from saescope.errors import ArtefactError, InputError
+from saescope.locks import locked
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
 SITES = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")

@@ -19,6 +19,7 @@ from sae.training.telemetry import MetricsLog, read_metrics
 from sae.training.trainer import CHECKPOINT, METRICS, Trainer, TrainerConfig
 from saescope.artefact import atomic_path
 from saescope.errors import ArtefactError, InputError, SaescopeError
+from saescope.replacing import Kind, only_files
 
 D_IN, D_SAE, BATCH, STEPS = 8, 24, 16, 24
 
@@ -268,14 +269,15 @@ def test_ranges(settings: dict) -> None:
 
 def test_atomic_folder_replaces_and_survives_failure(tmp_path: Path) -> None:
     target = tmp_path / "folder"
+    kind = Kind("a test", lambda folder: only_files(folder, ("file",)))
     for text in ("one", "two"):
-        with atomic_path(target) as temporary:
+        with atomic_path(target, kind, replace=True) as temporary:
             temporary.mkdir()
             (temporary / "file").write_text(text)
     assert (target / "file").read_text() == "two"
 
     def killed_while_writing() -> None:
-        with atomic_path(target) as temporary:
+        with atomic_path(target, kind, replace=True) as temporary:
             temporary.mkdir()
             (temporary / "file").write_text("three")
             raise Killed

@@ -1,0 +1,150 @@
+"""What may be replaced: an artefact of ours, of the same kind, that is asked to be replaced.
+
+Nothing else at a path is ever replaced or removed, nor anything that came there meanwhile.
+"""
+
+import filecmp
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from saescope.errors import InputError, SaescopeError
+from saescope.exchange import exchange, rename_new
+from saescope.leftovers import REPLACED
+
+_NOBODYS = {".DS_Store", "Thumbs.db", "desktop.ini"}
+"""what file managers put into folders"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Artefacts of one kind, and how one is recognised."""
+
+    name: str
+    """as in "holds something else than NAME": "an SAE", "a feature store" """
+    test: Callable[[Path], bool]
+    """whether a path, which is there and is no symbolic link, is one; it may raise errors of ours
+    or the system's for what is none"""
+
+    def holds(self, path: Path) -> bool:
+        """Whether an artefact of this kind is at a path."""
+        try:
+            return not path.is_symlink() and self.test(path)
+        except (SaescopeError, OSError):
+            return False
+
+
+PLAIN_FILE = Kind("a file", Path.is_file)
+
+
+def only_files(folder: Path, names: Collection[str], others: Collection[str] = ()) -> bool:
+    """Whether a folder has these plain files, maybe some of `others`, and nothing else."""
+    if not folder.is_dir():
+        return False
+    found = {path.name for path in folder.iterdir() if path.name not in _NOBODYS}
+    plain = all((folder / n).is_file() and not (folder / n).is_symlink() for n in found)
+    return plain and set(names) <= found <= {*names, *others}
+
+
+def check_replaceable(path: Path, kind: Kind | None, *, replace: bool) -> None:
+    """Raise InputError unless nothing is there, an empty folder, or what may be replaced."""
+    if _is_free(path):
+        return
+    where = str(path)
+    if path.is_symlink():
+        raise InputError(
+            "is a symbolic link, which is not replaced; give what it leads to, or another name",
+            where=where,
+        )
+    if kind is None or not kind.holds(path):
+        what = f"something else than {kind.name} of ours" if kind else "something"
+        raise InputError(f"holds {what}, which is never replaced; choose another name", where=where)
+    if not replace:
+        raise InputError(
+            f"holds {kind.name} already; --replace puts the new one in its place", where=where
+        )
+
+
+def check_apart(target: Path, *sources: Path) -> None:
+    """Raise InputError if what is to be written would lie in what is read, or the reverse."""
+    for source in sources:
+        chains = [[_identity(p) for p in (each, *each.parents)] for each in _real(target, source)]
+        for one, other in (chains, chains[::-1]):
+            if one[0] in other:
+                raise InputError(
+                    "what is written may not lie in what is read, nor the reverse; choose another "
+                    "name",
+                    where=str(target),
+                    given=str(source),
+                )
+
+
+def put_in_place(temporary: Path, target: Path, kind: Kind | None, *, replace: bool) -> None:
+    """Give what was prepared its name; what it replaces is then in the folder of `temporary`.
+
+    One that is there and the same to the byte is left. At every instant the old one or the new one
+    is there whole; where the file system cannot exchange names, `saescope.leftovers.settle` puts
+    the old one back after a kill. Raises InputError, with all as it was, if what is at `target`
+    may not be replaced.
+    """
+    check_replaceable(target, kind, replace=True)
+    if not _is_free(target) and _same(temporary, target):
+        return
+    check_replaceable(target, kind, replace=replace)
+    if kind is None or _is_free(target):
+        try:
+            rename_new(temporary, target)
+        except OSError:
+            check_replaceable(target, kind, replace=False)  # something came meanwhile
+            raise
+    elif exchange(temporary, target):
+        if not kind.holds(temporary):
+            exchange(temporary, target)
+            check_replaceable(target, kind, replace=False)
+    elif target.is_dir():
+        _replace_in_two_steps(temporary, target)
+    else:
+        temporary.replace(target)
+
+
+def _replace_in_two_steps(temporary: Path, target: Path) -> None:
+    aside = temporary.with_name(REPLACED)
+    try:
+        target.rename(aside)
+        temporary.rename(target)
+    except BaseException:
+        if aside.exists() and not os.path.lexists(target):
+            aside.rename(target)
+        raise
+    aside.rename(temporary)  # from now on it need not be put back
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two files, or folders, hold the same bytes under the same names."""
+    if one.is_dir() and other.is_dir():
+        names = sorted(path.name for path in one.iterdir())
+        if names != sorted(path.name for path in other.iterdir()):
+            return False
+        return all(_same(one / name, other / name) for name in names)
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing is at a path, or an empty folder."""
+    if not os.path.lexists(path):
+        return True
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def _real(*paths: Path) -> list[Path]:
+    return [Path(os.path.realpath(path)) for path in paths]
+
+
+def _identity(path: Path) -> object:
+    """What two names of one file or folder have in common; of what is not there its path."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path
+    return found.st_dev, found.st_ino

@@ -1,0 +1,153 @@
+"""What the operating system says of a failure, itself or through a library, in our one line.
+
+Libraries in Rust give its number in their message only, torch and NumPy sometimes not even that.
+"""
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from saescope.errors import ArtefactError, SaescopeError
+from saescope.places import Place, read_bytes
+
+_AGAIN = "and run the same command again: it goes on from what was committed"
+_FULL = {
+    errno.ENOSPC: f"the disk is full; free some space {_AGAIN}",
+    errno.EDQUOT: f"the disk quota is used up; free some space {_AGAIN}",
+    errno.EFBIG: f"a file may not grow further (see ulimit -f); raise the limit {_AGAIN}",
+}
+_SAID = {
+    **_FULL,
+    errno.EACCES: "permission denied: it may not be read, or not be written to",
+    errno.EPERM: "the system does not permit that",
+    errno.EROFS: "is on a file system that can only be read",
+    errno.ENOENT: "no such file or folder",
+    errno.EEXIST: "is there already",
+    errno.EISDIR: "is a folder, and a file is needed",
+    errno.ENOTDIR: "is no folder, or lies below something that is none",
+    errno.ENOTEMPTY: "is a folder that something was put into meanwhile",
+    errno.ENAMETOOLONG: "the name is too long for the file system",
+    errno.ELOOP: "symbolic links lead in a circle",
+    errno.EIO: "reading or writing failed (EIO): the disk, or the way to it, may be damaged",
+    errno.EMFILE: "too many files are open in this process (see ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine",
+    errno.ENOMEM: "there is not enough memory",
+}
+_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+_NO_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|Unable to allocate")
+_CUT_SHORT = re.compile(
+    r"\d+ requested and \d+ written|PytorchStreamWriter failed|unexpected pos \d+ vs"
+)
+_ZEROS = bytes(1 << 20)
+_IN_PREPARATION = re.compile(r"/\.[^/]+\.[a-z0-9_]{8}\.partial(?=/)")
+
+
+@contextmanager
+def system_errors(where: object = "") -> Iterator[None]:
+    """Turn what the system says into one clear error; what was committed before stays valid.
+
+    `where` is what was at work; the error names the file instead, if the system does. Of anything
+    that is not the system's the error stays as it is.
+    """
+    try:
+        yield
+    except (SaescopeError, BrokenPipeError):
+        raise
+    except Exception as error:
+        number = _number(error)
+        what = _words(error, number)
+        if what is None:
+            raise
+        named = [_IN_PREPARATION.sub("", str(each)) for each in (_file(error), where) if each]
+        at = named[-1 if number in _FULL else 0] if named else ""
+        raise ArtefactError(what, where=at) from error
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file of `size` bytes, zeros where nothing was, with room on the disk for all of them.
+
+    A file that only seems that long kills whoever writes to it through memory when the disk is
+    full (SIGBUS). Raises OSError for a full disk; what was made is then as long as there was room.
+    """
+    with path.open("ab") as stream:
+        if hasattr(os, "posix_fallocate"):
+            if size:
+                os.posix_fallocate(stream.fileno(), 0, size)
+            return
+        while (left := size - stream.tell()) > 0:
+            stream.write(_ZEROS[:left])
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_whole(path: Place, *, largest: int) -> bytes:
+    """The bytes of a plain file, or of an object, that has no more than `largest`.
+
+    Raises FileNotFoundError if there is none; ArtefactError for what is no plain file (a folder, a
+    pipe that would be waited for), is too large, or cannot be read.
+    """
+    if not isinstance(path, Path):
+        return read_bytes(path)
+    with system_errors(path):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            if path.is_symlink():
+                raise ArtefactError("is a symbolic link to nothing", where=str(path)) from None
+            raise
+        with os.fdopen(descriptor, "rb") as stream:
+            kind = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(kind):
+                what = "a folder" if stat.S_ISDIR(kind) else "no plain file"
+                raise ArtefactError(f"is {what}, and a file is needed", where=str(path))
+            data = stream.read(largest + 1)
+    if len(data) > largest:
+        raise ArtefactError(
+            "is too large to be what it should be",
+            where=str(path),
+            given=f"{path.stat().st_size:,} bytes",
+            allowed=f"up to {largest:,}",
+        )
+    return data
+
+
+def _words(error: Exception, number: int | None) -> str | None:
+    if number is not None:
+        return _SAID.get(number) or f"the system says: {os.strerror(number)}"
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return "a name or a text holds characters that cannot be written (lone surrogates)"
+    if isinstance(error, ValueError) and str(error).startswith("embedded null"):
+        return "a name may not hold a NUL character"
+    if isinstance(error, OSError):
+        return f"cannot be read or written: {(str(error) or type(error).__name__).splitlines()[0]}"
+    return None
+
+
+def _number(error: Exception) -> int | None:
+    """The system's number for what went wrong; None for what is not the system's."""
+    if isinstance(error, OSError) and error.errno in errno.errorcode:
+        return error.errno
+    text = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return errno.ENOMEM
+    if found := _NUMBER.search(text):
+        number = int(found[1] or found[2])
+        return number if number in errno.errorcode else None
+    if isinstance(error, RuntimeError | OSError):
+        if _NO_MEMORY.search(text):
+            return errno.ENOMEM
+        if _CUT_SHORT.search(text):
+            return errno.ENOSPC
+    return None
+
+
+def _file(error: Exception) -> str:
+    """The file that the error is about; of a rename, where it was to go."""
+    if not isinstance(error, OSError):
+        return ""
+    name = error.filename2 or error.filename
+    return os.fsdecode(name) if isinstance(name, str | bytes) else ""
