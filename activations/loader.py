@@ -16,7 +16,8 @@ from activations.reading_order import Order, PartReader, ReadingOrder
 from activations.row_storage import RowArray, rows_in
 from activations.taking import Taker
 from activations.zarr_store import ActivationStore, Chunk
-from saescope.errors import InputError, check_range
+from saescope.errors import InputError
+from saescope.integers import as_index
 
 BatchT = TypeVar("BatchT", covariant=True)
 """A tensor [batch, d_in] for one site by its name, a tuple of them for several."""
@@ -116,16 +117,16 @@ class ActivationLoader(Generic[BatchT]):
         dtype: BatchDtype = "float32",
         prefetch: int = 4,
     ) -> None:
-        check_range("batch_size", batch_size, low=1)
-        check_range("mix_chunks", mix_chunks, low=1)
-        check_range("seed", seed, low=0)
-        check_range("prefetch", prefetch, low=0)
+        batch_size = as_index(batch_size, where="batch_size", low=1)
+        mix_chunks = as_index(mix_chunks, where="mix_chunks", low=1)
+        seed = as_index(seed, where="seed", low=0)
+        prefetch = as_index(prefetch, where="prefetch", low=0)
         if dtype not in get_args(BatchDtype):
             raise InputError(
                 "no dtype of batches", where="dtype", given=dtype, allowed=get_args(BatchDtype)
             )
         if epochs is not None:
-            check_range("epochs", epochs, low=1)
+            epochs = as_index(epochs, where="epochs", low=1)
         self.sites = _checked_sites(store, sites)
         self.widths = tuple(store.d_in(site) for site in self.sites)
         self._alone = isinstance(sites, str)
@@ -352,9 +353,10 @@ def aligned_rows(
     ...     measure(x)
     """
     names = _checked_sites(store, sites)
-    check_range("piece", piece, low=1)
-    chunks = store.chunks(split)
-    wanted = store.n_rows(split) if limit is None else min(limit, store.n_rows(split))
+    piece = as_index(piece, where="piece", low=1)
+    chunks, wanted = store.chunks(split), store.n_rows(split)
+    if limit is not None:
+        wanted = min(as_index(limit, where="limit", low=0), wanted)
     for chunk, rows in zip(chunks, _shares(chunks, wanted, spread), strict=True):
         if rows == 0:
             continue

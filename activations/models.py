@@ -29,6 +29,7 @@ from activations.products import Products, faster_products, multiplied_in
 from activations.site_map import SiteMap
 from activations.text import TextCodec
 from saescope.errors import InputError, check_range
+from saescope.integers import as_index, as_indices
 
 if TYPE_CHECKING:
     from activations.packing import Sequences
@@ -290,7 +291,7 @@ class Model:
 
         A character spread over several tokens is shown by the last of them, the others show ''.
         """
-        return self._text.pieces(ids)
+        return self._text.pieces(as_indices(ids, where="token_strings", low=0))
 
     def vocabulary(self) -> list[str | bytes]:
         """The text of every token id, by itself (bytes, for one that is part of a character)."""
@@ -340,8 +341,11 @@ class Model:
         Raises InputError for an empty prompt or one that leaves no room for the new tokens.
         """
         check_range("temperature", temperature, low=0)
-        check_range("max_new_tokens", max_new_tokens, low=1)
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        max_new_tokens = as_index(max_new_tokens, where="max_new_tokens", low=1)
+        if isinstance(prompt, str):
+            ids = self.tokenize(prompt)
+        else:
+            ids = as_indices(prompt, where="prompt", low=0, high=self.d_vocab - 1)
         if not ids:
             raise InputError("the prompt has no tokens", where="generate", given=prompt)
         if len(ids) + max_new_tokens > self.n_ctx:
@@ -349,7 +353,7 @@ class Model:
                 "prompt and continuation are longer than the model's context", where="generate",
                 given=len(ids) + max_new_tokens, allowed=f"up to {self.n_ctx}",
             )  # fmt: skip
-        choose = _chooser(temperature, seed)
+        choose = _chooser(temperature, as_index(seed, where="seed"))
         past, new = None, ids
         ids = list(ids)
         for _ in range(max_new_tokens):

@@ -60,6 +60,7 @@ from activations.sequence_array import SequenceArray
 from activations.store_check import examine
 from saescope.artefact import DamagedError, read_manifest, sha256_json
 from saescope.errors import ArtefactError, InputError
+from saescope.integers import as_index
 from saescope.places import Place, exists, place, read_bytes
 
 if TYPE_CHECKING:
@@ -245,6 +246,7 @@ class ActivationStore:
         is not committed, ArtefactError for one that is missing or damaged.
         """
         arrays = self.arrays_of(site)
+        chunk_index = as_index(chunk_index, where="chunk_index")
         rows = self._rows_of_chunk.get(chunk_index)
         if rows is None:
             raise InputError(

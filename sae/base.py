@@ -25,6 +25,7 @@ from sae.normaliser import Normaliser
 from sae.outputs import SAEOutput, TrainingOutput, TrainingState
 from saescope.config import Config
 from saescope.errors import InputError, check_range
+from saescope.integers import as_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +90,11 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def __init__(self, config: SAEConfig, d_in: int, d_out: int | None = None) -> None:
         super().__init__()
-        if d_in < 1:
-            raise InputError("d_in must be positive", where="sae", given=d_in)
         self.config = config
-        self.d_in = d_in
-        self.d_out = d_in if d_out is None else d_out
+        self.d_in = as_index(d_in, where="d_in", low=1)
+        self.d_out = self.d_in if d_out is None else as_index(d_out, where="d_out", low=1)
         self.d_sae = self._own_features()
-        self.normaliser = Normaliser.identity(d_in)
+        self.normaliser = Normaliser.identity(self.d_in)
         self.output_normaliser: Normaliser | None = None
         self.site_normalisers: dict[str, Normaliser] = {}
         self.metadata: dict[str, Any] = {}

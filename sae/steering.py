@@ -9,10 +9,11 @@ and change its output site, by the same formula. A crosscoder cannot steer: its 
 known before its last site is computed, when its first is past changing.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from sae.base import SparseAutoencoder
 from sae.expectations import warn_of_model
 from sae.sites import Placed, placed
 from saescope.errors import InputError
+from saescope.integers import as_index, as_indices
 
 Positions = Literal["kept", "all"] | slice | Sequence[int]
 Edit = Callable[[Tensor, Tensor], Tensor | None]
@@ -54,26 +56,36 @@ class FeatureEdits:
         Raises InputError for a feature that does not exist, a number that is not finite, or a
         feature that is edited twice.
         """
-        ablated = dict.fromkeys(ablate or (), 0.0)
-        groups = {"add": add or {}, "clamp": clamp or {}, "ablate": ablated, "scale": scale or {}}
+        allowed: Any = {"low": 0, "high": d_sae - 1, "what": "no such feature"}
+        off = [] if ablate is None else as_indices(ablate, where="ablate", **allowed)
+        given = {"add": add, "clamp": clamp, "ablate": dict.fromkeys(off, 0.0), "scale": scale}
+        found: dict[str, dict[int, float]] = {}
         seen: dict[int, str] = {}
-        for name, edits in groups.items():
-            for feature, value in edits.items():
-                if not isinstance(feature, int) or not 0 <= feature < d_sae:
-                    raise InputError(
-                        "no such feature", where=name, given=feature, allowed=f"0 to {d_sae - 1}"
-                    )
-                if not torch.isfinite(torch.tensor(float(value))):
-                    raise InputError("not a finite number", where=f"{name}[{feature}]", given=value)
+        for name, edits in given.items():
+            found[name] = {}
+            for key, value in (edits or {}).items():
+                feature = as_index(key, where=name, **allowed)
                 if feature in seen:
                     raise InputError(
                         f"feature {feature} is in both {seen[feature]} and {name}", where="steer"
                     )
+                found[name][feature] = _finite(value, where=f"{name}[{feature}]")
                 seen[feature] = name
-        return cls(dict(groups["add"]), {**groups["clamp"], **ablated}, dict(groups["scale"]))
+        return cls(found["add"], {**found["clamp"], **found["ablate"]}, found["scale"])
 
     def __bool__(self) -> bool:
         return bool(self.add or self.clamp or self.scale)
+
+
+def _finite(value: Any, *, where: str) -> float:
+    """A finite number, of any library, as Python's."""
+    try:
+        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError("not a finite number", where=where, given=value)
+    return number
 
 
 @contextmanager
@@ -166,11 +178,11 @@ def place_of(
 
 def _selector(positions: Positions) -> Callable[[Tensor], Tensor]:
     """Absolute positions [pos] to bool [pos]."""
-    if positions == "kept":
-        return lambda at: at > 0
-    if positions == "all":
-        return lambda at: torch.ones_like(at, dtype=torch.bool)
     if isinstance(positions, str):
+        if positions == "kept":
+            return lambda at: at > 0
+        if positions == "all":
+            return lambda at: torch.ones_like(at, dtype=torch.bool)
         raise InputError(
             "no such choice",
             where="positions",
@@ -178,7 +190,11 @@ def _selector(positions: Positions) -> Callable[[Tensor], Tensor]:
             allowed="kept, all, a slice, a list",
         )
     if isinstance(positions, slice):
-        start, stop, step = positions.start or 0, positions.stop, positions.step or 1
+        start, stop, step = (
+            None if each is None else as_index(each, where="positions")
+            for each in (positions.start, positions.stop, positions.step)
+        )
+        start, step = start or 0, 1 if step is None else step
         if start < 0 or step < 1 or (stop is not None and stop < 0):
             raise InputError(
                 "must count forwards from the start, because a continuation has no known end",
@@ -191,9 +207,7 @@ def _selector(positions: Positions) -> Callable[[Tensor], Tensor]:
             return chosen if stop is None else chosen & (at < stop)
 
         return in_slice
-    wanted = list(positions)
-    if any(not isinstance(p, int) or p < 0 for p in wanted):
-        raise InputError("positions are whole numbers from 0", where="positions", given=wanted)
+    wanted = as_indices(positions, where="positions", low=0)
     return lambda at: torch.isin(at, torch.tensor(wanted, dtype=at.dtype, device=at.device))
 
 

@@ -8,11 +8,13 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
 from saescope.errors import InputError, SaescopeError
 from saescope.examples import how_to_get
+from saescope.integers import as_index, as_indices
 
 
 class Config:
@@ -23,6 +25,23 @@ class Config:
     SELECTORS: ClassVar[tuple[str, ...]] = ()
     """Dotted fields whose value decides which class another field has (see `specialise`)."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let a class's own checks see Python's numbers."""
+        super().__init_subclass__(**options)
+        checks = vars(cls).get("__post_init__")
+        if checks is None:
+            return
+
+        @wraps(checks)
+        def post_init(self: Config) -> None:
+            _use_pythons_numbers(self)
+            checks(self)
+
+        cls.__post_init__ = post_init  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        _use_pythons_numbers(self)
+
     @classmethod
     def specialise(cls, values: Mapping[str, Any]) -> type[Self]:
         """The class for these raw values; overridden where a field's class depends on them."""
@@ -31,6 +50,33 @@ class Config:
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def _use_pythons_numbers(config: Config) -> None:
+    """Replace numbers of NumPy and torch in a configuration by Python's.
+
+    Raises InputError for a whole number's field that has something else.
+    """
+    hints = _field_types(type(config))
+    for field in fields(config):  # type: ignore[arg-type]
+        given: Any = getattr(config, field.name)
+        kind = hints[field.name]
+        if given is None and kind is not int:
+            continue
+        if kind in (int, int | None):
+            found: Any = as_index(given, where=field.name)
+        elif kind == tuple[int, ...]:
+            found = tuple(as_indices(given, where=field.name))
+        elif given is not None and getattr(given, "ndim", None) == 0:
+            found = given.item()
+        else:
+            continue
+        object.__setattr__(config, field.name, found)
+
+
+@cache
+def _field_types(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def to_dict(config: object) -> Any:
@@ -87,8 +133,6 @@ def _explain(problems: Sequence[Any], cls: type, values: Mapping[str, Any]) -> s
 
 
 def _known_fields(cls: type, values: Mapping[str, Any], path: Sequence[Any]) -> list[str]:
-    from typing import get_type_hints
-
     here: Any = cls.specialise(values) if issubclass(cls, Config) else cls
     for name in path:
         here = get_type_hints(here).get(name)

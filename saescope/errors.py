@@ -49,10 +49,12 @@ def check_range(
     above: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raise InputError unless low <= value <= high and above < value < below.
+    """Raise InputError unless value is a number, low <= value <= high and above < value < below.
 
     >>> check_range("train.lr", 1e-3, above=0)
     """
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        raise InputError("is not a number", where=where, given=value)
     checks = (
         (low, "at least", low is not None and value >= low),
         (high, "at most", high is not None and value <= high),

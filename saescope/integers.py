@@ -7,13 +7,21 @@ from typing import Any
 from saescope.errors import InputError
 
 
-def as_index(value: Any, *, where: str, low: int | None = None, high: int | None = None) -> int:
+def as_index(
+    value: Any,
+    *,
+    where: str,
+    low: int | None = None,
+    high: int | None = None,
+    what: str = "out of range",
+) -> int:
     """A whole number from low to high (both included), as Python's int.
 
     It may be an int, a NumPy integer, or an array or tensor of integers with no dimensions:
     whatever has `__index__`, but for truth values, which are no numbers here.
 
-    Raises InputError for anything else (floats, strings and None included) or out of range.
+    Raises InputError for anything else (floats, strings and None included), or, with the words of
+    `what`, for a number out of range.
 
     >>> import numpy as np
     >>> as_index(np.int64(3), where="feature", low=0, high=63)
@@ -32,12 +40,17 @@ def as_index(value: Any, *, where: str, low: int | None = None, high: int | None
             "is not a whole number", where=where, given=value, allowed=_allowed(low, high)
         )
     if (low is not None and number < low) or (high is not None and number > high):
-        raise InputError("out of range", where=where, given=number, allowed=_allowed(low, high))
+        raise InputError(what, where=where, given=number, allowed=_allowed(low, high))
     return number
 
 
 def as_indices(
-    values: Any, *, where: str, low: int | None = None, high: int | None = None
+    values: Any,
+    *,
+    where: str,
+    low: int | None = None,
+    high: int | None = None,
+    what: str = "out of range",
 ) -> list[int]:
     """Whole numbers from low to high: of a list, a range, a set, an array or a tensor [n].
 
@@ -51,7 +64,7 @@ def as_indices(
         raise InputError(
             "is not a list of whole numbers", where=where, given=values, allowed=_allowed(low, high)
         )
-    return [as_index(value, where=where, low=low, high=high) for value in values]
+    return [as_index(value, where=where, low=low, high=high, what=what) for value in values]
 
 
 def _is_truth_value(value: Any) -> bool:

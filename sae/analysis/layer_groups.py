@@ -19,6 +19,7 @@ from activations.sites import layer_of
 from sae.analysis.layers import LayerDistances
 from saescope.artefact import write_json
 from saescope.errors import InputError, check_range
+from saescope.integers import as_index
 from saescope.progress import say
 
 Groups = tuple[tuple[int, ...], ...]
@@ -37,7 +38,7 @@ def cluster_layers(distances: ArrayLike, groups: int) -> Groups:
     ((0, 1), (2,))
     """
     matrix = _checked(distances)
-    check_range("groups", groups, low=1, high=len(matrix))
+    groups = as_index(groups, where="groups", low=1, high=len(matrix))
     return _partitions(matrix)[groups]
 
 

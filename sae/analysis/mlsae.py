@@ -26,7 +26,8 @@ from torch.nn import functional
 
 from sae.batch import RawBatch
 from sae.codes import SparseCodes
-from saescope.errors import InputError, check_range
+from saescope.errors import InputError
+from saescope.integers import as_index
 
 _FEATURES = 1024
 
@@ -110,13 +111,12 @@ class LayerUse:
     """
 
     def __init__(self, d_sae: int, n_layers: int, *, seed: int = 0) -> None:
-        check_range("d_sae", d_sae, low=1)
-        check_range("n_layers", n_layers, low=1)
-        self.d_sae, self.n_layers = d_sae, n_layers
+        self.d_sae = d_sae = as_index(d_sae, where="d_sae", low=1)
+        self.n_layers = n_layers = as_index(n_layers, where="n_layers", low=1)
         self.tokens = 0
         self._sums = _Sums(d_sae, n_layers)
         self._shuffled = _Sums(d_sae, n_layers)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(as_index(seed, where="seed"))
 
     @property
     def totals(self) -> Float64[Tensor, "n_layers d_sae"]:

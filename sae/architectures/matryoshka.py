@@ -22,6 +22,7 @@ from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
 from sae.objectives import Reconstruction
 from saescope.errors import InputError, check_range
+from saescope.integers import as_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +129,7 @@ class MatryoshkaSAE(BatchSelectionSAE):
         The threshold is the whole's, so its features fire where they do there, and its L0 is lower.
         Raises InputError for a level there is not.
         """
-        if not 0 <= level < self.levels:
-            raise InputError(
-                "no such level", where="prefix", given=level, allowed=f"0 to {self.levels - 1}"
-            )
+        level = as_index(level, where="prefix", low=0, high=self.levels - 1, what="no such level")
         width = self.config.widths()[level]
         shared = {name: getattr(self.config, name) for name in BatchTopKConfig.__dataclass_fields__}
         shared |= {"kind": "batchtopk", "d_sae": width, "k": min(self.config.k, width)}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from activations import Model
 from saescope.errors import InputError
+from saescope.integers import as_index
 from saescope.progress import Progress
 
 Replacement = Callable[[Tensor], Tensor]
@@ -74,6 +75,7 @@ def measure_downstream(
 
     Raises InputError if no position is kept, or for a mean of another width than the targets.
     """
+    batch = as_index(batch, where="batch", low=1)
     splice = _Splice(model, _names(site), _names(site if target is None else target))
     if len(mean) != sum(splice.widths):
         raise InputError(

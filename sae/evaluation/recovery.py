@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saescope.errors import InputError, check_range
+from saescope.errors import InputError
+from saescope.integers import as_index
 
 FOUND = 0.9
 """|cos| above which a true direction counts as found"""
@@ -65,7 +66,7 @@ def by_frequency(value: Tensor, frequency: Tensor, parts: int = 10) -> list[floa
 
     Raises InputError for fewer features than parts.
     """
-    check_range("by_frequency.parts", parts, low=1, high=len(value))
+    parts = as_index(parts, where="by_frequency.parts", low=1, high=len(value))
     order = frequency.argsort(stable=True)
     return [float(value[part].mean()) for part in order.tensor_split(parts)]
 
@@ -124,7 +125,7 @@ def best_assignment(value: Tensor) -> Tensor:
 
 def principal_directions(x: Tensor, count: int) -> Tensor:
     """The first principal directions of x [rows, d], as rows [min(count, d), d]."""
-    check_range("principal_directions.count", count, low=1)
+    count = as_index(count, where="principal_directions.count", low=1)
     centred = x.double() - x.double().mean(0)
     _, vectors = torch.linalg.eigh(centred.T @ centred)
     return vectors.flip(1).T[:count]
@@ -137,8 +138,8 @@ def nonnegative_parts(x: Tensor, count: int, *, steps: int = 100, seed: int = 0)
     alike, their mean, is taken off them again. Multiplicative updates for the squared error (Lee
     and Seung 2001).
     """
-    check_range("nonnegative_parts.count", count, low=1)
-    check_range("nonnegative_parts.steps", steps, low=1)
+    count = as_index(count, where="nonnegative_parts.count", low=1)
+    steps = as_index(steps, where="nonnegative_parts.steps", low=1)
     data = (x - x.amin(0)).float()
     generator = torch.Generator().manual_seed(seed)
     scale = float(data.mean() / count) ** 0.5

@@ -1,9 +1,13 @@
 """Configuration files and options: strict, with the path of what is wrong."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from saescope import config
 from saescope.config import Config
@@ -47,6 +51,27 @@ def test_file_and_overrides(tmp_path: Path) -> None:
     assert config.load(Outer, path) == Outer(name="a", sites=("p", "q"), inner=Inner(k=7, lr=1.0))
     found = parse(str(path), "--inner.k", "9", "--limit", "5", "--sites", "r")
     assert found == Outer(name="a", sites=("r",), limit=5, inner=Inner(k=9, lr=1.0))
+
+
+def test_numbers_of_numpy_and_torch_become_pythons() -> None:
+    inner = Inner(k=np.int64(7), lr=np.float32(0.5))  # type: ignore[arg-type]
+    made = Outer(name="a", limit=torch.tensor(5), inner=inner)  # type: ignore[arg-type]
+    assert made == Outer(name="a", limit=5, inner=Inner(k=7, lr=0.5))
+    assert type(made.limit) is int
+    assert type(made.inner.lr) is float
+    assert json.dumps(config.to_dict(made))
+
+
+@pytest.mark.parametrize("k", [True, 7.0, "7", np.array([7])])
+def test_a_whole_number_is_nothing_else(k: Any) -> None:
+    with pytest.raises(InputError, match="k: is not a whole number"):
+        Inner(k=k)
+
+
+@pytest.mark.parametrize("value", [True, "1", None, [1]])
+def test_a_range_is_of_numbers(value: Any) -> None:
+    with pytest.raises(InputError, match="lr: is not a number"):
+        check_range("lr", value, low=0)
 
 
 def test_positional_word_names_a_field() -> None:

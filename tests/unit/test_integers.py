@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae.architectures.topk import TopKConfig, TopKSAE
 from saescope.errors import InputError
 from saescope.integers import as_index, as_indices
 
@@ -104,3 +105,25 @@ def test_lists_of_something_else_are_refused(values: Any) -> None:
 
 def test_no_number_of_an_empty_list() -> None:
     assert as_indices(np.array([], np.int64), where="positions") == []
+
+
+def test_a_configuration_with_numpys_numbers_trains() -> None:
+    config = TopKConfig(d_sae=np.int64(16), k=np.int32(2))  # type: ignore[arg-type]
+    assert (type(config.k), type(config.d_sae)) == (int, int)
+    made = TopKSAE(config, np.int64(4))  # type: ignore[arg-type]
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    plain = TopKSAE(TopKConfig(d_sae=16, k=2), 4)
+    plain.load_state_dict(made.state_dict())
+    assert torch.equal(made(x).x_hat, plain(x).x_hat)
+
+
+def test_prompts_and_limits_of_any_library(tiny_model: Any) -> None:
+    ids = tiny_model.tokenize("The river")
+    expected = tiny_model.generate_ids("The river", max_new_tokens=2)
+    given = torch.tensor(ids)
+    assert tiny_model.generate_ids(given, max_new_tokens=np.int64(2)) == expected
+    assert tiny_model.token_strings(np.array(ids)) == tiny_model.token_strings(ids)
+    with pytest.raises(InputError, match="prompt: out of range"):
+        tiny_model.generate_ids([10**6])
+    with pytest.raises(InputError, match="max_new_tokens: is not a whole number"):
+        tiny_model.generate_ids(ids, max_new_tokens=2.0)

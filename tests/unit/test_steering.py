@@ -1,5 +1,6 @@
 """Steering: exact arithmetic, error term, positions, KV cache, edits that change nothing."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -42,6 +43,53 @@ def test_add_adds_the_decoder_row(tiny_model: Model, sae: SparseAutoencoder) -> 
     expected = h.clone()
     expected[:, 1:] += 8.0 * sae.W_dec[5].detach()
     torch.testing.assert_close(edited(tiny_model, sae, add={5: 8.0}), expected)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"add": {np.int32(5): np.float32(8)}},
+        {"clamp": {torch.tensor(5): torch.tensor(8.0)}},
+        {"scale": {np.uint8(5): 8}},
+        {"ablate": np.array([5])},
+        {"ablate": torch.tensor([5])},
+    ],
+    ids=lambda edits: next(iter(edits)),
+)
+def test_features_and_strengths_of_any_library(
+    tiny_model: Model, sae: SparseAutoencoder, edits: dict
+) -> None:
+    plain = {name: [5] if name == "ablate" else {5: 8.0} for name in edits}
+    expected = edited(tiny_model, sae, **plain)
+    assert torch.equal(edited(tiny_model, sae, **edits), expected)
+
+
+def test_what_is_found_in_a_text_can_be_steered(tiny_model: Model, sae: SparseAutoencoder) -> None:
+    found = sae_package.features_of_text(tiny_model, sae, PROMPT)
+    best = found.feature[found.activation.argmax()]
+    steered = edited(tiny_model, sae, add={best: 8.0}, positions=found.position[:1])
+    changed = (steered != activation(tiny_model)).any(-1).nonzero()
+    assert changed.tolist() == [[0, int(found.position[0])]]
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({"add": {5.0: 1.0}}, "add: is not a whole number"),
+        ({"add": {True: 1.0}}, "add: is not a whole number"),
+        ({"ablate": np.array([True])}, "ablate: is not a whole number"),
+        ({"ablate": 5}, "ablate: is not a list of whole numbers"),
+        ({"add": {5: "8"}}, r"add\[5\]: not a finite number"),
+        ({"add": {torch.tensor(5): 1.0, torch.tensor([5])[0]: 2.0}}, "feature 5 is in both"),
+        ({"add": {5: 1.0}, "positions": [1.5]}, "positions: is not a whole number"),
+        ({"add": {5: 1.0}, "positions": slice(0, 4, 0)}, "forwards from the start"),
+    ],
+)
+def test_what_is_no_number_of_a_feature(
+    tiny_model: Model, sae: SparseAutoencoder, edits: dict, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        edited(tiny_model, sae, **edits)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +142,9 @@ def test_edits_that_come_to_nothing_change_no_bit(
         (slice(2, None), lambda p: p >= 2),
         (slice(1, 4, 2), lambda p: p in (1, 3)),
         ([0, 3], lambda p: p in (0, 3)),
+        (np.array([0, 3]), lambda p: p in (0, 3)),
+        (torch.tensor([0, 3]), lambda p: p in (0, 3)),
+        (slice(np.int64(1), torch.tensor(4), np.int32(2)), lambda p: p in (1, 3)),
     ],
 )
 def test_positions(tiny_model: Model, sae: SparseAutoencoder, positions, chosen) -> None:
