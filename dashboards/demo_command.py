@@ -120,11 +120,12 @@ def _train_and_index(size: Size, store: str) -> str:
 
 def _evaluate(run: str, tokens: int) -> None:
     """Measure the SAE, or print what was measured since it was trained."""
-    from sae.evaluation.command import EVALUATION_FILE, EvaluateConfig, evaluate, report
+    from sae.evaluation.command import EvaluateConfig, evaluate, report
+    from sae.formats.hub import evaluation_file
     from sae.loading import SAE_FOLDER
     from saescope.artefact import read_json
 
-    file, trained = Path(run) / EVALUATION_FILE, Path(run) / SAE_FOLDER
+    file, trained = evaluation_file(run), Path(run) / SAE_FOLDER
     if not file.exists() or file.stat().st_mtime < trained.stat().st_mtime:
         evaluate(EvaluateConfig(run=run, tokens=tokens))
         return

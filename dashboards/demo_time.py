@@ -72,7 +72,7 @@ def work_left(
     Raises InputError if the harvest's folder holds another harvest.
     """
     from activations.harvest import begun
-    from sae.evaluation.command import EVALUATION_FILE
+    from sae.formats.hub import evaluation_file
     from sae.indexing import STORE_FILE
     from sae.loading import SAE_FOLDER
 
@@ -83,7 +83,7 @@ def work_left(
     run, row = Path(training.out), 2.0 * WIDTH * training.sae.d_sae
     if not (run / SAE_FOLDER).exists():
         product += training.passes * planned * row
-    if not (run / EVALUATION_FILE).exists():
+    if not evaluation_file(run).exists():
         tokens += _EVALUATED * evaluated
         seconds += _LOADING
     if not (Path(store) / STORE_FILE).exists():
