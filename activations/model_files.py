@@ -77,6 +77,9 @@ def _fetch(
         found = snapshot_download(
             spec, revision=revision, allow_patterns=files, ignore_patterns=ignored
         )
+        if not nested and not any(Path(found).glob("*.safetensors")):
+            # older models have nothing else; they are read as tensors alone
+            snapshot_download(spec, revision=revision, allow_patterns=["pytorch_model*.bin"])
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise InputError(
             f"no such model: it is not packaged ({packaged} are), not a folder, and the hub gave "

@@ -14,6 +14,7 @@ from torch import nn
 
 from activations import sites as vocabulary
 from activations.hooks import HookTarget
+from activations.normalised import normalised_target
 from saescope.errors import InputError
 
 _SIDES = {"hook_in": "input", "hook_out": "output"}
@@ -137,6 +138,8 @@ class SiteMap(ModuleSites):
         if isinstance(alias, str):
             path = alias.split(".")
         if len(path) == 1:
+            if path[0] == "hook_normalized":
+                return normalised_target(site, module)
             side = _SIDES.get(path[0])
             if side is None:
                 return None

@@ -6,6 +6,7 @@ A site names one tensor of shape [batch, position, d_in]; most have a short name
     blocks.9.hook_resid_mid         resid_mid:9    between attention and MLP (sequential blocks)
     blocks.9.hook_resid_post        resid_post:9   residual stream after block 9
     blocks.9.ln1.hook_out, ln2      ln1:9, ln2:9   outputs of the norms before attention and MLP
+    blocks.9.ln2.hook_normalized                   an RMSNorm's output without its gain
     blocks.9.attn.hook_q, _k, _v    q:9, k:9, v:9  outputs of the projections, heads concatenated,
                                                    before rotation
     blocks.9.attn.hook_z            z:9            attention's heads, concatenated, before the

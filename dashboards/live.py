@@ -25,12 +25,13 @@ class Pair:
 
 
 @st.cache_resource(max_entries=1, show_spinner="Loading the model and the SAE (once) …")
-def load(model_spec: str, sae_path: str) -> Pair:
+def load(model_spec: str, sae_path: str, target_site: str | None) -> Pair:
     """Load both; this takes seconds, as torch and transformers are imported."""
     import activations
     import sae
 
-    return Pair(activations.load_model(model_spec, dtype="float32"), sae.load(sae_path))
+    model = activations.load_model(model_spec, dtype="float32")
+    return Pair(model, sae.load(sae_path, target_site=target_site))
 
 
 def features_of_text(store: "FeatureStore", text: str) -> "TextFeatures":
@@ -45,6 +46,8 @@ def features_of_text(store: "FeatureStore", text: str) -> "TextFeatures":
         raise ArtefactError("does not say which model and SAE made it", where=str(store.path))
     import sae
 
+    # a crosscoder has several, and its own; else the store's, which may be one of several layers
+    site = None if store.meta.get("sites") else store.meta.get("site")
     with _LOCK:
-        pair = load(str(spec), str(path))
-        return sae.features_of_text(pair.model, pair.sae, text)
+        pair = load(str(spec), str(path), store.meta.get("target_site"))
+        return sae.features_of_text(pair.model, pair.sae, text, site=site)

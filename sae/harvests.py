@@ -108,8 +108,10 @@ def open_harvest(
             "was harvested from another model than the SAE's", where=str(chosen), given=found,
             allowed=trained_on,
         )  # fmt: skip
-    bos = harvest.manifest["model"].get("bos_token_id")
-    warn_of_model(sae, where=str(chosen), has_bos=bos is not None)
+    has_bos = harvest.manifest["config"].get("prepend_bos")
+    if has_bos is None:  # as the tokenizer does
+        has_bos = harvest.manifest["model"].get("bos_token_id") is not None
+    warn_of_model(sae, where=str(chosen), has_bos=has_bos)
     return harvest, place
 
 

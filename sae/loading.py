@@ -49,7 +49,8 @@ def load(
         input_scale: what inputs were multiplied by in training, where the files lost it.
         site, target_site: of an SAE of someone else's, where it reads, and where a transcoder
         writes, if its files do not say, or name what the model has not. Given a target_site, an SAE
-        whose files do not say what it is becomes a transcoder. SAEs of saescope know their sites.
+        whose files do not say what it is becomes a transcoder. SAEs of saescope know their sites;
+        of several layers, site says at which it is wanted.
 
     What the files say of the model that an SAE is for, and saescope's models are not, is a warning.
 
@@ -63,8 +64,13 @@ def load(
         raise InputError("needs reference activations", where="load", given="no reference")
     name = str(path)
     place = HubFolder.parse(name) if name.startswith(SCHEME) else None
-    here, commit = fetch(place) if place else (Path(path), None)
-    folder, found = find(here, name)
+    try:
+        here, commit = fetch(place) if place else (Path(path), None)
+        folder, found = find(here, name)
+    except (OSError, ValueError) as error:  # names that no file can have
+        if isinstance(error, InputError):
+            raise
+        raise ArtefactError(f"no SAE here: {error}", where=name[:200]) from error
     released = PurePosixPath(place.repo, place.folder) if place else None
     sae = found.read(folder, input_scale=input_scale, released=released).eval()
     sae = named_sites(sae, site, target_site)
@@ -113,6 +119,8 @@ def named_sites(
         return sae
     from activations.sites import full_name
 
+    if sae.site_normalisers and site is not None and target_site is None:
+        return sae.at(full_name(site))
     given = {"site": site, "target_site": target_site}
     names = {name: full_name(value) for name, value in given.items() if value is not None}
     if target_site is not None and not sae.transcodes:

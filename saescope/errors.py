@@ -5,6 +5,12 @@ from collections.abc import Iterable
 _UNSET = object()
 
 
+def _short(text: str, longest: int = 500) -> str:
+    """A text, its middle left out where it is too long to read."""
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
+
+
 class SaescopeError(Exception):
     """Base of every error that saescope raises on purpose.
 
@@ -22,7 +28,7 @@ class SaescopeError(Exception):
     ) -> None:
         details = []
         if given is not _UNSET:
-            details.append(f"given: {given!r}")
+            details.append(f"given: {_short(repr(given))}")
         if allowed is not None:
             listed = allowed if isinstance(allowed, str) else ", ".join(map(str, allowed))
             details.append(f"allowed: {listed}")

@@ -4,9 +4,12 @@ A file is not believed: shapes and dtypes are read first, data only once its sha
 one and the file is large enough to hold it, and nothing in it is ever executed.
 """
 
+import lzma
 import math
 import pickle
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +95,7 @@ class Weights:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except FileNotFoundError:
             raise ArtefactError("weights are missing", where=str(path)) from None
-        except (pickle.UnpicklingError, RuntimeError, AttributeError, *_BROKEN) as error:
+        except (pickle.UnpicklingError, AttributeError, *_BROKEN) as error:
             raise _damaged(error, path, ", or more than weights") from error
         if not isinstance(state, dict) or not all(map(_is_plain, state.values())):
             raise ArtefactError("is not a state dict of tensors", where=str(path))
@@ -190,7 +193,7 @@ class Weights:
             )
         try:
             return entry.read()
-        except (RuntimeError, MemoryError, SafetensorError, *_BROKEN) as error:
+        except (SafetensorError, *_BROKEN) as error:
             raise _damaged(error, self.where) from error
 
     def finish(self) -> None:
@@ -207,13 +210,17 @@ _BROKEN = (
     OSError,
     ValueError,
     TypeError,
-    KeyError,
-    IndexError,
+    LookupError,
     EOFError,
-    OverflowError,
-    NotImplementedError,
+    ArithmeticError,
+    RuntimeError,  # also of recursion
+    MemoryError,
+    SyntaxError,
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zipfile.LargeZipFile,
+    zlib.error,
+    lzma.LZMAError,
 )
 """what the readers of archives raise for damaged ones"""
 _SAFETENSORS = {

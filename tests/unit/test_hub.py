@@ -326,3 +326,25 @@ def test_convert_checks_on_a_harvest(
     assert "FVU 0.0000" in said
     assert main([*words[:-4], "--harvest", str(harvest), "--claimed-l0", "4"]) == 2
     assert "not 4 as claimed" in capsys.readouterr().err
+
+
+def test_a_model_without_safetensors_is_fetched_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older models on the hub have pytorch_model.bin alone; others' are not fetched twice."""
+    from activations.model_files import folder_of
+
+    asked: list[list[str]] = []
+
+    def download(_spec: str, *, allow_patterns: list[str], **_options: object) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    folder_of("someone/old", None)
+    assert asked[1:] == [["pytorch_model*.bin"]]
+    assert not any(pattern.endswith(".bin") for pattern in asked[0])
+    (tmp_path / "model.safetensors").touch()
+    asked.clear()
+    folder_of("someone/new", None)
+    assert len(asked) == 1
