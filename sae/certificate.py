@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sae.base import SparseAutoencoder
+from sae.evaluation.intervals import half_width
 from sae.formats._claim import Claim
 from sae.readings import Reader, readings
 from saescope.errors import ArtefactError, InputError
@@ -149,11 +150,11 @@ def measure(sae: Reader, x: Tensor, target: Tensor | None) -> Measured:
         if total <= 0:
             raise InputError("all rows are equal, so FVU is undefined", where="reference")
         fvu = float(error.sum()) / total
-        interval = 1.96 * float((error - fvu * variance).square().sum()) ** 0.5 / total
+        interval = half_width(error, variance) or 0.0
     return Measured(
         rows=len(x),
         l0=float(l0.mean()),
-        l0_interval=1.96 * float(l0.std()) / len(x) ** 0.5,
+        l0_interval=half_width(l0, torch.ones_like(l0)) or 0.0,
         fvu=fvu,
         fvu_interval=interval,
     )

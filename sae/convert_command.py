@@ -104,14 +104,16 @@ def _check(sae: SparseAutoencoder, config: ConvertConfig, claimed: dict[str, flo
     pieces = list(held_out_pieces(harvest, place, config.rows)())
     if not pieces:
         raise InputError("has no held-out rows to check on", where=str(config.harvest))
-    x = torch.cat([each[0] if isinstance(each, tuple) else each for each in pieces])
-    target = [each[1] for each in pieces if isinstance(each, tuple)]
+    x = torch.cat([each.x for each in pieces])
+    target = None
+    if place.read != place.written:
+        target = torch.cat([each.target for each in pieces])
     stated = sae.metadata.get("held_out") or sae.metadata.get("claimed")
     certificate = certify(
         sae,
         x,
         claimed=Claim.of(claimed).merge(Claim.from_metrics(stated, "its files")),
-        target=torch.cat(target) if target else None,
+        target=target,
         where=config.source,
     )
     sae.metadata["certificate"] = certificate.as_dict()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from activations import ActivationStore, Model, load_model
 from activations.loader import aligned_rows
 from activations.zarr_store import Chunk
 from sae.base import SparseAutoencoder
+from sae.evaluation.reconstruction import Piece
 from sae.expectations import warn_of_model
 from sae.sites import Placed, placed
 from saescope.errors import InputError
@@ -22,6 +24,17 @@ def open_complete(path: str) -> ActivationStore:
     if not harvest.complete:
         raise InputError("this harvest is not finished; run `saescope harvest` again", where=path)
     return harvest
+
+
+def check_held_out(harvest: ActivationStore) -> None:
+    """Raise InputError if nothing of a harvest was held out of training."""
+    if harvest.n_rows("held_out") == 0:
+        raise InputError(
+            "the harvest has no held-out rows, on which a run is measured and its thresholds are "
+            "set; harvest more text, or with a larger held_out_fraction",
+            where=str(harvest.path),
+            given=f"{harvest.n_rows('train'):,} training rows, 0 held out",
+        )
 
 
 def choose_site(harvest: ActivationStore, site: str | None) -> str:
@@ -48,22 +61,25 @@ def held_out_rows(
 
 def held_out_pieces(
     harvest: ActivationStore, place: Placed, limit: int | None
-) -> Callable[[], Iterator[Tensor | tuple[Tensor, Tensor]]]:
+) -> Callable[[], Iterator[Piece]]:
     """Fresh iterators over the first `limit` held-out rows (None: all) that an SAE reads.
 
-    Float32 [n, d_in]; where it writes other sites than it reads, with what is there [n, d_out].
+    Float32 [n, d_in], with what is at the sites it writes [n, d_out], and each row's document.
     """
     names = tuple(dict.fromkeys((*place.read, *place.written)))
+    document = torch.from_numpy(np.asarray(harvest.document[:])).flatten()
 
     def beside(sites: Sequence[str], parts: Sequence[Tensor]) -> Tensor:
         chosen = [parts[names.index(site)] for site in sites]
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
-    def rows() -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-        piece = max(1, _PIECE_ROWS // len(names))
-        for parts, _ in aligned_rows(harvest, names, split="held_out", limit=limit, piece=piece):
+    def rows() -> Iterator[Piece]:
+        size = max(1, _PIECE_ROWS // len(names))
+        pieces = aligned_rows(harvest, names, split="held_out", limit=limit, piece=size)
+        for parts, row_token in pieces:
             x = beside(place.read, parts)
-            yield x if place.read == place.written else (x, beside(place.written, parts))
+            target = x if place.read == place.written else beside(place.written, parts)
+            yield Piece(x, target, document[row_token].long())
 
     return rows
 

@@ -17,12 +17,13 @@ from torch.nn import functional
 
 from sae import kernels, objectives
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
-from sae.base import SparseAutoencoder, TrainingOutput, TrainingState
+from sae.base import SparseAutoencoder, TrainingOutput, TrainingState, kind_of
 from sae.batch import TrainingBatch
 from sae.codes import SparseCodes
 from sae.distributed import ALL, FEATURES, ROWS
 from sae.objectives import Reconstruction
 from saescope.errors import InputError, check_range
+from saescope.progress import say
 
 _REFIT_EVERY = 25
 """steps between fits of the Zipf law, whose cost is then not felt"""
@@ -268,27 +269,37 @@ def calibrated_threshold(
 ) -> float:
     """The threshold that pre-activations, times weight [d_sae], pass k times a row on average.
 
-    rows gives fresh iterators of y [n, d_in] at the normaliser's scale. Raises InputError without
-    rows.
+    0, and a word for people, if fewer are positive: all of these then pass. rows gives fresh
+    iterators of y [n, d_in] at the normaliser's scale. Raises InputError without rows.
     """
     hint = 0.0
+    seen = positive = 0
 
     def largest(part: Tensor, n: int) -> Tensor:
-        nonlocal hint
+        nonlocal hint, seen, positive
         own = part[ROWS.share(len(part))]
         _, index, value = kernels.encode_top_of_batch(
             sae.encoder_input(own), sae.W_enc_T, sae.b_enc, n, weight=weight, hint=hint
         )
         score = ALL.gather(value if weight is None else value * weight[index])
         hint = float(score.min()) if len(score) == n else 0.0
+        seen, positive = seen + len(part), positive + len(score)
         return score
 
     def chunks() -> Iterator[tuple[int, Callable[[int], Tensor]]]:
+        nonlocal seen, positive
+        seen = positive = 0
         for y in rows():
             for part in y.split(_CALIBRATION_ROWS):
                 yield len(part), partial(largest, part)
 
-    return threshold_for_l0(chunks, k)
+    threshold = threshold_for_l0(chunks, k)
+    if not threshold and positive < round(k * seen):
+        say(
+            f"{kind_of(sae.config)}: an L0 of {k:g} cannot be reached by thresholds: "
+            f"{positive / seen:.1f} pre-activations a row are above 0, and all of them now count"
+        )
+    return threshold
 
 
 def threshold_for_l0(

@@ -154,15 +154,19 @@ class JumpReLUSAE(SparseAutoencoder):
 
     @torch.no_grad()
     def calibrate(self, rows: Callable[[], Iterable[Tensor]]) -> None:
-        """Bring all thresholds by one factor to where the mean L0 is `calibrated_l0`, if given."""
+        """Bring all thresholds by one factor to where the mean L0 is `calibrated_l0`, if given.
+
+        Where fewer pre-activations than that are positive the factor is 0, which comes nearest.
+        """
         if self.config.calibrated_l0 is None:
             return
         theta = self.theta.clamp_min(1e-6 * float(FEATURES.mean(self.theta)) + 1e-30)
         factor = calibrated_threshold(self, rows, 1 / theta, self.config.calibrated_l0)
-        if factor > 0:
-            parameter = getattr(self, self._stored)
-            scaled = theta * factor
-            parameter.copy_(scaled.log() if self.config.parametrisation == "log" else scaled)
+        scaled = theta * factor
+        if self.config.parametrisation == "log":
+            self.log_threshold.copy_(scaled.clamp_min(torch.finfo(scaled.dtype).tiny).log())
+        else:
+            self.threshold.copy_(scaled)
 
     def encode_normalised(self, y: Tensor) -> SparseCodes:
         """Codes of y [batch, d_in]: the pre-activations above their thresholds."""

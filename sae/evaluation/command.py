@@ -11,7 +11,8 @@ from activations import ActivationStore
 from sae.analysis.lens import TunedLens
 from sae.base import SparseAutoencoder
 from sae.evaluation.downstream import measure_downstream
-from sae.evaluation.reconstruction import Reconstruction, measure_reconstruction, pool
+from sae.evaluation.intervals import PROTOCOL, shown
+from sae.evaluation.reconstruction import Piece, Reconstruction, measure_reconstruction, pool
 from sae.formats.hub import evaluation_file
 from sae.harvests import held_out_pieces, load_harvested_model, open_harvest
 from sae.loading import load
@@ -68,7 +69,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     measured = _reconstruction(config, sae, harvest, place, layers)
     reconstruction = {k: v for k, v in vars(measured).items() if k != "density"}
     protocol: dict[str, Any] = {
-        "version": 1,
+        "version": 2,
         "harvest": harvest.hash,
         "site": place.read[0],
         **_further_sites(place, layers),
@@ -76,6 +77,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "positions": "all but position 0 and special tokens",
         "mean": "of the rows evaluated (FVU); of the training rows (mean-ablation)",
         "rows": measured.rows,
+        "documents": measured.documents,
+        "intervals": PROTOCOL,
         **{name: sae.metadata[name] for name in ("outliers", "lens") if name in sae.metadata},
     }
     downstream: dict[str, Any] | None = None
@@ -123,7 +126,7 @@ def _reconstruction(
     return pool(found)
 
 
-Rows = Callable[[], Iterator[Tensor | tuple[Tensor, Tensor]]]
+Rows = Callable[[], Iterator[Piece]]
 
 
 def _as_trained(sae: SparseAutoencoder) -> Callable[[Rows, Placed], Rows]:
@@ -141,16 +144,20 @@ def _as_trained(sae: SparseAutoencoder) -> Callable[[Rows, Placed], Rows]:
                 where="eval", given=sae.metadata["outliers"],
             )  # fmt: skip
 
-        def changed() -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        def changed() -> Iterator[Piece]:
             for each in rows():
-                parts = each if isinstance(each, tuple) else (each,)
-                sites = (place.read[0], place.written[0])[: len(parts)]
+                own = each.target is each.x
                 if keeps:
-                    kept = [keeps.keep(site, x) for site, x in zip(sites, parts, strict=True)]
-                    parts = tuple(x[torch.stack(kept).all(0)] for x in parts)
+                    kept = keeps.keep(place.read[0], each.x)
+                    if not own:
+                        kept &= keeps.keep(place.written[0], each.target)
+                    x = each.x[kept]
+                    document = None if each.document is None else each.document[kept]
+                    each = Piece(x, x if own else each.target[kept], document)
                 if through:
-                    parts = (through.apply(sites[0], parts[0]),)
-                yield parts if len(parts) == 2 else parts[0]
+                    x = through.apply(place.read[0], each.x)
+                    each = each._replace(x=x, target=x if own else each.target)
+                yield each
 
         return changed
 
@@ -188,6 +195,7 @@ def _downstream(
         tokens,
         keep,
         target=replaced,
+        document=torch.from_numpy(harvest.document[chosen]).long(),
         batch=config.batch,
     )
     described = {
@@ -205,9 +213,10 @@ def report(result: dict[str, Any]) -> list[str]:
     """The metrics as lines for people."""
     r, d = result["reconstruction"], result["downstream"]
     lines = [
-        f"on {r['rows']:,} held-out activations (protocol {result['protocol_hash'][:12]}):",
+        f"on {r['rows']:,} held-out activations of {r['documents']:,} documents (protocol "
+        f"{result['protocol_hash'][:12]}; ± is half of a 95% interval, documents as the unit):",
         f"  L0             {r['l0']:.2f}",
-        f"  FVU            {r['fvu']:.4f} ± {r['fvu_interval']:.4f}",
+        f"  FVU            {r['fvu']:.4f} {shown(r['fvu_interval'])}",
         f"  cosine         {r['cosine']:.4f}",
         f"  norm ratio     {r['norm_ratio']:.4f}",
         f"  never fired    {100 * r['dead_fraction']:.1f}% of features",
@@ -216,11 +225,11 @@ def report(result: dict[str, Any]) -> list[str]:
     if d is None:
         return lines
     lines += [
-        f"on {d['tokens']:,} held-out tokens, in nats:",
+        f"on {d['tokens']:,} held-out tokens of {d['documents']:,} documents, in nats:",
         f"  CE             {d['ce_clean']:.4f} clean, {d['ce']:.4f} with the SAE, "
         f"{d['ce_mean']:.4f} mean-ablated, {d['ce_zero']:.4f} zero-ablated",
-        f"  delta CE       {d['delta_ce']:.4f} ± {d['delta_ce_interval']:.4f}",
-        f"  KL             {d['kl']:.4f} ± {d['kl_interval']:.4f}",
+        f"  delta CE       {d['delta_ce']:.4f} {shown(d['delta_ce_interval'])}",
+        f"  KL             {d['kl']:.4f} {shown(d['kl_interval'])}",
     ]
     for name in ("mean", "zero"):
         value = d[f"recovered_{name}"]

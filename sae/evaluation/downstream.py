@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from activations import Model
+from sae.evaluation.intervals import by_cluster, half_width
 from saescope.errors import InputError
 from saescope.integers import as_index
 from saescope.progress import Progress
@@ -27,7 +28,7 @@ Replacement = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Downstream:
-    """Nats a token; an interval is half of a 95% one, over sequences."""
+    """Nats a token; an interval is half of a 95% one, None where there are too few documents."""
 
     tokens: int
     """kept source positions averaged over"""
@@ -37,11 +38,11 @@ class Downstream:
     """cross-entropy with the SAE in place"""
     delta_ce: float
     """ce - ce_clean"""
-    delta_ce_interval: float
-    """half width of its 95% interval (paired, sequences as the unit)"""
+    delta_ce_interval: float | None
+    """half width of its 95% interval (paired; `sae.evaluation.intervals`)"""
     kl: float
     """KL(clean || with the SAE)"""
-    kl_interval: float
+    kl_interval: float | None
     """half width of its 95% interval"""
     ce_zero: float
     """cross-entropy with zeros in place"""
@@ -51,6 +52,8 @@ class Downstream:
     """CE recovered against zero-ablation; None if ablation does no harm"""
     recovered_mean: float | None
     """CE recovered against mean-ablation; None if ablation does no harm"""
+    documents: int | None
+    """documents of these tokens, the intervals' unit; None: not known, sequences are it"""
 
 
 @torch.inference_mode()
@@ -63,6 +66,7 @@ def measure_downstream(
     keep: Tensor,
     *,
     target: str | Sequence[str] | None = None,
+    document: Tensor | None = None,
     batch: int = 4,
 ) -> Downstream:
     """Measure on sequences tokens int64 [sequence, position] with keep bool of the same shape.
@@ -72,6 +76,8 @@ def measure_downstream(
         sae: what it does to them, [rows, d_in] to [rows, d_out].
         mean: [d_out], the ablation's constant.
         target: where its output goes, in the order of its columns; `site` if not given.
+        document: int64 of tokens' shape, which document each is of: its tokens are not independent
+            of each other. If not given, sequences are taken for documents.
 
     Raises InputError if no position is kept, or for a mean of another width than the targets.
     """
@@ -87,18 +93,25 @@ def measure_downstream(
         "zero": lambda x: x.new_zeros(1, len(mean)).expand(len(x), -1),
         "mean": lambda x: mean.to(x).expand(len(x), -1),
     }
+    if document is not None and document.shape != tokens.shape:
+        raise InputError(
+            "needs the document of every token",
+            where="document",
+            given=tuple(document.shape),
+            allowed=str(tuple(tokens.shape)),
+        )
     sums: dict[str, list[Tensor]] = {name: [] for name in ("clean", "kl", *replacements)}
-    counts: list[Tensor] = []
     with Progress("measuring the model's loss", len(tokens), "sequences") as progress:
         for start in range(0, len(tokens), batch):
             part, kept = tokens[start : start + batch], keep[start : start + batch]
             _measure_batch(model, splice, replacements, part, kept, sums)
-            counts.append(kept[:, :-1].sum(1).double())
             progress.advance(len(part))
-    weights = torch.cat(counts)
-    if weights.sum() == 0:
+    counted = keep[:, :-1]
+    if not counted.any():
         raise InputError("no kept positions to evaluate on", where="measure_downstream", given=0)
-    return _summarise({name: torch.cat(values) for name, values in sums.items()}, weights)
+    unit = torch.arange(len(tokens))[:, None].expand(tokens.shape) if document is None else document
+    values = {name: torch.cat(parts)[counted] for name, parts in sums.items()}
+    return _summarise(values, unit[:, :-1][counted], documented=document is not None)
 
 
 def _names(sites: str | Sequence[str]) -> list[str]:
@@ -140,17 +153,13 @@ def _measure_batch(
     keep: Tensor,
     sums: dict[str, list[Tensor]],
 ) -> None:
-    counted = keep[:, :-1]
     targets = tokens[:, 1:, None]
 
     def logits() -> Tensor:
         return model.logits(tokens)[:, :-1].float()
 
-    def summed(values: Tensor) -> Tensor:
-        return (values.double() * counted).sum(1)
-
     def cross_entropy(z: Tensor) -> Tensor:
-        return summed(z.logsumexp(-1) - z.gather(-1, targets)[..., 0])
+        return (z.logsumexp(-1) - z.gather(-1, targets)[..., 0]).double()
 
     with splice.reading(keep):
         clean = logits()
@@ -160,7 +169,7 @@ def _measure_batch(
             z = logits()
         sums[name].append(cross_entropy(z))
         if name == "sae":
-            sums["kl"].append(summed(_kl(clean, z)))
+            sums["kl"].append(_kl(clean, z).double())
 
 
 def _kl(clean: Tensor, other: Tensor) -> Tensor:
@@ -180,16 +189,15 @@ def _replace_kept(rows: Tensor, keep: Tensor) -> Callable[[Tensor, Tensor], Tens
     return edit
 
 
-def _summarise(sums: Mapping[str, Tensor], weights: Tensor) -> Downstream:
-    total = weights.sum()
+def _summarise(values: Mapping[str, Tensor], unit: Tensor, *, documented: bool) -> Downstream:
+    """From values at each counted position [positions], and what is independent of what else."""
+    weights = by_cluster(torch.ones(len(unit), dtype=torch.float64), unit)
 
     def mean(name: str) -> float:
-        return float(sums[name].sum() / total)
+        return float(values[name].mean())
 
-    def interval(values: Tensor) -> float:
-        # ratio estimator over sequences: sum of values over sum of weights
-        ratio = values.sum() / total
-        return float(1.96 * (values - ratio * weights).square().sum().sqrt() / total)
+    def interval(each: Tensor) -> float | None:
+        return half_width(by_cluster(each, unit), weights)
 
     clean, ce = mean("clean"), mean("sae")
 
@@ -198,15 +206,16 @@ def _summarise(sums: Mapping[str, Tensor], weights: Tensor) -> Downstream:
         return (ablated - ce) / harm if harm > 0 else None
 
     return Downstream(
-        tokens=int(total),
+        tokens=len(unit),
         ce_clean=clean,
         ce=ce,
         delta_ce=ce - clean,
-        delta_ce_interval=interval(sums["sae"] - sums["clean"]),
+        delta_ce_interval=interval(values["sae"] - values["clean"]),
         kl=mean("kl"),
-        kl_interval=interval(sums["kl"]),
+        kl_interval=interval(values["kl"]),
         ce_zero=mean("zero"),
         ce_mean=mean("mean"),
         recovered_zero=recovered(mean("zero")),
         recovered_mean=recovered(mean("mean")),
+        documents=len(weights) if documented else None,
     )

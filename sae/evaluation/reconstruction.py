@@ -8,13 +8,15 @@ large mean matters.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sae.codes import SparseCodes
 from sae.distributed import FEATURES, ROWS
+from sae.evaluation.intervals import by_cluster, half_width
+from sae.finite import check_rows
 from saescope.errors import InputError
 
 _ROWS = 4096
@@ -31,7 +33,7 @@ class Reconstructor(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """Measured over `rows` activations; an interval is half of a 95% one, rows as independent."""
+    """Measured over `rows` activations of so many documents, which are the interval's unit."""
 
     rows: int
     """number of activation rows"""
@@ -39,8 +41,8 @@ class Reconstruction:
     """mean number of non-zero features a row"""
     fvu: float
     """fraction of variance unexplained"""
-    fvu_interval: float
-    """half width of the 95% interval of fvu (ratio estimator, linearised)"""
+    fvu_interval: float | None
+    """half width of its 95% interval (`sae.evaluation.intervals`); None: too few documents"""
     cosine: float
     """mean cosine of t and x_hat over rows with a non-zero norm of both"""
     norm_ratio: float
@@ -49,12 +51,25 @@ class Reconstruction:
     """features that fire on none of the rows, over d_sae"""
     density: Tensor
     """float64 [d_sae], part of the rows each feature fires on"""
+    documents: int | None = None
+    """number of documents; None where they are not known, and rows count as independent"""
     fvu_by_site: dict[str, float] = field(default_factory=dict)
     """FVU of each site, where there are several: of a crosscoder's columns, of a layer's rows"""
 
 
-Rows = Tensor | tuple[Tensor, Tensor]
-"""x [rows, d_in], or it and what it is to predict [rows, d_out]"""
+class Piece(NamedTuple):
+    """Rows, and which document each is of."""
+
+    x: Tensor
+    """[rows, d_in]"""
+    target: Tensor
+    """[rows, d_out], what is to be reconstructed; x itself but for transcoders"""
+    document: Tensor | None = None
+    """int64 [rows]"""
+
+
+Rows = Tensor | tuple[Tensor, Tensor] | Piece
+"""x [rows, d_in], or it and what it is to predict [rows, d_out], or these with their documents"""
 
 
 @torch.no_grad()
@@ -67,23 +82,26 @@ def measure_reconstruction(
     """Measure an SAE on activations, given as fresh iterators of them (read twice).
 
     Args:
-        rows: pieces x [rows, d_in]; or pairs of it and the target [rows, d_out], of a transcoder.
+        rows: pieces x [rows, d_in]; or pairs of it and the target [rows, d_out], of a transcoder;
+            or these with each row's document, whose rows are not independent of each other.
         columns: where each site stands in the target, for a crosscoder's FVU at each.
 
-    Raises InputError if there are no rows, or if they are all equal.
+    Raises InputError if there are no rows, if they are all equal, or if some are not finite.
     """
     count, total = 0, torch.zeros((), dtype=torch.float64)
     for each in rows():
-        target = _pair(each)[1]
+        target = _piece(each).target
+        check_rows(target, "measure_reconstruction")
         count += len(target)
         total = total + target.sum(0, dtype=torch.float64)
     if count == 0:
         raise InputError("no activations to evaluate on", where="measure_reconstruction", given=0)
     sums = _Sums(sae.d_sae, total / count, columns or {})
     for each in rows():
-        x, target = _pair(each)
-        for part, wanted in zip(x.split(_ROWS), target.split(_ROWS), strict=True):
-            sums.add(sae, part, wanted)
+        piece = _piece(each)
+        for start in range(0, len(piece.x), _ROWS):
+            part = slice(start, start + _ROWS)
+            sums.add(sae, Piece(*(None if own is None else own[part] for own in piece)))
     return sums.result()
 
 
@@ -98,21 +116,23 @@ def pool(layers: Mapping[str, Reconstruction]) -> Reconstruction:
         return sum(getattr(one, name) for one in each) / len(each)
 
     density = torch.stack([one.density for one in each]).mean(0)
+    known = all(one.fvu_interval is not None for one in each)
     return Reconstruction(
         rows=sum(one.rows for one in each),
         l0=mean("l0"),
         fvu=mean("fvu"),
-        fvu_interval=mean("fvu_interval"),
+        fvu_interval=mean("fvu_interval") if known else None,
         cosine=mean("cosine"),
         norm_ratio=mean("norm_ratio"),
         dead_fraction=float((density == 0).double().mean()),
         density=density,
+        documents=each[0].documents,
         fvu_by_site={site: one.fvu for site, one in layers.items()},
     )
 
 
-def _pair(rows: Rows) -> tuple[Tensor, Tensor]:
-    return (rows, rows) if isinstance(rows, Tensor) else rows
+def _piece(rows: Rows) -> Piece:
+    return Piece(rows, rows) if isinstance(rows, Tensor) else Piece(*rows)
 
 
 class _Sums:
@@ -125,20 +145,25 @@ class _Sums:
         self.fired = torch.zeros(d_sae, dtype=torch.int64, device=mean.device)
         self.rows = 0
         self.errors, self.variances = [mean.new_zeros(0)], [mean.new_zeros(0)]
+        self.documents = [self.fired[:0]]
+        self.documented = True
         self.cosine = self.in_norm = self.out_norm = 0.0
         self.directed = 0
 
-    def add(self, sae: Reconstructor, x: Tensor, target: Tensor) -> None:
-        own = ROWS.share(len(x))  # ranks that train together measure together
-        x, target = x[own], target[own]
+    def add(self, sae: Reconstructor, piece: Piece) -> None:
+        own = ROWS.share(len(piece.x))  # ranks that train together measure together
+        x, target = piece.x[own], piece.target[own]
+        self.documented &= piece.document is not None
         if not len(x):
             return
+        if piece.document is not None:
+            self.documents.append(piece.document[own].to(self.fired))
         codes = sae.encode_sparse(x).compact()
         x_hat = sae.decode(codes, like=x).double()
         exact = target.double()
         self.rows += len(x)
         self.fired += torch.bincount(codes.index, minlength=len(self.fired))
-        # one float64 of each a row: what the interval needs, 16 bytes a row
+        # one float64 of each a row: what the interval needs, 16 bytes a row (24 with documents)
         error, deviation = (exact - x_hat).square(), (exact - self.mean).square()
         self.errors.append(error.sum(1))
         self.variances.append(deviation.sum(1))
@@ -156,19 +181,24 @@ class _Sums:
         self._of_all_ranks()
         error, variance = torch.cat(self.errors), torch.cat(self.variances)
         total = float(variance.sum())
-        if total <= 0:
+        if not total > 0:
             raise InputError("all activations are equal, so FVU is undefined", where="evaluation")
         fvu = float(error.sum()) / total
-        spread = float((error - fvu * variance).square().sum()) ** 0.5
+        documents = None
+        if self.documented:
+            unit = ROWS.gather(torch.cat(self.documents))
+            error, variance = by_cluster(error, unit), by_cluster(variance, unit)
+            documents = len(error)
         return Reconstruction(
             rows=self.rows,
             l0=float(self.fired.sum()) / self.rows,
             fvu=fvu,
-            fvu_interval=1.96 * spread / total,
+            fvu_interval=half_width(error, variance),
             cosine=self.cosine / self.directed if self.directed else 0.0,
             norm_ratio=self.out_norm / self.in_norm if self.in_norm else 0.0,
             dead_fraction=float((self.fired == 0).double().mean()),
             density=self.fired.double() / self.rows,
+            documents=documents,
             fvu_by_site={name: self._fvu_of(name) for name in self.columns},
         )
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from sae.base import SparseAutoencoder, kind_of
+from sae.evaluation.intervals import shown
 from saescope import __version__
 from saescope.config import to_dict
 
@@ -92,9 +93,19 @@ def _measured_lines(measured: dict[str, float], metrics: dict[str, Any] | None) 
     if not measured or metrics is None:
         return ["Nothing was measured when this was uploaded."]
     table = ["| metric | value |", "|---|---|"]
-    table += [f"| {_NAMES[name]} | {value:.5g} |" for name, value in measured.items()]
+    table += [
+        f"| {_NAMES[name]} | {value:.5g}{_interval(name, metrics)} |"
+        for name, value in measured.items()
+    ]
     protocol = metrics.get("protocol") or {}
     about = [f"- {name}: {value}" for name, value in protocol.items()]
     code = metrics.get("protocol_hash")
     said = f" (protocol {code[:12]})" if code else ""
     return [*table, "", f"On text that was held out of training{said}:", "", *about]
+
+
+def _interval(name: str, metrics: dict[str, Any]) -> str:
+    """What stands behind a metric that has an interval."""
+    found = {**(metrics.get("reconstruction") or {}), **(metrics.get("downstream") or {})}
+    key = f"{name}_interval"
+    return f" {shown(found[key])}" if key in found else ""

@@ -15,9 +15,14 @@ is more than an integrator:
 * How strongly L0 answers differs by orders of magnitude between architectures and targets. A gain
   that is too high shows as an oscillation: where e crosses 0 with swings that do not die away,
   g is cut; after a calm time it recovers, so that it is never much too low either.
+* Under an L1 penalty a higher one may not lower L0 any faster: Adam's steps are as large as they
+  get once the penalty outweighs the error by far. It then stays, or it would still be far too high
+  when L0 has come down, and all features die. And where decoder norms are free they may shrink to
+  nothing before any feature falls silent: the penalty lets go until features mean something again.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -45,6 +50,18 @@ _CALM = 0.1
 """part of the run after a cut before the gain recovers"""
 _RECOVERY = 4.0
 """log gain recovered over a whole run"""
+_OUTWEIGHS = 10.0
+"""a penalty of so many times the reconstruction's loss grows no further"""
+_MEANS_NOTHING = 0.2
+"""Features that add no more than so much of the error's deviation to a row have collapsed: they
+cannot explain much of it, as ||sum f_i W_i|| <= sum f_i ||W_i||."""
+REACHED = 0.05
+"""an L0 is at its target within this part of it"""
+
+
+def reached(l0: float, target: float) -> bool:
+    """Whether a mean L0 is the one that was asked for."""
+    return abs(l0 - target) <= REACHED * target
 
 
 def warmup_fraction(config: SAEConfig) -> float:
@@ -85,8 +102,11 @@ class L0Controller:
         self._since = 0
         self._peak = self._last_peak = 0.0
 
-    def update(self, l0: float, step: int) -> None:
+    def update(self, l0: float, step: int, terms: Mapping[str, float] | None = None) -> None:
         """Take in the L0 of the training batch at a step (0-based), after the step.
+
+        terms: of the batch's loss; those with an "l1" of activations times decoder norms, in
+        standard deviations of the data, say whether the penalty is any good (see the heading).
 
         Raises InputError for an L0 that is not a number from 0 on.
         """
@@ -103,6 +123,11 @@ class L0Controller:
         ahead = self._level + _LOOK_AHEAD * self.total_steps * slope
         self._adapt(self._level)
         bounded = max(-1.0, min(1.0, ahead))
+        if terms is not None and "l1" in terms and self._level > 0:
+            if terms["l1"] < _MEANS_NOTHING * min(1.0, terms["fvu"]) ** 0.5:
+                bounded = -1.0
+            elif terms["loss"] - terms["fvu"] > _OUTWEIGHS * terms["fvu"]:
+                bounded = min(bounded, 0.0)
         integral = self._integral + _INTEGRAL * self._gain**0.5 * bounded / self.total_steps
         # bounded itself, so that it has no way to go back when L0 answers at last
         self._integral = max(-_LIMIT, min(_LIMIT, integral))

@@ -18,7 +18,7 @@ from sae.analysis.lens import TunedLens
 from sae.architectures import architecture
 from sae.base import SparseAutoencoder, kind_of
 from sae.gradients import check_trainable
-from sae.harvests import choose_site, load_harvested_model
+from sae.harvests import check_held_out, choose_site, load_harvested_model
 from sae.loading import SAE_FOLDER, load
 from sae.normaliser import Normaliser
 from sae.training import ranks, shards
@@ -63,13 +63,7 @@ class Run:
         streams: dict[str, Stream] | None = None,
     ) -> None:
         check_trainable("train")
-        if harvest.n_rows("held_out") == 0:
-            raise InputError(
-                "the harvest has no held-out rows, on which a run is measured and its thresholds "
-                "are set; harvest more text, or with a larger held_out_fraction",
-                where=str(harvest.path),
-                given=f"{harvest.n_rows('train'):,} training rows, 0 held out",
-            )
+        check_held_out(harvest)
         self.config, self.harvest = config, harvest
         self.folder = local(config.out)
         self.sae_config = config.sae
@@ -85,9 +79,12 @@ class Run:
         order = self._order(before)
         self.trainer_config = self._trainer_config(before)
         self.settings = {
-            **to_dict(config), "sites": list(self.sites), "site": None, "order": order,
+            **to_dict(config),
+            "sites": list(self.sites),
+            "site": None,
+            "order": order,
             "trainer": to_dict(self.trainer_config),
-        }  # fmt: skip
+        }
         self._lens = TunedLens.load(config.lens) if config.lens else None
         self.tag = sha256_json({
             "config": _identity(self.settings), "harvest": harvest.hash,
@@ -321,6 +318,9 @@ class Run:
         """Write the trained SAE, folded, with what was measured; the SAE."""
         sae, last = self.trainer.sae.eval().cpu().fold(), self.trainer.last_held_out
         sae.metadata["held_out"] = last
+        if self.trainer.target_reached is not None:
+            asked, met = self.config.trainer.target_l0, self.trainer.target_reached
+            sae.metadata["target_l0"] = {"asked": asked, "reached": met}
         sae.metadata["numerics"] = self.trainer.numerics.state_dict()
         if self.stream.outliers is not None:
             sae.metadata["outliers"] = {

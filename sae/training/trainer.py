@@ -14,7 +14,7 @@ from sae.finite import check_finite
 from sae.gradients import check_trainable
 from sae.kernels import spare
 from sae.training import checkpoint, ranks, shards
-from sae.training.controller import L0Controller, warmup_fraction
+from sae.training.controller import L0Controller, reached, warmup_fraction
 from sae.training.measuring import HeldOutRows, measure, normalised_rows
 from sae.training.numerics import Numerics
 from sae.training.objective import BatchMaker
@@ -25,7 +25,7 @@ from sae.training.trainer_config import TrainerConfig
 from sae.training.update import update
 from saescope.config import to_dict
 from saescope.errors import InputError, check_range
-from saescope.progress import Progress
+from saescope.progress import Progress, say
 
 CHECKPOINT = Path("checkpoints") / "last"
 METRICS = "metrics.jsonl"
@@ -133,6 +133,8 @@ class Trainer:
             self._settle()
         if self.step % config.evaluate_every == 0 or self.finished:
             note = self._evaluate(terms)
+        if self.finished and self.target_reached is False:
+            self._say_why_not()
         if self.step % config.checkpoint_every == 0 or self.finished:
             self._save()
         if self.finished and self.log is not None:
@@ -177,7 +179,7 @@ class Trainer:
         self._resample(raw, state)
         l0 = float(FEATURES.sum(counts.sum())) / rows
         if self.controller:
-            self.controller.update(l0, self.step)
+            self.controller.update(l0, self.step, terms)
         self.step += 1
         return {
             **terms,
@@ -250,6 +252,25 @@ class Trainer:
             self.log.append(self.step, **values, held_out=held_out)
         dead = "not yet known" if terms["dead"] is None else f"{terms['dead']:,}"
         return f"held-out FVU {held_out['fvu']:.4f}, L0 {held_out['l0']:.1f}, dead {dead}"
+
+    @property
+    def target_reached(self) -> bool | None:
+        """Whether the L0 measured last is the target's; None without a target, or a measurement."""
+        target, found = self.config.target_l0, self.last_held_out
+        return None if target is None or not found else reached(found["l0"], target)
+
+    def _say_why_not(self) -> None:
+        why = "so few of the pre-activations are positive"
+        if self.controller is not None:
+            why = (
+                f"in {self.total_steps:,} steps at a learning rate of {self.lr:.2g} the penalty "
+                f"(its factor ended at {self.controller.penalty:.3g}) brings it no nearer: train "
+                "longer, raise lr_multiplier, or choose another target"
+            )
+        say(
+            f"trainer.target_l0 {self.config.target_l0:g} is not reached: L0 is "
+            f"{self.last_held_out['l0']:.1f} on held-out rows; {why}"
+        )
 
     def _save(self) -> None:
         shards.save(

@@ -156,3 +156,26 @@ def test_features_of_text(tiny_model: Model, sae) -> None:
         features_of_text(tiny_model, sae, "")
     with pytest.raises(InputError, match="longer than the model's context"):
         features_of_text(tiny_model, sae, "word " * 500)
+
+
+def test_documents_are_the_unit_of_intervals_and_change_nothing_else(tiny_model: Model) -> None:
+    tokens, keep = batch(tiny_model)
+    document = (torch.arange(tokens.numel()) // 33).view_as(tokens)
+    found = [
+        measure_downstream(
+            tiny_model, SITE, lambda x: 0.5 * x, torch.zeros(32), tokens, keep, document=each
+        )
+        for each in (None, document, torch.zeros_like(document))
+    ]
+    for one in found[1:]:
+        assert (one.ce, one.delta_ce, one.kl) == (found[0].ce, found[0].delta_ce, found[0].kl)
+    assert [one.documents for one in found] == [None, 5, 1]
+    intervals = [one.kl_interval for one in found]
+    assert intervals[0] is not None
+    assert intervals[1] is not None
+    assert intervals[1] != intervals[0]
+    assert intervals[2] is None
+    with pytest.raises(InputError, match="needs the document of every token"):
+        measure_downstream(
+            tiny_model, SITE, lambda x: x, torch.zeros(32), tokens, keep, document=document[:2]
+        )

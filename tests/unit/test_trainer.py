@@ -309,9 +309,10 @@ def test_tokens_are_counted_where_they_have_several_rows(tmp_path: Path) -> None
     """With mix = "all" a token has a row at each of several layers."""
     trainer = make_trainer(tmp_path)
     rows = RawBatch(
-        torch.randn(BATCH, D_IN), group=torch.arange(BATCH) % 4,
+        torch.randn(BATCH, D_IN),
+        group=torch.arange(BATCH) % 4,
         row_token=torch.arange(BATCH) // 4,
-    )  # fmt: skip
+    )
     dead = [trainer.train_step(rows)["dead"] for _ in range(13)]
     assert trainer.tokens == 13 * BATCH // 4
     assert int(trainer.tokens_since_fired.max()) <= trainer.tokens
@@ -338,7 +339,11 @@ def test_a_first_part_too_small_to_start_from_is_refused(tmp_path: Path) -> None
     sae = cls(cls.Config(d_sae=D_SAE, k=4, n_candidates=5), D_IN)  # type: ignore[call-arg]
     with pytest.raises(InputError, match=r"1 in the first of 16 parts'; allowed: at least 2"):
         Trainer(
-            sae, make_trainer(tmp_path / "other").batches, config, total_steps=3,
-            held_out=list, folder=tmp_path / "run",
-        )  # fmt: skip
+            sae,
+            make_trainer(tmp_path / "other").batches,
+            config,
+            total_steps=3,
+            held_out=list,
+            folder=tmp_path / "run",
+        )
     assert not (tmp_path / "run").exists()
