@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dashboards.amounts import span
 from store.results import Histogram
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def activation_histogram(histogram: Histogram, height: int = 210) -> "Figure":
     edges, counts = histogram.edges, histogram.counts
     middle = (edges[:-1] + edges[1:]) / 2
     text = [
-        f"{low:.2f} to {high:.2f}: {count:,} positions"
+        f"{span(low, high)}: {count:,} positions"
         for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
     ]
     bars = Bar(

@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from urllib.parse import urlencode
 
+from dashboards.amounts import amount
 from store.results import Example
 
 HOT = (235, 122, 28)
@@ -148,7 +149,7 @@ def example_html(example: Example, scale: float, *, line_breaks: bool = False) -
     for index, (text, activation, same) in enumerate(near):
         place = example.start + index
         tip = (
-            f"{plain_visible(text)}\nactivation {activation:.3f}\n"
+            f"{plain_visible(text)}\nactivation {amount(activation, 3)}\n"
             f"sequence {example.sequence:,}, position {place}\n"
             f"{title if same else 'another document'}"
         )
@@ -157,7 +158,7 @@ def example_html(example: Example, scale: float, *, line_breaks: bool = False) -
             + _breaks(text, line_breaks)
         )
     return (
-        f'<div class="ss-ex"><div class="ss-act">{example.activation:.2f}</div>'
+        f'<div class="ss-ex"><div class="ss-act">{amount(example.activation)}</div>'
         f'<div class="ss-text">{"".join(spans)}</div>'
         f'<div class="ss-from">{html.escape(title)}</div></div>'
     )
@@ -174,7 +175,7 @@ def text_html(
     """A whole text shaded by one feature; tokens the SAE does not see are faded."""
     spans = []
     for place, (text, activation, kept) in enumerate(zip(texts, activations, keep, strict=True)):
-        state = f"activation {activation:.3f}" if kept else "not seen by the SAE"
+        state = f"activation {amount(activation, 3)}" if kept else "not seen by the SAE"
         tip = f"{plain_visible(text)}\n{state}\nposition {place}"
         spans.append(
             token_html(text, activation, scale, tip, far=not kept) + _breaks(text, line_breaks=True)
@@ -196,7 +197,7 @@ def effects_html(top: Sequence[tuple[str, float]], bottom: Sequence[tuple[str, f
         return (
             f'<div class="ss-row" style="background:rgba({red},{green},{blue},{alpha:.3f})">'
             f'<span class="ss-tok">{visible(text)}</span>'
-            f'<span class="ss-num">{value:+.2f}</span></div>'
+            f'<span class="ss-num">{amount(value, signed=True)}</span></div>'
         )
 
     cells = ["<b>raised</b>", "<b>lowered</b>"]
@@ -234,7 +235,7 @@ def per_token_html(
             f'href="{html.escape(feature_url(sae, feature), quote=True)}" '
             f'title="{html.escape(plain_visible(label or "no label"), quote=True)}">'
             f"<b>{feature}</b>{' ' + visible(label) if label else ''} "
-            f'<span class="ss-num">{activation:.2f}</span></a>'
+            f'<span class="ss-num">{amount(activation)}</span></a>'
             for feature, label, activation, strength in features
         )
         cells.append(

@@ -3,6 +3,7 @@
 import streamlit as st
 
 from dashboards import figures, queries, session
+from dashboards.amounts import amount, span
 from dashboards.queries import FeatureData
 from dashboards.session import Session
 from dashboards.tokens import effects_html, examples_html, plain, plain_visible
@@ -86,8 +87,8 @@ def _summary(here: Session, feature: Feature) -> list[str]:
         place,
         f"fires at {figures.percent(feature.density)} of positions ({feature.n_active:,})",
         f"in {feature.n_documents:,} documents",
-        f"strongest {feature.max:.2f}",
-        f"mean {feature.mean:.2f} ± {feature.std:.2f} where it fires",
+        f"strongest {amount(feature.max)}",
+        f"mean {amount(feature.mean)} ± {amount(feature.std)} where it fires",
     ]
 
 
@@ -219,7 +220,7 @@ def _examples(here: Session, data: FeatureData) -> None:
     for interval in range(INTERVALS - 1, -1, -1):
         count = int(sizes[interval])
         st.markdown(
-            f"**{interval * width:.2f} to {(interval + 1) * width:.2f}** · {count:,} positions "
+            f"**{span(interval * width, (interval + 1) * width)}** · {count:,} positions "
             f"({figures.percent(count / feature.n_active)})"
         )
         mine = [example for example in found if example.interval == interval]

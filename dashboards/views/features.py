@@ -5,6 +5,7 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from dashboards import queries, session
+from dashboards.amounts import COLUMN
 from dashboards.session import Session
 from store import FeatureFilter
 
@@ -145,8 +146,8 @@ def _draw(here: Session, frame: pd.DataFrame) -> None:
             "density": number(
                 "density", format="%.4f %%", help="Share of kept positions at which it fires."
             ),
-            "max": number("strongest", format="%.2f", help="Its strongest activation."),
-            "mean": number("mean", format="%.2f", help="Mean over positions at which it fires."),
+            "max": number("strongest", format=COLUMN, help="Its strongest activation."),
+            "mean": number("mean", format=COLUMN, help="Mean over positions at which it fires."),
             "n_active": number("positions", format="localized", help="Where it fires."),
             "n_documents": number("documents", format="localized", help="In which it fires."),
         },

@@ -7,6 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from dashboards import live, queries, session
+from dashboards.amounts import COLUMN
 from dashboards.session import Session
 from dashboards.tokens import per_token_html, plain, plain_visible, text_html
 from saescope.errors import SaescopeError
@@ -116,7 +117,7 @@ def _table(here: Session, frame: pd.DataFrame) -> int:
         selection_mode="single-cell",
         column_config={
             "feature": number("feature", width=75, format="%d"),
-            "activation": number("activation", format="%.2f"),
+            "activation": number("activation", format=COLUMN),
             "strength": number("of strongest", format="%.0f %%"),
             "at": st.column_config.TextColumn("at token"),
             "tokens": number("tokens", width=65),

@@ -15,10 +15,10 @@ is more than an integrator:
 * How strongly L0 answers differs by orders of magnitude between architectures and targets. A gain
   that is too high shows as an oscillation: where e crosses 0 with swings that do not die away,
   g is cut; after a calm time it recovers, so that it is never much too low either.
-* Under an L1 penalty a higher one may not lower L0 any faster: Adam's steps are as large as they
-  get once the penalty outweighs the error by far. It then stays, or it would still be far too high
-  when L0 has come down, and all features die. And where decoder norms are free they may shrink to
-  nothing before any feature falls silent: the penalty lets go until features mean something again.
+* An L1 penalty on activations times free decoder norms may shrink the norms to nothing before any
+  feature falls silent: it then lets go until features mean something again. And once it outweighs
+  the error by far, Adam's steps are as large as they get: more of it lowers L0 no faster, but would
+  still be there when L0 has come down, and all features would die. So it then stays.
 """
 
 import math
@@ -105,8 +105,8 @@ class L0Controller:
     def update(self, l0: float, step: int, terms: Mapping[str, float] | None = None) -> None:
         """Take in the L0 of the training batch at a step (0-based), after the step.
 
-        terms: of the batch's loss; those with an "l1" of activations times decoder norms, in
-        standard deviations of the data, say whether the penalty is any good (see the heading).
+        terms: of the batch's loss, where decoder norms are free; an "l1" among them, of activations
+        times these norms in standard deviations of the data, says whether the penalty is any good.
 
         Raises InputError for an L0 that is not a number from 0 on.
         """

@@ -179,7 +179,8 @@ class Trainer:
         self._resample(raw, state)
         l0 = float(FEATURES.sum(counts.sum())) / rows
         if self.controller:
-            self.controller.update(l0, self.step, terms)
+            # where decoder norms are free a penalty can bring them to nothing
+            self.controller.update(l0, self.step, None if sae.unit_decoder else terms)
         self.step += 1
         return {
             **terms,
