@@ -13,6 +13,7 @@ from sae.formats import Format, format_named, recognise
 from sae.formats._claim import Claim
 from sae.formats._ours import plain_of, sae_of
 from sae.formats.hub import SCHEME, HubFolder, fetch
+from sae.soundness import check_sound
 from saescope.artefact import MANIFEST
 from saescope.errors import ArtefactError, InputError
 
@@ -75,6 +76,7 @@ def load(
     sae = found.read(folder, input_scale=input_scale, released=released).eval()
     sae = named_sites(sae, site, target_site)
     warn_at_load(sae)
+    check_sound(sae, where=name)
     stated = found.claim(folder, sae)
     if place:
         sae.metadata["source"] = str(replace(place, revision=commit or place.revision))

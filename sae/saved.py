@@ -1,25 +1,31 @@
-"""An SAE's folder: config.json and weights.safetensors; tensors and JSON, no pickle."""
+"""An SAE's folder: config.json and weights.safetensors; tensors and JSON, no pickle.
+
+config.json carries its own sha256, and the checksum of the weights.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae.base import SparseAutoencoder, kind_of
 from sae.normaliser import Normaliser
-from saescope.artefact import atomic_path, check_schema, read_json, write_json
+from sae.soundness import normalisers_of
+from saescope.artefact import DamagedError, atomic_path, check_schema, check_seal, read_json
 from saescope.config import from_dict, to_dict
 from saescope.errors import ArtefactError, InputError
 from saescope.replacing import Kind, only_files
+from saescope.seals import FILES, check_files, seals_of, write_sealed
 from saescope.system import system_errors
 
-SCHEMA = 2
+SCHEMA = 3
+SEALED_SINCE = 3
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "weights.safetensors"
-_OUTPUT = "output"
 
 
 def _is_sae(folder: Path) -> bool:
@@ -44,9 +50,7 @@ def write_sae(
     all of them). With `replace` an SAE that is there is replaced, never anything else.
     """
     tensors = {name: value.detach().contiguous() for name, value in sae.state_dict().items()}
-    normalisers = {"": sae.normaliser, **sae.site_normalisers}
-    if sae.output_normaliser is not None:
-        normalisers[_OUTPUT] = sae.output_normaliser
+    normalisers = normalisers_of(sae)
     for name, each in normalisers.items():
         # cloned: one normaliser may stand for several sites, and safetensors shares no memory
         tensors[_key("mean", name)] = each.mean.clone()
@@ -68,7 +72,32 @@ def write_sae(
     with system_errors(folder), atomic_path(folder, KIND, replace=replace) as temporary:
         temporary.mkdir()
         save(tensors, temporary / WEIGHTS_FILE)
-        write_json(temporary / CONFIG_FILE, described)
+        described[FILES] = seals_of(temporary, [WEIGHTS_FILE])
+        write_sealed(temporary / CONFIG_FILE, described)
+
+
+def described_sae(folder: Path) -> dict[str, Any]:
+    """What config.json says, once it and the weights beside it are found to be those written.
+
+    Raises ArtefactError (DamagedError for what was damaged) otherwise.
+    """
+    path = folder / CONFIG_FILE
+    described = read_json(path)
+    if not isinstance(described, dict):
+        raise ArtefactError("is not an SAE's configuration", where=str(path))
+    if described.get("kind") != "sae":
+        check_seal(described, must=False, where=str(path))
+        raise ArtefactError("is not an SAE's configuration", where=str(path))
+    check_schema(described.get("schema"), supported=SCHEMA, where=str(path))
+    sealed = described["schema"] >= SEALED_SINCE
+    check_seal(described, must=sealed, where=str(path))
+    if sealed:
+        check_files(folder, described, [WEIGHTS_FILE], "weights")
+    elif not (folder / WEIGHTS_FILE).is_file():
+        raise DamagedError(
+            "damaged weights: the file is missing", where=str(folder / WEIGHTS_FILE), kind="missing"
+        )
+    return described
 
 
 def read_sae(folder: Path, known: Mapping[str, type[SparseAutoencoder]]) -> SparseAutoencoder:
@@ -76,11 +105,8 @@ def read_sae(folder: Path, known: Mapping[str, type[SparseAutoencoder]]) -> Spar
 
     Raises ArtefactError if files are missing, damaged, or of a newer schema.
     """
+    described = described_sae(folder)
     path = folder / CONFIG_FILE
-    described = read_json(path)
-    if not isinstance(described, dict) or described.get("kind") != "sae":
-        raise ArtefactError("is not an SAE's configuration", where=str(path))
-    check_schema(described.get("schema"), supported=SCHEMA, where=str(path))
     architecture = str(described.get("architecture"))
     if architecture not in known:
         raise ArtefactError(
@@ -89,12 +115,13 @@ def read_sae(folder: Path, known: Mapping[str, type[SparseAutoencoder]]) -> Spar
     cls = known[architecture]
     try:
         config = from_dict(cls.Config, described["config"], where=str(path))
+        _check_sizes(folder, described, config.d_sae)
         sae = cls(config, described["d_in"], described.get("d_out"))
         tensors = load_file(folder / WEIGHTS_FILE)
         _take_normalisers(sae, described, tensors)
+        _check_types(sae, tensors, folder)
         sae.load_state_dict(tensors)
-    except FileNotFoundError:
-        raise ArtefactError("weights are missing", where=str(folder / WEIGHTS_FILE)) from None
+        sae.metadata = dict(described.get("metadata", {}))
     except KeyError as error:
         raise ArtefactError(f"incomplete SAE: {error} is missing", where=str(folder)) from None
     except Exception as error:
@@ -102,8 +129,33 @@ def read_sae(folder: Path, known: Mapping[str, type[SparseAutoencoder]]) -> Spar
             raise
         # safetensors and load_state_dict each have their own exceptions for a damaged file
         raise ArtefactError(f"damaged weights: {error}", where=str(folder)) from error
-    sae.metadata = dict(described.get("metadata", {}))
     return sae.eval()
+
+
+def _check_sizes(folder: Path, described: Mapping[str, Any], d_sae: int) -> None:
+    """Before anything of these sizes is made: they are those of the tensors in the file."""
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        sizes = {size for name in file.keys() for size in file.get_slice(name).get_shape()}  # noqa: SIM118
+    wanted = {"d_in": described["d_in"], "d_sae": d_sae}
+    if described.get("d_out") is not None:
+        wanted["d_out"] = described["d_out"]
+    for name, size in wanted.items():
+        if type(size) is not int or size not in sizes:
+            raise ArtefactError(
+                f"{name} is not that of the weights", where=str(folder / CONFIG_FILE), given=size
+            )
+
+
+def _check_types(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Nothing loses precision on the way: integers stay what they are, floats may be shorter."""
+    for name, own in sae.state_dict().items():
+        found = tensors[name].dtype if name in tensors else own.dtype
+        shorter = own.is_floating_point() and found.is_floating_point
+        if found != own.dtype and not (shorter and found.itemsize <= own.dtype.itemsize):
+            raise ArtefactError(
+                f"{name} is of another type", where=str(folder / WEIGHTS_FILE), given=str(found),
+                allowed=f"{own.dtype}" + (" or shorter" if own.is_floating_point() else ""),
+            )  # fmt: skip
 
 
 def _take_normalisers(
@@ -118,7 +170,7 @@ def _take_normalisers(
         mean, scale = (tensors.pop(_key(part, name)) for part in ("mean", "scale"))
         found[name] = Normaliser(stored["kind"], mean, scale, stored["variance"])
     sae.normaliser = found.pop("")
-    sae.output_normaliser = found.pop(_OUTPUT, None)
+    sae.output_normaliser = found.pop("output", None)
     sae.site_normalisers = found
 
 

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +25,8 @@ from saescope.replacing import Kind, check_replaceable, put_in_place
 from saescope.system import read_whole
 
 MANIFEST = "manifest.json"
+SEAL = "sha256"
+"""what a JSON object calls the sha256 of all else that it says"""
 _RECORDED_LIBRARIES = (
     "saescope",
     "torch",
@@ -227,7 +229,7 @@ def write_manifest(
         **more,
     }
     if sealed:
-        manifest["sha256"] = sha256_json(manifest)
+        manifest[SEAL] = sha256_json(manifest)
     write_json(place(folder) / MANIFEST, manifest)
     return manifest
 
@@ -259,8 +261,21 @@ def read_manifest(
     if found != kind:
         raise ArtefactError("wrong kind of artefact", where=str(path), given=found, allowed=kind)
     check_schema(manifest.get("schema"), supported=schema, where=str(path))
-    unsealed = {name: value for name, value in manifest.items() if name != "sha256"}
     must_be_sealed = sealed_since is not None and manifest["schema"] >= sealed_since
-    if (must_be_sealed or "sha256" in manifest) and manifest.get("sha256") != sha256_json(unsealed):
-        raise DamagedError("its content does not match its own sha256", where=str(path))
+    check_seal(manifest, must=must_be_sealed, where=str(path))
     return manifest
+
+
+def check_seal(found: Mapping[str, Any], *, must: bool, where: str) -> None:
+    """Raise DamagedError unless a JSON object matches the sha256 that it carries.
+
+    Args: must says that it has to carry one; older artefacts have none.
+    """
+    if not must and SEAL not in found:
+        return
+    try:
+        own = sha256_json({name: value for name, value in found.items() if name != SEAL})
+    except (ValueError, RecursionError):  # it holds a NaN, or is nested without end
+        own = None
+    if own is None or found.get(SEAL) != own:
+        raise DamagedError("its content does not match its own sha256", where=where)

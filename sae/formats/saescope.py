@@ -30,14 +30,16 @@ class SaescopeFormat(Format):
         return tuple(list_architectures())
 
     def recognise(self, folder: Path) -> bool:
-        """A config.json that says it is an SAE's, even with its weights missing."""
+        """A config.json that says it is an SAE's, or that has its weights beside it."""
         path = folder / CONFIG_FILE
         if not path.is_file():
             return False
+        if (folder / WEIGHTS_FILE).is_file():
+            return True
         try:
             described = read_json(path)
         except ArtefactError:
-            return (folder / WEIGHTS_FILE).is_file()
+            return False
         return isinstance(described, dict) and described.get("kind") == "sae"
 
     @torch.no_grad()

@@ -1,5 +1,9 @@
-"""Checkpoints: all that a run needs to go on with the same bits; tensors and JSON, no pickle."""
+"""Checkpoints: all that a run needs to go on with the same bits; tensors and JSON, no pickle.
 
+state.json carries its own sha256, and the checksums of the tensors' files.
+"""
+
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +12,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saescope.artefact import atomic_path, read_json, write_json
+from saescope.artefact import atomic_path, check_seal, read_json
 from saescope.errors import ArtefactError
 from saescope.replacing import Kind, only_files
+from saescope.seals import FILES, FileSeal, check_files, seals_of, write_sealed
 from saescope.system import system_errors
 
-SCHEMA = 1
-_TENSORS, _STATE = "tensors.safetensors", "state.json"
+SCHEMA = 2
+SEALED_SINCE = 2
+STATE = "state.json"
+TENSORS = "tensors.safetensors"
 
 
 def _is_checkpoint(folder: Path) -> bool:
     shards = [path.name for path in folder.glob("features-*.safetensors")]
-    return only_files(folder, (_TENSORS, _STATE), shards)
+    return only_files(folder, (TENSORS, STATE), shards)
 
 
 KIND = Kind("a checkpoint", _is_checkpoint)
@@ -67,22 +74,44 @@ def flatten(groups: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def write(folder: Path, flat: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """The files of a checkpoint, into a folder that is there."""
-    save_file(flat, folder / _TENSORS)
-    write_json(folder / _STATE, {"schema": SCHEMA, **state})
+def write(
+    folder: Path,
+    flat: dict[str, Tensor],
+    state: dict[str, Any],
+    others: Mapping[str, FileSeal] | None = None,
+) -> None:
+    """The files of a checkpoint, into a folder that is there; `others` are the seals of more."""
+    save_file(flat, folder / TENSORS)
+    files = {**seals_of(folder, [TENSORS]), **(others or {})}
+    write_sealed(folder / STATE, {"schema": SCHEMA, **state, FILES: files})
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """What state.json says; ArtefactError if it is damaged or of another schema."""
+    path = folder / STATE
+    state = read_json(path)
+    schema = state.get("schema") if isinstance(state, dict) else None
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
+        raise ArtefactError(
+            "checkpoint of another version", where=str(path), given=schema,
+            allowed=f"1 to {SCHEMA}",
+        )  # fmt: skip
+    check_seal(state, must=schema >= SEALED_SINCE, where=str(path))
+    return state
+
+
+def check(folder: Path, state: dict[str, Any], names: Iterable[str]) -> None:
+    """Raise DamagedError unless these files are those that the checkpoint was written with."""
+    if state["schema"] >= SEALED_SINCE:
+        check_files(folder, state, names, "checkpoint")
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read a checkpoint; ArtefactError if it is damaged or of another schema."""
-    state = read_json(folder / _STATE)
-    if state.get("schema") != SCHEMA:
-        raise ArtefactError(
-            "checkpoint of another version", where=str(folder), given=state.get("schema"),
-            allowed=str(SCHEMA),
-        )  # fmt: skip
+    state = state_of(folder)
+    check(folder, state, [TENSORS])
     try:
-        flat = load_file(folder / _TENSORS)
+        flat = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
         raise ArtefactError(f"damaged checkpoint: {error}", where=str(folder)) from error
     groups: dict[str, dict[str, Tensor]] = {}

@@ -37,12 +37,18 @@ from saescope.progress import say
 if TYPE_CHECKING:
     from sae.training.command import TrainConfig
 
-RUN_SCHEMA = 1
+RUN_SCHEMA = 2
+SEALED_SINCE = 2
 _NOT_IDENTITY = ("harvest", "out", "plan", "lens")
 """settings that may differ between a run and its continuation"""
 _HOW = ("kernels", "deterministic")
 """the same of the trainer's; checkpoints have what was used"""
 _SAMPLE_ROWS = 16384
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A run's manifest; ArtefactError if it is missing, damaged or newer."""
+    return read_manifest(folder, kind="run", schema=RUN_SCHEMA, sealed_since=SEALED_SINCE)
 
 
 class Run:
@@ -75,7 +81,7 @@ class Run:
         self.sites = _sites(config, harvest, self.cls)
         before = None
         if (self.folder / MANIFEST).exists():
-            before = read_manifest(self.folder, kind="run", schema=RUN_SCHEMA)
+            before = read_run(self.folder)
         order = self._order(before)
         self.trainer_config = self._trainer_config(before)
         self.settings = {
@@ -225,7 +231,7 @@ class Run:
         if ranks.first() and not (self.folder / MANIFEST).exists():
             write_manifest(
                 self.folder, kind="run", schema=RUN_SCHEMA, config=self.settings,
-                parent=self.harvest.hash, tag=trainer.tag, site=self.sites[0],
+                parent=self.harvest.hash, sealed=True, tag=trainer.tag, site=self.sites[0],
                 processes=distributed.size(), numerics=trainer.numerics.state_dict(),
             )  # fmt: skip
 

@@ -8,7 +8,6 @@ wrote. A released SAE is one ordinary file, into which rank after rank sends its
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +24,7 @@ from sae.saved import write_sae
 from sae.training import checkpoint, ranks
 from saescope.artefact import atomic_path, fsync_path
 from saescope.errors import ArtefactError
+from saescope.seals import FileSeal, seal_of
 from saescope.system import system_errors
 
 Splits = Callable[[str, Tensor], bool]
@@ -80,21 +80,35 @@ def save(
     own = {name: value for name, value in flat.items() if splits(name, value)}
     alike = {name: value for name, value in flat.items() if name not in own}
 
-    def write(temporary: str) -> None:
-        path = Path(temporary) / _file(FEATURES.rank)
-        with system_errors(str(folder)):
-            save_file(own, path)
-            fsync_path(path)
-            if ranks.first():
-                checkpoint.write(Path(temporary), alike, {**state, "shards": FEATURES.size})
-
     if ranks.first():
         with atomic_path(folder, checkpoint.KIND, replace=True) as temporary:
             temporary.mkdir()
-            ranks.together(partial(write, distributed.broadcast(str(temporary))))
+            seals = _write_rows(folder, Path(distributed.broadcast(str(temporary))), own)
+            all_alike = {**state, "shards": FEATURES.size}
+
+            def finish() -> None:
+                with system_errors(str(folder)):
+                    checkpoint.write(temporary, alike, all_alike, seals)
+
+            ranks.together(finish)
     else:
-        ranks.together(partial(write, distributed.broadcast(None)))
+        _write_rows(folder, Path(distributed.broadcast(None)), own)
+        ranks.together(lambda: None)
     distributed.everyones(None)  # nobody goes on before it is in its place
+
+
+def _write_rows(folder: Path, temporary: Path, own: dict[str, Tensor]) -> dict[str, FileSeal]:
+    """Write the file of this rank's rows of a checkpoint; the seals of all ranks' files."""
+    path, found = temporary / _file(FEATURES.rank), {}
+
+    def write() -> None:
+        with system_errors(str(folder)):
+            save_file(own, path)
+            fsync_path(path)
+            found[path.name] = seal_of(path)
+
+    ranks.together(write)
+    return {name: seal for each in distributed.everyones(found) for name, seal in each.items()}
 
 
 def load(
@@ -104,6 +118,9 @@ def load(
     groups, state = checkpoint.load(folder)
     shards = state.pop("shards", None)
     if shards is not None:
+        # each rank looks at some of the files; who finds one damaged ends all
+        names = [_file(n) for n in range(int(shards)) if n % FEATURES.size == FEATURES.rank]
+        checkpoint.check(folder, state, names)
         for flat, value in _read_rows(folder, int(shards)).items():
             group, _, name = flat.partition("/")
             groups.setdefault(group, {})[name] = value

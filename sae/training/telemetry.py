@@ -1,21 +1,27 @@
 """Measurements during training: metrics.jsonl always; W&B or TensorBoard besides, when asked for.
 
-metrics.jsonl has one line of JSON a measurement, in the order of the steps.
+metrics.jsonl has one line of JSON a measurement, in the order of the steps. Each ends with a
+checksum of itself and of all lines before it: one that is changed, lost or moved is found.
 """
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from saescope.artefact import sha256_json, write_bytes
+from saescope.artefact import DamagedError, fsync_path, sha256_json, write_bytes
 from saescope.errors import InputError
+from saescope.progress import say
+from saescope.seals import FileSeal, crc32c_text
 
 SinkKind = Literal["none", "wandb", "tensorboard"]
 _MODULES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
 _PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
 _PROJECT = "saescope"
+CHECKSUM = "crc32c"
+NOTHING = "00000000"
+"""the checksum of no lines"""
 
 
 class Sink(Protocol):
@@ -31,21 +37,47 @@ class Sink(Protocol):
 
 
 class MetricsLog:
-    """Append measurements; a resumed run first drops what came after its checkpoint."""
+    """Append measurements; a resumed run first drops what came after its checkpoint.
 
-    def __init__(self, path: Path, *, resume_step: int = 0, sinks: Sequence[Sink] = ()) -> None:
+    Args: sealed is what `seal` gave when that checkpoint was taken; None if nothing is known.
+
+    Raises DamagedError if a line is not as it was written, or lines are missing.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        resume_step: int = 0,
+        sinks: Sequence[Sink] = (),
+        sealed: FileSeal | None = None,
+    ) -> None:
         self.path = path
         self.sinks = tuple(sinks)
-        lines = read_metrics(path) if path.exists() else []
-        kept = [line for line in lines if line["step"] <= resume_step] if resume_step else []
-        write_bytes(path, "".join(map(_line, kept)).encode())
+        lines = read_metrics(path) if path.exists() and resume_step else []
+        data, self._crc = _text(line for line in lines if line["step"] <= resume_step)
+        if sealed is not None and sealed != {"bytes": len(data), CHECKSUM: self._crc}:
+            if path.exists():
+                raise DamagedError(
+                    "lines that were there when the checkpoint was taken are missing; put the file "
+                    "back, or move it away: the run then goes on without what it says",
+                    where=str(path), kind="truncated",
+                )  # fmt: skip
+            say(f"{path}: is missing; measurements up to step {resume_step:,} are lost")
+        write_bytes(path, data)
 
     def append(self, step: int, **values: Any) -> None:
         """Add one line and flush it."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(_line({"step": step, **values}))
+        line, self._crc = _sealed({"step": step, **values}, self._crc)
+        with self.path.open("ab") as stream:
+            stream.write(line)
         for sink in self.sinks:
             sink.log(step, flattened(values))
+
+    def seal(self) -> FileSeal:
+        """The file's size and checksum as it is now; it is flushed to the disk."""
+        fsync_path(self.path)
+        return {"bytes": self.path.stat().st_size, CHECKSUM: self._crc}
 
     def close(self) -> None:
         """Close the sinks."""
@@ -53,14 +85,59 @@ class MetricsLog:
             sink.close()
 
 
-def _line(values: dict[str, Any]) -> str:
-    return json.dumps(values, allow_nan=False) + "\n"
+def _sealed(values: Mapping[str, Any], before: str) -> tuple[bytes, str]:
+    """A line that ends with the checksum of it and of all ahead of it; the file's after it.
+
+    Args: before is the file's checksum up to the line.
+    """
+    crc = crc32c_text(json.dumps(values, allow_nan=False).encode(), before)
+    line = json.dumps({**values, CHECKSUM: crc}, allow_nan=False).encode() + b"\n"
+    return line, crc32c_text(line, before)
+
+
+def _text(measurements: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]:
+    parts, crc = [], NOTHING
+    for values in measurements:
+        line, crc = _sealed(values, crc)
+        parts.append(line)
+    return b"".join(parts), crc
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a metrics.jsonl (a torn last line, after a kill, is not one)."""
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """Every whole line of a metrics.jsonl (a torn last line, after a kill, is not one).
+
+    Raises DamagedError, with the number of the line, if one is not as it was written.
+    """
+    *lines, rest = path.read_bytes().split(b"\n")
+    found = [_parsed(line, number, path) for number, line in enumerate(lines, 1)]
+    if _is_whole(rest[:-1]):  # a line, and then something else than its end
+        raise DamagedError(f"line {len(lines) + 1} is damaged", where=str(path))
+    if not any(CHECKSUM in values for values in found):  # of older versions
+        return found
+    crc = NOTHING
+    for number, (line, values) in enumerate(zip(lines, found, strict=True), 1):
+        values.pop(CHECKSUM, None)
+        whole, crc = _sealed(values, crc)
+        if whole != line + b"\n":
+            raise DamagedError(f"line {number} is damaged, or lines ahead of it", where=str(path))
+    return found
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parsed(line: bytes, number: int, path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise DamagedError(f"line {number} is damaged", where=str(path))
+    return values
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -101,8 +101,9 @@ class Trainer:
         """tokens trained on"""
         self.dead_after = config.dead_after(total_steps * config.batch_size)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.b_dec.device)
+        logged = None
         if (folder / CHECKPOINT).exists():
-            self._restore()
+            logged = self._restore().get("metrics")
         ranks.check_alike("their step or kernels", (self.step, self.numerics.kernels))
         self.log: MetricsLog | None = None
         if ranks.first():
@@ -110,7 +111,9 @@ class Trainer:
                 config.telemetry, folder, folder.name, to_dict(config), tag=tag,
                 resume_step=self.step,
             )  # fmt: skip
-            self.log = MetricsLog(folder / METRICS, resume_step=self.step, sinks=extra)
+            self.log = MetricsLog(
+                folder / METRICS, resume_step=self.step, sinks=extra, sealed=logged
+            )
 
     @property
     def finished(self) -> bool:
@@ -293,10 +296,11 @@ class Trainer:
                 "controller": self.controller.state_dict() if self.controller else None,
                 "last_held_out": self.last_held_out,
                 "numerics": self.numerics.state_dict(),
+                "metrics": self.log.seal() if self.log else None,
             },
         )
 
-    def _restore(self) -> None:
+    def _restore(self) -> dict[str, Any]:
         tensors, state = shards.load(self.folder / CHECKPOINT, self.sae)
         if state["tag"] != self.tag:
             raise InputError(
@@ -315,6 +319,7 @@ class Trainer:
         self.step, self.last_held_out = state["step"], state["last_held_out"]
         # older checkpoints do not say, and took rows for tokens
         self.tokens = state.get("tokens", self.step * self.config.batch_size)
+        return state
 
 
 def _check_first_rows(sae: SparseAutoencoder, config: TrainerConfig) -> None:

@@ -219,13 +219,15 @@ def test_newer_and_damaged_folders_are_refused(tmp_path) -> None:
     weights = folder / "weights.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ArtefactError, match="damaged weights"):
+    with pytest.raises(ArtefactError, match=r"weights\.safetensors: damaged weights"):
         load(folder)
     weights.unlink()
-    with pytest.raises(ArtefactError, match="weights are missing"):
+    with pytest.raises(
+        ArtefactError, match=r"weights\.safetensors: damaged weights: the file is missing"
+    ):
         load(folder)
     text = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(text.replace('"schema": 2', '"schema": 99'))
+    (folder / "config.json").write_text(text.replace('"schema": 3', '"schema": 99'))
     with pytest.raises(ArtefactError, match=r"newer saescope \(schema 99"):
         load(folder)
     with pytest.raises(ArtefactError, match="no SAE here"):
