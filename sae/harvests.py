@@ -12,6 +12,7 @@ from activations.zarr_store import Chunk
 from sae.base import SparseAutoencoder
 from sae.evaluation.reconstruction import Piece
 from sae.expectations import warn_of_model
+from sae.provenance import differing, refuse_other
 from sae.sites import Placed, placed
 from saescope.errors import InputError
 
@@ -97,10 +98,12 @@ def open_harvest(
     site: str | None = None,
     *,
     behind_lens: bool = False,
+    allow_other_model: bool = False,
 ) -> tuple[ActivationStore, Placed]:
     """The harvest given, or the one an SAE was trained on, and the SAE at its sites there.
 
-    Args: site is for an SAE of several layers, or one that names none.
+    Args: site is for an SAE of several layers, or one that names none; allow_other_model, for a
+    harvest of another model than the SAE was trained on.
 
     Raises InputError if it is not complete or does not fit the SAE.
     """
@@ -118,12 +121,8 @@ def open_harvest(
                 f"width of {', '.join(names)} differs from the SAE's", where=str(chosen),
                 given=found, allowed=str(width),
             )  # fmt: skip
-    trained_on, found = sae.metadata.get("weights_hash"), harvest.manifest["model"]["weights_hash"]
-    if trained_on and trained_on != found:
-        raise InputError(
-            "was harvested from another model than the SAE's", where=str(chosen), given=found,
-            allowed=trained_on,
-        )  # fmt: skip
+    model = harvest.manifest["model"]
+    refuse_other(sae, differing(sae, model), model["spec"], str(chosen), allow_other_model)
     has_bos = harvest.manifest["config"].get("prepend_bos")
     if has_bos is None:  # as the tokenizer does
         has_bos = harvest.manifest["model"].get("bos_token_id") is not None
@@ -145,6 +144,8 @@ def load_harvested_model(harvest: ActivationStore, dtype: str) -> Model:
             "without it with tokens = 0)", where=str(harvest.path), given=kind,
         )  # fmt: skip
     model = load_model(facts["spec"], dtype=dtype, revision=facts["revision"])
-    if model.weights_hash != facts["weights_hash"]:
-        raise InputError("is not the model that was harvested", where=facts["spec"])
+    for name in ("weights_hash", "tokenizer_hash"):
+        if name in facts and getattr(model, name) != facts[name]:
+            what = f"is not the model that was harvested ({name} differs)"
+            raise InputError(what, where=facts["spec"])
     return model

@@ -3,7 +3,6 @@
 Rows are encoded a chunk at a time and handed on sparse: nothing of size [tokens, d_sae] exists.
 """
 
-import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ from sae.base import SparseAutoencoder, kind_of
 from sae.formats.hub import SCHEME, evaluation_of
 from sae.harvests import load_harvested_model, open_harvest, read_chunk
 from sae.loading import load
+from sae.provenance import weights_hash
 from sae.sites import Placed
 from saescope.config import Config, to_dict
 from saescope.errors import InputError, check_range
@@ -54,6 +54,8 @@ class IndexConfig(Config):
     """Most raised and most lowered tokens kept of each feature."""
     neighbours: int = 10
     """Nearest decoder directions kept of each feature."""
+    allow_other_model: bool = False
+    """Index a harvest of another model than the SAE was trained on."""
     replace: bool = False
     """Build anew even if the store is there already."""
 
@@ -76,7 +78,10 @@ def index(config: IndexConfig) -> Path:
         say(f"{path}: already built (--replace builds it anew)")
         return path
     harvest, place = open_harvest(
-        load(config.run, target_site=config.target_site), config.harvest, config.site
+        load(config.run, target_site=config.target_site),
+        config.harvest,
+        config.site,
+        allow_other_model=config.allow_other_model,
     )
     sae = place.sae
     if sae.signed:
@@ -116,6 +121,7 @@ def _meta(config: IndexConfig, place: Placed, harvest: ActivationStore) -> dict[
         "name": Path(config.out).resolve().name,
         "model": harvest.manifest["model"]["name"],
         "model_spec": harvest.manifest["model"]["spec"],
+        **({"allow_other_model": True} if config.allow_other_model else {}),
         "site": place.read[0],
         **({"sites": list(place.read)} if len(place.read) > 1 else {}),
         **({"target_site": place.written[0]} if place.written != place.read else {}),
@@ -136,15 +142,6 @@ def _meta(config: IndexConfig, place: Placed, harvest: ActivationStore) -> dict[
         "metrics": metrics,
         "protocol": measured.get("protocol_hash"),
     }
-
-
-def weights_hash(sae: SparseAutoencoder) -> str:
-    """sha256 over an SAE's parameters, which decide what its features are."""
-    digest = hashlib.sha256()
-    for name, value in sorted(sae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _add_sequences(writer: StoreWriter, harvest: ActivationStore) -> None:

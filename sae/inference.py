@@ -31,11 +31,17 @@ class TextFeatures:
 
 @torch.inference_mode()
 def features_of_text(
-    model: Model, sae: SparseAutoencoder, text: str, *, site: str | None = None
+    model: Model,
+    sae: SparseAutoencoder,
+    text: str,
+    *,
+    site: str | None = None,
+    allow_other_model: bool = False,
 ) -> TextFeatures:
     """The features that fire on each token of a text.
 
     Args: site is where, if not the site the SAE was trained at; which layer, for one of several.
+    allow_other_model: read a model with an SAE that was trained on another; it is said.
 
     Raises InputError if the text is empty or longer than the model's context, or the SAE does not
     fit the model.
@@ -48,7 +54,7 @@ def features_of_text(
             "the text is longer than the model's context", where="features_of_text",
             given=f"{len(ids)} tokens", allowed=f"up to {model.n_ctx}",
         )  # fmt: skip
-    place = place_of(model, sae, site)
+    place = place_of(model, sae, site, allow_other_model=allow_other_model)
     tokens = torch.tensor([ids])
     captured = model.capture(tokens, place.read)
     activation = torch.cat([captured[name][0].float() for name in place.read], dim=-1)

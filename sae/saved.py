@@ -153,9 +153,11 @@ def _check_types(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], folder: 
         shorter = own.is_floating_point() and found.is_floating_point
         if found != own.dtype and not (shorter and found.itemsize <= own.dtype.itemsize):
             raise ArtefactError(
-                f"{name} is of another type", where=str(folder / WEIGHTS_FILE), given=str(found),
+                f"{name} is of another type",
+                where=str(folder / WEIGHTS_FILE),
+                given=str(found),
                 allowed=f"{own.dtype}" + (" or shorter" if own.is_floating_point() else ""),
-            )  # fmt: skip
+            )
 
 
 def _take_normalisers(

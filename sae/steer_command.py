@@ -38,6 +38,8 @@ class SteerConfig(Config):
     """Multiply a feature's activation, e.g. 123=0.5."""
     ablate: tuple[int, ...] = ()
     """Features to switch off."""
+    allow_other_model: bool = False
+    """Steer with an SAE that was trained on another model (base and fine-tuned, say)."""
     store: str | None = None
     """A feature store to choose a feature from, if no edit is given."""
     strength: float = 1.5
@@ -147,7 +149,14 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
 
     plain = generate()
     with steer(
-        model, sae, add=add, clamp=clamp, scale=scale, ablate=config.ablate, site=config.site
+        model,
+        sae,
+        add=add,
+        clamp=clamp,
+        scale=scale,
+        ablate=config.ablate,
+        site=config.site,
+        allow_other_model=config.allow_other_model,
     ):
         steered = generate()
     described = {

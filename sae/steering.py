@@ -21,6 +21,7 @@ from torch import Tensor
 from activations import Model
 from sae.base import SparseAutoencoder
 from sae.expectations import warn_of_model
+from sae.provenance import check_trained_on
 from sae.sites import Placed, placed
 from saescope.errors import InputError
 from saescope.integers import as_index, as_indices
@@ -99,6 +100,7 @@ def steer(
     scale: Mapping[int, float] | None = None,
     positions: Positions = "kept",
     site: str | None = None,
+    allow_other_model: bool = False,
 ) -> Iterator[None]:
     """Within the block, every run of the model has the SAE's features edited at its site.
 
@@ -107,16 +109,19 @@ def steer(
         list
             of absolute positions.
         site: where, if not the site the SAE was trained at; which layer, for one of several.
+        allow_other_model: steer with an SAE of another model (a base model's on what was fine-tuned
+            from it); it is said.
 
     Raises InputError for wrong features, positions, or a site of another width, for an SAE of
-    several layers without a site, and for a crosscoder.
+    several layers without a site, for a crosscoder, and for an SAE that was trained on other
+    weights than the model's.
 
     >>> with steer(model, sae, add={123: 8.0}):                              # doctest: +SKIP
     ...     model.generate("The weather today", max_new_tokens=40)
     """
     edits = FeatureEdits.make(sae.d_sae, add, clamp, ablate, scale)
     selects = _selector(positions)
-    place = place_of(model, sae, site, where="steer")
+    place = place_of(model, sae, site, where="steer", allow_other_model=allow_other_model)
     if not edits:
         yield
         return
@@ -131,13 +136,14 @@ def splice(
     *,
     positions: Positions = "kept",
     site: str | None = None,
+    allow_other_model: bool = False,
 ) -> Iterator[None]:
     """Within the block, the model goes on with the SAE's reconstruction, without the error term.
 
     Raises InputError as `steer` does.
     """
     selects = _selector(positions)
-    place = place_of(model, sae, site, where="splice")
+    place = place_of(model, sae, site, where="splice", allow_other_model=allow_other_model)
 
     def change(x: Tensor, h: Tensor) -> Tensor:
         return place.sae(x).x_hat.to(h.dtype)
@@ -147,9 +153,16 @@ def splice(
 
 
 def place_of(
-    model: Model, sae: SparseAutoencoder, site: str | None, *, where: str | None = None
+    model: Model,
+    sae: SparseAutoencoder,
+    site: str | None,
+    *,
+    where: str | None = None,
+    allow_other_model: bool = False,
 ) -> Placed:
     """The SAE at its sites of a model; InputError if none is known or a width is not the SAE's.
+
+    And if it was trained on another model, unless that is allowed.
 
     Args: where names what cannot be done with a crosscoder, and refuses one.
     """
@@ -173,6 +186,7 @@ def place_of(
                 "width differs from the SAE's", where=", ".join(names), given=found,
                 allowed=str(width),
             )  # fmt: skip
+    check_trained_on(model, sae, where=where or "SAE", allow_other_model=allow_other_model)
     return place._replace(read=read, written=written)
 
 

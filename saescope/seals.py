@@ -70,6 +70,6 @@ def check_files(
         check_file(folder / name, listed.get(name) if isinstance(listed, Mapping) else None, what)
 
 
-def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+def write_sealed(path: str | Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object that carries its own sha256, atomically."""
     write_json(path, {**value, SEAL: sha256_json(dict(value))})

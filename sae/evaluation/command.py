@@ -13,15 +13,17 @@ from sae.base import SparseAutoencoder
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.intervals import PROTOCOL, shown
 from sae.evaluation.reconstruction import Piece, Reconstruction, measure_reconstruction, pool
+from sae.evaluation.written import SCHEMA
 from sae.formats.hub import evaluation_file
 from sae.harvests import held_out_pieces, load_harvested_model, open_harvest
 from sae.loading import load
 from sae.sites import Placed
 from sae.training.outliers import OutlierFilter
-from saescope.artefact import sha256_json, write_json
+from saescope.artefact import sha256_json
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 from saescope.progress import say
+from saescope.seals import write_sealed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class EvaluateConfig(Config):
     """Held-out tokens that the model is run on for delta CE and KL; 0 leaves these out."""
     batch: int = 4
     """Sequences a run of the model."""
+    allow_other_model: bool = False
+    """Measure on a harvest of another model than the SAE was trained on."""
     out: str | None = None
     """File to write; if not given, evaluation.json in the run's folder, and for an SAE on the hub
     OWNER--REPO--FOLDER.evaluation.json here."""
@@ -64,7 +68,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     layers = list(sae.site_normalisers) if config.site is None else []
     one = None if sae.concatenates else config.site
     harvest, place = open_harvest(
-        sae, config.harvest, layers[0] if layers else one, behind_lens=True
+        sae,
+        config.harvest,
+        layers[0] if layers else one,
+        behind_lens=True,
+        allow_other_model=config.allow_other_model,
     )
     measured = _reconstruction(config, sae, harvest, place, layers)
     reconstruction = {k: v for k, v in vars(measured).items() if k != "density"}
@@ -86,12 +94,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         downstream, facts = _downstream(place, harvest, config)
         protocol.update(facts)
     result = {
+        "schema": SCHEMA,
         "protocol": protocol,
         "protocol_hash": sha256_json(protocol),
         "reconstruction": reconstruction,
         "downstream": downstream,
     }
-    write_json(config.out or evaluation_file(config.run), result)
+    write_sealed(config.out or evaluation_file(config.run), result)
     for line in report(result):
         say(line)
     return result
@@ -120,7 +129,9 @@ def _reconstruction(
         return measure_reconstruction(place.sae, rows, columns=columns)
     found = {}
     for site in layers:
-        _, here = open_harvest(sae, config.harvest, site, behind_lens=True)
+        _, here = open_harvest(
+            sae, config.harvest, site, behind_lens=True, allow_other_model=config.allow_other_model
+        )
         rows = seen(held_out_pieces(harvest, here, config.rows), here)
         found[site] = measure_reconstruction(here.sae, rows)
     return pool(found)

@@ -7,16 +7,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sae.base import SparseAutoencoder
+from sae.evaluation.written import EVALUATION_FILE, read_evaluation
 from sae.formats import format_named, formats
 from sae.formats.card import model_card
-from saescope.artefact import read_json, write_bytes
+from saescope.artefact import write_bytes
 from saescope.errors import ArtefactError, InputError
 
 SCHEME = "hf://"
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _REVISION = re.compile(r"(refs/(?:pr|convert)/[^/]+|[^/]+)(?:/(.*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-EVALUATION_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,4 +174,4 @@ def evaluation_file(source: str | Path) -> Path:
 def evaluation_of(source: str | Path) -> dict[str, Any] | None:
     """What `saescope eval` wrote beside an SAE or a run; None where it did not."""
     path = evaluation_file(source)
-    return read_json(path) if path.is_file() else None
+    return read_evaluation(path) if path.is_file() else None

@@ -310,6 +310,7 @@ class Run:
             "model_spec": model["spec"],
             "model_revision": model["revision"],
             "weights_hash": model["weights_hash"],
+            **({"tokenizer_hash": model["tokenizer_hash"]} if "tokenizer_hash" in model else {}),
             "harvest": str(config.harvest),
             "harvest_hash": self.harvest.hash,
             "context": self.harvest.context,

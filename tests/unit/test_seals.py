@@ -141,13 +141,13 @@ def test_numbers_that_cannot_be_are_refused(
     assert str(folder) in str(found.value)
 
 
-@pytest.mark.parametrize("variance", [0, -1.0, float("inf"), "1", True, None])
-def test_a_variance_that_cannot_be_is_refused(folder: Path, variance: object) -> None:
+@pytest.mark.parametrize("variance", ["0", "-1.0", "1e999", '"1"', "true", "null"])
+def test_a_variance_that_cannot_be_is_refused(folder: Path, variance: str) -> None:
     path = folder / "config.json"
     unseal(path, schema=2)
     described = json.loads(path.read_text())
-    described["normalisers"][""]["variance"] = variance
-    path.write_text(json.dumps(described))
+    described["normalisers"][""]["variance"] = "here"
+    path.write_text(json.dumps(described).replace('"here"', variance))
     with pytest.raises(ArtefactError, match="the normaliser has an impossible variance"):
         load(folder)
 
@@ -171,7 +171,7 @@ def test_a_threshold_of_nothing_is_one(tmp_path: Path) -> None:
     assert load(tmp_path / "sae").state_dict()["log_threshold"][0] == -torch.inf
     with torch.no_grad():
         sae.log_threshold[0] = torch.nan
-    sae.save(tmp_path / "sae")
+    sae.save(tmp_path / "sae", replace=True)
     with pytest.raises(ArtefactError, match="log_threshold has 1 values of 24 that are NaN"):
         load(tmp_path / "sae")
 
