@@ -15,7 +15,7 @@ from saescope.errors import InputError
 NormaliserKind = Literal["none", "unit_mean_square", "sqrt_d", "centred", "standardised"]
 _EPS = 1e-5
 """added to a vector's deviation before it divides (Lawson et al. 2024)"""
-_ROUNDING = (8 * 2.0**-23) ** 2
+ROUNDING = (8 * 2.0**-23) ** 2
 """float32 makes equal activations vary by so much of their mean square"""
 
 
@@ -165,7 +165,7 @@ class Normaliser:
 
 
 def _check_varies(variance: float, mean_square: float) -> None:
-    if not variance > _ROUNDING * mean_square:
+    if not variance > ROUNDING * mean_square:
         raise InputError(
             "the activations do not vary, but for rounding",
             where="normaliser",

@@ -17,6 +17,7 @@ from sae.codes import SparseCodes
 from sae.distributed import FEATURES, ROWS
 from sae.evaluation.intervals import by_cluster, half_width
 from sae.finite import check_rows
+from sae.normaliser import ROUNDING
 from saescope.errors import InputError
 
 _ROWS = 4096
@@ -67,6 +68,11 @@ class Piece(NamedTuple):
     document: Tensor | None = None
     """int64 [rows]"""
 
+    def rows(self, chosen: slice) -> "Piece":
+        """Some of the rows."""
+        document = None if self.document is None else self.document[chosen]
+        return Piece(self.x[chosen], self.target[chosen], document)
+
 
 Rows = Tensor | tuple[Tensor, Tensor] | Piece
 """x [rows, d_in], or it and what it is to predict [rows, d_out], or these with their documents"""
@@ -100,8 +106,7 @@ def measure_reconstruction(
     for each in rows():
         piece = _piece(each)
         for start in range(0, len(piece.x), _ROWS):
-            part = slice(start, start + _ROWS)
-            sums.add(sae, Piece(*(None if own is None else own[part] for own in piece)))
+            sums.add(sae, piece.rows(slice(start, start + _ROWS)))
     return sums.result()
 
 
@@ -132,7 +137,10 @@ def pool(layers: Mapping[str, Reconstruction]) -> Reconstruction:
 
 
 def _piece(rows: Rows) -> Piece:
-    return Piece(rows, rows) if isinstance(rows, Tensor) else Piece(*rows)
+    if isinstance(rows, Piece):
+        return rows
+    x, target = (rows, rows) if isinstance(rows, Tensor) else rows
+    return Piece(x, target)
 
 
 class _Sums:
@@ -181,8 +189,12 @@ class _Sums:
         self._of_all_ranks()
         error, variance = torch.cat(self.errors), torch.cat(self.variances)
         total = float(variance.sum())
-        if not total > 0:
-            raise InputError("all activations are equal, so FVU is undefined", where="evaluation")
+        # (sum ||t||)^2 / rows is at most sum ||t||^2
+        if not total > ROUNDING * self.in_norm**2 / self.rows:
+            raise InputError(
+                "all activations are equal, but for rounding, so FVU is undefined",
+                where="evaluation",
+            )
         fvu = float(error.sum()) / total
         documents = None
         if self.documented:

@@ -44,5 +44,5 @@ def test_pages_show_small_activations() -> None:
     )
     assert "+1.23e-3" in effects_html([("a", 0.00123)], [("b", -0.002)])
     histogram = Histogram(edges=np.linspace(0, 4e-3, 5), counts=np.array([1, 2, 3, 4]))
-    (bars,) = figures.activation_histogram(histogram).data
-    assert bars.hovertext[0] == "0.0000 to 0.0010: 1 positions"
+    figure = figures.activation_histogram(histogram).to_dict()
+    assert figure["data"][0]["hovertext"][0] == "0.0000 to 0.0010: 1 positions"

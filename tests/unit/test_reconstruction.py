@@ -189,6 +189,7 @@ def test_interval_covers() -> None:
     for _ in range(200):
         x = torch.randn(400, D, generator=generator) * torch.arange(1.0, D + 1)
         found = measure_reconstruction(Drop(), lambda x=x: iter([x]))
+        assert found.fvu_interval is not None
         covered += abs(found.fvu - truth) < found.fvu_interval
     assert 180 <= covered <= 198
 
@@ -198,3 +199,12 @@ def test_nothing_to_measure() -> None:
         measure_reconstruction(Identity(), lambda: iter([]))
     with pytest.raises(InputError, match="FVU is undefined"):
         measure_reconstruction(Identity(), lambda: iter([torch.ones(4, D)]))
+
+
+def test_rows_that_are_equal_but_for_rounding_have_no_fvu() -> None:
+    x = torch.full((100, D), 0.1) * (1 + 1e-7 * torch.randn(100, D))
+    assert x.unique().numel() > 1
+    with pytest.raises(InputError, match="but for rounding, so FVU is undefined"):
+        measure_reconstruction(Identity(), lambda: iter([x]))
+    with pytest.raises(InputError, match="rows of activations that are not finite"):
+        measure_reconstruction(Identity(), lambda: iter([x, x / 0]))
