@@ -136,11 +136,16 @@ class TextEncoder(RawModel):
         size = context - len(self._before) - len(self._after)
         for batch in _batched(documents):
             encoded = self._text.encode_batch([document.text for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
+            for document, ids in zip(batch, map(self._own, encoded), strict=True):
                 starts = range(0, max(1, len(ids)), size)
                 parts = [[*self._before, *ids[s : s + size], *self._after] for s in starts]
                 counts.add(document, sum(map(len, parts)))
                 yield document, parts
+
+    def _own(self, ids: list[int]) -> list[int]:
+        """A text's tokens without the special ones before it, where it brings them itself."""
+        own = len(self._before) if self._before and ids[: len(self._before)] == self._before else 0
+        return ids[own:]
 
     def inputs(
         self, group: Sequences, chosen: NDArray[np.int64]

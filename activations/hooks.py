@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from activations.kept import Places, Run
 from saescope.errors import InputError
 
 EditFunction = Callable[[Tensor, Tensor], Tensor | None]
+"""an activation [batch, position, d_in] and its positions, to what replaces it"""
+PlacedEdit = Callable[[Tensor, Places], Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,16 @@ class HookTarget:
     raw: bool = False
     """A module by its path: of any shape with a batch, and perhaps changed in place later on."""
 
-    def read(self, value: Tensor) -> Tensor:
-        """The site's part [batch, position, d_in] of the module's input, output or update."""
+    def read(self, value: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """The site's part [batch, position, d_in] of the module's input, output or update.
+
+        Args: shape is the [batch, position] of the run's tokens, where it has tokens: some modules
+        see them in one row.
+        """
+        if shape is not None and value.ndim == 2 and len(value) == shape[0] * shape[1]:
+            value = value.view(*shape, -1)
+        if shape is not None and value.ndim == 3 and len(value) == 1 != shape[0]:
+            value = value.expand(shape[0], -1, -1)  # embeddings of positions, for all rows
         if self.raw and value.ndim == 2:
             return value[:, None]
         if self.raw and value.ndim == 4:
@@ -43,19 +54,19 @@ class HookTarget:
             )
         return value if self.columns is None else value[..., self.columns]
 
-    def keep(self, value: Tensor) -> Tensor:
+    def keep(self, value: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """`read`, safe from what an edit, or a module that works in place, changes later."""
-        read = self.read(value)
+        read = self.read(value, shape)
         return read.clone() if self.in_place or self.raw else read
 
     def write(self, value: Tensor, edited: Tensor) -> Tensor:
         """The module's input, output or update with the site's part replaced."""
         if value.ndim == 2:
-            return edited[:, 0]
+            return edited.reshape(value.shape)
         if value.ndim == 4:
             return edited.transpose(1, 2).reshape(value.shape)
         if self.columns is not None:
-            value = value.clone()
+            value = value.expand(len(edited), -1, -1).clone()
             value[..., self.columns] = edited
             return value
         return value.copy_(edited) if self.in_place else edited
@@ -148,12 +159,17 @@ def _before(target: HookTarget, see: Callable[[Tensor], Tensor | None]) -> Calla
 
 
 def run_until_captured(
-    targets: Sequence[HookTarget], run: Callable[[], object]
+    targets: Sequence[HookTarget],
+    run: Callable[[], object],
+    shape: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """Run a forward pass, keep each target's activation, and stop once all have been seen.
 
-    Of a module that is called several times, the first call's. Raises InputError for a site whose
-    module this model's forward pass never calls.
+    Of a module that is called several times, the first call's.
+
+    Args: shape is the [batch, position] of the tokens, where the run is over tokens.
+
+    Raises InputError for a site whose module this model's forward pass never calls.
     """
     found: dict[str, Tensor] = {}
 
@@ -161,7 +177,7 @@ def run_until_captured(
         def see(value: Tensor) -> None:
             if target.site in found:
                 return
-            found[target.site] = target.keep(value)
+            found[target.site] = target.keep(value, shape)
             if len(found) == len(wanted):
                 raise _AllFound
 
@@ -227,9 +243,13 @@ def _check_reached(wanted: Mapping[str, object], found: Mapping[str, object]) ->
 
 
 def shapes_of(
-    targets: Sequence[HookTarget], run: Callable[[], object]
+    targets: Sequence[HookTarget],
+    run: Callable[[], object],
+    shape: Sequence[int] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Run a whole forward pass; the shape [batch, position, d_in] of each target's activation.
+
+    Args: shape is the [batch, position] of the tokens, where the run is over tokens.
 
     Raises InputError for a site whose module the pass never calls, or calls more than once: one
     tensor would have to stand for several.
@@ -238,7 +258,7 @@ def shapes_of(
 
     def seeing(target: HookTarget) -> Callable[[Tensor], None]:
         def see(value: Tensor) -> None:
-            found.setdefault(target.site, []).append(tuple(target.read(value).shape))
+            found.setdefault(target.site, []).append(tuple(target.read(value, shape).shape))
 
         return see
 
@@ -260,23 +280,24 @@ def shapes_of(
 
 
 @contextmanager
-def splicing(base: nn.Module, edits: Sequence[tuple[HookTarget, EditFunction]]) -> Iterator[None]:
-    """Replace activations while the context lasts; see `Model.edit`."""
-    first_position = 0
+def splicing(
+    base: nn.Module,
+    edits: Sequence[tuple[HookTarget, PlacedEdit]] | Sequence[tuple[HookTarget, EditFunction]],
+    run: Run | None = None,
+) -> Iterator[None]:
+    """Replace activations while the context lasts; see `Model.edit`.
 
-    def count_cached(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
-        nonlocal first_position
-        past = kwargs.get("past_key_values")
-        length = getattr(past, "get_seq_length", None)
-        first_position = int(length()) if length is not None else 0
+    Args: base is the model. With run, edits get the `Places` of a pass over texts; without, the
+    places of the activation itself [position].
+    """
 
-    def seeing(target: HookTarget, function: EditFunction) -> Callable[[Tensor], Tensor | None]:
+    def seeing(target: HookTarget, function: Any) -> Callable[[Tensor], Tensor | None]:
         def see(value: Tensor) -> Tensor | None:
-            x = target.read(value)
+            places = None if run is None else run.places
+            x = target.read(value, None if places is None else places.position.shape)
             if target.in_place and x.requires_grad:
                 x = x.clone()  # autograd may need what the function saw, and the value changes
-            last = first_position + x.shape[1]
-            new = function(x, torch.arange(first_position, last, device=x.device))
+            new = function(x, torch.arange(x.shape[1]) if places is None else places)
             if new is None:
                 return None
             if new.shape != x.shape:
@@ -288,7 +309,10 @@ def splicing(base: nn.Module, edits: Sequence[tuple[HookTarget, EditFunction]]) 
 
         return see
 
-    handles: list[Any] = [base.register_forward_pre_hook(count_cached, with_kwargs=True)]
+    handles: list[Any] = []
+    if run is not None:
+        inner = getattr(base, "base_model", base)  # what is called where no logits are wanted
+        handles += run.watch([base, inner] if isinstance(inner, nn.Module) else [base])
     try:
         for target, function in edits:
             handles += _hook(target, seeing(target, function))
@@ -296,3 +320,12 @@ def splicing(base: nn.Module, edits: Sequence[tuple[HookTarget, EditFunction]]) 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def by_position(function: EditFunction) -> PlacedEdit:
+    """An edit by positions alone: [position], or where rows differ in them [batch, position]."""
+
+    def edit(x: Tensor, places: Places) -> Tensor | None:
+        return function(x, places.position if places.shared is None else places.shared)
+
+    return edit

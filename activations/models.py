@@ -1,6 +1,7 @@
 """Language models: load one by name or folder, read and replace activations, generate text."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,7 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from activations import sites as vocabulary
-from activations.hooks import EditFunction, run_until_captured, shapes_of, splicing
+from activations.hooks import (
+    EditFunction,
+    PlacedEdit,
+    by_position,
+    run_until_captured,
+    shapes_of,
+    splicing,
+)
+from activations.kept import Run, kept, positions_of, real_tokens
 from activations.model_config import DenoisingConfig, ModelConfig
 from activations.model_files import (
     DTYPES,
@@ -208,7 +217,8 @@ class Model:
     def _module_width(self, site: str) -> int:
         tokens = self._checked(torch.zeros(3, 2, dtype=torch.long))
         with torch.no_grad():
-            shapes = shapes_of([self._sites.target(site)], lambda: self._run(tokens))
+            target = self._sites.target(site)
+            shapes = shapes_of([target], lambda: self._run(tokens), tokens.shape)
         if shapes[site][:2] != tokens.shape:
             raise InputError(
                 "this module's activation has not one row a token", where=site,
@@ -216,37 +226,75 @@ class Model:
             )  # fmt: skip
         return shapes[site][2]
 
-    def _run(self, tokens: Tensor) -> object:
-        return self.hf.base_model(input_ids=tokens, use_cache=False)
+    def _run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> object:
+        padding = self._padding(self.hf.base_model, tokens, attention_mask)
+        return self.hf.base_model(input_ids=tokens, use_cache=False, **padding)
+
+    def _padding(
+        self, module: Any, tokens: Tensor, attention_mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """How a module of transformers is told what is padding, and where each text begins."""
+        if attention_mask is None:
+            return {}
+        real = real_tokens(tokens, attention_mask)
+        if bool(real.all()):
+            return {}
+        takes = inspect.signature(module.forward).parameters
+        if "attention_mask" not in takes:
+            raise InputError(
+                "this model takes no attention mask; run one text at a time", where=self.spec
+            )
+        found = {"attention_mask": real.long()}
+        if "position_ids" in takes:
+            found["position_ids"] = positions_of(real).clamp(min=0)
+        return found
 
     def capture(
-        self, tokens: Int[Tensor, "batch pos"], sites: Sequence[str]
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        sites: Sequence[str],
+        *,
+        attention_mask: Tensor | None = None,
     ) -> dict[str, Float[Tensor, "batch pos d_in"]]:
         """Activations at the sites, in the model's precision; nothing deeper is computed.
 
-        Raises InputError for an unknown site, or for more positions than the model has.
+        Args: attention_mask [batch, pos] is 1 at tokens and 0 at padding, on whatever side, as a
+        tokenizer gives it for texts of several lengths; each text's activations are then those that
+        it has alone (those at padding mean nothing), and `keep_mask` with it says which count.
+
+        Raises InputError for an unknown site, a wrong mask, or more positions than the model has.
         """
         tokens = self._checked(tokens)
         targets = [self._sites.target(site) for site in sites]
         if not targets:
             return {}
         with torch.no_grad(), multiplied_in(self.products):
-            found = run_until_captured(targets, lambda: self._run(tokens))
-        # embeddings of positions are computed once for all sequences
-        return {site: x.expand(len(tokens), -1, -1) for site, x in found.items()}
+            return run_until_captured(
+                targets, lambda: self._run(tokens, attention_mask), tokens.shape
+            )
 
     def inputs(self, group: "Sequences", chosen: NDArray[np.int64]) -> Int[Tensor, "batch pos"]:
         """The tokens of some sequences, without the padding that all of them have at the end."""
         longest = int((group.document[chosen] >= 0).sum(1).max())
         return torch.from_numpy(group.tokens[chosen][:, :longest])
 
-    def logits(self, tokens: Int[Tensor, "batch pos"], *, gradient: bool = False) -> Tensor:
+    def logits(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        attention_mask: Tensor | None = None,
+        gradient: bool = False,
+    ) -> Tensor:
         """Next-token logits [batch, pos, d_vocab]; `gradient`: differentiable in what edits put in.
 
-        Raises InputError for too many positions.
+        Args: attention_mask [batch, pos] is as for `capture`.
+
+        Raises InputError for too many positions, or a wrong mask.
         """
+        tokens = self._checked(tokens)
+        padding = self._padding(self.hf, tokens, attention_mask)
         with torch.set_grad_enabled(gradient):
-            return self.hf(input_ids=self._checked(tokens), use_cache=False).logits
+            return self.hf(input_ids=tokens, use_cache=False, **padding).logits
 
     def _checked(self, tokens: Tensor) -> Tensor:
         if tokens.ndim != 2 or tokens.shape[1] == 0:
@@ -264,18 +312,25 @@ class Model:
     def edit(self, edits: Mapping[str, EditFunction]) -> Iterator[None]:
         """Splice: while the context lasts, replace the activation at each site.
 
-        Each function gets the activation [batch, position, d_in] and the absolute positions
-        [position] (right under a KV cache too, in `generate` and in `hf.generate`), and returns the
-        replacement of the same shape, or None to leave the very tensor alone. Edits at one site
-        nest: an inner context sees what the outer one made.
+        Each function gets the activation [batch, position, d_in] and the positions [position] that
+        tokens have in their texts (right under a KV cache too, in `generate` and in `hf.generate`),
+        and returns the replacement of the same shape, or None to leave the very tensor alone. In a
+        padded batch, whose rows begin at different places, positions are [batch, position], and -1
+        at padding. Edits at one site nest: an inner context sees what the outer one made.
 
         Raises InputError for an unknown site or a replacement of another shape.
 
         >>> with model.edit({site: lambda x, position: 0 * x}):  # doctest: +SKIP
         ...     model.generate("The weather today")
         """
+        with self.edit_placed({site: by_position(each) for site, each in edits.items()}):
+            yield
+
+    @contextmanager
+    def edit_placed(self, edits: Mapping[str, PlacedEdit]) -> Iterator[None]:
+        """`edit` with functions of the activation and its `Places`, which say what is kept."""
         targets = [(self._sites.target(site), function) for site, function in edits.items()]
-        with splicing(self.hf.base_model, targets):
+        with splicing(self.hf, targets, Run(self.special_token_ids)):
             yield
 
     def tokenize(self, text: str) -> list[int]:
@@ -297,12 +352,15 @@ class Model:
         """The text of every token id, by itself (bytes, for one that is part of a character)."""
         return self._text.vocabulary(self.d_vocab)
 
-    def keep_mask(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-        """Which positions count in statistics and training: not the first, and no special token."""
-        special = torch.tensor(sorted(self.special_token_ids), device=tokens.device)
-        keep = ~torch.isin(tokens, special.to(tokens.dtype))
-        keep[:, 0] = False
-        return keep
+    def keep_mask(
+        self, tokens: Int[Tensor, "batch pos"], attention_mask: Tensor | None = None
+    ) -> Bool[Tensor, "batch pos"]:
+        """Which positions count in statistics, training and edits; see activations.kept.
+
+        Args: attention_mask [batch, pos] is as for `capture`; without, nothing is padding.
+        """
+        position = positions_of(real_tokens(tokens, attention_mask))
+        return kept(tokens, position, self.special_token_ids)
 
     def unembedding(
         self,
@@ -323,7 +381,8 @@ class Model:
         >>> model.generate("The weather today", max_new_tokens=40)  # doctest: +SKIP
         """
         ids = self.generate_ids(prompt, **options)
-        return self._text.decode(ids[1:] if ids[0] == self.bos_token_id else ids)
+        own = isinstance(prompt, str) and self._text.begins_with_bos(prompt)
+        return self._text.decode(ids[1:] if ids[0] == self.bos_token_id and not own else ids)
 
     def generate_ids(
         self,
@@ -355,12 +414,13 @@ class Model:
             )  # fmt: skip
         choose = _chooser(temperature, as_index(seed, where="seed"))
         past, new = None, ids
-        ids = list(ids)
         for _ in range(max_new_tokens):
-            inputs = torch.tensor([new if use_cache else ids], device=self.device)
+            # a model without a KV cache, or one of another kind, reads all of it again
+            inputs = torch.tensor([ids if past is None else new], device=self.device)
+            cached = {} if past is None else {"past_key_values": past}
             with torch.no_grad():
-                out = self.hf(input_ids=inputs, past_key_values=past, use_cache=use_cache)
-            past = out.past_key_values if use_cache else None
+                out = self.hf(input_ids=inputs, use_cache=use_cache, **cached)
+            past = getattr(out, "past_key_values", None) if use_cache else None
             new = [choose(out.logits[0, -1])]
             if stop_at_eos and new[0] in self._ends:
                 break

@@ -42,8 +42,21 @@ class TextCodec:
         return ids if self.bos_token_id is None else [self.bos_token_id, *ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, no special tokens added."""
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        """Token ids of each text, no special tokens added.
+
+        A BOS that a text brings itself (what chat templates and copied text do) is left out where
+        the model's tokenizer adds one.
+        """
+        found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        return found if self.bos_token_id is None else [self._without_bos(ids) for ids in found]
+
+    def _without_bos(self, ids: list[int]) -> list[int]:
+        first = next((n for n, each in enumerate(ids) if each != self.bos_token_id), len(ids))
+        return ids[first:] if first else ids
+
+    def begins_with_bos(self, text: str) -> bool:
+        """Whether a text brings the BOS that the model's tokenizer adds."""
+        return self.bos_token_id is not None and text.startswith(self.tokenizer.bos_token)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """What the tokenizer's chat template makes of a conversation, without a BOS in front.

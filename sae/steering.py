@@ -4,9 +4,10 @@ With f the features of an activation h and f' the edited ones, the model goes on
     h' = decode(f') + (h - decode(f)) = h + sum_i (f'_i - f_i) W_dec,i,
 so what the SAE does not explain (the error term, taken from the unedited reconstruction) is kept,
 and an edit that changes nothing changes no bit. Edits depend on a position's own activation alone,
-so they are the same with and without a KV cache. A transcoder's features are read at its input site
-and change its output site, by the same formula. A crosscoder cannot steer: its features are not
-known before its last site is computed, when its first is past changing.
+so they are the same with and without a KV cache, and in a padded batch as for a text alone. A
+transcoder's features are read at its input site and change its output site, by the same formula. A
+crosscoder cannot steer: its features are not known before its last site is computed, when its first
+is past changing.
 """
 
 import math
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from activations import Model
+from activations.hooks import PlacedEdit
+from activations.kept import Places
 from sae.base import SparseAutoencoder
 from sae.expectations import warn_of_model
 from sae.provenance import check_trained_on
@@ -27,7 +30,6 @@ from saescope.errors import InputError
 from saescope.integers import as_index, as_indices
 
 Positions = Literal["kept", "all"] | slice | Sequence[int]
-Edit = Callable[[Tensor, Tensor], Tensor | None]
 Change = Callable[[Tensor, Tensor], Tensor]
 """x [rows, d_in] float32 that features are read from, and h [rows, d_out], to the new h"""
 
@@ -105,9 +107,9 @@ def steer(
     """Within the block, every run of the model has the SAE's features edited at its site.
 
     Args:
-        positions: "kept" (all but position 0, which SAEs are not trained on), "all", a slice, or a
-        list
-            of absolute positions.
+        positions: "kept" (those that SAEs are trained on: not a text's first token, no special
+            token), "all", a slice, or a list of positions. They count each text's own tokens from
+            0, on whatever side a batch is padded; padding is never edited.
         site: where, if not the site the SAE was trained at; which layer, for one of several.
         allow_other_model: steer with an SAE of another model (a base model's on what was fine-tuned
             from it); it is said.
@@ -125,7 +127,7 @@ def steer(
     if not edits:
         yield
         return
-    with model.edit(_site_edits(place, _steering_change(place.sae, edits), selects)):
+    with model.edit_placed(_site_edits(place, _steering_change(place.sae, edits), selects)):
         yield
 
 
@@ -148,7 +150,7 @@ def splice(
     def change(x: Tensor, h: Tensor) -> Tensor:
         return place.sae(x).x_hat.to(h.dtype)
 
-    with model.edit(_site_edits(place, change, selects)):
+    with model.edit_placed(_site_edits(place, change, selects)):
         yield
 
 
@@ -190,68 +192,71 @@ def place_of(
     return place._replace(read=read, written=written)
 
 
-def _selector(positions: Positions) -> Callable[[Tensor], Tensor]:
-    """Absolute positions [pos] to bool [pos]."""
+def _selector(positions: Positions) -> Callable[[Places], Tensor]:
+    """From where tokens stand to bool [batch, pos]: those that are edited."""
     if isinstance(positions, str):
-        if positions == "kept":
-            return lambda at: at > 0
-        if positions == "all":
-            return lambda at: torch.ones_like(at, dtype=torch.bool)
-        raise InputError(
-            "no such choice",
-            where="positions",
-            given=positions,
-            allowed="kept, all, a slice, a list",
-        )
-    if isinstance(positions, slice):
-        start, stop, step = (
-            None if each is None else as_index(each, where="positions")
-            for each in (positions.start, positions.stop, positions.step)
-        )
-        start, step = start or 0, 1 if step is None else step
-        if start < 0 or step < 1 or (stop is not None and stop < 0):
+        if positions not in ("kept", "all"):
             raise InputError(
-                "must count forwards from the start, because a continuation has no known end",
+                "no such choice",
                 where="positions",
                 given=positions,
+                allowed="kept, all, a slice, a list",
             )
+        return lambda at: at.kept if positions == "kept" else at.position >= 0
+    if isinstance(positions, slice):
+        return _in_slice(positions)
+    wanted = torch.tensor(as_indices(positions, where="positions", low=0), dtype=torch.int64)
+    return lambda at: torch.isin(at.position, wanted.to(at.position.device))
 
-        def in_slice(at: Tensor) -> Tensor:
-            chosen = (at >= start) & ((at - start) % step == 0)
-            return chosen if stop is None else chosen & (at < stop)
 
-        return in_slice
-    wanted = as_indices(positions, where="positions", low=0)
-    return lambda at: torch.isin(at, torch.tensor(wanted, dtype=at.dtype, device=at.device))
+def _in_slice(positions: slice) -> Callable[[Places], Tensor]:
+    given = {"start": positions.start, "stop": positions.stop, "step": positions.step}
+    bounds = {
+        name: None if value is None else as_index(value, where=f"positions.{name}")
+        for name, value in given.items()
+    }
+    start, stop, step = bounds["start"] or 0, bounds["stop"], bounds["step"]
+    step = 1 if step is None else step
+    if start < 0 or step < 1 or (stop is not None and stop < 0):
+        raise InputError(
+            "must count forwards from the start, because a continuation has no known end",
+            where="positions",
+            given=positions,
+        )
+
+    def chosen(at: Places) -> Tensor:
+        found = (at.position >= start) & ((at.position - start) % step == 0)
+        return found if stop is None else found & (at.position < stop)
+
+    return chosen
 
 
 def _site_edits(
-    place: Placed, change: Change, selects: Callable[[Tensor], Tensor]
-) -> dict[str, Edit]:
+    place: Placed, change: Change, selects: Callable[[Places], Tensor]
+) -> dict[str, PlacedEdit]:
     """Edits of a model that apply a change at chosen positions."""
     (read,), (written,) = place.read, place.written
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, Places]] = []
 
     @torch.no_grad()
-    def remember(h: Tensor, at: Tensor) -> None:
-        seen[:] = [(h[:, selects(at)].float(), at)]
+    def remember(h: Tensor, at: Places) -> None:
+        seen[:] = [(h[selects(at).to(h.device)].float(), at)]
 
     @torch.no_grad()
-    def edit(h: Tensor, at: Tensor) -> Tensor | None:
-        chosen = selects(at)
+    def edit(h: Tensor, at: Places) -> Tensor | None:
+        chosen = selects(at).to(h.device)
         if not chosen.any():
             return None
-        before = h[:, chosen]
+        before = h[chosen]
         x = before.float()
         if read != written:
-            if not seen or not torch.equal(seen[0][1], at):
+            if not seen or seen[0][1] is not at:
                 raise InputError(
                     "is computed before what its features are read from", where=written, given=read
                 )
             x, _ = seen.pop()
-        rows = change(x.reshape(-1, place.sae.d_in), before.reshape(-1, place.sae.d_out))
         out = h.clone()
-        out[:, chosen] = rows.view_as(before)
+        out[chosen] = change(x, before)
         return out
 
     return {written: edit} if read == written else {read: remember, written: edit}

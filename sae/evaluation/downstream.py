@@ -18,6 +18,7 @@ from torch import Tensor
 
 from activations import Model
 from sae.evaluation.intervals import by_cluster, half_width
+from activations.kept import real_tokens
 from saescope.errors import InputError
 from saescope.integers import as_index
 from saescope.progress import Progress
@@ -67,6 +68,7 @@ def measure_downstream(
     *,
     target: str | Sequence[str] | None = None,
     document: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     batch: int = 4,
 ) -> Downstream:
     """Measure on sequences tokens int64 [sequence, position] with keep bool of the same shape.
@@ -78,10 +80,13 @@ def measure_downstream(
         target: where its output goes, in the order of its columns; `site` if not given.
         document: int64 of tokens' shape, which document each is of: its tokens are not independent
             of each other. If not given, sequences are taken for documents.
+        attention_mask: [sequence, position], 0 at padding, which is neither replaced nor predicted.
 
     Raises InputError if no position is kept, or for a mean of another width than the targets.
     """
     batch = as_index(batch, where="batch", low=1)
+    real = real_tokens(tokens, attention_mask)
+    keep = keep & real.to(keep.device)
     splice = _Splice(model, _names(site), _names(site if target is None else target))
     if len(mean) != sum(splice.widths):
         raise InputError(
@@ -103,11 +108,13 @@ def measure_downstream(
     sums: dict[str, list[Tensor]] = {name: [] for name in ("clean", "kl", *replacements)}
     with Progress("measuring the model's loss", len(tokens), "sequences") as progress:
         for start in range(0, len(tokens), batch):
-            part, kept = tokens[start : start + batch], keep[start : start + batch]
-            _measure_batch(model, splice, replacements, part, kept, sums)
-            progress.advance(len(part))
-    counted = keep[:, :-1]
-    if not counted.any():
+            each = slice(start, start + batch)
+            part = _Part(tokens[each], keep[each], real[each])
+            _measure_batch(model, splice, replacements, part, sums)
+            counts.append(part.counted.sum(1).double())
+            progress.advance(len(part.tokens))
+    weights = torch.cat(counts)
+    if weights.sum() == 0:
         raise InputError("no kept positions to evaluate on", where="measure_downstream", given=0)
     unit = torch.arange(len(tokens))[:, None].expand(tokens.shape) if document is None else document
     values = {name: torch.cat(parts)[counted] for name, parts in sums.items()}
@@ -145,18 +152,33 @@ class _Splice:
         return self.model.edit({site: _replace_kept(part, keep) for site, part in edits})
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some sequences [sequence, position]."""
+
+    tokens: Tensor
+    keep: Tensor
+    real: Tensor
+    """false at padding"""
+
+    @property
+    def counted(self) -> Tensor:
+        """Kept positions that have a next token [sequence, position - 1]."""
+        return self.keep[:, :-1] & self.real[:, 1:].to(self.keep.device)
+
+
 def _measure_batch(
     model: Model,
     splice: _Splice,
     replacements: Mapping[str, Replacement],
-    tokens: Tensor,
-    keep: Tensor,
+    part: _Part,
     sums: dict[str, list[Tensor]],
 ) -> None:
-    targets = tokens[:, 1:, None]
+    keep, counted = part.keep, part.counted
+    targets = part.tokens[:, 1:, None]
 
     def logits() -> Tensor:
-        return model.logits(tokens)[:, :-1].float()
+        return model.logits(part.tokens, attention_mask=part.real)[:, :-1].float()
 
     def cross_entropy(z: Tensor) -> Tensor:
         return (z.logsumexp(-1) - z.gather(-1, targets)[..., 0]).double()

@@ -236,3 +236,16 @@ def test_its_rows_are_batches_for_training(store: ActivationStore) -> None:
     batches = list(loader)
     assert len(batches) == store.n_rows("train") // 32
     assert all(part.shape == (32, D_MODEL) for batch in batches for part in batch)
+
+
+def test_a_text_that_brings_its_special_token_has_one(root: Path) -> None:
+    encoder = load_model(str(root / "model"), kind="text_encoder", dtype="float32")
+    assert isinstance(encoder, RawModel)
+    (root / "marked.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in ("[CLS]the river", "the river"))
+    )
+    text = Text(
+        corpus=CorpusConfig(source=str(root / "marked.jsonl")), context=12, held_out_fraction=0.0
+    )
+    (group,) = text.packed("train", encoder, per_group=4, counts=PackingCounts(), limit=None)
+    assert group.tokens[0].tolist() == group.tokens[1].tolist()

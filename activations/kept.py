@@ -1,0 +1,176 @@
+"""Which positions of a text count: one rule, for harvests, edits, evaluation and live text.
+
+A token's position is its place among the tokens of its own text, from 0; padding, on whatever side,
+has none (-1). Position 0 and special tokens (BOS, EOS, padding, ...) are not kept: SAEs are neither
+trained nor measured on them.
+"""
+
+import inspect
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from saescope.errors import InputError
+
+_CACHES = ("past_key_values", "cache_params", "state")
+"""What models of transformers call their memory of earlier tokens."""
+
+
+def real_tokens(
+    tokens: Int[Tensor, "batch pos"], attention_mask: Tensor | None
+) -> Bool[Tensor, "batch pos"]:
+    """Which tokens are no padding: those whose mask, [batch, pos] of 0 and 1, is 1; without, all.
+
+    Raises InputError for a mask of another shape or kind, or a row without a token.
+    """
+    if attention_mask is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    if attention_mask.shape != tokens.shape:
+        raise InputError(
+            "must be of the tokens' shape",
+            where="attention_mask",
+            given=tuple(attention_mask.shape),
+            allowed=str(tuple(tokens.shape)),
+        )
+    real = attention_mask.to(tokens.device) == 1
+    if not bool((real | (attention_mask.to(tokens.device) == 0)).all()):
+        raise InputError(
+            "is 1 at tokens and 0 at padding",
+            where="attention_mask",
+            given=attention_mask.unique().tolist()[:8],
+        )
+    if not bool(real.any(1).all()):
+        raise InputError(
+            "a row has no token",
+            where="attention_mask",
+            given=f"row {int((~real.any(1)).nonzero()[0, 0])}",
+        )
+    return real
+
+
+def positions_of(real: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """The position of each token in its text, -1 at padding.
+
+    >>> positions_of(torch.tensor([[False, True, True], [True, True, False]])).tolist()
+    [[-1, 0, 1], [0, 1, -1]]
+    """
+    return (real.long().cumsum(1) - 1).masked_fill(~real, -1)
+
+
+def kept(
+    tokens: Int[Tensor, "batch pos"],
+    position: Int[Tensor, "batch pos"],
+    special: Collection[int],
+) -> Bool[Tensor, "batch pos"]:
+    """Which tokens count: not a text's first, no special token, no padding.
+
+    >>> kept(torch.tensor([[2, 2, 7, 9, 1]]), torch.tensor([[-1, 0, 1, 2, 3]]), {1, 2}).tolist()
+    [[False, False, True, True, False]]
+    """
+    known = torch.tensor(sorted(special), device=tokens.device, dtype=tokens.dtype)
+    return (position > 0) & ~torch.isin(tokens, known)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens that a forward pass is run on stand in their texts."""
+
+    position: Int[Tensor, "batch pos"]
+    """-1 at padding; what a KV cache holds is counted"""
+    tokens: Int[Tensor, "batch pos"] | None
+    """None where the model is given embeddings"""
+    special: frozenset[int]
+
+    @cached_property
+    def shared(self) -> Int[Tensor, " pos"] | None:
+        """The positions, where all rows have the same and none is padding."""
+        first = self.position[0]
+        same = bool((first >= 0).all()) and bool((self.position == first).all())
+        return first if same else None
+
+    @cached_property
+    def kept(self) -> Bool[Tensor, "batch pos"]:
+        """See `kept`. Raises InputError where the model is given embeddings and no tokens."""
+        if self.tokens is None:
+            raise InputError(
+                "which positions are kept is known from tokens, and the model was given embeddings",
+                where="positions",
+                given="kept",
+                allowed="all, a slice, a list",
+            )
+        return kept(self.tokens, self.position, self.special)
+
+
+class Run:
+    """What is known of the forward pass that goes on now, seen where the model is called."""
+
+    def __init__(self, special: frozenset[int]) -> None:
+        self._special = special
+        self._depth = 0
+        self._places: Places | None = None
+
+    @property
+    def places(self) -> Places:
+        """Where the tokens of this pass stand."""
+        if self._places is None:
+            raise InputError("the model was not given tokens or embeddings", where="edit")
+        return self._places
+
+    def watch(self, modules: Collection[nn.Module]) -> list[Any]:
+        """Hooks on the modules that may be called with a text."""
+        handles: list[Any] = []
+        for module in dict.fromkeys(modules):
+            handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._end, always_call=True))
+        return handles
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._depth += 1
+        if self._places is not None:
+            return  # the outer module was given more: not every one passes its mask on
+        known = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        known = {**known.pop("kwargs", {}), **known}
+        tokens = known.get("input_ids")
+        given = known.get("inputs_embeds") if tokens is None else tokens
+        if isinstance(given, Tensor) and given.ndim >= 2:
+            position = _positions(given.shape[0], given.shape[1], given.device, known)
+            self._places = Places(position, tokens, self._special)
+
+    def _end(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._places = None
+
+
+def _positions(
+    batch: int, length: int, device: torch.device, known: Mapping[str, Any]
+) -> Int[Tensor, "batch pos"]:
+    """Positions of a call's tokens: by its mask, else by position_ids, else by its cache."""
+    caches = [known[name] for name in _CACHES if known.get(name) is not None]
+    past = _cached(caches[0]) if caches else 0
+    mask, ids = known.get("attention_mask"), known.get("position_ids")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length + (past or 0):
+        end = mask.shape[1] if past is None else past + length
+        return positions_of(mask[:, :end] > 0)[:, end - length :].to(device)
+    if isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] == length:
+        return ids.expand(batch, -1).to(device)
+    if past is None:
+        raise InputError(
+            "this model's cache does not say how many tokens it holds: give attention_mask",
+            where="edit",
+        )
+    return torch.arange(past, past + length, device=device).expand(batch, -1)
+
+
+def _cached(cache: Any) -> int | None:
+    """How many tokens a cache holds; None where it does not say, as one of recurrent layers."""
+    count = getattr(cache, "get_seq_length", None)
+    try:
+        return None if count is None else int(count())
+    except ValueError:
+        return None
