@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from activations.model_config import stored
 from activations.zarr_store import ActivationStore
 from saescope.artefact import MANIFEST
 from saescope.config import from_dict, to_dict
@@ -18,7 +19,7 @@ def check_same_settings(
     out = store.path
     recorded = from_dict(type(config), store.manifest["config"], str(out / MANIFEST))
     there, here = (
-        _flat({k: v for k, v in to_dict(each).items() if k not in may_differ})
+        _flat({k: v for k, v in stored(to_dict(each)).items() if k not in may_differ})
         for each in (recorded, config)
     )
     names = [n for n in {**there, **here} if there.get(n) != here.get(n)]

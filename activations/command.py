@@ -1,7 +1,7 @@
 """`saescope harvest`: harvest, append to a harvest, or say what either would take."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from activations.append import append, is_there, planned_part
@@ -26,6 +26,9 @@ class HarvestCommand(HarvestConfig):
     """Add the activations of this corpus to the finished harvest in `out`, whose other settings
     must be these."""
 
+    trust_remote_code: bool = False
+    """Short for --model.trust-remote-code: run the code that comes with the model."""
+
     ignore_space: bool = False
     """Begin though it does not fit on the disk."""
 
@@ -36,6 +39,8 @@ def run(command: HarvestCommand) -> ActivationStore | None:
     Raises InputError and ArtefactError as `harvest` and `append` do, with `plan` too.
     """
     values = {f.name: getattr(command, f.name) for f in fields(HarvestConfig)}
+    if command.trust_remote_code:
+        values["model"] = replace(command.model, trust_remote_code=True)
     config = HarvestConfig(**values)
     if command.plan:
         if here().number == 0:

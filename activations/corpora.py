@@ -2,14 +2,19 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from activations.sources import PACKAGED_CORPORA, Messages, Source, SourceConfig
 from saescope.errors import InputError, check_range
 
 __all__ = ["MIX", "PACKAGED_CORPORA", "CorpusConfig", "Document", "DocumentStream", "documents"]
 
+Spell = Callable[[NDArray[np.int64]], tuple[NDArray[np.int32], str]]
+"""Token ids of a document to those that are packed, and their text."""
 MIX = "mix"
 """The source that stands for several."""
 
@@ -87,7 +92,9 @@ class Document:
     member: int = 0
     """Which source of a mixed corpus it is of."""
     replaced: bool = False
-    """Whether something in it that no tokenizer takes was replaced."""
+    """Whether something in it, or in its title, that is no text was replaced."""
+    tokens: NDArray[np.int32] | None = field(default=None, compare=False)
+    """Its token ids, where the corpus has these; `text` is then what they spell."""
 
     @property
     def is_empty(self) -> bool:
@@ -114,8 +121,9 @@ class DocumentStream:
     The next document of a mixed corpus comes from the source that is furthest behind its share of
     the bytes so far, so that order and shares follow from the weights alone.
 
-    Args: render makes the text of a conversation; first is the number of the first document; state
-    is that of an earlier stream of the same corpus, to go on from.
+    Args: render makes the text of a conversation; spell checks token ids and gives their text;
+    first is the number of the first document; state is that of an earlier stream of the same
+    corpus, to go on from.
 
     Raises InputError if a source does not exist, a record lacks the field or is damaged, or there
     is no text at all.
@@ -126,10 +134,11 @@ class DocumentStream:
         config: CorpusConfig,
         *,
         render: Callable[[Messages], str] | None = None,
+        spell: Spell | None = None,
         first: int = 0,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        self._config, self._render = config, render
+        self._config, self._render, self._spell = config, render, spell
         known: list[Any] = [None] * len(config.members) if state is None else state["sources"]
         self._sources = [Source(m, at) for m, at in zip(config.members, known, strict=True)]
         self._weights = [m.weight if isinstance(m, MixedConfig) else 1.0 for m in config.members]
@@ -154,15 +163,16 @@ class DocumentStream:
             if record is None:
                 self._ended.add(member)
                 continue
-            content = record.content
+            content, tokens = record.content, None
+            if isinstance(content, np.ndarray):
+                tokens, content = self._spelled(content, record.key)
             text = content if isinstance(content, str) else self._rendered(content, record.key)
-            # half a surrogate pair, which JSON can carry, is no text that a tokenizer takes
-            data = text.encode("utf-8", "replace")
-            self._bytes[member] += len(data)
-            sound = data.decode()
-            number = self._next if sound.strip() else -1
+            sound, key, title = whole(text), whole(record.key), whole(record.title)
+            self._bytes[member] += len(sound.encode())
+            number = self._next if (sound.strip() if tokens is None else len(tokens)) else -1
             self._next += number >= 0
-            yield Document(number, record.key, sound, record.title, member, sound != text)
+            replaced = (sound, key, title) != (text, record.key, record.title)
+            yield Document(number, key, sound, title, member, replaced, tokens)
         if self._next == self._first:
             raise InputError("this corpus has no text", where=self._config.source)
 
@@ -180,6 +190,20 @@ class DocumentStream:
             return self._render(messages)
         except InputError as error:
             raise InputError(str(error), where=where) from error
+
+    def _spelled(self, ids: NDArray[np.int64], where: str) -> tuple[NDArray[np.int32], str]:
+        if self._spell is None:
+            raise InputError("token ids need a language model's tokenizer", where=where)
+        try:
+            return self._spell(ids)
+        except InputError as error:
+            raise InputError(str(error), where=where) from error
+
+
+def whole(text: str) -> str:
+    """A text with a question mark for each half of a surrogate pair, which no file or tokenizer
+    takes: JSON can carry one, and so can the name of a file."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def documents(

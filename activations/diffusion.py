@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from activations.corpora import Document
+from activations.foreign_code import loading
 from activations.hooks import run_through
 from activations.model_config import DenoisingConfig
 from activations.model_files import folder_of
-from activations.packaged import quiet_transformers
 from activations.packing import PackingCounts, Sequences
 from activations.raw_models import RawModel, check_places, grouped
 from saescope.artefact import sha256_file, sha256_json
@@ -38,6 +38,8 @@ def load_diffusion_model(
     dtype: torch.dtype,
     device: torch.device,
     denoising: DenoisingConfig,
+    *,
+    trusted: bool = False,
 ) -> "DiffusionModel":
     """Load a pipeline of diffusers from text to picture. Raises InputError."""
     try:
@@ -50,19 +52,19 @@ def load_diffusion_model(
             "diffusers is missing: pip install 'saescope[diffusion]'", where="model.kind",
             given="diffusion",
         ) from error  # fmt: skip
-    folder, commit = folder_of(spec, revision, described_by=_INDEX, hub_files=_FILES, nested=True)
+    files = (*_FILES, "*/*.py") if trusted else _FILES
+    folder, commit = folder_of(
+        spec, revision, described_by=_INDEX, hub_files=files, nested=True, with_code=trusted
+    )
     logging.disable_progress_bar()
-    with quiet_transformers():
-        try:
-            pipeline: Any = DiffusionPipeline.from_pretrained(
-                folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
-            )
-        except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-            reason = str(error).strip().splitlines()
-            raise InputError(
-                f"cannot be loaded as a diffusion model: {reason[0] if reason else error}",
-                where=spec,
-            ) from error
+    with loading(spec, folder, "diffusion model", trusted=trusted):
+        pipeline: Any = DiffusionPipeline.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trusted,
+        )
     pipeline.set_progress_bar_config(disable=True)
     return DiffusionModel(pipeline.to(device), denoising, spec=spec, folder=folder, revision=commit)
 

@@ -38,6 +38,9 @@ class DoctorConfig(Config):
     device: str | None = None
     """Where to compute: cpu, cuda or cuda:N; without it, where the harvest was."""
 
+    trust_remote_code: bool = False
+    """For a repair: run the code that comes with the harvest's model, if it needs it."""
+
     def __post_init__(self) -> None:
         if not self.path:
             raise InputError("empty", where="path", given=self.path, allowed="a folder")
@@ -97,7 +100,7 @@ def _repaired(
     """Repair what can be, say what was and what was not, and check again."""
     from activations.repair import Repair
 
-    repair = Repair(store, report, config.allow_rounding, config.device)
+    repair = Repair(store, report, config.allow_rounding, config.device, config.trust_remote_code)
     repair.run()
     for name in repair.done:
         say(f"  repaired    {name}")

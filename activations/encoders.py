@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from activations.corpora import Document
+from activations.foreign_code import loading
 from activations.model_files import folder_of
-from activations.packaged import quiet_transformers
 from activations.packing import Described, PackingCounts, Sequences
 from activations.raw_models import RawModel
 from activations.text import TextCodec
@@ -24,21 +24,21 @@ _EXAMPLE_TOKENS = 4
 
 
 def load_text_encoder(
-    spec: str, revision: str | None, dtype: torch.dtype, device: torch.device
+    spec: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trusted: bool = False,
 ) -> "TextEncoder":
     """Load an encoder, or the encoder of an encoder-decoder. Raises InputError."""
     from transformers import AutoModel, AutoTokenizer
 
-    folder, commit = folder_of(spec, revision)
-    with quiet_transformers():
-        try:
-            hf: Any = AutoModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().splitlines()
-            raise InputError(
-                f"cannot be loaded as a text encoder: {reason[0] if reason else error}", where=spec
-            ) from error
+    folder, commit = folder_of(spec, revision, with_code=trusted)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trusted}
+    with loading(spec, folder, "text encoder", trusted=trusted):
+        hf: Any = AutoModel.from_pretrained(folder, dtype=dtype, weights_only=True, **local)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
     module = hf.get_encoder() if hf.config.is_encoder_decoder else hf
     return TextEncoder(module.to(device), tokenizer, spec=spec, folder=folder, revision=commit)
 

@@ -21,6 +21,7 @@ from activations.batch_size import (
 from activations.begun import check_same_settings
 from activations.corpora import CorpusConfig
 from activations.layout import PENDING, SPLITS, row_arrays
+from activations.model_config import stored
 from activations.model_facts import check_same_model, facts_of
 from activations.models import Model, ModelConfig, load_model
 from activations.outliers import outlier_facts
@@ -85,6 +86,10 @@ class HarvestConfig(Config):
     several. separate: a sequence has one document only, and what is left of it is filled up with
     EOS, which is not stored."""
 
+    prepend_bos: bool | None = None
+    """Whether each sequence begins with BOS: by default where the model's tokenizer adds one. (SAEs
+    of SAELens with prepend_bos on GPT-2 and its like want true.)"""
+
     outliers: float | None = None
     """Positions whose norm at any site exceeds so many times the site's median norm are not stored,
     and counted."""
@@ -148,6 +153,7 @@ class HarvestConfig(Config):
             )  # fmt: skip
         for where, given in (
             ("packing", self.packing != JOINED),
+            ("prepend_bos", self.prepend_bos is not None),
             ("outliers", self.outliers is not None),
             ("corpus.deduplicate", self.corpus.deduplicate),
         ):
@@ -221,6 +227,7 @@ def model_of(config: HarvestConfig, store: ActivationStore | None) -> Model | Ra
     model = load_model(
         chosen.spec, dtype=dtype, device=ranks.own_device(chosen.device),
         revision=chosen.revision, kind=chosen.kind, diffusion=chosen.diffusion,
+        trust_remote_code=chosen.trust_remote_code,
     )  # fmt: skip
     if store is not None:
         check_same_model(model, store)
@@ -260,6 +267,11 @@ def fill(
     store = writer.store
     row = sum(each.nbytes for each in row_arrays(store.manifest).values())
     say(f"{store.path}: {store.n_rows():,} rows, {as_size(store.n_rows() * row)}")
+    found = store.n_tokens - part.first_sequence * config.context
+    if found < total:
+        say(f"the corpus ended after {found:,} of the {total:,} tokens that were asked for")
+    if store.n_rows("held_out") == 0:
+        say("it has no held-out rows, which `saescope train` measures on: it will refuse it")
     return store
 
 
@@ -355,7 +367,7 @@ def planned_facts(config: HarvestConfig, model: Model | RawModel) -> dict[str, A
     if sequences > batch:
         sequences -= sequences % batch
     return {
-        "config": to_dict(config),
+        "config": stored(to_dict(config)),
         "model": facts_of(model),
         "sites": sites,
         "batch_sequences": batch,

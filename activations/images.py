@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from activations.corpora import CorpusConfig, Document
+from activations.corpora import CorpusConfig, Document, whole
 from saescope.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def pictures(config: CorpusConfig, *, first: int = 0) -> Iterator[Document]:
         )  # fmt: skip
     for number, path in enumerate(paths, first):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if whole(str(path)) != str(path):
+            raise InputError("its name is not UTF-8: give it another", where=whole(str(path)))
         yield Document(number, str(path), digest, path.stem)
 
 

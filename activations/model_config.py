@@ -1,12 +1,15 @@
 """Which model, and how it is run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from activations.model_files import DTYPES
 from activations.packaged import PACKAGED_MODELS
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 
+_TRUST = "trust_remote_code"
 KINDS = ("language", "text_encoder", "vision", "diffusion")
 
 
@@ -61,6 +64,10 @@ class ModelConfig(Config):
     diffusion: DenoisingConfig = field(default_factory=DenoisingConfig)
     """How a diffusion model is run."""
 
+    trust_remote_code: bool = False
+    """Run the code that comes with the model, if it needs it. Whoever wrote it can then do on this
+    machine what you can, so read it first. Never stored: to be given anew each time."""
+
     @property
     def reads_tokens(self) -> bool:
         """Whether the tokens of a sequence are all that its activations are computed from."""
@@ -82,3 +89,12 @@ class ModelConfig(Config):
             )
         if not self.spec:
             raise InputError("empty", where="model.spec", given=self.spec, allowed=PACKAGED_MODELS)
+
+
+def stored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a harvest as they are stored: without the trust in a model's code.
+
+    A harvest may come from others, and who trusts a model's code says so each time.
+    """
+    model = {name: each for name, each in settings["model"].items() if name != _TRUST}
+    return {**settings, "model": model}

@@ -24,6 +24,7 @@ def facts_of(model: Model | RawModel) -> dict[str, Any]:
         "bos_token_id": model.bos_token_id,
         "eos_token_id": model.eos_token_id,
         "special_token_ids": sorted(model.special_token_ids),
+        **({"code_hash": model.code_hash} if model.code_hash else {}),
         "n_ctx": model.n_ctx,
         "n_layers": model.n_layers,
         "d_model": model.d_model,
@@ -34,7 +35,7 @@ def facts_of(model: Model | RawModel) -> dict[str, Any]:
 def check_same_model(model: Model | RawModel, begun: ActivationStore) -> None:
     """Raise InputError unless a harvest is of this very model, with the same inputs."""
     facts = begun.manifest["model"]
-    for name in ("weights_hash", "tokenizer_hash", "inputs_hash"):
+    for name in ("weights_hash", "tokenizer_hash", "inputs_hash", "code_hash"):
         if name in facts and getattr(model, name) != facts[name]:
             raise InputError(
                 f"the model is not the one this harvest began with ({name} differs)",

@@ -45,11 +45,14 @@ def folder_of(
     described_by: str = "config.json",
     hub_files: Iterable[str] = _HUB_FILES,
     nested: bool = False,
+    with_code: bool = False,
 ) -> tuple[Path, str | None]:
     """The local folder of a model, fetched from the hub if it is a hub name; and its commit.
 
     `described_by` is the file that tells that a folder holds a model; `nested`: files in its
-    folders are wanted as well. Raises InputError if there is no such model.
+    folders are wanted as well; `with_code`: the code that it brings, too.
+
+    Raises InputError if there is no such model.
     """
     if spec in PACKAGED_MODELS:
         return packaged_folder(spec), None
@@ -63,7 +66,8 @@ def folder_of(
         raise InputError(
             "no such model folder", where=spec, allowed=f"{packaged}, a folder, a hub name"
         )
-    return _fetch(spec, revision, packaged, list(hub_files), nested)
+    code = ["*.py"] if with_code else []
+    return _fetch(spec, revision, packaged, [*hub_files, *code], nested)
 
 
 def _fetch(

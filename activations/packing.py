@@ -3,7 +3,8 @@
 import hashlib
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from activations.corpora import Document
 from activations.models import Model
+from activations.text import LONG_CHARACTERS, encoded_in_pieces
 from saescope.errors import InputError
 
 JOINED, SEPARATE = "joined", "separate"
@@ -20,6 +22,10 @@ _BATCH_CHARACTERS = 1 << 20
 
 Described = tuple[Any, ...]
 """What is said of a document: id, key, title, and its number where documents are told apart."""
+
+
+_Portion = tuple[list[Document], list[NDArray[np.int32]]]
+"""Some documents, and tokens of each."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ class PackingCounts:
     duplicate_documents: int = 0
     """Documents left out because their text was there before."""
     replaced_documents: int = 0
-    """Documents in which halves of surrogate pairs were replaced by question marks."""
+    """Documents in which (or in whose titles) halves of surrogate pairs were replaced by question
+    marks."""
     sources: list[tuple[int, int]] = field(default_factory=list)
     """Documents and bytes of UTF-8 of each source of a mixed corpus."""
     chain: str = ""
@@ -125,17 +132,19 @@ class _Flow:
         """A batch of documents begins here."""
         self._borders.append(_Border(self._taken + len(self.tokens), first, reader))
 
-    def extend(self, parts: list[NDArray[np.int32]], batch: list[Described]) -> None:
-        """Add a batch: of each document its tokens, -1 - token where it is filled up."""
+    def describe(self, batch: list[Described]) -> None:
+        """Say what there is to say of the documents that follow."""
+        self._waiting += [entry for entry in batch if entry[0] > self._described]
+
+    def extend(self, numbers: Sequence[int], parts: Sequence[NDArray[np.int32]]) -> None:
+        """Add tokens of documents with these numbers, -1 - token where it is filled up."""
         flat = np.concatenate(parts)
-        numbers = np.array([entry[0] for entry in batch], np.int32)
-        ids = np.repeat(numbers, [len(part) for part in parts])
+        ids = np.repeat(np.array(numbers, np.int32), [len(part) for part in parts])
         ids[flat < 0] = -1
         skip = min(self._skip, len(flat))
         self._skip, self._taken = self._skip - skip, self._taken + skip
         self.tokens = np.concatenate([self.tokens, np.where(flat < 0, -1 - flat, flat)[skip:]])
         self._ids = np.concatenate([self._ids, ids[skip:]])
-        self._waiting += [entry for entry in batch if entry[0] > self._described]
 
     def cut(self, n: int) -> Sequences:
         """The next n sequences."""
@@ -180,6 +189,7 @@ def pack(
     counts: PackingCounts,
     limit: int | None = None,
     packing: str = JOINED,
+    prepend_bos: bool | None = None,
     describe: Callable[[Document], Described] = lambda d: (d.id, d.key, d.title),
     state: Callable[[], Any] = lambda: None,
     place: Mapping[str, Any] | None = None,
@@ -187,20 +197,21 @@ def pack(
 ) -> Iterator[Sequences]:
     """Groups of `per_group` packed sequences, the last one smaller; a ragged end is dropped.
 
-    Each sequence starts with BOS where the model uses one; each document ends with EOS where the
-    tokenizer has one. BOS counts to the document of the token after it. With packing "separate" no
-    sequence has tokens of two documents: a document's last sequence is filled up with EOS, and none
-    is dropped.
+    Each sequence starts with BOS where the model uses one, or as prepend_bos says; each document
+    ends with EOS where the tokenizer has one. BOS counts to the document of the token after it.
+    With packing "separate" no sequence has tokens of two documents: a document's last sequence is
+    filled up with EOS, and none is dropped.
 
     Args: limit is the number of sequences after which reading stops, or, with to_end, after which
     the documents are only counted. describe says what there is to
     say of a document. state is asked at each border between batches of documents, and place is that
     of a group in an earlier reading, whose documents begin at its border: to go on from there.
 
-    Raises InputError for packing "separate" without an EOS.
+    Raises InputError for packing "separate" without an EOS, or a BOS that there is not.
     """
-    payload = context - (model.bos_token_id is not None)
-    flow = _Flow(payload, model.bos_token_id, place)
+    bos = _bos(model, prepend_bos)
+    payload = context - (bos is not None)
+    flow = _Flow(payload, bos, place)
     finish = _finisher(model.eos_token_id, payload, packing)
     most = sys.maxsize if limit is None else limit
 
@@ -210,41 +221,112 @@ def pack(
     batches = _batches(documents, state)
     for batch, reader in batches:
         flow.border(batch[0].id, reader)
-        found = [finish(ids) for ids in model.tokenize_batch([d.text for d in batch])]
-        for document, ids in zip(batch, found, strict=True):
-            counts.add(document, int((ids >= 0).sum()))
-        flow.extend(found, [describe(document) for document in batch])
-        while size() and len(flow.tokens) >= payload * size():
-            yield flow.cut(size())
+        flow.describe([describe(document) for document in batch])
+        with closing(_tokenised(batch, model, finish, counts)) as portions:
+            for found, parts in portions:
+                flow.extend([document.id for document in found], parts)
+                while size() and len(flow.tokens) >= payload * size():
+                    yield flow.cut(size())
+                if not size() and not to_end:
+                    break  # in a long document, perhaps
         if not size():
             counts.unused_tokens = len(flow.tokens)
             for rest, _ in batches if to_end else ():
                 counts.unused_documents += len(rest)
-                found = [finish(ids) for ids in model.tokenize_batch([d.text for d in rest])]
-                counts.unused_tokens += sum(int((ids >= 0).sum()) for ids in found)
+                for _, parts in _tokenised(rest, model, finish, PackingCounts()):
+                    counts.unused_tokens += sum(int((ids >= 0).sum()) for ids in parts)
             return
     counts.dropped_tokens = len(flow.tokens) % payload
     if len(flow.tokens) >= payload:
         yield flow.cut(len(flow.tokens) // payload)
 
 
-def _finisher(
-    end: int | None, payload: int, packing: str
-) -> Callable[[list[int]], NDArray[np.int32]]:
-    """What makes a document's flow of its tokens; -1 - token is one that fills up."""
+def _bos(model: Model, wanted: bool | None) -> int | None:
+    """The token that each sequence starts with, if any."""
+    if wanted is None or (wanted and model.bos_token_id is not None):
+        return model.bos_token_id
+    found = model.tokenizer.bos_token_id if wanted else None
+    if wanted and found is None:
+        raise InputError("this model's tokenizer has no BOS", where="prepend_bos", given=wanted)
+    return found
+
+
+def _tokenised(
+    batch: Sequence[Document],
+    model: Model,
+    finish: "_Finish",
+    counts: PackingCounts,
+) -> Generator[_Portion, None, None]:
+    """The tokens of a batch of documents, all at once, or of a long one piece by piece.
+
+    Each document is counted when its last token, or the last that is wanted, was given.
+    """
+    short = [each for each in batch if each.tokens is None and len(each.text) <= LONG_CHARACTERS]
+    texts = iter(model.tokenize_batch([each.text for each in short]) if short else ())
+    together: list[tuple[Document, NDArray[np.int32]]] = []
+    for document in batch:
+        if document.tokens is not None:
+            together.append((document, finish(document.tokens, 0)))
+        elif len(document.text) <= LONG_CHARACTERS:
+            together.append((document, finish(next(texts), 0)))
+        else:
+            yield from _counted(together, counts)
+            together = []
+            yield from _piece_by_piece(document, model, finish, counts)
+    yield from _counted(together, counts)
+
+
+def _counted(
+    found: list[tuple[Document, NDArray[np.int32]]], counts: PackingCounts
+) -> Iterator[_Portion]:
+    for document, ids in found:
+        counts.add(document, int((ids >= 0).sum()))
+    if found:
+        yield [document for document, _ in found], [ids for _, ids in found]
+
+
+def _piece_by_piece(
+    document: Document, model: Model, finish: "_Finish", counts: PackingCounts
+) -> Iterator[_Portion]:
+    pieces = encoded_in_pieces(document.text, model.tokenize_batch)
+    given, real = 0, 0
+    ids = next(pieces)
+    try:
+        while (following := next(pieces, None)) is not None:
+            given, real = given + len(ids), real + len(ids)
+            yield [document], [np.array(ids, np.int32)]
+            ids = following
+        last = finish(ids, given)
+        real += int((last >= 0).sum())
+        yield [document], [last]
+    finally:
+        counts.add(document, real)
+
+
+_Finish = Callable[[Sequence[int] | NDArray[np.int32], int], NDArray[np.int32]]
+
+
+def _finisher(end: int | None, payload: int, packing: str) -> _Finish:
+    """What makes the end of a document's flow of its last tokens, given how many were before.
+
+    -1 - token is one that fills up.
+    """
     eos = [] if end is None else [end]
     if packing == JOINED:
-        return lambda ids: np.array([*ids, *eos], np.int32)
+        return lambda ids, _: np.array([*ids, *eos], np.int32)
     if end is None:
         raise InputError(
-            "this model's tokenizer has no EOS to fill sequences up with", where="packing",
-            given=packing, allowed=JOINED,
-        )  # fmt: skip
+            "this model's tokenizer has no EOS to fill sequences up with",
+            where="packing",
+            given=packing,
+            allowed=JOINED,
+        )
 
-    def separate(ids: list[int]) -> NDArray[np.int32]:
+    def separate(ids: Sequence[int] | NDArray[np.int32], before: int) -> NDArray[np.int32]:
+        total = before + len(ids)
         # a document that fills its last sequence gets no other one for its EOS alone
-        whole = ids if ids and len(ids) % payload == 0 else [*ids, end]
-        return np.array([*whole, *[-1 - end] * (-len(whole) % payload)], np.int32)
+        whole = [*ids] if total and total % payload == 0 else [*ids, end]
+        return np.array([*whole, *[-1 - end] * (-(before + len(whole)) % payload)], np.int32)
 
     return separate
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from activations.corpora import CorpusConfig, Document, DocumentStream
+from activations.foreign_code import hash_of_code
 from activations.hooks import run_until_captured, shapes_of
 from activations.model_config import DenoisingConfig
 from activations.model_files import SPREAD, device_of, hash_of_weights
@@ -55,6 +56,7 @@ class RawModel(ABC):
         self.dtype: torch.dtype = parameter.dtype
         self.device: torch.device = parameter.device
         self.products: Products = "own"
+        self.code_hash: str | None = None
         self._sites = ModuleSites(module, spec)
         self._shapes: dict[str, tuple[int, int]] = {}
 
@@ -93,6 +95,7 @@ class RawModel(ABC):
             "dtype": self.dtype_name,
             "products": self.products,
             "n_ctx": self.n_ctx,
+            **({"code_hash": self.code_hash} if self.code_hash else {}),
         }
 
     def resolve(self, site: str | Sequence[str]) -> list[str]:
@@ -246,17 +249,32 @@ def load_raw_model(
     dtype: torch.dtype,
     device: str,
     denoising: DenoisingConfig,
+    *,
+    trusted: bool = False,
 ) -> RawModel:
-    """Load a model of a kind other than language. Raises InputError."""
-    place = one_device(kind, device)
+    """Load a model of a kind other than language; its own code only if trusted. InputError."""
+    model = _loaded(kind, spec, revision, dtype, one_device(kind, device), denoising, trusted)
+    model.code_hash = hash_of_code(model.folder) if trusted else None
+    return model
+
+
+def _loaded(
+    kind: str,
+    spec: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    place: torch.device,
+    denoising: DenoisingConfig,
+    trusted: bool,
+) -> RawModel:
     if kind == "text_encoder":
         from activations.encoders import load_text_encoder
 
-        return load_text_encoder(spec, revision, dtype, place)
+        return load_text_encoder(spec, revision, dtype, place, trusted=trusted)
     if kind == "vision":
         from activations.vision import load_vision_model
 
-        return load_vision_model(spec, revision, dtype, place)
+        return load_vision_model(spec, revision, dtype, place, trusted=trusted)
     from activations.diffusion import load_diffusion_model
 
-    return load_diffusion_model(spec, revision, dtype, place, denoising)
+    return load_diffusion_model(spec, revision, dtype, place, denoising, trusted=trusted)

@@ -54,6 +54,8 @@ class Text:
     packing: str = JOINED
     first_document: int = 0
     """Number of its first document."""
+    prepend_bos: bool | None = None
+    """Whether sequences begin with BOS; None: where the tokenizer adds one."""
 
     @classmethod
     def of(cls, config: "HarvestConfig", part: Part | None = None) -> "Text":
@@ -64,6 +66,7 @@ class Text:
             held_out_fraction=config.held_out_fraction,
             packing=config.packing,
             first_document=0 if part is None else part.first_document,
+            prepend_bos=config.prepend_bos,
         )
 
     def packed(
@@ -94,9 +97,11 @@ class Text:
                 self._chosen(found, split, counts, before), context=self.context,
                 per_group=per_group, counts=counts, limit=limit,
             )  # fmt: skip
+        codec = TextCodec(model.tokenizer)
         stream = DocumentStream(
             self.corpus,
-            render=TextCodec(model.tokenizer).render_chat,
+            render=codec.render_chat,
+            spell=codec.spell,
             first=self.first_document,
             state=place["reader"]["stream"] if place else None,
         )
@@ -111,6 +116,7 @@ class Text:
             counts=counts,
             limit=limit,
             packing=self.packing,
+            prepend_bos=self.prepend_bos,
             describe=self._describe,
             state=lambda: {"stream": stream.state, "counts": counts.stored()} if goes_on else None,
             place=place,
@@ -171,7 +177,11 @@ class Text:
                 where=self.corpus.source,
             )
         if planned["held_out"] == 0 and self.held_out_fraction > 0:
-            say("the corpus is too small for a held-out sequence: everything is for training")
+            say(
+                "the corpus is too small for a held-out sequence, so everything is for training; "
+                "`saescope train` measures on held-out text and will refuse this harvest: give "
+                "more documents, or a larger held_out_fraction"
+            )
         return planned
 
     def counted(self, counts: PackingCounts) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from activations.harvest import HarvestConfig
 from activations.harvest import model_of as harvested_model
 from activations.layout import ROW_TOKEN, SPLITS
 from activations.ledger import Window
+from activations.model_config import stored
 from activations.models import Model
 from activations.outliers import norm_limits
 from activations.packing import Sequences
@@ -25,19 +26,28 @@ from saescope.progress import Progress
 
 
 def config_of(store: ActivationStore) -> HarvestConfig:
-    """The configuration of a harvest, with batches of the size that it ran."""
+    """The configuration of a harvest, with batches of the size that it ran.
+
+    It trusts no code of its model's, whatever its manifest says.
+    """
     manifest = store.manifest
-    config = from_dict(HarvestConfig, manifest["config"], str(store.path / MANIFEST))
+    config = from_dict(HarvestConfig, stored(manifest["config"]), str(store.path / MANIFEST))
     return in_planned_batches(config, manifest)
 
 
-def model_of(store: ActivationStore, device: str | None = None) -> Model | RawModel:
+def model_of(
+    store: ActivationStore, device: str | None = None, *, trust_remote_code: bool = False
+) -> Model | RawModel:
     """The model of a harvest, in its precision; by default where the harvest ran.
 
     Raises InputError if it has other weights, or another tokenizer, by now.
     """
     config = config_of(store)
-    model = replace(config.model, device=device or config.model.device)
+    model = replace(
+        config.model,
+        device=device or config.model.device,
+        trust_remote_code=trust_remote_code,
+    )
     return harvested_model(replace(config, model=model), store)
 
 

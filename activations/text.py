@@ -1,15 +1,23 @@
 """Text and tokens of one tokenizer: BOS, special tokens, and each token's own piece of text."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from saescope.artefact import sha256_json
 from saescope.errors import InputError
 
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+_LINE, _WORD = re.compile(r"\n(?=\S)"), re.compile(r"\S(?=\s)")
+LONG_CHARACTERS = 1 << 20
+"""A text of more characters is tokenised in pieces."""
+_PIECE_CHARACTERS = 1 << 18
 
 
 class TextCodec:
@@ -47,8 +55,33 @@ class TextCodec:
         A BOS that a text brings itself (what chat templates and copied text do) is left out where
         the model's tokenizer adds one.
         """
+        if any(len(text) > LONG_CHARACTERS for text in texts):
+            return [
+                list(chain.from_iterable(encoded_in_pieces(t, self.encode_batch))) for t in texts
+            ]
         found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         return found if self.bos_token_id is None else [self._without_bos(ids) for ids in found]
+
+    def spell(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int32], str]:
+        """A document's token ids [position] without BOS in front and EOS behind, and its text.
+
+        These two are put where the harvest's sequences want them.
+
+        Raises InputError for an id that the tokenizer does not have.
+        """
+        strange = ids[(ids < 0) | (ids >= self._size)]
+        if len(strange):
+            raise InputError(
+                "is no token of this model's tokenizer: was the corpus made with another one?",
+                given=int(strange[0]),
+                allowed=f"0 to {self._size - 1}",
+            )
+        bos, eos = self.bos_token_id, self.eos_token_id
+        if bos is not None and len(ids) and ids[0] == bos:
+            ids = ids[1:]
+        if eos is not None and len(ids) and ids[-1] == eos:
+            ids = ids[:-1]
+        return ids.astype(np.int32), self.decode(ids.tolist())
 
     def _without_bos(self, ids: list[int]) -> list[int]:
         first = next((n for n, each in enumerate(ids) if each != self.bos_token_id), len(ids))
@@ -63,13 +96,13 @@ class TextCodec:
 
         Raises InputError if it has no template, or if that refuses the conversation.
         """
-        from jinja2 import TemplateError
-
         if not self.tokenizer.chat_template:
             raise InputError("this model's tokenizer has no chat template")
         try:
             text = self.tokenizer.apply_chat_template(list(messages), tokenize=False)
-        except (TemplateError, TypeError, KeyError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program of its author's
             raise InputError(f"the chat template refuses this conversation: {error}") from error
         # every sequence begins with a BOS already, where the model uses one
         bos = self.tokenizer.bos_token if self.bos_token_id is not None else None
@@ -128,6 +161,41 @@ class TextCodec:
             return bytes.fromhex(fallback[1])
         known = _byte_of_character()
         return bytes(known[c] for c in token) if all(c in known for c in token) else text
+
+
+def encoded_in_pieces(
+    text: str, encode: Callable[[Sequence[str]], list[list[int]]]
+) -> Iterator[list[int]]:
+    """Token ids of a text, a piece at a time where it is long, so that memory stays bounded.
+
+    A tokenizer takes some 300 bytes a character. Texts are cut between a line's end and what is no
+    white space, where tokens do not join; a tokenizer that puts something before a text's first
+    word gets the line's end before each later piece.
+    """
+    if len(text) <= LONG_CHARACTERS:
+        yield encode([text])[0]
+        return
+    (anchor,) = encode(["\n"])
+    start = 0
+    while start < len(text):
+        end = _cut(text, start + _PIECE_CHARACTERS)
+        follows = start > 0 and text[start - 1] == "\n"
+        (ids,) = encode([text[start - follows : end]])
+        known = follows and ids[: len(anchor)] == anchor
+        if known:
+            yield ids[len(anchor) :]
+        else:
+            yield encode([text[start:end]])[0] if follows else ids
+        start = end
+
+
+def _cut(text: str, end: int) -> int:
+    """Where to cut a text: before a line of its own, or a word, after `end`."""
+    for pattern in (_LINE, _WORD):
+        found = pattern.search(text, end, end + _PIECE_CHARACTERS)
+        if found:
+            return found.end()
+    return min(end + _PIECE_CHARACTERS, len(text))
 
 
 @cache

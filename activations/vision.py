@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from activations.corpora import CorpusConfig, Document
+from activations.foreign_code import loading
 from activations.images import pictures, read_picture
 from activations.model_files import folder_of
-from activations.packaged import PACKAGED_MODELS, WEIGHTS, packaged_folder, quiet_transformers
+from activations.packaged import PACKAGED_MODELS, WEIGHTS, packaged_folder
 from activations.packing import PackingCounts, Sequences
 from activations.raw_models import RawModel, check_places, grouped
 from saescope.artefact import sha256_json
@@ -30,7 +31,12 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def load_vision_model(
-    spec: str, revision: str | None, dtype: torch.dtype, device: torch.device
+    spec: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trusted: bool = False,
 ) -> "VisionModel":
     """Load a vision model of transformers, with its own preparation of pictures, or a packaged one.
 
@@ -40,28 +46,23 @@ def load_vision_model(
         module, prepare, facts = _efficientnet_lite0(packaged_folder(spec))
         folder, commit = packaged_folder(spec), None
     else:
-        folder, commit = folder_of(spec, revision)
-        module, prepare, facts = _from_transformers(spec, folder)
+        folder, commit = folder_of(spec, revision, with_code=trusted)
+        module, prepare, facts = _from_transformers(spec, folder, trusted=trusted)
     return VisionModel(
         module.to(device, dtype), prepare, facts, spec=spec, folder=folder, revision=commit
     )
 
 
-def _from_transformers(spec: str, folder: Path) -> tuple[nn.Module, Prepare, dict[str, Any]]:
+def _from_transformers(
+    spec: str, folder: Path, *, trusted: bool
+) -> tuple[nn.Module, Prepare, dict[str, Any]]:
     from transformers import AutoImageProcessor, AutoModel
 
-    with quiet_transformers():
-        try:
-            hf: Any = AutoModel.from_pretrained(folder, local_files_only=True)
-            # the one that every machine has: others resize to other pixels
-            processor: Any = AutoImageProcessor.from_pretrained(
-                folder, local_files_only=True, backend="pil"
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().splitlines()
-            raise InputError(
-                f"cannot be loaded as a vision model: {reason[0] if reason else error}", where=spec
-            ) from error
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trusted}
+    with loading(spec, folder, "vision model", trusted=trusted):
+        hf: Any = AutoModel.from_pretrained(folder, weights_only=True, **local)
+        # the one that every machine has: others resize to other pixels
+        processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
     module = getattr(hf, "vision_model", hf)  # of CLIP and its like, the half that sees
 
     def prepare(images: Sequence["Image"]) -> Tensor:

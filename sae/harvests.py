@@ -130,7 +130,9 @@ def open_harvest(
     return harvest, place
 
 
-def load_harvested_model(harvest: ActivationStore, dtype: str) -> Model:
+def load_harvested_model(
+    harvest: ActivationStore, dtype: str, *, trust_remote_code: bool = False
+) -> Model:
     """The language model of a harvest.
 
     Raises InputError if its model is of another kind, or if what its name stands for has other
@@ -143,8 +145,13 @@ def load_harvested_model(harvest: ActivationStore, dtype: str) -> Model:
             "this needs a language model, and the harvest is of one of another kind (eval does "
             "without it with tokens = 0)", where=str(harvest.path), given=kind,
         )  # fmt: skip
-    model = load_model(facts["spec"], dtype=dtype, revision=facts["revision"])
-    for name in ("weights_hash", "tokenizer_hash"):
+    model = load_model(
+        facts["spec"],
+        dtype=dtype,
+        revision=facts["revision"],
+        trust_remote_code=trust_remote_code,
+    )
+    for name in ("weights_hash", "tokenizer_hash", "code_hash"):
         if name in facts and getattr(model, name) != facts[name]:
             what = f"is not the model that was harvested ({name} differs)"
             raise InputError(what, where=facts["spec"])

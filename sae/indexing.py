@@ -58,6 +58,8 @@ class IndexConfig(Config):
     """Index a harvest of another model than the SAE was trained on."""
     replace: bool = False
     """Build anew even if the store is there already."""
+    trust_remote_code: bool = False
+    """Run the code that comes with the model, if it needs it."""
 
     def __post_init__(self) -> None:
         check_range("logits", self.logits, low=1)
@@ -89,7 +91,7 @@ def index(config: IndexConfig) -> Path:
             "a feature store holds activations above zero, and this SAE has negative ones",
             where=config.run, given=kind_of(sae.config),
         )  # fmt: skip
-    model = load_harvested_model(harvest, "float32")
+    model = load_harvested_model(harvest, "float32", trust_remote_code=config.trust_remote_code)
     meta = _meta(config, place, harvest)
     with (
         system_errors(str(path)),

@@ -50,6 +50,8 @@ class SteerConfig(Config):
     """0 takes the likeliest token."""
     seed: int = 0
     """Seed of the sampling, where temperature is above 0."""
+    trust_remote_code: bool = False
+    """Run the code that comes with the model, if it needs it."""
 
     def __post_init__(self) -> None:
         check_range("max_new_tokens", self.max_new_tokens, low=1)
@@ -101,17 +103,19 @@ def suggest(store_path: str) -> tuple[int, float, str]:
 
 def _model_of(sae: SparseAutoencoder, config: SteerConfig) -> Model:
     """The model given, or the one that the SAE's files name; InputError if there is none."""
+    trust = config.trust_remote_code
     if config.model is not None:
-        return load_model(config.model)
+        return load_model(config.model, trust_remote_code=trust)
     spec = sae.metadata.get("model_spec")
     if spec is not None:
-        return load_model(spec, revision=sae.metadata.get("model_revision"))
+        revision = sae.metadata.get("model_revision")
+        return load_model(spec, revision=revision, trust_remote_code=trust)
     named = sae.metadata.get("model")
     if named is None:
         raise InputError("this SAE does not name its model; give --model", where=config.run)
     try:
         here = named in PACKAGED_MODELS or Path(named).expanduser().is_dir()
-        return load_model(named if here else hub_name(named))
+        return load_model(named if here else hub_name(named), trust_remote_code=trust)
     except InputError as error:
         raise InputError(
             f"the model that this SAE names cannot be had; give --model ({error})",

@@ -212,7 +212,7 @@ def _selector(positions: Positions) -> Callable[[Places], Tensor]:
 def _in_slice(positions: slice) -> Callable[[Places], Tensor]:
     given = {"start": positions.start, "stop": positions.stop, "step": positions.step}
     bounds = {
-        name: None if value is None else as_index(value, where=f"positions.{name}")
+        name: None if value is None else as_index(value, where="positions")
         for name, value in given.items()
     }
     start, stop, step = bounds["start"] or 0, bounds["stop"], bounds["step"]

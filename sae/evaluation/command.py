@@ -51,6 +51,8 @@ class EvaluateConfig(Config):
     out: str | None = None
     """File to write; if not given, evaluation.json in the run's folder, and for an SAE on the hub
     OWNER--REPO--FOLDER.evaluation.json here."""
+    trust_remote_code: bool = False
+    """Run the code that comes with the model, if it needs it."""
 
     def __post_init__(self) -> None:
         if self.rows is not None:
@@ -178,7 +180,9 @@ def _as_trained(sae: SparseAutoencoder) -> Callable[[Rows, Placed], Rows]:
 def _downstream(
     place: Placed, harvest: ActivationStore, config: EvaluateConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    model = load_harvested_model(harvest, harvest.manifest["model"]["dtype"])
+    model = load_harvested_model(
+        harvest, harvest.manifest["model"]["dtype"], trust_remote_code=config.trust_remote_code
+    )
     held_out = torch.from_numpy(harvest.split == 1).nonzero()[:, 0]
     chosen = held_out[: max(1, config.tokens // harvest.context)].numpy()
     tokens = torch.from_numpy(harvest.tokens[chosen]).long()

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from activations import Model
-from sae.evaluation.intervals import by_cluster, half_width
 from activations.kept import real_tokens
+from sae.evaluation.intervals import by_cluster, half_width
 from saescope.errors import InputError
 from saescope.integers import as_index
 from saescope.progress import Progress
@@ -111,10 +111,9 @@ def measure_downstream(
             each = slice(start, start + batch)
             part = _Part(tokens[each], keep[each], real[each])
             _measure_batch(model, splice, replacements, part, sums)
-            counts.append(part.counted.sum(1).double())
             progress.advance(len(part.tokens))
-    weights = torch.cat(counts)
-    if weights.sum() == 0:
+    counted = keep[:, :-1] & real[:, 1:].to(keep.device)
+    if not counted.any():
         raise InputError("no kept positions to evaluate on", where="measure_downstream", given=0)
     unit = torch.arange(len(tokens))[:, None].expand(tokens.shape) if document is None else document
     values = {name: torch.cat(parts)[counted] for name, parts in sums.items()}
@@ -161,11 +160,6 @@ class _Part:
     real: Tensor
     """false at padding"""
 
-    @property
-    def counted(self) -> Tensor:
-        """Kept positions that have a next token [sequence, position - 1]."""
-        return self.keep[:, :-1] & self.real[:, 1:].to(self.keep.device)
-
 
 def _measure_batch(
     model: Model,
@@ -174,7 +168,7 @@ def _measure_batch(
     part: _Part,
     sums: dict[str, list[Tensor]],
 ) -> None:
-    keep, counted = part.keep, part.counted
+    keep = part.keep
     targets = part.tokens[:, 1:, None]
 
     def logits() -> Tensor:
