@@ -191,7 +191,16 @@ def test_any_floating_point_is_read(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(load(tmp_path).encode(x), wanted)
 
 
-BOMB = npy((5_000_000,), bytes(20_000_000))
+def bomb() -> bytes:
+    """80 MB of zeros, each array of the shape it must have, in 80 kB."""
+    n = 2_000_000
+    shapes = {"W_enc": (D_IN, n), "W_dec": (n, D_IN), "b_enc": n, "b_dec": D_IN, "threshold": n}
+    stream = io.BytesIO()
+    zeros: dict[str, Any] = {name: np.zeros(shape, "f4") for name, shape in shapes.items()}
+    np.savez_compressed(stream, **zeros)
+    return stream.getvalue()
+
+
 NPZ = {
     "whole numbers": npz(arrays(W_enc=np.ones((4, 8), int))),
     "complex": npz(arrays(W_enc=np.ones((4, 8), complex))),
@@ -207,7 +216,7 @@ NPZ = {
     "16 TB": archive([("W_enc.npy", npy((10**12, 4), bytes(1000)))]),
     "a header that is code": archive([("W_enc.npy", npy((), b"", header=b"__import__('os')"))]),
     "a header of brackets": archive([("W_enc.npy", npy((), b"", header=b"(" * 2000))]),
-    "a bomb": archive([(f"{name}.npy", BOMB) for name in gemma()]),
+    "a bomb": bomb(),
     "no array": archive([("W_enc.npy", b"hello")]),
     "another compression": archive([("W_enc.npy", npy((4, 8), bytes(128)))], zipfile.ZIP_LZMA),
     "empty": archive([]),
