@@ -293,7 +293,7 @@ def test_gemma_scope_2_says_what_it_is_and_not_its_folder(tmp_path: Path) -> Non
         ({"hf_hook_point_in": 7}, False, "hf_hook_point_in is not a text"),
         ({"hf_hook_point_in": "../x y"}, False, "not a point of a model"),
         ({"l0": "many"}, False, "l0 is not a number"),
-        ({"l0": float("inf")}, False, "l0 is not a number"),
+        ({"l0": float("inf")}, False, "no number of JSON"),
     ],
 )
 def test_gemma_scope_2_contradictions(
