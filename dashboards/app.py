@@ -1,12 +1,16 @@
 """The explorer's entry: `saescope explore` runs it with Streamlit."""
 
+from pathlib import Path
+
 import streamlit as st
 
 from dashboards import session
 from dashboards.tokens import STYLE, plain
 from saescope.errors import SaescopeError
 
-st.set_page_config(page_title="saescope", page_icon=":material/scatter_plot:", layout="wide")
+# a file of ours: the browser would fetch an icon that is only named from a server of others
+ICON = Path(__file__).parent / "icon.svg"
+st.set_page_config(page_title="saescope", page_icon=ICON, layout="wide")
 pages = [
     st.Page(session.OVERVIEW, title="Overview", icon=":material/dashboard:", default=True),
     st.Page(session.FEATURES, title="Features", icon=":material/table_rows:", url_path="features"),

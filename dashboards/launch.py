@@ -14,6 +14,7 @@ from saescope.errors import InputError, check_range
 from saescope.progress import say
 
 HOST = "localhost"
+_APP = Path(__file__).parent / "app.py"
 _PRIMARY_COLOURS = {"light": "#c2601a", "dark": "#e8873a"}
 
 
@@ -25,6 +26,11 @@ class ExploreConfig(Config):
     """A store's file or folder, or a folder of stores."""
     port: int = 8501
     """Port on this machine; the explorer cannot be reached from others."""
+    model: tuple[str, ...] = ()
+    """Models that typed texts may be run through (folders, or names in a hub), besides packaged
+    ones and those beside the stores. A store's model must have the weights it was made with."""
+    sae: tuple[str, ...] = ()
+    """SAEs that may be loaded for typed texts, besides those beside the stores."""
     open_browser: bool = False
     """Also open the page in the default browser."""
 
@@ -42,13 +48,26 @@ def url(config: ExploreConfig) -> str:
 
 
 def command(config: ExploreConfig) -> list[str]:
-    """The words that run Streamlit; they win over a reader's own Streamlit settings."""
+    """The words that run Streamlit; they win over any other settings of Streamlit's.
+
+    All that decides who reaches the explorer is said here, so that no settings file of a folder and
+    no variable can open it to others.
+    """
     options = {
         "server.address": HOST,
         "server.port": config.port,
         "server.headless": not config.open_browser,
         "server.fileWatcherType": "none",
         "server.runOnSave": False,
+        "server.enableCORS": True,
+        "server.enableXsrfProtection": True,
+        "server.xsrfCookieSameSite": "strict",
+        "server.corsAllowedOrigins": url(config),
+        "server.enableStaticServing": False,
+        "server.enableAgentApi": False,
+        "server.baseUrlPath": "",
+        "runner.magicEnabled": False,
+        "logger.level": "warning",
         "browser.gatherUsageStats": False,
         "browser.serverAddress": HOST,
         "client.toolbarMode": "minimal",
@@ -59,8 +78,9 @@ def command(config: ExploreConfig) -> list[str]:
         f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in options.items()
     ]
-    app = Path(__file__).parent / "app.py"
-    return [sys.executable, "-m", "streamlit", "run", str(app), *words]
+    # other names of this machine are refused, so that no page of others can pass for this one
+    words += [f"--server.allowedHosts={host}" for host in (HOST, "127.0.0.1")]
+    return [sys.executable, "-m", "streamlit", "run", str(_APP), *words]
 
 
 @contextmanager
@@ -70,20 +90,23 @@ def serving(config: ExploreConfig) -> Iterator[subprocess.Popen[bytes]]:
     Raises ArtefactError if there is no store, or one cannot be read; InputError if the port is
     taken.
     """
-    from dashboards.places import PLACE_VARIABLE, find_stores
+    from dashboards.places import environment, find_stores
     from store import FeatureStore
 
     stores = find_stores(config.store)
     for path in stores.values():
         FeatureStore.open(path).close()
     _check_port(config.port)
-    environment = dict(os.environ)
-    environment[PLACE_VARIABLE] = str(Path(config.store).expanduser().resolve())
+    # Streamlit reads no settings of the folder the command is called in, nor from variables
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLIT_")}
+    ours |= environment(config.store, model=config.model, sae=config.sae)
     # the packages of this very tree, wherever the command is called
-    root = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    path = [str(_APP.resolve().parent.parent), *ours.get("PYTHONPATH", "").split(os.pathsep)]
+    ours["PYTHONPATH"] = os.pathsep.join(str(Path(part).resolve()) for part in path if part)
     say(f"explorer: {url(config)}  ({', '.join(stores)}; Ctrl-C ends it)")
-    process = subprocess.Popen(command(config), env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(config), env=ours, cwd=_APP.parent, stdout=subprocess.DEVNULL
+    )
     try:
         yield process
     finally:

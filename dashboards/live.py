@@ -1,4 +1,8 @@
-"""The model and the SAE behind a store, loaded when a reader first types a text."""
+"""The model and the SAE behind a store, loaded when a reader first types a text.
+
+A store says which they are, and may come from a stranger: `dashboards.places` decides what may be
+loaded, and both must have the weights that the store was made with.
+"""
 
 import threading
 from dataclasses import dataclass
@@ -6,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from dashboards import places
 from saescope.errors import ArtefactError
 
 if TYPE_CHECKING:
@@ -17,37 +22,86 @@ _LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
+class Behind:
+    """What a store was made with: where it is loaded from, and the hashes it must have."""
+
+    model_spec: str
+    sae_path: str
+    site: str
+    model_hash: str
+    sae_hash: str
+    revision: str | None
+    target_site: str | None
+    other_model: bool
+    """whether somebody has meant the SAE for a model that it was not trained on"""
+    store: str
+
+
+@dataclass(frozen=True)
 class Pair:
-    """A model and an SAE that belong together."""
+    """A model and an SAE that belong together, and the site to use the SAE at if it needs one."""
 
     model: Any
     sae: Any
+    site: str | None
+
+
+def behind(store: "FeatureStore") -> Behind:
+    """What to load for a store.
+
+    Raises ArtefactError if the store does not say which model and SAE it was made from, or they
+    are neither named by the person who started the explorer nor beside the store.
+    """
+    meta, where = store.meta, str(store.path)
+    wanted = ("model_spec", "sae_path", "site", "model_hash", "sae_hash")
+    if not all(isinstance(meta.get(name), str) and meta[name] for name in wanted) or not all(
+        isinstance(meta.get(name), str | None) for name in ("model_revision", "target_site")
+    ):
+        raise ArtefactError("does not say which model and SAE made it", where=where)
+    return Behind(
+        model_spec=places.to_load("model", meta["model_spec"], where),
+        sae_path=places.to_load("sae", meta["sae_path"], where),
+        revision=meta.get("model_revision"),
+        target_site=meta.get("target_site"),
+        other_model=meta.get("allow_other_model") is True,
+        store=where,
+        **{name: meta[name] for name in ("site", "model_hash", "sae_hash")},
+    )
 
 
 @st.cache_resource(max_entries=1, show_spinner="Loading the model and the SAE (once) …")
-def load(model_spec: str, sae_path: str, target_site: str | None) -> Pair:
-    """Load both; this takes seconds, as torch and transformers are imported."""
+def load(what: Behind) -> Pair:
+    """Load both; this takes seconds, as torch and transformers are imported.
+
+    Raises ArtefactError if one of them is not what the store was made with.
+    """
     import activations
     import sae
+    from sae.provenance import check_indexed
 
-    model = activations.load_model(model_spec, dtype="float32")
-    return Pair(model, sae.load(sae_path, target_site=target_site))
+    loaded = sae.load(what.sae_path, target_site=what.target_site)
+    check_indexed(loaded, vars(what), where=what.store)
+    site = None if loaded.transcodes or loaded.concatenates else what.site
+    model = activations.load_model(what.model_spec, dtype="float32", revision=what.revision)
+    if model.weights_hash != what.model_hash:
+        raise ArtefactError(
+            "this is not the model that the store was made with: its weights are others",
+            where=what.model_spec,
+        )
+    return Pair(model, loaded, site)
 
 
 def features_of_text(store: "FeatureStore", text: str) -> "TextFeatures":
     """The features that fire on each token of a text.
 
-    Raises ArtefactError if the store does not say which model and SAE it was made from, InputError
-    if the text is empty or too long.
+    Raises ArtefactError if the store's model and SAE may not be loaded or are others by now,
+    InputError if the text is empty or too long.
     """
-    spec = store.meta.get("model_spec") or store.meta.get("model")
-    path = store.meta.get("sae_path")
-    if not spec or not path:
-        raise ArtefactError("does not say which model and SAE made it", where=str(store.path))
     import sae
 
-    # a crosscoder has several, and its own; else the store's, which may be one of several layers
-    site = None if store.meta.get("sites") else store.meta.get("site")
+    what = behind(store)
     with _LOCK:
-        pair = load(str(spec), str(path), store.meta.get("target_site"))
-        return sae.features_of_text(pair.model, pair.sae, text, site=site)
+        pair = load(what)
+        return sae.features_of_text(
+            pair.model, pair.sae, text, site=pair.site, allow_other_model=what.other_model
+        )

@@ -20,6 +20,7 @@ STYLE = """<style>
 .stMainBlockContainer h5{font-size:1.02rem;padding:.5rem 0 .3rem}
 .stMainBlockContainer [data-testid=stMetricValue]{font-size:1.45rem}
 .stMainBlockContainer a[aria-label="Link to heading"]{display:none}
+[data-testid=stToastContainer]{inset:auto 1rem 1rem auto!important}
 .st-key-relatives,.st-key-marked{gap:.12rem}
 .st-key-relatives h5{padding:1rem 0 1.4rem}
 .st-key-relatives a,.st-key-marked a{background:none!important;padding:.1rem 0}

@@ -122,7 +122,9 @@ def _meta(config: IndexConfig, place: Placed, harvest: ActivationStore) -> dict[
     return {
         "name": Path(config.out).resolve().name,
         "model": harvest.manifest["model"]["name"],
-        "model_spec": harvest.manifest["model"]["spec"],
+        "model_spec": _absolute(harvest.manifest["model"]["spec"]),
+        "model_revision": harvest.manifest["model"]["revision"],
+        "model_hash": harvest.manifest["model"]["weights_hash"],
         **({"allow_other_model": True} if config.allow_other_model else {}),
         "site": place.read[0],
         **({"sites": list(place.read)} if len(place.read) > 1 else {}),
@@ -133,7 +135,7 @@ def _meta(config: IndexConfig, place: Placed, harvest: ActivationStore) -> dict[
         "sae_path": (
             sae.metadata["source"]  # with the commit that was read
             if config.run.startswith(SCHEME)
-            else str(Path(config.run).resolve())
+            else _absolute(config.run)
         ),
         "sae_hash": weights_hash(sae),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -144,6 +146,12 @@ def _meta(config: IndexConfig, place: Placed, harvest: ActivationStore) -> dict[
         "metrics": metrics,
         "protocol": measured.get("protocol_hash"),
     }
+
+
+def _absolute(name: str) -> str:
+    """The absolute path of what is a folder here; the name of what is in a hub as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def _add_sequences(writer: StoreWriter, harvest: ActivationStore) -> None:

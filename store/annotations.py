@@ -1,49 +1,33 @@
 """People's labels, notes and lists about a store's features, in a small SQLite file beside it."""
 
+import os
 import sqlite3
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from saescope.artefact import check_schema
 from saescope.errors import ArtefactError, InputError
+from saescope.integers import as_index, as_indices
+from store import annotation_file
+from store.annotation_file import LONGEST_LABEL, LONGEST_NOTE
 from store.database import FILE_NAME
 
-SCHEMA = 1
 FAVOURITES = "favourites"
-_MAX_LABEL = 200
-_MAX_NOTE = 20_000
+_LARGEST = 2**31 - 1
+_Answer = TypeVar("_Answer")
 
-_TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE annotation (
-    feature INTEGER PRIMARY KEY, label TEXT NOT NULL, note TEXT NOT NULL, changed TEXT NOT NULL
-);
-CREATE VIRTUAL TABLE annotation_text USING fts5(
-    label, note, content='annotation', content_rowid='feature',
-    tokenize='unicode61 remove_diacritics 2', prefix='2 3'
-);
-CREATE TRIGGER annotation_added AFTER INSERT ON annotation BEGIN
-    INSERT INTO annotation_text(rowid, label, note) VALUES (new.feature, new.label, new.note);
-END;
-CREATE TRIGGER annotation_removed AFTER DELETE ON annotation BEGIN
-    INSERT INTO annotation_text(annotation_text, rowid, label, note)
-        VALUES ('delete', old.feature, old.label, old.note);
-END;
-CREATE TRIGGER annotation_changed AFTER UPDATE ON annotation BEGIN
-    INSERT INTO annotation_text(annotation_text, rowid, label, note)
-        VALUES ('delete', old.feature, old.label, old.note);
-    INSERT INTO annotation_text(rowid, label, note) VALUES (new.feature, new.label, new.note);
-END;
-CREATE TABLE list_member (
-    list TEXT NOT NULL, feature INTEGER NOT NULL, added TEXT NOT NULL, PRIMARY KEY (list, feature)
-);
-"""
+
+class ChangedError(InputError):
+    """Somebody else has changed a text since it was read; `found` is the text as it is now."""
+
+    def __init__(self, what: str, *, where: str, found: str, given: str) -> None:
+        super().__init__(what, where=where, given=given)
+        self.found = found
 
 
 @dataclass(frozen=True)
@@ -70,34 +54,35 @@ class Annotations:
     """Labels, notes and lists of one store's features; safe to use from several threads.
 
     The file is made by the first change, and remembers which SAE it is about. Where it cannot be
-    written, reading works and a change raises ArtefactError; `read_only` says which.
+    written, reading works and a change raises ArtefactError; `read_only` says which. A file that
+    was replaced or taken away since is opened anew.
 
     >>> with Annotations.open("stores/demo") as notes:  # doctest: +SKIP
     ...     notes.set_label(123, "weather")
     ...     notes.search("weath")
     """
 
-    def __init__(
-        self, path: Path, con: sqlite3.Connection | None, *, writable: bool, sae_hash: str = ""
-    ) -> None:
+    def __init__(self, path: Path, *, sae_hash: str = "") -> None:
         self.path = path
+        self.read_only = False
         self._sae_hash = sae_hash
-        self.read_only = not writable
-        self._con = con
+        self._con: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
         self._lock = threading.RLock()
 
     @classmethod
     def open(cls, store_path: str | Path, *, sae_hash: str = "") -> "Annotations":
-        """Open the annotations of a store.
+        """Open the annotations of a store; anybody may have made their file.
 
-        Raises ArtefactError if the file beside the store is damaged, of a newer version, or about
-        another SAE than the one with this hash: its labels would stand at the wrong features.
+        Raises ArtefactError if the file beside the store is damaged, of a newer version, has in it
+        what no such file has, or is about another SAE than the one with this hash: its labels would
+        stand at the wrong features.
         """
-        path = annotations_file(store_path)
-        if not path.exists():
-            return cls(path, None, writable=_can_create(path.parent), sae_hash=sae_hash)
-        con, writable = _connect(path, sae_hash=sae_hash)
-        return cls(path, con, writable=writable, sae_hash=sae_hash)
+        notes = cls(annotations_file(store_path), sae_hash=sae_hash)
+        with notes._lock:
+            if notes._connection() is None:
+                notes.read_only = not _can_create(notes.path.parent)
+        return notes
 
     def close(self) -> None:
         """Close the file."""
@@ -117,74 +102,115 @@ class Annotations:
     ) -> None:
         self.close()
 
-    def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        with self._lock:
-            if self._con is None and self.path.exists():  # another process has made it since
-                self._con, _ = _connect(self.path, sae_hash=self._sae_hash)
-            return [] if self._con is None else self._con.execute(sql, values).fetchall()
-
-    def _change(self, sql: str, values: Sequence[Any]) -> None:
-        with self._lock:
-            refused = ArtefactError(
-                "labels and notes cannot be saved: the file or its folder is read-only",
-                where=str(self.path),
+    def _connection(self, *, create: bool = False) -> sqlite3.Connection | None:
+        """The connection to the file that is there now; None if there is none."""
+        there = _identity(self.path)
+        if there != self._file:
+            self.close()
+        if self._con is None and (there is not None or create):
+            self._con, writable = annotation_file.connect(
+                self.path, create=create, sae_hash=self._sae_hash
             )
-            if self.read_only:
-                raise refused
-            try:
-                if self._con is None:
-                    self._con, _ = _connect(self.path, create=True, sae_hash=self._sae_hash)
-                with self._con:
-                    self._con.execute(sql, values)
-            except sqlite3.OperationalError as error:
-                if "readonly" in str(error) or "unable to open" in str(error):
-                    raise refused from error
+            self.read_only = not writable
+            self._file = _identity(self.path)
+        return self._con
+
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except UnicodeEncodeError as error:
+            raise InputError("has characters that are no text", where="text") from error
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise ArtefactError(
+                f"labels and notes cannot be {doing}: {_reason(error)}", where=str(self.path)
+            ) from error
+
+    def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._lock, self._errors("read"):
+            con = self._connection()
+            if con is None:
+                return []
+            annotation_file.limit_time(con)
+            return con.execute(sql, values).fetchall()
+
+    def _change(self, work: Callable[[sqlite3.Connection], _Answer]) -> _Answer:
+        """Do something to the file, all of it or nothing, while nobody else changes it."""
+        with self._lock, self._errors("saved"):
+            if self.read_only and self._connection() is None:
                 raise ArtefactError(
-                    f"labels and notes cannot be saved: {error}", where=str(self.path)
-                ) from error
+                    f"labels and notes cannot be saved: {_READ_ONLY}", where=str(self.path)
+                )
+            con = self._connection(create=True)
+            assert con is not None
+            annotation_file.limit_time(con)
+            con.execute("BEGIN IMMEDIATE")
+            try:
+                answer = work(con)
+                con.execute("COMMIT")
+            except BaseException:
+                if con.in_transaction:
+                    con.execute("ROLLBACK")
+                raise
+            return answer
 
     def get(self, feature: int) -> Annotation:
         """A feature's label and note."""
-        rows = self._rows("SELECT label, note FROM annotation WHERE feature = ?", [feature])
-        return Annotation(feature, *(rows[0] if rows else ("", "")))
+        number = _feature(feature)
+        rows = self._rows("SELECT label, note FROM annotation WHERE feature = ?", [number])
+        return Annotation(number, *(rows[0] if rows else ("", "")))
 
     def labels(self, features: Sequence[int] | None = None) -> dict[int, str]:
         """The labels of these features (all without), where there are any."""
         sql = "SELECT feature, label FROM annotation WHERE label <> ''"
         if features is None:
             return dict(self._rows(f"{sql} ORDER BY feature"))
+        numbers = as_indices(features, where="features", low=0, high=_LARGEST)
         found: dict[int, str] = {}
-        for begin in range(0, len(features), 500):
-            part = [int(feature) for feature in features[begin : begin + 500]]
+        for begin in range(0, len(numbers), 500):
+            part = numbers[begin : begin + 500]
             marks = ", ".join("?" * len(part))
             found.update(self._rows(f"{sql} AND feature IN ({marks})", part))
         return found
 
-    def set_label(self, feature: int, label: str) -> None:
-        """Write a feature's label, one line; an empty one removes it."""
-        self._write(feature, "label", " ".join(label.split()), _MAX_LABEL)
+    def set_label(self, feature: int, label: str, *, seen: str | None = None) -> None:
+        """Write a feature's label, one line; an empty one removes it.
 
-    def set_note(self, feature: int, note: str) -> None:
-        """Write a feature's note; an empty one removes it."""
-        self._write(feature, "note", note.strip(), _MAX_NOTE)
+        seen: the label that the writer had before them. Raises ChangedError, and changes nothing,
+        if somebody has written another one since.
+        """
+        self._write(feature, "label", label, seen)
 
-    def _write(self, feature: int, column: str, text: str, longest: int) -> None:
-        _check_feature(feature)
-        if len(text) > longest:
-            raise InputError(
-                "is too long", where=column, given=f"{len(text)} characters",
-                allowed=f"at most {longest}",
-            )  # fmt: skip
+    def set_note(self, feature: int, note: str, *, seen: str | None = None) -> None:
+        """Write a feature's note; an empty one removes it. `seen` is as in `set_label`."""
+        self._write(feature, "note", note, seen)
+
+    def _write(self, feature: int, column: str, given: str, seen: str | None) -> None:
+        number = _feature(feature)
+        text = _text(column, given)
+        wanted = None if seen is None else _text(column, seen)
         label, note = (text, "") if column == "label" else ("", text)
-        self._change(
-            "INSERT INTO annotation VALUES (?, ?, ?, ?) ON CONFLICT (feature) DO UPDATE"
-            f" SET {column} = excluded.{column}, changed = excluded.changed",
-            [int(feature), label, note, _now()],
-        )
+
+        def write(con: sqlite3.Connection) -> None:
+            sql = f"SELECT {column} FROM annotation WHERE feature = ?"
+            found = (con.execute(sql, [number]).fetchone() or [""])[0]
+            if wanted is not None and found not in (wanted, text):
+                raise ChangedError(
+                    f"somebody has changed it meanwhile, to {found!r}",
+                    where=f"{column} of feature {number}", given=text, found=found,
+                )  # fmt: skip
+            con.execute(
+                "INSERT INTO annotation VALUES (?, ?, ?, ?) ON CONFLICT (feature) DO UPDATE"
+                f" SET {column} = excluded.{column}, changed = excluded.changed",
+                [number, label, note, _now()],
+            )
+
+        self._change(write)
 
     def search(self, text: str, limit: int = 10_000) -> list[int]:
         """Features whose label or note has all the words, or words that begin so; best first."""
-        words = [word for word in _words(text) if word]
+        limit = as_index(limit, where="limit", low=0, high=_LARGEST)
+        words = _words(text)
         if not words:
             return []
         query = " AND ".join(f'"{word}"*' for word in words)
@@ -197,21 +223,20 @@ class Annotations:
 
     def add_to_list(self, feature: int, name: str = FAVOURITES) -> None:
         """Put a feature on a list."""
-        _check_feature(feature)
-        if not name.strip() or len(name) > _MAX_LABEL:
-            raise InputError("a list needs a name of 1 to 200 characters", where="list", given=name)
-        self._change(
-            "INSERT OR IGNORE INTO list_member VALUES (?, ?, ?)", [name.strip(), feature, _now()]
-        )
+        values = [_list_name(name), _feature(feature), _now()]
+        sql = "INSERT OR IGNORE INTO list_member VALUES (?, ?, ?)"
+        self._change(lambda con: con.execute(sql, values))
 
     def remove_from_list(self, feature: int, name: str = FAVOURITES) -> None:
         """Take a feature off a list."""
-        self._change("DELETE FROM list_member WHERE list = ? AND feature = ?", [name, feature])
+        values = [_list_name(name), _feature(feature)]
+        sql = "DELETE FROM list_member WHERE list = ? AND feature = ?"
+        self._change(lambda con: con.execute(sql, values))
 
     def members(self, name: str = FAVOURITES) -> list[int]:
         """The features on a list, in the order they were added."""
         sql = "SELECT feature FROM list_member WHERE list = ? ORDER BY added, feature"
-        return [row[0] for row in self._rows(sql, [name])]
+        return [row[0] for row in self._rows(sql, [_list_name(name)])]
 
     def lists(self) -> dict[str, int]:
         """The lists' names and sizes."""
@@ -219,9 +244,54 @@ class Annotations:
         return dict(self._rows(sql))
 
 
-def _check_feature(feature: int) -> None:
-    if feature < 0:
-        raise InputError("no such feature", where="feature", given=feature, allowed="0 and more")
+_READ_ONLY = "the file or its folder is read-only"
+
+
+def _reason(error: Exception) -> str:
+    """What SQLite says, in words that say what to do."""
+    text = str(error)
+    if "readonly" in text or "unable to open" in text:
+        return _READ_ONLY
+    if "is full" in text:
+        return "the disk is full; free some space"
+    if "locked" in text:
+        return "another program has the file in use; try again when it is done"
+    return annotation_file.one_line(error)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file is at a path; None if there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino
+
+
+def _feature(feature: int) -> int:
+    number = as_index(feature, where="feature")
+    if not 0 <= number <= _LARGEST:
+        raise InputError("no such feature", where="feature", given=number, allowed="0 and more")
+    return number
+
+
+def _text(column: str, given: str) -> str:
+    if not isinstance(given, str):
+        raise InputError("is no text", where=column, given=type(given).__name__)
+    text = " ".join(given.split()) if column == "label" else given.strip()
+    longest = LONGEST_LABEL if column == "label" else LONGEST_NOTE
+    if len(text) > longest:
+        raise InputError(
+            "is too long", where=column, given=f"{len(text)} characters",
+            allowed=f"at most {longest}",
+        )  # fmt: skip
+    return text
+
+
+def _list_name(name: str) -> str:
+    if not isinstance(name, str) or not name.strip() or len(name) > LONGEST_LABEL:
+        raise InputError("a list needs a name of 1 to 200 characters", where="list", given=name)
+    return name.strip()
 
 
 def _now() -> str:
@@ -234,76 +304,10 @@ def _words(text: str) -> list[str]:
 
 def _can_create(folder: Path) -> bool:
     """Whether a file can be made there; asked of the file system itself."""
-    probe = folder / f".annotations-probe-{threading.get_ident()}"
+    probe = folder / f".annotations-probe-{os.getpid()}-{threading.get_ident()}"
     try:
         probe.touch()
     except OSError:
         return False
     probe.unlink(missing_ok=True)
     return True
-
-
-def _connect(
-    path: Path, *, create: bool = False, sae_hash: str = ""
-) -> tuple[sqlite3.Connection, bool]:
-    mode = "rwc" if create else "rw"
-    for attempt in (mode, "ro"):
-        con = None
-        try:
-            con = sqlite3.connect(
-                f"{path.resolve().as_uri()}?mode={attempt}",
-                uri=True,
-                timeout=10,
-                check_same_thread=False,
-            )
-            _prepare(con, path, writable=attempt != "ro", sae_hash=sae_hash)
-            return con, attempt != "ro"
-        except ArtefactError:
-            if con is not None:
-                con.close()
-            raise
-        except sqlite3.DatabaseError as error:
-            if con is not None:
-                con.close()
-            if create or attempt == "ro":
-                raise ArtefactError(
-                    f"cannot be read as annotations: {error}", where=str(path)
-                ) from error
-    raise AssertionError("unreachable")
-
-
-def _prepare(con: sqlite3.Connection, path: Path, *, writable: bool, sae_hash: str) -> None:
-    """Make the tables where the file is empty; check the version and the SAE."""
-    if writable:
-        # takes the write lock: says at once whether the file may be written, and lets one of
-        # several processes make the tables
-        con.execute("BEGIN IMMEDIATE")
-        if not con.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            for statement in _statements(_TABLES):
-                con.execute(statement)
-            values = [("schema", str(SCHEMA)), ("sae_hash", sae_hash)]
-            con.executemany("INSERT INTO meta VALUES (?, ?)", values)
-        con.commit()
-        con.execute("UPDATE meta SET value = value")  # fails where the file is read-only
-        con.rollback()
-    found = dict(con.execute("SELECT key, value FROM meta"))
-    number = None
-    with suppress(KeyError, ValueError):
-        number = int(found["schema"])
-    check_schema(number, supported=SCHEMA, where=str(path))
-    if sae_hash and found.get("sae_hash") and found["sae_hash"] != sae_hash:
-        raise ArtefactError(
-            "these labels and notes are about another SAE; move the file away to start new ones",
-            where=str(path),
-        )
-
-
-def _statements(script: str) -> list[str]:
-    """The script's statements: executescript would commit, and so let two writers in."""
-    found, part = [], ""
-    for line in script.splitlines(keepends=True):
-        part += line
-        if sqlite3.complete_statement(part):
-            found.append(part)
-            part = ""
-    return found

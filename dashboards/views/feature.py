@@ -2,12 +2,13 @@
 
 import streamlit as st
 
-from dashboards import figures, queries, session
+from dashboards import fields, figures, queries, session
 from dashboards.amounts import amount, span
 from dashboards.queries import FeatureData
 from dashboards.session import Session
 from dashboards.tokens import effects_html, examples_html, plain, plain_visible
 from saescope.errors import SaescopeError
+from store.annotations import ChangedError
 from store.results import Feature
 from store.summaries import BINS, INTERVALS
 
@@ -17,6 +18,7 @@ KINDS = {"top": "Strongest", "interval": "By interval"}
 
 def page() -> None:
     """Draw the page."""
+    _follow()
     here = session.begin("", ("feature",))
     number = session.current_feature(here)
     data = queries.feature(here.store, here.version, number)
@@ -36,12 +38,23 @@ def page() -> None:
         _examples(here, data)
 
 
+def _follow() -> None:
+    """Go where the reader wants to: by a button, or else by the number typed.
+
+    With a button pressed before the page was drawn, the browser sends the number it was on before.
+    """
+    wishes = [st.session_state.pop(name, None) for name in ("go_by_button", "go_by_number")]
+    wanted = next((wish for wish in wishes if wish is not None), None)
+    if wanted is not None:
+        st.query_params["feature"] = str(wanted)
+
+
 def _go(number: int) -> None:
-    st.query_params["feature"] = str(number)
+    st.session_state["go_by_button"] = number
 
 
 def _go_to_given() -> None:
-    _go(int(st.session_state["feature_number"]))
+    st.session_state["go_by_number"] = st.session_state["feature_number"]
 
 
 def _go_to_random(here: Session) -> None:
@@ -92,22 +105,32 @@ def _summary(here: Session, feature: Feature) -> list[str]:
     ]
 
 
-def _save(here: Session, number: int, kind: str, key: str) -> None:
-    text = st.session_state[key] or ""
+def _save(here: Session, number: int, kind: str, key: str, seen: str) -> None:
+    """Save what was typed, unless somebody has changed what the reader saw."""
+    text = fields.typed(key)
+    if text is None:
+        return
+    write = here.notes.set_label if kind == "label" else here.notes.set_note
     try:
-        if kind == "label":
-            here.notes.set_label(number, text)
-        else:
-            here.notes.set_note(number, text)
+        write(number, text, seen=seen)
+    except ChangedError as error:
+        fields.forget(key)  # the same text is the reader's own the next time
+        st.session_state["save_problem"] = (
+            f"The {kind} was changed elsewhere meanwhile, to “{error.found}”; yours, “{text}”, is "
+            "not saved. Type it again to put it there all the same."
+        )
     except SaescopeError as error:
         st.session_state["save_problem"] = str(error)
-        return
-    st.toast(f"{kind.capitalize()} saved", icon=":material/check:")
+    else:
+        st.toast(f"{kind.capitalize()} saved", icon=":material/check:")
 
 
 def _favour(here: Session, number: int, key: str) -> None:
+    chosen = fields.typed(key)
+    if chosen is None:
+        return
     try:
-        if st.session_state[key]:
+        if chosen:
             here.notes.add_to_list(number)
         else:
             here.notes.remove_from_list(number)
@@ -123,14 +146,14 @@ def _label(here: Session, number: int) -> None:
     closed = here.notes.read_only
     reason = "The store's folder is read-only, so labels cannot be saved." if closed else None
     keys = {kind: f"{kind}_{here.name}_{number}" for kind in ("label", "note", "favourite")}
-    st.session_state[keys["label"]] = written.label
-    st.session_state[keys["note"]] = written.note
-    st.session_state[keys["favourite"]] = number in here.notes.members()
+    fields.fill(keys["label"], written.label)
+    fields.fill(keys["note"], written.note)
+    fields.fill(keys["favourite"], number in here.notes.members())
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.text_input(
             "Label", key=keys["label"], max_chars=200, disabled=closed, help=reason,
             placeholder="what does it stand for?", on_change=_save,
-            args=(here, number, "label", keys["label"]),
+            args=(here, number, "label", keys["label"], written.label),
         )  # fmt: skip
         st.toggle(
             "Favourite", key=keys["favourite"], disabled=closed, on_change=_favour,
@@ -140,7 +163,7 @@ def _label(here: Session, number: int) -> None:
         st.text_area(
             "Note", key=keys["note"], max_chars=20_000, disabled=closed, height=110,
             label_visibility="collapsed", on_change=_save,
-            args=(here, number, "note", keys["note"]),
+            args=(here, number, "note", keys["note"], written.note),
         )  # fmt: skip
 
 

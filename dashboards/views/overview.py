@@ -146,7 +146,7 @@ def _facts(meta: Mapping[str, Any], facts: Overview) -> list[tuple[str, str]]:
         value = meta.get(key)
         if value in (None, ""):
             continue
-        if key == "tokens_trained":
+        if key == "tokens_trained" and isinstance(value, int):
             value = f"{value:,} tokens"
         if key in ("harvest", "protocol"):
             value = str(value)[:16]

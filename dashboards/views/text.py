@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 EXAMPLE = "The old harbour lay quiet under the snow until the first ferry of the year came in."
 LONGEST = 4000
+LOADED = (
+    "Loaded are only models and SAEs that are beside the stores or were named when the explorer "
+    "was started (--model, --sae), and only with the weights that the store was made with."
+)
 PER_TOKEN = 5
 _RANKS = {
     "strength": "relative strength",
@@ -34,6 +38,7 @@ def page() -> None:
             persist_state="session",
         )  # fmt: skip
         sent = st.form_submit_button("Show features", type="primary")
+    st.caption(LOADED)
     key = f"text_result_{here.name}"
     if sent:
         _analyse(here, key)

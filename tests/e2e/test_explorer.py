@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -364,6 +365,41 @@ def test_text_that_cannot_be_used(
     said = [*app.warning, *app.error]
     assert message in said[0].value
     assert not app.dataframe
+
+
+def test_only_what_was_named_or_is_beside_the_stores_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores, away = tmp_path / "here" / "stores", tmp_path / "away"
+    beside = tmp_path / "here" / "runs" / "a"
+    for each in (stores, away, beside):
+        each.mkdir(parents=True)
+    link = tmp_path / "here" / "runs" / "link"
+    link.symlink_to(away)
+
+    def named(kind: str, own: str, *names: str) -> str:
+        for name, value in places.environment(
+            str(stores), **{"model": (), "sae": (), kind: names}
+        ).items():
+            monkeypatch.setenv(name, value)
+        with suppress(ArtefactError):
+            return places.to_load(kind, own, "the store")
+        with pytest.raises(ArtefactError, match=f"start the explorer with --{kind}"):
+            places.to_load(kind, own, "the store")
+        return ""
+
+    assert named("sae", str(beside)) == str(beside)
+    for own in (str(away), str(link), "hf://owner/repo", f"{beside}/../../../away", "gpt2", "~"):
+        assert named("sae", own) == "", own
+        assert named("model", own) == "", own
+    assert named("model", "smollm2-135m") == "smollm2-135m"
+    assert named("sae", "smollm2-135m") == ""
+    assert named("sae", str(away), str(away)) == str(away)
+    assert named("model", "gpt2", "gpt2", "other") == "gpt2"
+    assert named("model", "gpt2", "other") == "other", "the only one that was named"
+    assert named("model", "gpt2", "other", "another") == ""
+    monkeypatch.delenv(places.PLACE_VARIABLE)
+    assert places.to_load("sae", str(away), "the store") == str(away), "a program asks"
 
 
 def test_text_without_the_sae_is_a_clear_error(folder: Path) -> None:

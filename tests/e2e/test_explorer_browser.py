@@ -1,12 +1,7 @@
 """The explorer in a real browser: served by `saescope explore`, driven in headless Chromium."""
 
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +9,7 @@ from typing import Any
 import pytest
 
 from store import Annotations, FeatureStore
+from tests.explorer_process import serving
 from tests.tiny_store import D_SAE, EVERYWHERE, RARE, make_tiny_store
 
 CHROMIUM = "/usr/bin/chromium"
@@ -35,12 +31,6 @@ pytestmark = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_store(tmp_path_factory.mktemp("stores")).parent.parent
@@ -49,39 +39,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(stores: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The explorer's address; the server is `saescope explore`, ended by Ctrl-C."""
-    port = free_port()
-    log = tmp_path_factory.mktemp("log") / "explore.txt"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "saescope", "explore", str(stores), "--port", str(port)],
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            cwd=Path(__file__).parents[2],
-            start_new_session=True,
-            # Ctrl-C must reach it even where the tests themselves run in a background job
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-    address = f"http://localhost:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                with urllib.request.urlopen(f"{address}/_stcore/health", timeout=5) as answer:
-                    if answer.status == 200:
-                        break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
-        assert address in log.read_text()
+    with serving(stores, tmp_path_factory.mktemp("log") / "explore.txt") as address:
         yield address
-    finally:
-        os.killpg(process.pid, signal.SIGINT)
-        code = process.wait(timeout=30)
-    assert code == 0, log.read_text()
-    assert "explorer: ended" in log.read_text()
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", port)) != 0, "the server is gone"
 
 
 @pytest.fixture(scope="module")
@@ -289,3 +248,105 @@ def test_a_taken_port_is_one_clear_line(server: str, stores: Path) -> None:
     assert done.returncode == 2
     assert "taken by another program" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_nothing_is_asked_of_other_machines(page: Any, server: str) -> None:
+    asked: set[str] = set()
+    page.on("request", lambda request: asked.add(request.url))
+    for path in ("", "features", "feature", "text"):
+        visit(page, f"{server}/{path}?sae=tiny")
+        page.mouse.wheel(0, 2000)
+        settle(page)
+    own = (server, server.replace("http", "ws"), "data:", "blob:")
+    assert {url for url in asked if not url.startswith(own)} == set()
+    icon = page.evaluate("document.querySelector('link[rel*=icon]').href")
+    assert icon.startswith("data:image/svg"), "the page brings its icon along"
+
+
+def number_shown(page: Any) -> int:
+    return int(page.inner_text(READY).split()[1])
+
+
+def test_a_label_is_saved_for_the_feature_it_was_typed_for(
+    page: Any, server: str, stores: Path
+) -> None:
+    with Annotations.open(stores / "tiny") as notes:
+        for leave in ("button", "keys", "number"):
+            visit(page, f"{server}/feature?sae=tiny&feature=30")
+            field = page.get_by_label("Label", exact=True)
+            field.fill(f"for 30 by {leave}")
+            if leave == "button":
+                page.get_by_role("button", name="Next").click()
+                heading(page, "Feature 31")
+            elif leave == "keys":
+                field.press("Enter")
+                page.locator(READY).click()
+                for _ in range(3):
+                    page.keyboard.press("n")
+                    page.wait_for_timeout(40)
+                settle(page)
+                assert number_shown(page) > 30
+            else:
+                box = page.locator("[data-testid=stNumberInput] input")
+                box.fill("33")
+                box.press("Enter")
+                heading(page, "Feature 33")
+            settle(page)
+            assert notes.get(30).label == f"for 30 by {leave}"
+            assert not set(notes.labels()) & {31, 32, 33, 34}
+
+
+def test_leafing_puts_no_older_text_back(page: Any, server: str, stores: Path) -> None:
+    numbers = range(42, 50)
+    visit(page, f"{server}/feature?sae=tiny&feature=42")
+    with Annotations.open(stores / "tiny") as others:
+        for turn in range(8):
+            page.keyboard.press("p" if number_shown(page) > 45 else "n")
+            page.wait_for_timeout(60)
+            for number in numbers:
+                others.set_label(number, f"{number} of {turn}")
+                others.set_note(number, f"note {number} of {turn}")
+                if turn % 2:
+                    others.add_to_list(number)
+                else:
+                    others.remove_from_list(number)
+            page.locator(READY).click()
+            for step in range(6):
+                page.keyboard.press("np"[(step + turn) // 3 % 2])
+                page.wait_for_timeout((30, 80, 150, 250)[turn % 4])
+            settle(page)
+            for number in numbers:
+                found = others.get(number)
+                wanted = (f"{number} of {turn}", f"note {number} of {turn}")
+                assert (found.label, found.note) == wanted
+            assert [n for n in others.members() if n in numbers] == (
+                list(numbers) if turn % 2 else []
+            )
+        for number in numbers:
+            others.set_label(number, "")
+            others.remove_from_list(number)
+
+
+def test_a_text_changed_elsewhere_is_not_overwritten_unseen(
+    page: Any, server: str, stores: Path
+) -> None:
+    with Annotations.open(stores / "tiny") as others:
+        others.set_label(35, "")
+        visit(page, f"{server}/feature?sae=tiny&feature=35")
+        others.set_label(35, "theirs")
+        field = page.get_by_label("Label", exact=True)
+        field.fill("mine")
+        field.press("Enter")
+        heading(page, "Feature 35 · theirs")
+        said = page.locator("[data-testid=stAlert]").inner_text()
+        assert "“theirs”" in said
+        assert "“mine”" in said
+        assert others.get(35).label == "theirs"
+        field.fill("mine")
+        field.press("Enter")
+        heading(page, "Feature 35 · mine")
+        assert others.get(35).label == "mine"
+        field.fill("")
+        field.press("Enter")
+        page.wait_for_function(f"document.querySelector('{READY}').innerText == 'Feature 35'")
+        assert others.get(35).label == ""

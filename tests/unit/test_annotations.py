@@ -1,14 +1,17 @@
 """Labels, notes and lists beside a store."""
 
+import random
 import sqlite3
 import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from saescope.errors import ArtefactError, InputError
-from store import Annotations
-from store.annotations import annotations_file
+from store import Annotations, annotation_file
+from store.annotations import ChangedError, annotations_file
 
 
 @pytest.fixture
@@ -171,3 +174,144 @@ def test_it_is_plain_sqlite(place: Path) -> None:
     con = sqlite3.connect(annotations_file(place))
     assert con.execute("SELECT feature, label FROM annotation").fetchall() == [(7, "x")]
     con.close()
+
+
+def test_numpy_numbers_are_features(place: Path) -> None:
+    three = np.int64(3)
+    with Annotations.open(place) as notes:
+        notes.set_label(three, "river")
+        notes.add_to_list(three)
+        notes.add_to_list(3)
+        assert notes.members() == [3]
+        assert notes.get(np.uint8(3)) == notes.get(3)
+        assert notes.labels(np.array([3, 5])) == {3: "river"}
+        notes.remove_from_list(np.int32(3))
+        assert notes.members() == []
+        for wrong in (3.0, "3", True, None, 2**31, np.array([3])):
+            with pytest.raises(InputError, match="feature"):
+                notes.set_label(wrong, "x")
+        for wrong in (None, b"river", "\udcff"):
+            with pytest.raises(InputError):
+                notes.set_label(4, wrong)
+
+
+def test_a_text_that_changed_meanwhile_is_kept(place: Path) -> None:
+    with Annotations.open(place) as notes, Annotations.open(place) as others:
+        notes.set_label(3, "river", seen="")
+        others.set_label(3, "a  stream")
+        with pytest.raises(ChangedError, match=r"label of feature 3: .*to 'a stream'.*'lake'") as e:
+            notes.set_label(3, "lake", seen="river")
+        assert e.value.found == "a stream"
+        assert notes.get(3).label == "a stream"
+        notes.set_label(3, "a stream", seen="river")
+        notes.set_label(3, "lake", seen=" a stream ")
+        assert others.get(3).label == "lake"
+        with pytest.raises(ChangedError):
+            notes.set_note(3, "new", seen="old")
+        notes.set_note(3, "new", seen="")
+        assert notes.get(3).note == "new"
+
+
+def test_a_file_in_use_can_be_read_and_is_written_later(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(annotation_file, "_TIMEOUT", 0.2)
+    with Annotations.open(place) as notes:
+        notes.set_label(3, "river")
+    other = sqlite3.connect(annotations_file(place), isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with Annotations.open(place) as notes:
+        assert notes.labels() == {3: "river"}
+        assert not notes.read_only
+        with pytest.raises(ArtefactError, match="another program has the file in use"):
+            notes.set_label(3, "lake")
+        other.execute("ROLLBACK")
+        other.close()
+        notes.set_label(3, "lake")
+        assert notes.labels() == {3: "lake"}
+
+
+def test_a_file_that_was_replaced_is_opened_anew(place: Path, tmp_path: Path) -> None:
+    with Annotations.open(place, sae_hash="first") as notes:
+        notes.set_label(3, "river")
+        annotations_file(place).rename(tmp_path / "away")
+        assert notes.labels() == {}
+        notes.set_label(4, "lake")
+        with Annotations.open(place, sae_hash="first") as again:
+            assert again.labels() == {4: "lake"}
+        annotations_file(place).unlink()
+        with Annotations.open(place, sae_hash="second") as others:
+            others.set_label(5, "of another SAE")
+        with pytest.raises(ArtefactError, match="another SAE"):
+            notes.set_label(4, "pond")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TRIGGER more AFTER INSERT ON annotation BEGIN DELETE FROM annotation; END",
+        "DROP TRIGGER annotation_changed",
+        "CREATE VIEW more AS SELECT 1",
+        "CREATE TABLE more (x)",
+        "CREATE INDEX more ON list_member (added)",
+        "ALTER TABLE annotation ADD COLUMN more TEXT",
+        "ALTER TABLE annotation RENAME TO others; CREATE VIEW annotation AS SELECT * FROM others",
+        "DROP TABLE meta; CREATE VIEW meta AS WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT 1"
+        " FROM t) SELECT n AS key, n AS value FROM t",
+        "DROP TABLE meta; CREATE VIRTUAL TABLE meta USING fts5(key, value)",
+        "INSERT INTO annotation VALUES (-4, 'a', 'b', 'c')",
+        "INSERT INTO annotation VALUES (4, x'00ff', 'b', 'c')",
+        "INSERT INTO annotation VALUES (4, hex(zeroblob(200)), 'b', 'c')",
+        "INSERT INTO list_member VALUES ('favourites', x'0300000000000000', 'c')",
+        "UPDATE meta SET value = 'one' WHERE key = 'schema'",
+    ],
+)
+def test_files_of_anybody(place: Path, statement: str) -> None:
+    with Annotations.open(place) as notes:
+        notes.set_label(3, "river")
+    con = sqlite3.connect(annotations_file(place))
+    con.executescript(statement)
+    con.close()
+    before = annotations_file(place).read_bytes()
+    started = time.monotonic()
+    with pytest.raises(ArtefactError) as raised:
+        Annotations.open(place)
+    assert "\n" not in str(raised.value)
+    assert time.monotonic() - started < 10
+    assert annotations_file(place).read_bytes() == before
+
+
+def test_what_a_database_tool_leaves_is_no_harm(place: Path) -> None:
+    with Annotations.open(place) as notes:
+        notes.set_label(3, "river")
+    con = sqlite3.connect(annotations_file(place))
+    con.executescript("ANALYZE; VACUUM")
+    con.close()
+    with Annotations.open(place) as notes:
+        assert notes.search("riv") == [3]
+        notes.set_label(3, "lake")
+
+
+def test_damage_is_one_line(place: Path) -> None:
+    with Annotations.open(place) as notes:
+        for number in range(300):
+            notes.set_note(number, f"note {number} " + "words " * 50)
+    file = annotations_file(place)
+    good = file.read_bytes()
+    said = []
+    for trial in range(60):
+        chance = random.Random(trial)
+        content = bytearray(good)
+        for _ in range(30):
+            content[chance.randrange(100, len(content))] = chance.randrange(256)
+        file.write_bytes(content)
+        try:
+            with Annotations.open(place) as notes:
+                notes.labels()
+                notes.search("words")
+                notes.get(trial)
+                notes.set_note(trial, "words")
+        except ArtefactError as error:
+            said.append(str(error))
+    assert len(said) > 5
+    assert not any("\n" in line for line in said)

@@ -1,0 +1,211 @@
+"""The SQLite file that annotations are in: its tables, and how one of anybody's is opened.
+
+An SQLite file can hold triggers and views, which run SQL when its tables are changed or read. Ours
+has its own few triggers, word for word, and nothing else.
+"""
+
+import functools
+import sqlite3
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from saescope.artefact import check_schema
+from saescope.errors import ArtefactError
+
+SCHEMA = 1
+LONGEST_LABEL = 200
+LONGEST_NOTE = 20_000
+_TIMEOUT = 10.0
+_STEPS = 100_000
+_SECONDS = 60.0
+_INDEX = "annotation_text_"
+_META = ("table", "meta")
+
+_TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE annotation (
+    feature INTEGER PRIMARY KEY, label TEXT NOT NULL, note TEXT NOT NULL, changed TEXT NOT NULL
+);
+CREATE VIRTUAL TABLE annotation_text USING fts5(
+    label, note, content='annotation', content_rowid='feature',
+    tokenize='unicode61 remove_diacritics 2', prefix='2 3'
+);
+CREATE TRIGGER annotation_added AFTER INSERT ON annotation BEGIN
+    INSERT INTO annotation_text(rowid, label, note) VALUES (new.feature, new.label, new.note);
+END;
+CREATE TRIGGER annotation_removed AFTER DELETE ON annotation BEGIN
+    INSERT INTO annotation_text(annotation_text, rowid, label, note)
+        VALUES ('delete', old.feature, old.label, old.note);
+END;
+CREATE TRIGGER annotation_changed AFTER UPDATE ON annotation BEGIN
+    INSERT INTO annotation_text(annotation_text, rowid, label, note)
+        VALUES ('delete', old.feature, old.label, old.note);
+    INSERT INTO annotation_text(rowid, label, note) VALUES (new.feature, new.label, new.note);
+END;
+CREATE TABLE list_member (
+    list TEXT NOT NULL, feature INTEGER NOT NULL, added TEXT NOT NULL, PRIMARY KEY (list, feature)
+);
+"""
+# ANALYZE, which changes nothing of what is in a file, makes tables of its own
+_OBJECTS = """
+SELECT type, name, tbl_name, sql FROM sqlite_master
+WHERE NOT (type = 'table' AND name IN ('sqlite_stat1', 'sqlite_stat4'))
+"""
+_WRONG_ROWS = f"""
+SELECT (SELECT count(*) FROM annotation WHERE feature < 0
+        OR typeof(label) <> 'text' OR typeof(note) <> 'text'
+        OR length(label) > {LONGEST_LABEL} OR length(note) > {LONGEST_NOTE})
+     + (SELECT count(*) FROM list_member WHERE typeof(feature) <> 'integer' OR feature < 0
+        OR typeof(list) <> 'text' OR length(list) > {LONGEST_LABEL})
+"""
+
+
+def connect(
+    path: Path, *, create: bool = False, sae_hash: str = ""
+) -> tuple[sqlite3.Connection, bool]:
+    """Open a file of annotations, and make it if it is not there and `create`; is it writable?
+
+    A file that another program is writing at the moment counts as writable. Raises ArtefactError
+    if it is damaged, not of ours, of a newer version, or about another SAE.
+    """
+    mode = "rwc" if create else "rw"
+    for attempt in (mode, "ro"):
+        con = None
+        try:
+            con = sqlite3.connect(
+                f"{path.resolve().as_uri()}?mode={attempt}",
+                uri=True,
+                timeout=_TIMEOUT,
+                check_same_thread=False,
+                isolation_level=None,
+            )
+            _guard(con)
+            writable = attempt != "ro" and _may_write(con)
+            if writable and not con.execute(_OBJECTS).fetchall():
+                _make(con, sae_hash)
+            _check(con, path, sae_hash=sae_hash)
+            con.execute("PRAGMA trusted_schema = ON")  # our own triggers write the index of words
+        except BaseException as error:
+            if con is not None:
+                con.close()
+            if not isinstance(error, sqlite3.DatabaseError | UnicodeDecodeError):
+                raise
+            if attempt == "ro" or (create and "readonly" not in str(error)):
+                raise ArtefactError(
+                    f"cannot be read as annotations: {one_line(error)}", where=str(path)
+                ) from error
+        else:
+            return con, writable
+    raise AssertionError("unreachable")
+
+
+def one_line(error: Exception) -> str:
+    """What SQLite says, which may quote a damaged file."""
+    return " ".join(str(error).split())[:200]
+
+
+def limit_time(con: sqlite3.Connection) -> None:
+    """End what is asked next if it takes longer than any question about a file of ours."""
+    ends = time.monotonic() + _SECONDS
+    con.set_progress_handler(lambda: time.monotonic() > ends, _STEPS)
+
+
+def _guard(con: sqlite3.Connection) -> None:
+    """Let nothing in the file run functions with effects, spoil the index, or go on for ever."""
+    limit_time(con)
+    con.execute("PRAGMA trusted_schema = OFF")
+    con.execute("PRAGMA cell_size_check = ON")
+    if hasattr(con, "setconfig"):  # Python 3.12
+        con.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
+
+
+def _may_write(con: sqlite3.Connection) -> bool:
+    """Whether the file can be changed; asked by a change that is taken back."""
+    con.execute("PRAGMA busy_timeout = 0")
+    try:
+        con.execute("BEGIN IMMEDIATE")
+        con.execute("PRAGMA user_version = 0")
+    except sqlite3.OperationalError as error:
+        if "readonly" not in str(error) and "locked" not in str(error):
+            raise
+        return "locked" in str(error)
+    finally:
+        if con.in_transaction:
+            con.execute("ROLLBACK")
+        con.execute(f"PRAGMA busy_timeout = {int(1000 * _TIMEOUT)}")
+    return True
+
+
+def _make(con: sqlite3.Connection, sae_hash: str) -> None:
+    """Make the tables; one of several processes does."""
+    con.execute("BEGIN IMMEDIATE")
+    try:
+        if not con.execute(_OBJECTS).fetchall():
+            for statement in _statements(_TABLES):
+                con.execute(statement)
+            values = [("schema", str(SCHEMA)), ("sae_hash", sae_hash)]
+            con.executemany("INSERT INTO meta VALUES (?, ?)", values)
+    except BaseException:
+        con.execute("ROLLBACK")
+        raise
+    con.execute("COMMIT")
+
+
+def _check(con: sqlite3.Connection, path: Path, *, sae_hash: str) -> None:
+    """Check that the file is one of ours; its version, and the SAE it is about."""
+    where = str(path)
+    own, objects = _own_objects(), _described(con)
+    if objects.get(_META) != own[_META]:
+        raise ArtefactError("cannot be read as annotations: it has no table of facts", where=where)
+    found = dict(con.execute("SELECT key, value FROM meta LIMIT 100"))
+    number = None
+    with suppress(KeyError, ValueError, TypeError):
+        number = int(found["schema"])
+    check_schema(number, supported=SCHEMA, where=where)
+    for key in sorted(own.keys() | objects.keys()):
+        if own.get(key) != objects.get(key):
+            raise ArtefactError(
+                "cannot be read as annotations: it has in it what saescope has not put there, or"
+                " lacks what it has",
+                where=where, given=" ".join(key)[:80],
+            )  # fmt: skip
+    if con.execute(_WRONG_ROWS).fetchone()[0]:
+        raise ArtefactError("damaged: texts or features that no annotations have", where=where)
+    if sae_hash and found.get("sae_hash") and found["sae_hash"] != sae_hash:
+        raise ArtefactError(
+            "these labels and notes are about another SAE; move the file away to start new ones",
+            where=where,
+        )
+
+
+def _described(con: sqlite3.Connection) -> dict[tuple[str, str], tuple[str, str]]:
+    """Kind and name of everything in a file; on which table it is, and its SQL.
+
+    The tables in which SQLite keeps the index of words are its own to describe.
+    """
+    return {
+        (kind, name): (table, "" if name.startswith(_INDEX) else " ".join((sql or "").split()))
+        for kind, name, table, sql in con.execute(_OBJECTS)
+    }
+
+
+@functools.cache
+def _own_objects() -> dict[tuple[str, str], tuple[str, str]]:
+    con = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        _make(con, "")
+        return _described(con)
+    finally:
+        con.close()
+
+
+def _statements(script: str) -> list[str]:
+    """The script's statements: executescript would commit, and so let two writers in."""
+    found, part = [], ""
+    for line in script.splitlines(keepends=True):
+        part += line
+        if sqlite3.complete_statement(part):
+            found.append(part)
+            part = ""
+    return found
