@@ -323,12 +323,7 @@ class Run:
 
     def release(self) -> SparseAutoencoder:
         """Write the trained SAE, folded, with what was measured; the SAE."""
-        sae, last = self.trainer.sae.eval().cpu().fold(), self.trainer.last_held_out
-        sae.metadata["held_out"] = last
-        if self.trainer.target_reached is not None:
-            asked, met = self.config.trainer.target_l0, self.trainer.target_reached
-            sae.metadata["target_l0"] = {"asked": asked, "reached": met}
-        sae.metadata["numerics"] = self.trainer.numerics.state_dict()
+        sae, last = self.trainer.release(), self.trainer.last_held_out
         if self.stream.outliers is not None:
             sae.metadata["outliers"] = {
                 **self.stream.outliers.to_dict(), "rows_left_out": self.stream.removed,

@@ -43,6 +43,7 @@ class Trainer:
     """Trains one SAE into a run's folder; made again over the same folder, it goes on where it was.
 
     Args:
+        folder: of the run; None: nothing is written.
         held_out: fresh iterators of batches that are never trained on.
         calibration: the same, to set inference thresholds on; held_out if not given.
         with_loss: puts another reconstruction loss into a batch (end-to-end training).
@@ -60,7 +61,7 @@ class Trainer:
         *,
         total_steps: int,
         held_out: HeldOutRows,
-        folder: Path,
+        folder: Path | None,
         calibration: HeldOutRows | None = None,
         with_loss: Callable[[RawBatch, TrainingBatch], TrainingBatch] | None = None,
         initialise: bool = True,
@@ -101,12 +102,14 @@ class Trainer:
         """tokens trained on"""
         self.dead_after = config.dead_after(total_steps * config.batch_size)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.b_dec.device)
+        if folder is None and config.telemetry != "none":
+            raise InputError("needs a folder", where="trainer.telemetry", given=config.telemetry)
         logged = None
-        if (folder / CHECKPOINT).exists():
-            logged = self._restore().get("metrics")
+        if folder is not None and (folder / CHECKPOINT).exists():
+            logged = self._restore(folder).get("metrics")
         ranks.check_alike("their step or kernels", (self.step, self.numerics.kernels))
         self.log: MetricsLog | None = None
-        if ranks.first():
+        if folder is not None and ranks.first():
             extra = sinks(
                 config.telemetry, folder, folder.name, to_dict(config), tag=tag,
                 resume_step=self.step,
@@ -257,6 +260,16 @@ class Trainer:
         dead = "not yet known" if terms["dead"] is None else f"{terms['dead']:,}"
         return f"held-out FVU {held_out['fvu']:.4f}, L0 {held_out['l0']:.1f}, dead {dead}"
 
+    def release(self) -> SparseAutoencoder:
+        """The trained SAE, folded, on the CPU; its metadata gains what was measured."""
+        sae = self.sae.eval().cpu().fold()
+        sae.metadata["held_out"] = self.last_held_out
+        if self.target_reached is not None:
+            asked, met = self.config.target_l0, self.target_reached
+            sae.metadata["target_l0"] = {"asked": asked, "reached": met}
+        sae.metadata["numerics"] = self.numerics.state_dict()
+        return sae
+
     @property
     def target_reached(self) -> bool | None:
         """Whether the L0 measured last is the target's; None without a target, or a measurement."""
@@ -277,6 +290,8 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        if self.folder is None:
+            return
         shards.save(
             self.folder / CHECKPOINT,
             self.sae,
@@ -300,15 +315,15 @@ class Trainer:
             },
         )
 
-    def _restore(self) -> dict[str, Any]:
-        tensors, state = shards.load(self.folder / CHECKPOINT, self.sae)
+    def _restore(self, folder: Path) -> dict[str, Any]:
+        tensors, state = shards.load(folder / CHECKPOINT, self.sae)
         if state["tag"] != self.tag:
             raise InputError(
                 "holds a run with another configuration; choose another folder",
-                where=str(self.folder),
+                where=str(folder),
             )
         if "numerics" in state:  # older checkpoints do not say
-            self.numerics.load_state_dict(state["numerics"], where=str(self.folder))
+            self.numerics.load_state_dict(state["numerics"], where=str(folder))
         self.sae.load_state_dict(tensors["sae"])
         checkpoint.restore_optimiser(self.optimiser, tensors["optimiser"])
         self.tokens_since_fired = tensors["run"]["tokens_since_fired"].to(self.sae.b_dec.device)

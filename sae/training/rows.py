@@ -1,0 +1,301 @@
+"""Training on rows that are in memory: `sae.train(x, "topk", d_sae=4096, k=32)`.
+
+Some rows, drawn by the seed, are held out; the others are shuffled anew in each pass. Rows of one
+text may so be on both sides: `ActivationStore.from_arrays` holds out whole documents instead.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from activations.arrays import RowsInMemory, as_rows
+from sae.architectures import architecture
+from sae.base import SAEConfig, SparseAutoencoder, kind_of
+from sae.batch import RawBatch
+from sae.loading import SAE_FOLDER, load
+from sae.normaliser import Normaliser, NormaliserKind
+from sae.training import ranks, shards
+from sae.training.setup import RUN_SCHEMA
+from sae.training.trainer import Trainer
+from sae.training.trainer_config import TrainerConfig
+from saescope.artefact import (
+    MANIFEST,
+    git_commit,
+    read_manifest,
+    sha256_json,
+    write_manifest,
+)
+from saescope.config import from_dict, to_dict
+from saescope.errors import InputError, check_range
+from saescope.integers import as_index
+from saescope.locks import locked
+from saescope.places import local
+from saescope.progress import say
+
+_BLOCK = 65_536
+"""rows looked at together"""
+_MEASURED_ROWS = 16_384
+"""held-out rows that are measured during training, and that thresholds are set on"""
+_SAMPLE_ROWS = 16_384
+
+
+def train_rows(
+    x: Tensor | NDArray[Any],
+    config: str | SAEConfig | Mapping[str, Any] = "topk",
+    *,
+    target: Tensor | NDArray[Any] | None = None,
+    out: str | Path | None = None,
+    passes: float = 3.0,
+    held_out_fraction: float = 0.05,
+    normaliser: NormaliserKind = "unit_mean_square",
+    seed: int = 0,
+    trainer: TrainerConfig | None = None,
+    **settings: Any,
+) -> SparseAutoencoder:
+    """See `sae.train`."""
+    ranks.refuse_several("training on rows in memory", where="train")
+    check_range("passes", passes, above=0)
+    check_range("held_out_fraction", held_out_fraction, above=0, below=1)
+    seed = as_index(seed, where="seed", low=0)
+    rows = as_rows(x, where="x")
+    targets = None if target is None else as_rows(target, where="target")
+    if targets is not None and len(targets) != len(rows):
+        raise InputError(
+            "another number of rows than x",
+            where="target",
+            given=len(targets),
+            allowed=str(len(rows)),
+        )
+    sae_config, trainer = _configured(config, trainer, settings)
+    split = _Split(len(rows), held_out_fraction, seed)
+    if "batch_size" not in settings and trainer.batch_size > len(split.train):
+        trainer = dataclasses.replace(trainer, batch_size=len(split.train))
+    batches = _Batches(rows, targets, split.train, batch_size=trainer.batch_size, seed=seed)
+    steps = int(passes * len(split.train) / trainer.batch_size)
+    if steps < 1:
+        raise InputError(
+            "fewer training rows than one batch",
+            where="batch_size",
+            given=trainer.batch_size,
+            allowed=f"up to {int(passes * len(split.train))}",
+        )
+    folder = None if out is None else local(str(out))
+    given = {
+        "rows": _facts(rows),
+        "target": targets and _facts(targets),
+        "sae": to_dict(sae_config),
+        "trainer": to_dict(trainer),
+        "passes": passes,
+        "held_out_fraction": held_out_fraction,
+        "normaliser": normaliser,
+        "seed": seed,
+    }
+    tag = sha256_json(given)
+    if folder is not None and _is_trained(folder, tag):
+        say(f"{folder}: already trained")
+        return load(folder)
+    sae = _untrained(sae_config, rows, targets, split, normaliser, seed)
+    sae.metadata = {
+        "rows": given["rows"],
+        "tokens_trained": steps * trainer.batch_size,
+        "normaliser": normaliser,
+        "seed": seed,
+        "saescope_commit": git_commit(),
+    }
+    with nullcontext() if folder is None else locked(folder, "training"):
+        made = Trainer(
+            sae,
+            batches,
+            trainer,
+            total_steps=steps,
+            held_out=_HeldOut(rows, targets, split.held),
+            folder=folder,
+            tag=tag,
+            seed=seed,
+        )
+        if folder is not None and not (folder / MANIFEST).exists():
+            write_manifest(
+                folder,
+                kind="run",
+                schema=RUN_SCHEMA,
+                config=given,
+                parent=given["rows"]["sha256"],
+                tag=tag,
+                site=None,
+                processes=1,
+                numerics=made.numerics.state_dict(),
+            )
+        made.run()
+        sae = made.release()
+        if folder is not None:
+            shards.release(sae, folder / SAE_FOLDER)
+    return sae
+
+
+def _configured(
+    config: str | SAEConfig | Mapping[str, Any],
+    trainer: TrainerConfig | None,
+    settings: Mapping[str, Any],
+) -> tuple[SAEConfig, TrainerConfig]:
+    """The architecture's and the trainer's configuration, with the settings in their places."""
+    if isinstance(config, str):
+        config = {"kind": config}
+    if isinstance(config, Mapping):
+        values = dict(config)
+        cls = architecture(values.get("kind", "topk")).Config
+        config = from_dict(cls, values, "config")
+    if not isinstance(config, SAEConfig):
+        raise InputError(
+            "is no configuration of an architecture",
+            where="config",
+            given=config,
+            allowed="a name, as 'topk'; a configuration, as TopKConfig(k=32); for a TrainConfig, "
+            "which is of a harvest, sae.train(config) alone",
+        )
+    trainer = trainer or TrainerConfig()
+    own = {field.name for field in dataclasses.fields(config)} - {"kind"}
+    others = {field.name for field in dataclasses.fields(trainer)}
+    unknown = sorted(set(settings) - own - others)
+    if unknown:
+        raise InputError(
+            "no such setting",
+            where="train",
+            given=", ".join(unknown),
+            allowed=(*sorted(own), *sorted(others)),
+        )
+    mine = {name: value for name, value in settings.items() if name in own}
+    rest = {name: value for name, value in settings.items() if name not in own}
+    config, trainer = dataclasses.replace(config, **mine), dataclasses.replace(trainer, **rest)
+    if trainer.target_l0 is not None:
+        config = config.with_target_l0(trainer.target_l0)
+    return config, trainer
+
+
+class _Split:
+    """Which rows are trained on, and which are held out: int64, each in ascending order."""
+
+    def __init__(self, rows: int, fraction: float, seed: int) -> None:
+        if rows < 2:
+            raise InputError(
+                "too few rows to hold some out", where="x", given=rows, allowed="2 or more"
+            )
+        held = min(rows - 1, max(1, round(fraction * rows)))
+        order = np.random.default_rng((seed, 0)).permutation(rows)
+        self.held, self.train = np.sort(order[:held]), np.sort(order[held:])
+
+
+class _Batches:
+    """Endless batches of some rows, in another order in each pass, with an exact state."""
+
+    def __init__(
+        self,
+        rows: RowsInMemory,
+        targets: RowsInMemory | None,
+        numbers: NDArray[np.int64],
+        *,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self._rows, self._targets, self._numbers = rows, targets, numbers
+        self._size, self._seed, self._next = batch_size, seed, 0
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        per_pass = max(1, len(self._numbers) // self._size)
+        while True:
+            number, first = divmod(self._next, per_pass)
+            order = np.random.default_rng((self._seed, 1, number)).permutation(self._numbers)
+            for start in range(first * self._size, per_pass * self._size, self._size):
+                self._next += 1
+                yield _batch(self._rows, self._targets, order[start : start + self._size])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands."""
+        return {"batch": self._next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batch at which the state was taken."""
+        self._next = int(state["batch"])
+
+
+class _HeldOut:
+    """Fresh iterators over the first held-out rows."""
+
+    def __init__(
+        self, rows: RowsInMemory, targets: RowsInMemory | None, numbers: NDArray[np.int64]
+    ) -> None:
+        self._rows, self._targets, self._numbers = rows, targets, numbers[:_MEASURED_ROWS]
+
+    def __call__(self) -> Iterator[RawBatch]:
+        yield _batch(self._rows, self._targets, self._numbers)
+
+
+def _batch(
+    rows: RowsInMemory, targets: RowsInMemory | None, numbers: NDArray[np.int64]
+) -> RawBatch:
+    return RawBatch(rows.take(numbers), None if targets is None else targets.take(numbers))
+
+
+def _untrained(
+    config: SAEConfig,
+    rows: RowsInMemory,
+    targets: RowsInMemory | None,
+    split: _Split,
+    kind: NormaliserKind,
+    seed: int,
+) -> SparseAutoencoder:
+    """The SAE to train, with its normalisers, where the rows are."""
+    cls = architecture(kind_of(config))
+    if cls.concatenates:
+        raise InputError(
+            "reads several sites, which rows of one array do not have: bring them with "
+            "ActivationStore.from_arrays",
+            where="config",
+            given=kind_of(config),
+        )
+    if cls.transcodes != (targets is not None):
+        what = (
+            "a transcoder needs target, the rows to reconstruct"
+            if cls.transcodes
+            else (f"{kind_of(config)} reconstructs what it reads")
+        )
+        raise InputError(what, where="target", given=None if targets is None else "rows")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sae = cls(config, rows.d_in, targets.d_in if targets else None)
+    sae.normaliser = _fitted(rows, split.train, kind)
+    if targets is not None:
+        sae.output_normaliser = _fitted(targets, split.train, kind)
+    return sae.to(rows.device)
+
+
+def _fitted(rows: RowsInMemory, numbers: NDArray[np.int64], kind: NormaliserKind) -> Normaliser:
+    total = torch.zeros(rows.d_in, dtype=torch.float64)
+    square = 0.0
+    for start in range(0, len(numbers), _BLOCK):
+        x = rows.take(numbers[start : start + _BLOCK])
+        total += x.sum(0, dtype=torch.float64).cpu()
+        square += float(x.double().square().sum())
+    sample = rows.take(numbers[:: -(-len(numbers) // _SAMPLE_ROWS)])
+    mean, mean_square = total / len(numbers), square / len(numbers)
+    return Normaliser.fit(kind, mean=mean, mean_square=mean_square, sample=sample.cpu())
+
+
+def _facts(rows: RowsInMemory) -> dict[str, Any]:
+    """What rows are, with the sha256 of their values."""
+    return {"rows": len(rows), "d_in": rows.d_in, "dtype": rows.dtype, "sha256": rows.sha256()}
+
+
+def _is_trained(folder: Path, tag: str) -> bool:
+    """Whether this very run is finished there. InputError if another run is there."""
+    if not (folder / MANIFEST).exists():
+        return False
+    if read_manifest(folder, kind="run", schema=RUN_SCHEMA)["tag"] != tag:
+        raise InputError("holds another run; choose another out, or remove it", where=str(folder))
+    return (folder / SAE_FOLDER).exists()
