@@ -25,11 +25,11 @@ from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.reconstruction import measure_reconstruction
 from sae.harvests import held_out_rows, load_harvested_model, open_complete
 from sae.loading import SAE_FOLDER, load
-from sae.training.sweep import MEMBERS
+from sae.training.sweep import read_members
 from sae.training.telemetry import read_metrics
 from sae.training.trainer import METRICS
 from saescope import __version__
-from saescope.artefact import git_commit, read_json
+from saescope.artefact import git_commit
 from saescope.config import Config
 from saescope.errors import check_range
 from saescope.progress import say
@@ -73,7 +73,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def measure_members(config: ParetoConfig) -> None:
     """Add a row for every member that is trained and has none."""
     folder, path = Path(config.sweep), Path(config.results)
-    members: Mapping[str, Any] = read_json(folder / MEMBERS)
+    members: Mapping[str, Any] = read_members(folder)
     have = {row["member"] for row in read_rows(path)}
     ready = [m for m in members if m not in have and (folder / m / SAE_FOLDER).exists()]
     if not ready:

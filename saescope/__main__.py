@@ -168,13 +168,14 @@ COMMANDS = {
         ),
     ),
     "doctor": Command(
-        module="activations.doctor",
+        module="sae.doctor",
         config="DoctorConfig",
         function="doctor",
-        summary="Check every file of a harvest; repair what is damaged by harvesting just that.",
+        summary="Check every file of a harvest, run, SAE or store, or of all in a folder.",
         examples=(
-            "saescope doctor data/smollm2-135m-wikipedia",
+            "saescope doctor runs/smollm2-135m-topk",
             "saescope doctor data/smollm2-135m-wikipedia --repair",
+            "saescope doctor stores --remove-leftovers",
         ),
         notes=("", "The exit code is 0 if all is well, 1 if anything is wrong."),
         positional="path",

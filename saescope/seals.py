@@ -40,6 +40,11 @@ def seal_of(path: Path) -> FileSeal:
     return {"bytes": size, "crc32c": f"{crc:08x}"}
 
 
+def seal_of_bytes(data: bytes) -> FileSeal:
+    """The seal of a file with this content."""
+    return {"bytes": len(data), "crc32c": crc32c_text(data)}
+
+
 def seals_of(folder: Path, names: Iterable[str]) -> dict[str, FileSeal]:
     """The seals of files of a folder, by name."""
     return {name: seal_of(folder / name) for name in names}

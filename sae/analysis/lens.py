@@ -30,9 +30,10 @@ from saescope.config import Config, to_dict
 from saescope.errors import ArtefactError, InputError, check_range
 from saescope.progress import Progress
 from saescope.replacing import Kind, only_files
+from saescope.seals import check_files, seals_of
 from saescope.system import system_errors
 
-KIND, SCHEMA = "lens", 1
+KIND, SCHEMA, SEALED_SINCE = "lens", 2, 2
 WEIGHTS = "weights.safetensors"
 
 
@@ -159,14 +160,16 @@ class TunedLens:
             save_file(tensors, temporary / WEIGHTS)
             write_manifest(
                 temporary, kind=KIND, schema=SCHEMA, config=self.metadata.get("config", {}),
-                parent=self.metadata.get("harvest_hash"), sites=list(self.sites),
-                metadata=self.metadata,
+                parent=self.metadata.get("harvest_hash"), sealed=True, sites=list(self.sites),
+                metadata=self.metadata, files=seals_of(temporary, [WEIGHTS]),
             )  # fmt: skip
 
     @classmethod
     def load(cls, folder: str | Path) -> "TunedLens":
         """Read what `save` wrote. ArtefactError if it is missing, damaged, or newer."""
-        manifest = read_manifest(folder, kind=KIND, schema=SCHEMA)
+        manifest = read_manifest(folder, kind=KIND, schema=SCHEMA, sealed_since=SEALED_SINCE)
+        if manifest["schema"] >= SEALED_SINCE:
+            check_files(Path(folder), manifest, [WEIGHTS], "lens")
         try:
             tensors = load_file(Path(folder) / WEIGHTS)
             return cls(manifest["sites"], tensors["A"], tensors["b"], manifest["metadata"])

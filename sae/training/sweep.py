@@ -19,14 +19,17 @@ from sae.training.command import TrainConfig
 from sae.training.plan import describe
 from sae.training.setup import Run
 from sae.training.streams import Stream
-from saescope.artefact import read_json, write_json
+from saescope.artefact import SEAL, DamagedError, check_schema, check_seal, read_json
 from saescope.config import Config, from_dict
 from saescope.errors import InputError, check_range
 from saescope.locks import locked
 from saescope.places import local
 from saescope.progress import Progress, say
+from saescope.seals import write_sealed
 
 MEMBERS = "members.json"
+MEMBERS_SCHEMA = 2
+"""the first had no number, no table of its own for the members, and no sha256"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,19 @@ def members(config: SweepConfig) -> dict[str, TrainConfig]:
     return found
 
 
+def read_members(folder: Path) -> dict[str, Any]:
+    """The settings of a sweep's members by name; ArtefactError if the file is damaged."""
+    path = folder / MEMBERS
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise DamagedError("is no list of members", where=str(path))
+    if "members" not in found and SEAL not in found:
+        return found
+    check_seal(found, must=True, where=str(path))
+    check_schema(found.get("schema"), supported=MEMBERS_SCHEMA, where=str(path))
+    return found["members"]
+
+
 def sweep(config: SweepConfig) -> list[Path]:
     """Train every member that is not trained yet; the members' folders.
 
@@ -100,8 +116,9 @@ def _train_all(
     config: SweepConfig, harvest: ActivationStore, runs: dict[str, Run], streams: dict[str, Stream]
 ) -> list[Path]:
     listed = Path(config.out) / MEMBERS  # with the members of other files for this folder
-    before = read_json(listed) if listed.exists() else {}
-    write_json(listed, {**before, **{name: run.settings for name, run in runs.items()}})
+    before = read_members(listed.parent) if listed.exists() else {}
+    found = {**before, **{name: run.settings for name, run in runs.items()}}
+    write_sealed(listed, {"schema": MEMBERS_SCHEMA, "members": found})
     waiting: dict[str, list[Run]] = {}
     for run in runs.values():
         if not run.finished():

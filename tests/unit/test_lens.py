@@ -15,6 +15,7 @@ from sae.evaluation.downstream import measure_downstream
 from sae.training.streams import make_stream
 from saescope.artefact import read_manifest
 from saescope.errors import ArtefactError, InputError
+from tests.sealing import unseal
 from tests.tiny import ARCHITECTURES, make_tiny_harvest, make_tiny_model
 
 SITES = tuple(f"blocks.{n}.hook_resid_post" for n in range(3))
@@ -147,7 +148,7 @@ def test_save_and_load(tmp_path: Path, trained: TunedLens) -> None:
         trained.sites, trained.metadata, trained.hash,
     )  # fmt: skip
     assert torch.equal(found.A, trained.A)
-    manifest = read_manifest(folder, kind="lens", schema=1)
+    manifest = read_manifest(folder, kind="lens", schema=2)
     assert manifest["parent"] == trained.metadata["harvest_hash"]
     weights = folder / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:100])
@@ -158,6 +159,9 @@ def test_save_and_load(tmp_path: Path, trained: TunedLens) -> None:
         TunedLens.load(folder)
     with pytest.raises(ArtefactError, match="no lens here"):
         TunedLens.load(tmp_path)
+    trained.save(tmp_path / "older")
+    unseal(tmp_path / "older" / "manifest.json", schema=1)
+    assert TunedLens.load(tmp_path / "older").hash == trained.hash
 
 
 def test_a_stream_behind_a_lens(trained: TunedLens, store: ActivationStore) -> None:

@@ -13,7 +13,6 @@ from sae.training.outliers import OutlierFilter
 from sae.training.sweep import SweepConfig, members
 from sae.training.telemetry import read_metrics
 from sae.training.trainer import Trainer
-from saescope.artefact import read_json
 from saescope.config import from_dict
 from saescope.errors import ArtefactError, InputError
 from saescope.locks import locked
@@ -105,7 +104,7 @@ def test_sweeps_into_one_folder_list_the_members_of_all(harvest: Path, tmp_path:
     for k in (3, 5):
         grid = ({"sae.kind": "topk", "sae.k": [k], "site": SITES[1]},)
         sweep.sweep(config(harvest, tmp_path, grid=grid))
-    assert list(read_json(tmp_path / sweep.MEMBERS)) == ["topk-k=3", "topk-k=5"]
+    assert list(sweep.read_members(tmp_path)) == ["topk-k=3", "topk-k=5"]
 
 
 class Killed(BaseException):
