@@ -124,6 +124,22 @@ def test_each_mistake_is_named(
         load(folder, reference=x, claimed=stated)
 
 
+def test_weights_that_are_poor_and_have_the_claimed_l0_are_loaded_with_a_warning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Decoder rows of random directions: no reading of them is a good one."""
+    random = torch.randn(D_SAE, D_IN, generator=torch.Generator().manual_seed(5))
+    poor, x = sae_of(replace(planted(), W_dec=5 * random)), data()
+    measured = measure(poor, x, x)
+    assert measured.fvu is not None
+    assert measured.fvu > 1
+    assert certify(poor, x, claimed={"l0": measured.l0}).measured.fvu == measured.fvu
+    assert "warning: sae: on 2,000 reference rows it has FVU" in capsys.readouterr().out
+    for claimed in (None, {"l0": measured.l0, "fvu": 0.1}, {"l0": 2 * measured.l0}):
+        with pytest.raises(ArtefactError, match=r"predicting the mean|not 0\.1"):
+            certify(poor, x, claimed=claimed)
+
+
 def test_a_mistaken_bias_is_found_though_l0_is_in_line() -> None:
     """A TopK SAE has its L0 whatever is wrong with it; only the FVU tells."""
     x, near = data() - 0.7 * OFFSET, 0.3 * OFFSET
