@@ -81,23 +81,29 @@ def parse_edits(name: str, words: tuple[str, ...]) -> dict[int, float]:
     return edits
 
 
-def suggest(store_path: str) -> tuple[int, float, str]:
-    """A feature that is plainly about one name, for a first try: its number, maximum, the name.
+_WANTED = ((3e-3, 1e-2, True), (1e-3, 1e-2, True), (1e-3, 3e-2, False))
+"""of a feature to suggest, from the best: bounds of its density, and whether it must be a name's"""
 
-    Among the features that fire on 0.3% to 1% of tokens and whose strongest examples are all the
-    same capitalised word of six letters or more (a name is easily recognised in a continuation),
-    the one that fires most strongly. Raises InputError if the store has none such.
+
+def suggest(store_path: str) -> tuple[int, float, str]:
+    """A feature that is plainly about one word, for a first try: its number, maximum, the word.
+
+    Its strongest examples are all the same word, best a capitalised one of six letters or more (a
+    name is easily recognised in a continuation); of several that are as good, the one that fires
+    most strongly. Raises InputError if the store has none such.
     """
     path = Path(store_path)
     with FeatureStore.open(path / STORE_FILE if path.is_dir() else path) as features:
-        wanted = FeatureFilter(density_min=3e-3, density_max=1e-2)
-        page = features.features(wanted, sort="max", descending=True, limit=features.d_sae)
-        numbers, maxima = page.rows["feature"].to_pylist(), page.rows["max"].to_pylist()
-        tokens = features.top_tokens(numbers, n=2)
-    for number, largest in zip(numbers, maxima, strict=True):
-        words = [token.strip() for token in tokens[number]]
-        if len(words) == 1 and len(words[0]) >= 6 and words[0].istitle():
-            return number, largest, words[0]
+        for low, high, must_be_name in _WANTED:
+            wanted = FeatureFilter(density_min=low, density_max=high)
+            page = features.features(wanted, sort="max", descending=True, limit=features.d_sae)
+            numbers, maxima = page.rows["feature"].to_pylist(), page.rows["max"].to_pylist()
+            tokens = features.top_tokens(numbers)
+            for number, largest in zip(numbers, maxima, strict=True):
+                word, *others = {token.strip() for token in tokens[number]} or {""}
+                long = len(word) >= 6 if must_be_name else len(word) >= 4
+                if not others and long and word.isalpha() and (word.istitle() or not must_be_name):
+                    return number, largest, word
     raise InputError("no feature to suggest; give --add FEATURE=STRENGTH", where=store_path)
 
 

@@ -57,6 +57,14 @@ with pytest.MonkeyPatch.context() as patch:
 """
 
 
+def write_tiny_demo(folder: Path) -> None:
+    """Write a tiny model, its text, and the demo's two configurations with them."""
+    make_tiny_model(folder / "model")
+    make_tiny_corpus(folder / "text", documents=400)
+    (folder / "harvest.toml").write_text(HARVEST.format(folder=folder))
+    (folder / "train.toml").write_text(TRAIN)
+
+
 def put_in_place(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Have the quick demo use the files of a folder."""
     found = {
@@ -73,10 +81,7 @@ def put_in_place(patch: pytest.MonkeyPatch, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
-    make_tiny_model(folder / "model")
-    make_tiny_corpus(folder / "text", documents=400)
-    (folder / "harvest.toml").write_text(HARVEST.format(folder=folder))
-    (folder / "train.toml").write_text(TRAIN)
+    write_tiny_demo(folder)
     return folder
 
 
@@ -141,8 +146,13 @@ def test_says_first_what_it_will_do(
     lines = demo(work, files, capsys).splitlines()
     assert lines[0] == f"from text to a steered model, in {work}:"
     assert [line.split()[0] for line in lines[1:7]] == [
-        "harvest", "train", "eval", "index", "steer", "explore",
-    ]  # fmt: skip
+        "harvest",
+        "train",
+        "eval",
+        "index",
+        "steer",
+        "explore",
+    ]
     assert "6,400 tokens" in lines[1]
     assert lines[1].endswith("data/tiny")
     assert "128 features" in lines[2]
@@ -194,10 +204,14 @@ def terminal(work: Path, files: Path) -> Iterator[tuple[subprocess.Popen[bytes],
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", ON_A_TERMINAL, str(files), str(port)],
-        stdin=theirs, stdout=theirs, stderr=theirs, cwd=work, start_new_session=True,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=work,
+        start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "200"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     os.close(theirs)
     yield process, ours, port
     if process.poll() is None:

@@ -11,33 +11,33 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import make_tiny_corpus, make_tiny_model
+from tests.e2e.test_demo import STORE, write_tiny_demo
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("saescope", "activations", "sae", "store", "dashboards")
 
 ALL_THE_WAY = """
 import importlib, pathlib, sys
+import activations.packaged, dashboards.app, dashboards.demo_command, sae.steer_command
 from saescope.__main__ import COMMANDS, main
 
+TINY = ["--model.spec", "model", "--model.dtype", "float32", "--corpus.source", "text/corpus.jsonl",
+        "--context", "16", "--sites", "resid_post:1", "--out", "data/plan"]
 assert main(["init"]) == 0
-assert main(["harvest", "configs/harvest/smollm2-135m-wikipedia.toml", "--model.spec", "model",
-             "--model.dtype", "float32", "--corpus.source", "text/corpus.jsonl", "--context", "16",
-             "--sites", "resid_post:1", "--out", "data/tiny", "--chunk-rows", "128",
-             "--held-out-fraction", "0.2", "--max-tokens", "4096"]) == 0
-assert main(["train", "configs/train/topk.toml", "--harvest", "data/tiny", "--out", "runs/tiny",
-             "--site", "blocks.1.hook_resid_post", "--sae.d-sae", "128", "--sae.k", "8",
-             "--trainer.batch-size", "64", "--passes", "1"]) == 0
-assert main(["eval", "runs/tiny", "--tokens", "128"]) == 0
-assert main(["index", "runs/tiny", "--out", "stores/tiny"]) == 0
-assert main(["steer", "runs/tiny", "--add", "3=8", "--max-new-tokens", "4"]) == 0
+assert main(["harvest", "configs/harvest/smollm2-135m-wikipedia.toml", *TINY, "--plan"]) == 0
+
+quick = dashboards.demo_command.QUICK
+dashboards.demo_command.examples = lambda: {
+    quick.harvest: pathlib.Path("harvest.toml"), quick.train: pathlib.Path("train.toml")}
+activations.packaged.fetch_all = lambda: None
+sae.steer_command.suggest = lambda store: (3, 2.0, "Number")
+assert main(["demo", "--quick"]) == 0
+
 for command in COMMANDS.values():
     importlib.import_module(command.module)
-import dashboards.app, dashboards.launch
 loaded = [m for name, m in sys.modules.items() if name.split(".")[0] in PACKAGES]
 for module in loaded:
     assert pathlib.Path(module.__file__).is_relative_to(INSTALLED), module
-print(len(loaded), "modules of the wheel")
 """
 
 
@@ -52,10 +52,20 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps",
-         "--wheel-dir", out, source],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-build-isolation",
+            "--no-deps",
+            "--wheel-dir",
+            out,
+            source,
+        ],
         check=True,
-    )  # fmt: skip
+    )
     (built,) = out.iterdir()
     return built
 
@@ -71,10 +81,20 @@ def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(home, with_pip=False, symlinks=True)
     python = home / "bin" / "python"
     subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps",
-         "--no-index", wheel],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-index",
+            wheel,
+        ],
         check=True,
-    )  # fmt: skip
+    )
     (packages,) = home.glob("lib/python*/site-packages")
     (packages / "needed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python.parent
@@ -83,9 +103,14 @@ def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(command: list[str | Path], folder: Path, **variables: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return subprocess.run(
-        command, cwd=folder, env=environment | variables, capture_output=True, text=True,
-        check=False, timeout=240,
-    )  # fmt: skip
+        command,
+        cwd=folder,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
 
 
 def test_the_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
@@ -116,12 +141,11 @@ def test_help_and_missing_files(bin_folder: Path, tmp_path: Path) -> None:
 
 
 def test_all_the_way(bin_folder: Path, tmp_path: Path) -> None:
-    """From examples that `init` wrote to a steered model, each module the wheel's own."""
-    make_tiny_model(tmp_path / "model")
-    make_tiny_corpus(tmp_path / "text", documents=200)
+    """The examples that `init` writes, and the demo with a tiny model: all modules the wheel's."""
+    write_tiny_demo(tmp_path)
     (installed,) = bin_folder.parent.glob("lib/python*/site-packages")
     places = f"INSTALLED, PACKAGES = {str(installed)!r}, {PACKAGES!r}\n"
     done = run([bin_folder / "python", "-c", places + ALL_THE_WAY], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "steered (add {3: 8.0}):" in done.stdout
-    assert (tmp_path / "stores" / "tiny" / "features.duckdb").is_file()
+    assert "steered (add {3: 3.0}):" in done.stdout
+    assert (tmp_path / STORE / "features.duckdb").is_file()

@@ -257,9 +257,12 @@ def test_assets_are_fetched_once(
         archive.writestr("some_text-1.0.dist-info/METADATA", "Name: some-text\nVersion: 1.0\n")
         archive.writestr("some_text-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\n")
     asset = assets.Asset(
-        package="some-text", version="1.0", sha256=artefact.sha256_file(made), wheel=made.name,
+        package="some-text",
+        version="1.0",
+        sha256=artefact.sha256_file(made),
+        wheel=made.name,
         licence="CC0-1.0",
-    )  # fmt: skip
+    )
     monkeypatch.setitem(assets.ASSETS, "some", asset)
     assert assets.read_member("some", "some_text/a.txt") == b"text"
     assert capsys.readouterr().out.count("fetching some-text==1.0") == 1
