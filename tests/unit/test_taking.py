@@ -139,3 +139,21 @@ def test_it_is_built_once(tmp_path: Path) -> None:
     assert taking.library() is not None
     assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
     assert compiled.build("taking", Path(taking.__file__).parent) == next(tmp_path.iterdir())
+
+
+@needs_compiler
+@pytest.mark.usefixtures("fresh")
+def test_a_damaged_library_is_built_anew_and_never_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(taking.__file__).parent
+    path = compiled.build("taking", folder)
+    whole = path.read_bytes()
+    for at in (0, len(whole) // 3, len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        again = compiled.build("taking", folder)
+        assert f"{path} is damaged and is built anew" in capsys.readouterr().err
+        assert (again, again.read_bytes()) == (path, whole)
+    path.write_bytes(whole[:-1])
+    assert compiled.build("taking", folder).read_bytes() == whole
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
