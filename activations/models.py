@@ -352,7 +352,8 @@ class Model:
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """Each token's piece of the text; joined they are the whole text.
 
-        A character spread over several tokens is shown by the last of them, the others show ''.
+        A character spread over several tokens is shown by the last of them, the others show '';
+        `store.decoding.join_partial` has the rule, and feature stores follow it.
         """
         return self._text.pieces(as_indices(ids, where="token_strings", low=0))
 
@@ -382,6 +383,20 @@ class Model:
             return w_u, None
         offset = 1.0 if getattr(adapter.cfg, "rmsnorm_uses_offset", False) else 0.0
         return w_u, weight.detach().float() + offset
+
+    @property
+    def final_norm_centres(self) -> bool:
+        """Whether the final norm takes a vector's mean off it: a LayerNorm does, an RMSNorm not.
+
+        Asked of the norm itself, by moving a vector along the direction that centring takes off.
+        """
+        name = self._sites.adapter.get_component_mapping()["ln_final"].name
+        norm = self.hf.get_submodule(name)
+        x = torch.linspace(-1, 2, self.d_model).square()
+        like = next(norm.parameters(), self.hf.get_output_embeddings().weight)
+        with torch.inference_mode():
+            still, moved = norm(torch.stack([x, x + 1]).to(like)).float()
+        return bool((moved - still).norm() < 0.05 * still.norm())
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
         """Continue a prompt; the text of prompt and continuation (options: see `generate_ids`).

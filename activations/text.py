@@ -121,20 +121,20 @@ class TextCodec:
         it, and the tokens before show ''. Bytes that never become a character show as U+FFFD.
         """
         # An ordinary token comes first, since some tokenizers drop the space that begins a text.
-        # Decoding starts anew at the last token known to begin a character, so it stays linear.
-        tokens = [*self._anchor, *ids]
-        offset = len(self._anchor)
-        start, shown = 0, self.decode(self._anchor)
+        # Decoding goes on from the last token that is whole by itself, so it stays linear.
+        tokens, start, before = list(ids), 0, self._anchor
+        shown = self.decode(before)
         pieces = []
-        for end in range(offset + 1, len(tokens) + 1):
-            text = self.decode(tokens[start:end])
+        for end in range(1, len(tokens) + 1):
+            text = self.decode([*before, *tokens[start:end]])
             if text.endswith(_REPLACEMENT) and end < len(tokens):
                 pieces.append("")
                 continue
             last = tokens[end - 1]
             pieces.append(text[len(shown) :] if last < self._size else _unused(last))
-            start = end - 1
-            shown = self.decode(tokens[start:end])
+            start, before, shown = end, [last], self.decode([last])
+            if _REPLACEMENT in shown:  # the end of a character, which would spoil what follows
+                before, shown = self._anchor, self.decode(self._anchor)
         return pieces
 
     def vocabulary(self, size: int) -> list[str | bytes]:

@@ -67,7 +67,7 @@ def visible(text: str) -> str:
     """A text as escaped HTML in which nothing is invisible.
 
     Newline is shown as ↵, tab as →, control, bidirectional and other invisible characters by their
-    numbers; an empty text (the rest of a character that began in the token before) as ·.
+    numbers; an empty text (the beginning of a character that a later token completes) as ·.
 
     >>> visible("<b>\\n")
     '&lt;b&gt;<span class="ss-mark">↵</span>'

@@ -3,6 +3,7 @@
 Rows are encoded a chunk at a time and handed on sparse: nothing of size [tokens, d_sae] exists.
 """
 
+import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -138,7 +139,7 @@ def _meta(config: IndexConfig, place: Placed, harvest: ActivationStore) -> dict[
             else _absolute(config.run)
         ),
         "sae_hash": weights_hash(sae),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": _now().isoformat(timespec="seconds"),
         "harvest": harvest.hash,
         "harvest_path": str(harvest.path.resolve()),
         "corpus": harvest.manifest["config"]["corpus"],
@@ -146,6 +147,22 @@ def _meta(config: IndexConfig, place: Placed, harvest: ActivationStore) -> dict[
         "metrics": metrics,
         "protocol": measured.get("protocol_hash"),
     }
+
+
+def _now() -> datetime:
+    """The time, or the one of SOURCE_DATE_EPOCH: all else in a store depends on its inputs alone.
+
+    Raises InputError if that is not a number of seconds since 1970.
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    if given is None:
+        return datetime.now(UTC)
+    try:
+        return datetime.fromtimestamp(int(given), UTC)
+    except (ValueError, OverflowError, OSError):
+        raise InputError(
+            "is not a time", where="SOURCE_DATE_EPOCH", given=given, allowed="seconds since 1970"
+        ) from None
 
 
 def _absolute(name: str) -> str:
@@ -195,13 +212,18 @@ def _feature_columns(sae: SparseAutoencoder) -> dict[str, Any]:
     return {name: column.float().numpy() for name, column in columns.items()}
 
 
-def direct_logits(directions: Tensor, W_U: Tensor, norm_weight: Tensor | None) -> Tensor:
-    """Effect of directions [n, d_model] on the logits [n, d_vocab], through the final norm's
-    weight.
+def direct_logits(
+    directions: Tensor, W_U: Tensor, norm_weight: Tensor | None, *, centred: bool = False
+) -> Tensor:
+    """Effect of directions [n, d_model] on the logits [n, d_vocab], through the final norm.
 
     What the direction adds to each logit up to the final norm's positive scale, relative to the
-    mean over the vocabulary (a constant shift changes no probability).
+    mean over the vocabulary (a constant shift changes no probability). A final norm that takes a
+    vector's mean off it (`centred`: LayerNorm, not RMSNorm) does so with a direction, too. That the
+    direction changes the scale itself is left out, as it depends on what is there besides.
     """
+    if centred:
+        directions = directions - directions.mean(-1, keepdim=True)
     scaled = directions if norm_weight is None else directions * norm_weight
     effect = scaled @ W_U
     return effect - effect.mean(-1, keepdim=True)
@@ -218,11 +240,12 @@ def _add_logits(writer: StoreWriter, place: Placed, model: Model, count: int) ->
         say("logit effects: left out, because the site is not as wide as the residual stream")
         return {}
     W_U, norm_weight = model.unembedding()
+    centred = model.final_norm_centres
     largest = []
     with Progress("effects on logits", sae.d_sae, "features") as progress:
         for first in range(0, sae.d_sae, _FEATURES):
             rows = directions[first : first + _FEATURES]
-            effect = direct_logits(rows, W_U, norm_weight)
+            effect = direct_logits(rows, W_U, norm_weight, centred=centred)
             largest.append(effect.amax(1))
             for sign in (1, -1):
                 value, token = (sign * effect).topk(min(count, effect.shape[1]), dim=1)

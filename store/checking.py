@@ -102,6 +102,12 @@ def _check_version(meta: Mapping[str, Any], where: str) -> None:
     if meta.get("kind") != KIND:
         raise ArtefactError("wrong kind of file", where=where, given=meta.get("kind"), allowed=KIND)
     check_schema(meta.get("schema"), supported=SCHEMA, where=where)
+    if meta["schema"] < SCHEMA:
+        raise ArtefactError(
+            f"was built by an older saescope (schema {meta['schema']}, this one reads {SCHEMA}); "
+            "`saescope index RUN --out FOLDER --replace` builds it anew, and labels stay",
+            where=where,
+        )
 
 
 def _read_meta(db: Database) -> dict[str, Any]:

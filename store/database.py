@@ -21,7 +21,7 @@ import numpy as np
 from saescope.errors import ArtefactError
 
 KIND = "feature store"
-SCHEMA = 1
+SCHEMA = 2
 FILE_NAME = "features.duckdb"
 _ODD = "?\\"
 

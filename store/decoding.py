@@ -6,23 +6,29 @@ from collections.abc import Mapping, Sequence
 def join_partial(raw: Sequence[bytes]) -> list[str]:
     """One string a token, from each token's UTF-8 bytes.
 
-    A character that several tokens make up is given to the first of them, and the others get "";
-    bytes that make up no character are shown as \\xNN. Nothing is lost.
+    A character that several tokens make up is shown by the token that completes it, and those
+    before it show "": only there a model can know it. A token that completes one character and
+    begins another leaves both to the token after which the text is whole, as a model's own
+    `token_strings` does. Bytes that make up no character are shown as \\xNN. Nothing is lost.
 
     >>> join_partial([b"a", bytes([0xC3]), bytes([0xA9, 0x62])])
-    ['a', 'é', 'b']
+    ['a', '', 'éb']
     >>> join_partial([bytes([0xA9]), b"x"])
     ['\\\\xa9', 'x']
     """
     whole = b"".join(raw)
-    owner = [index for index, piece in enumerate(raw) for _ in piece]
-    texts = [""] * len(raw)
-    at = 0
-    while at < len(whole):
-        size = _character_size(whole, at)
-        piece = whole[at : at + size]
-        texts[owner[at]] += piece.decode("utf-8", "backslashreplace")
-        at += size
+    texts: list[str] = []
+    at = end = 0
+    for index, piece in enumerate(raw):
+        end += len(piece)
+        shown, here = "", at
+        while here < end:
+            size = _character_size(whole, here)
+            shown += whole[here : here + size].decode("utf-8", "backslashreplace")
+            here += size
+        is_whole = here == end or index == len(raw) - 1
+        texts.append(shown if is_whole else "")
+        at = here if is_whole else at
     return texts
 
 

@@ -95,7 +95,7 @@ def _example(
         document=document,
         title=titles.get(document, ""),
         token_ids=ids,
-        tokens=vocabulary.decode(ids),
+        tokens=vocabulary.decode(tokens.tolist())[shown],
         activations=active[shown].tolist(),
         same_document=(documents[shown] == document).tolist(),
     )

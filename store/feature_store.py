@@ -279,11 +279,11 @@ class FeatureStore:
     def coactivating(self, feature: int, n: int = 10) -> list[Coactivation]:
         """The n features whose firing correlates most with this one's (at most 20 are stored)."""
         rows = self._rows(
-            "SELECT other, share, correlation, sampled FROM db.coactivation"
+            "SELECT other, together, share, pmi, correlation FROM db.coactivation"
             " WHERE feature = ? ORDER BY rank LIMIT ?",
             [self._check(feature), as_index(n, where="n", low=0, high=_MOST)],
         )
-        return [Coactivation(o, s, r, self._of("density", o), sampled) for o, s, r, sampled in rows]
+        return [Coactivation(*row, self._of("density", row[0])) for row in rows]
 
     def activations(self, feature: int, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The feature's positions [n] and activations [n], strongest first; all without limit."""

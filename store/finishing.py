@@ -102,7 +102,7 @@ def finish(job: Job, progress: Progress) -> dict[str, int]:
         )
     table = _feature_statistics(job, counts["n_kept"])
     scratch = _load_scratch(job, counts)
-    table["n_documents"] = _summarise(job, scratch, table, counts, progress)
+    table |= _summarise(job, scratch, table, counts, progress)
     for name, order in _ORDERS.items():
         job.con.execute(f"INSERT INTO db.{name} SELECT * FROM staging.{name} ORDER BY {order}")
     _write_features(job, table)
@@ -153,14 +153,12 @@ def _check_sequences(job: Job) -> dict[str, int]:
 
 def _feature_statistics(job: Job, kept: int) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = job.con.execute(
-        "SELECT feature, min(rowid) AS first_row, count(*) AS n_active, avg(activation) AS mean,"
-        " stddev_pop(activation::DOUBLE) AS std, max(activation) AS max"
+        "SELECT feature, min(rowid) AS first_row, count(*) AS n_active, max(activation) AS max"
         " FROM db.activation_by_feature GROUP BY feature ORDER BY feature"
     ).fetchnumpy()
     live = np.asarray(found["feature"])
     table: dict[str, np.ndarray] = {"feature": np.arange(job.d_sae, dtype=np.int32)}
-    dtypes = {"n_active": "int64", "mean": "float64", "std": "float64", "max": "float32"}
-    for name, dtype in dtypes.items():
+    for name, dtype in {"n_active": "int64", "max": "float32"}.items():
         table[name] = np.zeros(job.d_sae, dtype=dtype)
         table[name][live] = found[name]
     table["first_row"] = np.cumsum(table["n_active"]) - table["n_active"]
@@ -209,12 +207,16 @@ def _summarise(
     table: Mapping[str, np.ndarray],
     counts: Mapping[str, int],
     progress: Progress,
-) -> np.ndarray:
-    """Fill histogram, example and coactivation; in how many documents each feature is active."""
+) -> dict[str, np.ndarray]:
+    """Fill histogram, example and coactivation; each feature's mean, std and n_documents.
+
+    Sums are made here, in the order of the rows: DuckDB's threads add up in any order.
+    """
     seen = np.zeros(counts["last_document"] + 3, dtype=bool)
     marked = np.full(counts["last_sequence"] + 1, -1, dtype=np.int32)
     n_active = table["n_active"]
     documents = np.zeros(job.d_sae, dtype=np.int64)
+    means, deviations = np.zeros(job.d_sae), np.zeros(job.d_sae)
     histograms: list[tuple[int, np.ndarray]] = []
     pairs: list[tuple[int, summaries.Coactive]] = []
     examples = _ExampleRows(job.context, scratch)
@@ -227,21 +229,21 @@ def _summarise(
             raise InputError(
                 "an activation lies at a position that is not kept", where=f"feature {feature}"
             )
+        means[feature], deviations[feature] = summaries.moments(activation)
         bins = summaries.histogram(activation)
         histograms.append((feature, bins))
         random = np.random.default_rng([_SEED, feature])
         examples.add(feature, position, activation, bins, marked, random)
-        kept = counts["n_kept"]
-        pairs.append(
-            (feature, summaries.coactive(feature, position, scratch, n_active, kept, random))
-        )
+        together = summaries.count_together(position, scratch, job.d_sae)
+        found = summaries.coactive(feature, together, n_active, counts["n_kept"])
+        pairs.append((feature, found))
         if len(examples) >= _FLUSH_EXAMPLES:
             job.insert("example", examples.take())
         progress.advance(len(position), "summarising features")
     job.insert("example", examples.take())
     _insert_histograms(job, histograms)
     _insert_pairs(job, pairs)
-    return documents
+    return {"mean": means, "std": deviations, "n_documents": documents}
 
 
 class _ExampleRows:
@@ -308,9 +310,10 @@ def _insert_pairs(job: Job, pairs: list[tuple[int, summaries.Coactive]]) -> None
         "feature": np.repeat([feature for feature, _ in pairs], lengths),
         "rank": np.concatenate([np.arange(length) for length in lengths]),
         "other": np.concatenate([found.other for _, found in pairs]),
-        "share": np.concatenate([found.share for _, found in pairs]),
-        "correlation": np.concatenate([found.correlation for _, found in pairs]),
-        "sampled": np.repeat([found.sampled for _, found in pairs], lengths),
+        **{
+            name: np.concatenate([getattr(found, name) for _, found in pairs])
+            for name in ("together", "share", "pmi", "correlation")
+        },
     }
     job.insert("coactivation", pa.table(columns))
 

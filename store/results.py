@@ -141,14 +141,19 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Coactivation:
-    """A feature that fires where this one does: in `share` of its positions (an estimate from
-    `sampled` of them), with this correlation of firing (phi)."""
+    """A feature that fires where this one does, counted over all kept positions."""
 
     feature: int
+    together: int
+    """positions at which both fire"""
     share: float
+    """the part of this feature's positions at which the other fires"""
+    pmi: float
+    """pointwise mutual information of the two firing, in nats"""
     correlation: float
+    """Pearson's, of the two firings (0 or 1 at each position)"""
     density: float
-    sampled: int
+    """of the other feature"""
 
 
 @dataclass(frozen=True)

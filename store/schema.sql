@@ -1,4 +1,4 @@
--- A feature store: one immutable DuckDB file, schema 1.
+-- A feature store: one immutable DuckDB file, schema 2.
 -- Token ids are integers; text is only in `vocabulary` and `document`. No index: tables are sorted,
 -- and a feature's rows are a range of row ids (feature.first_row, feature.n_active).
 
@@ -79,13 +79,16 @@ CREATE TABLE neighbour (
     feature INTEGER NOT NULL, rank SMALLINT NOT NULL, other INTEGER NOT NULL, cosine FLOAT NOT NULL
 );
 
--- Features that fire at the same positions more often than by chance, by correlation of firing.
--- share = the part of this feature's positions at which the other fires; from `sampled` positions.
+-- Features that fire at the same positions more often than by chance, counted over all kept
+-- positions, by correlation: Pearson's of the two firings (0 or 1 at each position).
+-- together = positions at which both fire; share = together / this feature's positions;
+-- pmi = ln(kept positions * together / (n_active of one * n_active of the other)), in nats.
 CREATE TABLE coactivation (
     feature INTEGER NOT NULL,
     rank SMALLINT NOT NULL,
     other INTEGER NOT NULL,
+    together BIGINT NOT NULL,
     share FLOAT NOT NULL,
-    correlation FLOAT NOT NULL,
-    sampled INTEGER NOT NULL
+    pmi FLOAT NOT NULL,
+    correlation FLOAT NOT NULL
 );

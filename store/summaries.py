@@ -5,18 +5,21 @@ from strong to weak, so every summary is a short function of that slice, and mem
 with the number of activations.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from saescope.system import reserve, system_errors
+
 BINS = 40
 INTERVALS = 5
 TOP_EXAMPLES = 20
 INTERVAL_EXAMPLES = 5
 COACTIVE = 20
-COACTIVATION_SAMPLE = 500
 NOT_KEPT = -2
 _BLOCK = 1 << 20
 
@@ -42,11 +45,16 @@ class Scratch:
 
     @classmethod
     def create(cls, folder: Path, *, n: int, positions: int) -> "Scratch":
-        """Empty arrays in `folder`, documents marked NOT_KEPT."""
+        """Empty arrays in `folder`, documents marked NOT_KEPT.
+
+        Raises ArtefactError if there is no room for them on the disk.
+        """
 
         def array(name: str, size: int, dtype: str) -> np.ndarray:
             # a file cannot be mapped with no bytes, so one spare element, sliced off
-            mapped = np.memmap(folder / name, mode="w+", shape=(size + 1,), dtype=dtype)
+            with system_errors(folder / name):
+                reserve(folder / name, (size + 1) * np.dtype(dtype).itemsize)
+            mapped = np.memmap(folder / name, mode="r+", shape=(size + 1,), dtype=dtype)
             return np.asarray(mapped)[:size]
 
         scratch = cls(
@@ -166,49 +174,75 @@ def windows(
     return found
 
 
+def moments(activation: Floats) -> tuple[float, float]:
+    """Mean and population standard deviation, in float64 and in one order of summing.
+
+    >>> moments(np.array([3.0, 1.0], dtype=np.float32))
+    (2.0, 1.0)
+    """
+    mean = _total(activation, lambda block: block) / len(activation)
+    return mean, math.sqrt(_total(activation, lambda block: (block - mean) ** 2) / len(activation))
+
+
+def _total(activation: Floats, of: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> float:
+    begins = range(0, len(activation), _BLOCK)
+    return math.fsum(of(activation[b : b + _BLOCK].astype(np.float64)).sum() for b in begins)
+
+
 @dataclass(frozen=True)
 class Coactive:
     """The features most correlated with one feature in where they fire, best first."""
 
     other: NDArray[np.int64]
+    together: NDArray[np.int64]
+    """positions at which both fire"""
     share: NDArray[np.float64]
+    pmi: NDArray[np.float64]
     correlation: NDArray[np.float64]
-    sampled: int
+
+
+def count_together(
+    position: Ints, scratch: Scratch, n_features: int, block: int = _BLOCK
+) -> NDArray[np.int64]:
+    """At how many of these positions each feature is active [n_features].
+
+    block: how many activations are looked at at once, so that memory does not grow with them.
+    """
+    counts = np.zeros(n_features, dtype=np.int64)
+    per_position = max(len(scratch.other) // (len(scratch.start) - 1), 1)
+    step = max(block // per_position, 1)
+    for first in range(0, len(position), step):
+        at = np.sort(position[first : first + step])  # one after another on the disk
+        begins = scratch.start[at]
+        lengths = scratch.start[at + 1] - begins
+        ends = np.cumsum(lengths)
+        index = np.repeat(begins - (ends - lengths), lengths)
+        index += np.arange(ends[-1])
+        counts += np.bincount(np.take(scratch.other, index), minlength=n_features)
+    return counts
 
 
 def coactive(
-    feature: int,
-    position: Ints,
-    scratch: Scratch,
-    n_active: NDArray[np.int64],
-    kept: int,
-    random: np.random.Generator,
+    feature: int, together: NDArray[np.int64], n_active: NDArray[np.int64], kept: int
 ) -> Coactive:
-    """Features whose firing correlates with this one's, from at most COACTIVATION_SAMPLE positions.
+    """Features whose firing correlates most with this one's, from the counts over all positions.
 
-    The sample has one random row of each of as many equal parts of the feature's sorted rows, so
-    it covers strong and weak activations alike. The correlation is the phi
-    coefficient: with N kept positions, n_a, n_b active ones and n_ab common ones,
+    With N kept positions, n_a and n_b active ones and n_ab common ones: the correlation is
+    Pearson's of the two firings (0 or 1 at each position), that is the phi coefficient,
     (N n_ab - n_a n_b) / sqrt(n_a n_b (N - n_a) (N - n_b)); one that is always active has none.
+    The pointwise mutual information is ln(N n_ab / (n_a n_b)), in nats; the share n_ab / n_a.
     """
-    n = len(position)
-    sampled = min(n, COACTIVATION_SAMPLE)
-    at = position
-    if sampled < n:
-        # not a fixed stride: ties are in the order of positions, and text can be periodic
-        at = position[((np.arange(sampled) + random.random(sampled)) * (n / sampled)).astype(int)]
-    begins = scratch.start[at]
-    lengths = scratch.start[at + 1] - begins
-    ends = np.cumsum(lengths)
-    index = np.repeat(begins - (ends - lengths), lengths) + np.arange(ends[-1])
-    count = np.bincount(np.take(scratch.other, index), minlength=len(n_active))
-    count[feature] = 0
-    others = np.flatnonzero(count)
-    share = count[others] / sampled
-    a, b = float(n), n_active[others].astype(np.float64)
+    others = np.flatnonzero(together)
+    others = others[others != feature]
+    both = together[others]
+    a, b = float(n_active[feature]), n_active[others].astype(np.float64)
     scale = np.sqrt(a * b * (kept - a) * (kept - b))
-    excess = kept * (share * a) - a * b
+    excess = float(kept) * both - a * b
     correlation = np.divide(excess, scale, out=np.zeros_like(excess), where=scale > 0)
-    best = np.lexsort((others, -correlation))[:COACTIVE]
-    best = best[correlation[best] > 0]
-    return Coactive(others[best], share[best], np.minimum(correlation[best], 1.0), sampled)
+    chosen = np.flatnonzero(correlation > 0)
+    if len(chosen) > COACTIVE:  # all that may be among the best, ties included
+        least = np.partition(correlation[chosen], -COACTIVE)[-COACTIVE]
+        chosen = chosen[correlation[chosen] >= least]
+    best = chosen[np.lexsort((others[chosen], -correlation[chosen]))[:COACTIVE]]
+    pmi = np.log(kept * both[best] / (a * b[best]))
+    return Coactive(others[best], both[best], both[best] / a, pmi, correlation[best])

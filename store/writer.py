@@ -15,7 +15,8 @@ import pyarrow as pa
 from numpy.typing import ArrayLike
 
 from saescope.artefact import atomic_path
-from saescope.errors import ArtefactError, InputError, check_range
+from saescope.errors import ArtefactError, InputError
+from saescope.integers import as_index
 from saescope.leftovers import SCRATCH
 from saescope.progress import Progress
 from store import finishing
@@ -82,8 +83,8 @@ class StoreWriter:
         threads: int | None = None,
         replace: bool = False,
     ) -> None:
-        check_range("d_sae", d_sae, low=1, high=2**31 - 1)
-        check_range("context", context, low=1, high=2**31 - 1)
+        d_sae = as_index(d_sae, where="d_sae", low=1, high=2**31 - 1)
+        context = as_index(context, where="context", low=1, high=2**31 - 1)
         own = {"kind": KIND, "schema": SCHEMA, "d_sae": d_sae, "context": context}
         clash = sorted((own.keys() | finishing.COUNTED) & meta.keys())
         if clash:
@@ -98,7 +99,8 @@ class StoreWriter:
         self.n_activations = 0
         self._memory_limit = memory_limit
         self._replace = replace
-        self._threads = threads or min(os.cpu_count() or 1, 8)
+        most = min(os.cpu_count() or 1, 8)
+        self._threads = most if threads is None else as_index(threads, where="threads", low=1)
         self._buffer: list[tuple[np.ndarray, ...]] = []
         self._buffered = 0
         self._columns: dict[str, pa.ChunkedArray] = {}
@@ -190,7 +192,7 @@ class StoreWriter:
                 )  # fmt: skip
             offsets = np.arange(len(chosen) + 1, dtype=np.int32) * self.context
             columns[name] = pa.ListArray.from_arrays(offsets, pa.array(array.ravel()))
-        check_range("first", first, low=0)
+        first = as_index(first, where="first", low=0, high=2**31 - 1)
         numbers = np.arange(first, first + len(chosen), dtype=np.int64)
         self._insert("sequence", pa.table({"sequence": numbers, **columns, "split": chosen}))
 

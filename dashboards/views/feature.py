@@ -187,19 +187,18 @@ def _effects(data: FeatureData) -> None:
 def _relatives(here: Session, data: FeatureData) -> None:
     near = {n.feature: f"cosine {n.cosine:+.2f}" for n in data.neighbours}
     together = {
-        c.feature: f"r {c.correlation:.2f}, in {figures.percent(c.share)}"
+        c.feature: f"r {c.correlation:.2f} · PMI {c.pmi:.1f} · in {figures.percent(c.share)}"
         for c in data.coactivating
     }
     labels = here.notes.labels([*near, *together])
     tokens = here.store.top_tokens([*near, *together], 3)
-    sampled = data.coactivating[0].sampled if data.coactivating else 0
     blocks = (
         ("Nearest decoder directions", near, "Cosine of the two decoder directions."),
         (
             "Fires together with",
             together,
-            "r: correlation of where the two fire. The share is of this feature's positions, "
-            f"from {sampled:,} of them.",
+            "Counted over all positions. r: Pearson's correlation of whether the two fire. PMI: "
+            "pointwise mutual information, in nats. The share is of this feature's positions.",
         ),
     )
     with st.container(key="relatives"):

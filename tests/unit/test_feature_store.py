@@ -182,8 +182,14 @@ def test_a_character_of_two_tokens_is_shown_once(features: FeatureStore) -> None
         e for n in range(D_SAE) for e in features.examples(n) if e.sequence == 3 and e.place < 4
     ]
     assert found
-    assert found[0].tokens[4:6] == ["雨", ""]
+    assert found[0].tokens[4:6] == ["", "雨"], "the token that completes it shows it"
     assert features.vocabulary.text(WORDS.index(b"\xe9\x9b")) == "\\xe9\\x9b"
+
+
+def test_a_window_does_not_cut_a_character(features: FeatureStore) -> None:
+    found = [e for n in range(D_SAE) for e in features.examples(n, window=0)]
+    (example, *_) = [e for e in found if e.sequence == 3 and e.place == 5]
+    assert example.tokens == ["雨"]
 
 
 def test_join_partial_loses_nothing() -> None:
@@ -405,7 +411,8 @@ def test_files_that_are_no_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schema", "2", "newer saescope .schema 2, this one reads up to 1"),
+        ("schema", "3", "newer saescope .schema 3, this one reads up to 2"),
+        ("schema", "1", r"older saescope .schema 1, this one reads 2.*--replace"),
         ("schema", '"x"', "schema version"),
         ("kind", '"harvest"', "wrong kind"),
         ("kind", "{", "cannot be read"),

@@ -1,5 +1,7 @@
 """The writer's checks, its failures, and the summaries' functions on awkward rows."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -295,26 +297,135 @@ def test_top_rows_reach_behind_one_long_run() -> None:
     assert rows.tolist() == [0, *range(3000, 3019)]
 
 
-def test_coactivation_of_a_large_feature_is_an_even_sample(
+def brute_force(fires: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counts, correlations and PMIs [F, F] of firings [F, positions], from dense matrices."""
+    dense = fires.astype(np.float64)
+    together = (dense @ dense.T).astype(int)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = dense.mean(axis=1)
+        pmi = np.log((together / fires.shape[1]) / np.outer(share, share))
+        correlation = np.corrcoef(dense)
+    return together, correlation, pmi
+
+
+def test_coactivation_is_counted_over_all_positions(tmp_path: Path) -> None:
+    # 40 features, 6,000 positions; 1 fires with 0 more often than by chance, by a little
+    rng = np.random.default_rng(3)
+    context, n_sequences, n_features = 7, 1000, 40
+    fires = (
+        rng.random((n_features, n_sequences * (context - 1))) < np.linspace(0.6, 0.002, 40)[:, None]
+    )
+    fires[1] = rng.random(fires.shape[1]) < np.where(fires[0], 0.21, 0.2)
+    fires[38] = fires[39]
+    keep = np.ones((n_sequences, context), dtype=bool)
+    keep[:, 0] = False
+    feature, column = fires.nonzero()
+    path = tmp_path / "s.duckdb"
+    with StoreWriter(path, meta={}, d_sae=n_features, context=context, threads=2) as writer:
+        writer.add_vocabulary(["a"])
+        zeros = np.zeros((n_sequences, context), int)
+        writer.add_sequences(0, zeros, zeros, keep, np.zeros(n_sequences, int))
+        order = rng.permutation(len(feature))
+        at = np.flatnonzero(keep)[column]
+        writer.add_activations(at[order], feature[order], rng.random(len(feature)) + 0.1)
+        writer.finish()
+    together, correlation, pmi = brute_force(fires)
+    np.fill_diagonal(correlation, -1)
+    with FeatureStore.open(path) as features:
+        for number in range(n_features):
+            found = features.coactivating(number, 20)
+            wanted = np.lexsort((np.arange(n_features), -correlation[number].round(9)))[:20]
+            wanted = [int(other) for other in wanted if correlation[number, other] > 1e-12]
+            assert [c.feature for c in found] == wanted
+            for c in found:
+                assert c.together == together[number, c.feature]
+                assert c.share == pytest.approx(c.together / fires[number].sum(), rel=1e-6)
+                assert c.correlation == pytest.approx(correlation[number, c.feature], rel=1e-6)
+                assert c.pmi == pytest.approx(pmi[number, c.feature], rel=1e-5, abs=1e-6)
+        (twin,) = [c for c in features.coactivating(39, 20) if c.feature == 38]
+        assert twin.correlation == 1
+
+
+def test_counts_do_not_depend_on_the_size_of_blocks(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 6, 500)
+    scratch = summaries.Scratch.create(tmp_path, n=int(lengths.sum()), positions=500)
+    scratch.start[1:] = np.cumsum(lengths)
+    scratch.other[:] = rng.integers(0, 9, lengths.sum())
+    scratch.document[:] = 0
+    position = rng.permutation(np.flatnonzero(lengths))[:200]
+    wanted = np.zeros(9, dtype=int)
+    for at in position:
+        for other in scratch.other[scratch.start[at] : scratch.start[at + 1]]:
+            wanted[other] += 1
+    for block in (1, 10, 1 << 20):
+        found = summaries.count_together(position, scratch, 9, block=block)
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_moments_are_those_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    activation = (rng.random(5000) * 1e-3 + 4000).astype(np.float32)
+    exact = activation.astype(np.longdouble)
+    for block in (1 << 20, 7):
+        monkeypatch.setattr(summaries, "_BLOCK", block)
+        mean, std = summaries.moments(activation)
+        assert mean == pytest.approx(float(exact.mean()), rel=1e-14)
+        assert std == pytest.approx(float(exact.std()), rel=1e-9, abs=1e-9)
+
+
+def test_the_same_rows_make_the_same_store(tmp_path: Path) -> None:
+    def build(folder: Path) -> Path:
+        rng = np.random.default_rng(1)
+        keep = np.ones((3000, 8), dtype=bool)
+        path = folder / "s.duckdb"
+        with StoreWriter(path, meta={"a": 1}, d_sae=16, context=8, threads=4) as writer:
+            writer.add_vocabulary(["a", "b"])
+            zeros = np.zeros((3000, 8), int)
+            writer.add_sequences(0, zeros, zeros, keep, np.zeros(3000, int))
+            at = np.repeat(np.arange(24_000), 8)
+            which = np.argsort(rng.random((24_000, 16)), axis=1)[:, :8].ravel()
+            for part in np.array_split(rng.permutation(len(at)), 3):
+                writer.add_activations(at[part], which[part], rng.random(len(part)) + 0.1)
+            writer.finish()
+        return path
+
+    def content(path: Path) -> dict[str, list]:
+        with duckdb.connect(str(path), read_only=True) as con:
+            tables = [row[0] for row in con.execute("SHOW TABLES").fetchall()]
+            return {name: con.execute(f"FROM {name}").fetchall() for name in tables}
+
+    first = content(build(tmp_path / "first"))
+    assert len(first["activation_by_feature"]) == 192_000
+    for attempt in range(3):
+        assert content(build(tmp_path / f"again {attempt}")) == first
+
+
+def test_room_is_taken_before_it_is_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    n = 8000
-    start = np.arange(0, 2 * n + 2, 2)[: n + 1]
-    other = np.zeros(2 * n, dtype=np.int32)
-    other[1::2] = np.where(np.arange(n) % 4 == 0, 1, 2)
-    scratch = summaries.Scratch.create(tmp_path, n=2 * n, positions=n)
-    scratch.start[:] = start
-    scratch.other[:] = other
-    n_active = np.array([n, n // 4, 3 * n // 4])
-    random = np.random.default_rng(0)
-    found = summaries.coactive(0, np.arange(n), scratch, n_active, 4 * n, random)
-    assert found.sampled == summaries.COACTIVATION_SAMPLE
-    assert dict(zip(found.other.tolist(), found.share.tolist(), strict=True)) == pytest.approx(
-        {2: 0.75, 1: 0.25}, abs=0.08
-    )
-    monkeypatch.setattr(summaries, "COACTIVATION_SAMPLE", n)
-    exact = summaries.coactive(0, np.arange(n), scratch, n_active, 4 * n, random)
-    assert exact.share.tolist() == [0.75, 0.25]
+    scratch = summaries.Scratch.create(tmp_path, n=5000, positions=300)
+    for name in ("position", "activation", "other", "start", "document", "token"):
+        file = tmp_path / name
+        assert file.stat().st_blocks * 512 >= file.stat().st_size, name
+    assert scratch.position.sum() == scratch.start.sum() == 0
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = set(tmp_path.iterdir())
+
+    def build() -> None:
+        with StoreWriter(
+            tmp_path / "s.duckdb", meta={}, d_sae=6, context=CONTEXT, threads=1
+        ) as writer:
+            fill(writer)
+            writer.finish()
+
+    with pytest.raises(ArtefactError, match="disk is full"):
+        build()
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_memory_limit_is_set(writer: StoreWriter) -> None:
