@@ -18,8 +18,10 @@ from saescope.errors import InputError
 from saescope.places import Place, place
 from saescope.progress import say
 from saescope.ranks import here
+from saescope.system import system_errors
 
 
+@system_errors()
 def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationStore:
     """Add the activations of another corpus to the harvest in `out`, and return the store.
 

@@ -44,6 +44,7 @@ from saescope.leftovers import remove_leftovers
 from saescope.places import Place, exists, place
 from saescope.progress import Progress, as_size, say, silent
 from saescope.ranks import here
+from saescope.system import system_errors
 
 _WINDOW_BYTES = 512 << 20
 """A window is made smaller than asked for if its rows would take more memory than this; two are in
@@ -166,6 +167,7 @@ class HarvestConfig(Config):
             )  # fmt: skip
 
 
+@system_errors()
 def harvest(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationStore:
     """Store the activations that a configuration asks for, and return the store.
 

@@ -393,7 +393,7 @@ class SparseAutoencoder(nn.Module, ABC):
         """
         from sae.saved import write_sae  # it imports this module
 
-        write_sae(self, Path(folder), more, replace=replace)
+        write_sae(self, Path(folder).expanduser(), more, replace=replace)
 
 
 def _inverse(normaliser: Normaliser) -> Normaliser:

@@ -1,6 +1,9 @@
 """`saescope convert`: an SAE from one format to another, certified on the way, or to the hub."""
 
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -10,10 +13,13 @@ from sae.formats import format_named, formats
 from sae.formats._claim import Claim
 from sae.formats.hub import evaluation_of, upload
 from sae.loading import load, named_sites
+from saescope.artefact import atomic_path
 from saescope.config import Config
 from saescope.errors import InputError, check_range
-from saescope.places import local
+from saescope.places import if_local, local
 from saescope.progress import say
+from saescope.replacing import Kind, check_apart, check_replaceable, only_files, same_content
+from saescope.system import system_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,9 @@ class ConvertConfig(Config):
     """Format to write: saescope, saelens, gemma_scope, sparsify or dictionary_learning."""
     out: str | None = None
     """Folder to write."""
+    replace: bool = False
+    """Write in the place of another SAE that is there; one that this source gives again to the byte
+    is replaced without it, and anything else never."""
     upload: str | None = None
     """Repository on the Hugging Face hub to upload to, owner/name, with a model card."""
     path_in_repo: str | None = None
@@ -59,14 +68,30 @@ class ConvertConfig(Config):
             check_range("input_scale", self.input_scale, above=0)
 
 
+def _is_export(folder: Path) -> bool:
+    return any(
+        each.recognise(folder) and only_files(folder, each.files, each.further_files)
+        for each in formats().values()
+    )
+
+
+EXPORT = Kind("an SAE", _is_export)
+
+
+@system_errors()
 def convert(config: ConvertConfig) -> SparseAutoencoder:
     """Read, check, write; the SAE as it was read.
 
-    Raises InputError for what a format cannot hold, ArtefactError for files that are damaged or
+    Raises InputError for what a format cannot hold, and if something is where the folder is to be
+    that may not be replaced; ArtefactError for files that are damaged or
     that do not measure what they claim.
     """
     if not config.out and not config.upload:
         raise InputError("give --out, --upload or both", where="convert")
+    if config.out:
+        out = local(config.out)
+        check_replaceable(out, EXPORT, replace=True)
+        check_apart(out, *(if_local(each) for each in (config.source, config.harvest) if each))
     claims = {"l0": config.claimed_l0, "fvu": config.claimed_fvu}
     claimed = {name: value for name, value in claims.items() if value is not None}
     if claimed and config.harvest is None:
@@ -80,7 +105,7 @@ def convert(config: ConvertConfig) -> SparseAutoencoder:
         said += f"; on {measured.rows:,} rows L0 {measured.l0:.2f}"
         said += "" if measured.fvu is None else f", FVU {measured.fvu:.4f}"
     if config.out:
-        format_named(config.to).write(sae, local(config.out))
+        _write(sae, config)
         say(f"{config.out}: {said} ({config.to})")
     if config.upload:
         address = upload(
@@ -94,6 +119,26 @@ def convert(config: ConvertConfig) -> SparseAutoencoder:
         )
         say(f"{address}: {said} ({config.to})")
     return sae
+
+
+def _write(sae: SparseAutoencoder, config: ConvertConfig) -> None:
+    """Write the folder; what is there is replaced if that is asked for, or loses nothing."""
+    out = local(config.out or "")
+    replace = config.replace or (EXPORT.holds(out) and _gives_again(sae, out))
+    with system_errors(out), atomic_path(out, EXPORT, replace=replace) as temporary:
+        format_named(config.to).write(sae, temporary)
+
+
+def _gives_again(sae: SparseAutoencoder, folder: Path) -> bool:
+    """Whether writing an SAE in the format of what is in a folder gives the same to the byte."""
+    for each in formats().values():
+        if each.recognise(folder):
+            with tempfile.TemporaryDirectory() as holder:
+                again = Path(holder) / folder.name
+                with suppress(InputError):  # an SAE that this format cannot hold
+                    each.write(sae, again)
+                    return same_content(again, folder)
+    return False
 
 
 def _check(sae: SparseAutoencoder, config: ConvertConfig, claimed: dict[str, float]) -> Measured:

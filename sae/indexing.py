@@ -23,9 +23,9 @@ from sae.sites import Placed
 from saescope.config import Config, to_dict
 from saescope.errors import InputError, check_range
 from saescope.leftovers import remove_leftovers
-from saescope.places import local
+from saescope.places import if_local, local
 from saescope.progress import Progress, say
-from saescope.replacing import check_replaceable
+from saescope.replacing import check_apart, check_replaceable
 from saescope.system import system_errors
 from store import StoreWriter
 from store.checking import STORE
@@ -67,6 +67,7 @@ class IndexConfig(Config):
         check_range("neighbours", self.neighbours, low=1)
 
 
+@system_errors()
 def index(config: IndexConfig) -> Path:
     """Build the store; the path of its file. A store that is there already is left as it is.
 
@@ -77,6 +78,7 @@ def index(config: IndexConfig) -> Path:
     path = local(config.out) / STORE_FILE
     remove_leftovers(path)
     check_replaceable(path, STORE, replace=True)
+    check_apart(path.parent, *(if_local(each) for each in (config.run, config.harvest) if each))
     if path.exists() and not config.replace:
         say(f"{path}: already built (--replace builds it anew)")
         return path
@@ -121,7 +123,7 @@ def _meta(config: IndexConfig, place: Placed, harvest: ActivationStore) -> dict[
     measured = evaluation_of(config.run) or {}
     metrics = {**(measured.get("reconstruction") or {}), **(measured.get("downstream") or {})}
     return {
-        "name": Path(config.out).resolve().name,
+        "name": local(config.out).resolve().name,
         "model": harvest.manifest["model"]["name"],
         "model_spec": _absolute(harvest.manifest["model"]["spec"]),
         "model_revision": harvest.manifest["model"]["revision"],

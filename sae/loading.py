@@ -16,6 +16,7 @@ from sae.formats.hub import SCHEME, HubFolder, fetch
 from sae.soundness import check_sound
 from saescope.artefact import MANIFEST
 from saescope.errors import ArtefactError, InputError
+from saescope.places import local
 
 if TYPE_CHECKING:
     from activations import Model
@@ -66,7 +67,7 @@ def load(
     name = str(path)
     place = HubFolder.parse(name) if name.startswith(SCHEME) else None
     try:
-        here, commit = fetch(place) if place else (Path(path), None)
+        here, commit = fetch(place) if place else (local(path), None)
         folder, found = find(here, name)
     except (OSError, ValueError) as error:  # names that no file can have
         if isinstance(error, InputError):

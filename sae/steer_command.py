@@ -173,6 +173,6 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
         "add": add, "clamp": clamp, "scale": scale, "ablate": list(config.ablate) or None
     }  # fmt: skip
     edits = ", ".join(f"{name} {value}" for name, value in described.items() if value)
-    say(f"untouched: {plain}")
-    say(f"steered ({edits}): {steered}")
+    say(f"untouched: {plain}", lines=True)
+    say(f"steered ({edits}): {steered}", lines=True)
     return {"untouched": plain, "steered": steered}

@@ -8,13 +8,15 @@ import io
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from types import ModuleType
 
 from saescope import config, memory, progress, ranks
 from saescope.errors import SaescopeError
 from saescope.standins import stand_ins
+from saescope.system import system_errors
+from saescope.terminal import complain, mute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,11 +257,34 @@ def _show_help(name: str, words: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code.
 
-    0 done, 2 wrong input, 130 interrupted (SIGINT), 143 terminated (SIGTERM); doctor's 1: damage.
+    0 done, 2 wrong input or a failure of the system, 130 interrupted (SIGINT), 143 terminated
+    (SIGTERM), 141 where nobody reads the output any more (SIGPIPE); doctor's 1: damage.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    with suppress(AttributeError):  # not one of the system's
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        try:
+            with system_errors():
+                return _run(words)
+        finally:
+            with system_errors("standard output"):
+                sys.stdout.flush()
+    except BrokenPipeError:
+        mute(sys.stdout)
+        return 128 + signal.SIGPIPE
+    except SaescopeError as error:
+        code = config.fail(error)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            mute(sys.stdout)
+        return code
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        progress.say(_overview())
+        progress.say(_overview(), lines=True)
         return 0
     if words[0] == "--version":
         from saescope import __version__
@@ -268,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = words
     if name not in COMMANDS:
-        sys.stderr.write(f"saescope: no such command: {name} (commands: {', '.join(COMMANDS)})\n")
+        complain(f"no such command: {name} (commands: {', '.join(COMMANDS)})")
         return 2
     command = COMMANDS[name]
     try:
@@ -279,13 +304,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = importlib.import_module(command.module)
         chosen = _parse(module, name, rest)
         result = getattr(module, command.function)(chosen)
-    except SaescopeError as error:
-        return config.fail(error)
     except KeyboardInterrupt as error:
         terminated = isinstance(error, _Terminated)
         hint = "; run the same command again to go on" if command.resumes else ""
         word = "terminated" if terminated else "interrupted"
-        sys.stderr.write(f"\nsaescope: {word}{hint}\n")
+        sys.stderr.write("\n")
+        complain(f"{word}{hint}")
         return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
     return result if command.gives_exit_code else 0
 

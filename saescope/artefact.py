@@ -20,9 +20,9 @@ from typing import Any
 
 from saescope.errors import ArtefactError
 from saescope.leftovers import preparing, remove_leftovers, settle
-from saescope.places import Place, exists, place, put
+from saescope.places import Place, exists, local, place, put
 from saescope.replacing import Kind, check_replaceable, put_in_place
-from saescope.system import read_whole
+from saescope.system import read_whole, system_errors
 
 MANIFEST = "manifest.json"
 SEAL = "sha256"
@@ -124,8 +124,41 @@ def write_bytes(path: str | Place, data: bytes) -> None:
 
 def write_json(path: str | Place, value: Any) -> None:
     """Write JSON atomically, indented, keys in the order given."""
+    write_bytes(path, _as_json(value))
+
+
+def _as_json(value: Any) -> bytes:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, (text + "\n").encode())
+    return (text + "\n").encode()
+
+
+def write_report(path: str | Path, value: Any, kind: Kind, *, replace: bool = False) -> None:
+    """Write JSON as a file that a user names; as `atomic_path`, whose `kind` and `replace` it has.
+
+    Raises InputError for anything else that is there, ArtefactError if it cannot be written.
+    """
+    with system_errors(path), atomic_path(local(path), kind, replace=replace) as temporary:
+        temporary.write_bytes(_as_json(value))
+
+
+def append_bytes(path: Path, data: bytes) -> None:
+    """Add to the end of a file, which is made if it is not there: all of it, or nothing.
+
+    Raises OSError, the file being as it was before.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            left = memoryview(data)
+            while left:  # a write may be cut short, by a full disk for one
+                left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: str | Place, *, largest: int = _LARGEST_JSON) -> Any:

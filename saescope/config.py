@@ -4,7 +4,7 @@ Every field has a docstring, which is its help text; unknown keys are errors tha
 """
 
 import json
-import sys
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -12,9 +12,12 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
-from saescope.errors import InputError, SaescopeError
+from saescope.errors import ArtefactError, InputError, SaescopeError
 from saescope.examples import how_to_get
 from saescope.integers import as_index, as_indices
+from saescope.places import local
+from saescope.system import read_whole, system_errors
+from saescope.terminal import complain, harmless_errors
 
 
 class Config:
@@ -50,6 +53,7 @@ class Config:
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+_DEEPEST, _LARGEST_FILE = 50, 1 << 20
 
 
 def _use_pythons_numbers(config: Config) -> None:
@@ -100,6 +104,7 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> Conf
     """
     from pydantic import TypeAdapter, ValidationError
 
+    _check_plain(values, where)
     try:
         # JSON mode: strict types, yet lists become tuples and nested tables become dataclasses
         text = json.dumps(values)
@@ -141,18 +146,50 @@ def _known_fields(cls: type, values: Mapping[str, Any], path: Sequence[Any]) -> 
     return [field.name for field in fields(here)]
 
 
+def _check_plain(values: Mapping[str, Any], where: str) -> None:
+    """Raise InputError, with the path of the field, for values that no setting has.
+
+    These are numbers that are not finite or of more than 64 bits, texts with a NUL or of a
+    megabyte, and tables in tables without end.
+    """
+    waiting: list[tuple[str, Any, int]] = [(str(key), value, 1) for key, value in values.items()]
+    while waiting:
+        path, value, depth = waiting.pop()
+        wrong = None
+        if depth > _DEEPEST:
+            wrong = "is nested too deeply"
+        elif isinstance(value, Mapping):
+            waiting += [(f"{path}.{key}", each, depth + 1) for key, each in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{path}.{n}", each, depth + 1) for n, each in enumerate(value)]
+        elif isinstance(value, float) and not math.isfinite(value):
+            wrong = f"is no finite number, given {value}"
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            wrong = "is a number of more than 64 bits"
+        elif isinstance(value, str) and "\0" in value:
+            wrong = "has a NUL character in it"
+        if wrong is not None:
+            raise InputError(f"{path}: {wrong}", where=where)
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file; InputError if it is missing or not TOML."""
+    """Read a TOML file; InputError if it is missing, no plain file, or not TOML."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(read_whole(local(path), largest=_LARGEST_FILE).decode())
+        _check_plain(values, str(path))
+        return values
+    except ArtefactError as error:
+        raise InputError(str(error)) from None
+    except RecursionError:
+        raise InputError("not valid TOML: nested too deeply", where=str(path)) from None
     except FileNotFoundError:
         hint = how_to_get(path)
         raise InputError(
             f"no such configuration file{'; ' if hint else ''}{hint}", where=str(path)
         ) from None
-    except IsADirectoryError:
-        raise InputError("is a folder, not a configuration file", where=str(path)) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise  # of TOML, UTF-8, or an integer of thousands of digits
         raise InputError(f"not valid TOML: {error}", where=str(path)) from None
 
 
@@ -200,13 +237,14 @@ def parse(
         options["default"] = from_dict(cls, values, where)
     elif values:
         options["default"] = _unfinished(cls, values, where)
-    chosen = tyro.cli(
-        tyro.conf.AvoidSubcommands[concrete],  # type: ignore[valid-type]
-        args=words,
-        prog=program,
-        description=description,
-        **options,
-    )
+    with harmless_errors(), system_errors("standard output"):
+        chosen = tyro.cli(
+            tyro.conf.AvoidSubcommands[concrete],  # type: ignore[valid-type]
+            args=words,
+            prog=program,
+            description=description,
+            **options,
+        )
     return from_dict(cls, to_dict(chosen), where)
 
 
@@ -255,5 +293,5 @@ def _select(values: dict[str, Any], selector: str, words: list[str]) -> None:
 
 def fail(error: SaescopeError) -> int:
     """Print an error of ours as one line on standard error; the exit code for it."""
-    sys.stderr.write(f"saescope: {error}\n")
+    complain(str(error))
     return 2

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 
 _UNSET = object()
+_LONGEST = 2000
+"""characters of a message"""
 
 
 def _short(text: str, longest: int = 500) -> str:
@@ -35,7 +37,7 @@ class SaescopeError(Exception):
         message = f"{where}: {what}" if where else what
         if details:
             message += f" ({'; '.join(details)})"
-        super().__init__(message)
+        super().__init__(_short(message, _LONGEST))
 
 
 class InputError(SaescopeError, ValueError):

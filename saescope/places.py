@@ -45,7 +45,7 @@ def is_remote(path: "str | Place") -> bool:
 
 
 def place(path: "str | Place") -> Place:
-    """The place that a user names by a path or a URL.
+    """The place that a user names by a path, in which ~ is the user's home, or by a URL.
 
     Raises InputError for a URL of an unknown kind, or of one whose package is not installed.
 
@@ -53,10 +53,10 @@ def place(path: "str | Place") -> Place:
     ('name', 'name')
     """
     if not isinstance(path, str):
-        return path
+        return _at_home(path) if isinstance(path, Path) else path
     if not is_remote(path):
         scheme = _URL.match(path)
-        return Path(path[scheme.end() :] if scheme else path)
+        return _at_home(Path(path[scheme.end() :] if scheme else path))
     from upath import UPath
 
     scheme = path.partition("://")[0].lower()
@@ -76,6 +76,16 @@ def place(path: "str | Place") -> Place:
     except Exception as error:
         raise _unreachable(path, error) from error
     return found
+
+
+def _at_home(path: Path) -> Path:
+    """A path whose ~ stands for the user's home; one that nobody has is an ordinary name."""
+    if not path.parts or not path.parts[0].startswith("~"):
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 @contextmanager
@@ -111,6 +121,14 @@ def local(path: "str | Place", why: str = "must be on this machine") -> Path:
     if not isinstance(found, Path):
         raise InputError(why, where=str(found), given="an object store", allowed="a local folder")
     return found
+
+
+def if_local(path: "str | Place") -> Path | None:
+    """A place on this machine; None for one that is elsewhere, as any other URL is."""
+    if isinstance(path, str) and path.startswith("hf://"):
+        return None
+    found = place(path)
+    return found if isinstance(found, Path) else None
 
 
 def exists(path: Place) -> bool:

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
+from saescope.system import system_errors
+from saescope.terminal import harmless
+
 _LINE_EVERY_S = 10.0
 _silent = [False]
 """innermost last: whether nothing is said"""
@@ -23,12 +26,16 @@ def silent(really: bool = True) -> Iterator[None]:
         _silent.pop()
 
 
-def say(text: str = "") -> None:
-    """Print one line to standard output, at once."""
+def say(text: str = "", *, lines: bool = False) -> None:
+    """Print one line to standard output, at once; with `lines`, a text of several.
+
+    Raises ArtefactError if it cannot be written, BrokenPipeError if nobody reads it any more.
+    """
     if _silent[-1]:
         return
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    with system_errors("standard output"):
+        sys.stdout.write(f"{harmless(text, lines=lines)}\n")
+        sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:
@@ -139,14 +146,21 @@ class _RichBar:
             transient=True,
         )
         self._task = self._progress.add_task(
-            description, total=total, completed=done, rate="", note=""
+            _plain(description), total=total, completed=done, rate="", note=""
         )
         self._progress.start()
 
     def update(self, done: int, note: str) -> None:
         speed = self._progress.tasks[0].speed
         rate = f"{speed:,.0f}/s" if speed else ""
-        self._progress.update(self._task, completed=done, note=note, rate=rate)
+        self._progress.update(self._task, completed=done, note=_plain(note), rate=rate)
 
     def stop(self) -> None:
         self._progress.stop()
+
+
+def _plain(text: str) -> str:
+    """Text that neither a terminal nor rich's markup reads anything into."""
+    from rich.markup import escape
+
+    return escape(harmless(text))

@@ -66,9 +66,12 @@ def check_replaceable(path: Path, kind: Kind | None, *, replace: bool) -> None:
         )
 
 
-def check_apart(target: Path, *sources: Path) -> None:
-    """Raise InputError if what is to be written would lie in what is read, or the reverse."""
-    for source in sources:
+def check_apart(target: Path, *sources: Path | None) -> None:
+    """Raise InputError if what is to be written would lie in what is read, or the reverse.
+
+    None is a source that is not on this machine.
+    """
+    for source in filter(None, sources):
         chains = [[_identity(p) for p in (each, *each.parents)] for each in _real(target, source)]
         for one, other in (chains, chains[::-1]):
             if one[0] in other:
@@ -89,7 +92,7 @@ def put_in_place(temporary: Path, target: Path, kind: Kind | None, *, replace: b
     may not be replaced.
     """
     check_replaceable(target, kind, replace=True)
-    if not _is_free(target) and _same(temporary, target):
+    if not _is_free(target) and same_content(temporary, target):
         return
     check_replaceable(target, kind, replace=replace)
     if kind is None or _is_free(target):
@@ -120,13 +123,13 @@ def _replace_in_two_steps(temporary: Path, target: Path) -> None:
     aside.rename(temporary)  # from now on it need not be put back
 
 
-def _same(one: Path, other: Path) -> bool:
+def same_content(one: Path, other: Path) -> bool:
     """Whether two files, or folders, hold the same bytes under the same names."""
     if one.is_dir() and other.is_dir():
         names = sorted(path.name for path in one.iterdir())
         if names != sorted(path.name for path in other.iterdir()):
             return False
-        return all(_same(one / name, other / name) for name in names)
+        return all(same_content(one / name, other / name) for name in names)
     return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 

@@ -77,4 +77,9 @@ def check_files(
 
 def write_sealed(path: str | Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object that carries its own sha256, atomically."""
-    write_json(path, {**value, SEAL: sha256_json(dict(value))})
+    write_json(path, sealed(value))
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its own sha256 in it."""
+    return {**value, SEAL: sha256_json(dict(value))}

@@ -93,18 +93,15 @@ def read_whole(path: Place, *, largest: int) -> bytes:
     if not isinstance(path, Path):
         return read_bytes(path)
     with system_errors(path):
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except FileNotFoundError:
-            if path.is_symlink():
-                raise ArtefactError("is a symbolic link to nothing", where=str(path)) from None
-            raise
-        with os.fdopen(descriptor, "rb") as stream:
-            kind = os.fstat(descriptor).st_mode
-            if not stat.S_ISREG(kind):
-                what = "a folder" if stat.S_ISDIR(kind) else "no plain file"
-                raise ArtefactError(f"is {what}, and a file is needed", where=str(path))
-            data = stream.read(largest + 1)
+        descriptor = _opened(path)
+    if descriptor is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    with system_errors(path), os.fdopen(descriptor, "rb") as stream:
+        kind = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(kind):
+            what = "a folder" if stat.S_ISDIR(kind) else "no plain file"
+            raise ArtefactError(f"is {what}, and a file is needed", where=str(path))
+        data = stream.read(largest + 1)
     if len(data) > largest:
         raise ArtefactError(
             "is too large to be what it should be",
@@ -113,6 +110,16 @@ def read_whole(path: Place, *, largest: int) -> bytes:
             allowed=f"up to {largest:,}",
         )
     return data
+
+
+def _opened(path: Path) -> int | None:
+    """A file, opened without waiting for another end of a pipe; None if there is none."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise ArtefactError("is a symbolic link to nothing", where=str(path)) from None
+        return None
 
 
 def _words(error: Exception, number: int | None) -> str | None:

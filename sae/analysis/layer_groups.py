@@ -17,13 +17,22 @@ from numpy.typing import ArrayLike, NDArray
 
 from activations.sites import layer_of
 from sae.analysis.layers import LayerDistances
-from saescope.artefact import write_json
+from saescope.artefact import read_json, write_report
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index
 from saescope.progress import say
+from saescope.replacing import Kind
 
 Groups = tuple[tuple[int, ...], ...]
 """The layers (as numbers of rows of a distance matrix) of each group, in order."""
+
+
+def _are_groups(path: Path) -> bool:
+    found = read_json(path)
+    return isinstance(found, dict) and {"sites", "distances", "chosen"} <= found.keys()
+
+
+_GROUPS = Kind("groups of layers", _are_groups)
 
 
 def cluster_layers(distances: ArrayLike, groups: int) -> Groups:
@@ -223,9 +232,12 @@ class LayerGroups:
             "table": table,
         }
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON, and print the lines."""
-        write_json(path, self.to_dict())
+    def save(self, path: str | Path, *, replace: bool = False) -> None:
+        """Write JSON, and print the lines; with `replace`, in the place of groups that are there.
+
+        Raises InputError for anything else that is there, ArtefactError if it cannot be written.
+        """
+        write_report(path, self.to_dict(), _GROUPS, replace=replace)
         for line in self.lines():
             say(line)
 

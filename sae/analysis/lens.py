@@ -28,6 +28,7 @@ from sae.analysis.layers import residual_sites
 from saescope.artefact import MANIFEST, atomic_path, read_manifest, sha256_json, write_manifest
 from saescope.config import Config, to_dict
 from saescope.errors import ArtefactError, InputError, check_range
+from saescope.places import local
 from saescope.progress import Progress
 from saescope.replacing import Kind, only_files
 from saescope.seals import check_files, seals_of
@@ -153,7 +154,7 @@ class TunedLens:
 
         Raises InputError for anything else that is there, ArtefactError if the disk is full.
         """
-        holder = atomic_path(folder, _LENS, replace=replace)
+        holder = atomic_path(local(folder), _LENS, replace=replace)
         with system_errors(str(folder)), holder as temporary:
             temporary.mkdir()
             tensors = {"A": self.A.contiguous(), "b": self.b.contiguous()}
@@ -167,9 +168,10 @@ class TunedLens:
     @classmethod
     def load(cls, folder: str | Path) -> "TunedLens":
         """Read what `save` wrote. ArtefactError if it is missing, damaged, or newer."""
+        folder = local(folder)
         manifest = read_manifest(folder, kind=KIND, schema=SCHEMA, sealed_since=SEALED_SINCE)
         if manifest["schema"] >= SEALED_SINCE:
-            check_files(Path(folder), manifest, [WEIGHTS], "lens")
+            check_files(folder, manifest, [WEIGHTS], "lens")
         try:
             tensors = load_file(Path(folder) / WEIGHTS)
             return cls(manifest["sites"], tensors["A"], tensors["b"], manifest["metadata"])

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from sae.bench.timing import Times, interleaved
 from saescope import __version__
 from saescope.config import Config
 from saescope.errors import InputError, check_range
+from saescope.places import local
 from saescope.progress import say
 
 OURS, BASELINE = "saescope", "dense torch"
@@ -82,7 +82,7 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no such device", where="device", given="cuda", allowed="cpu")
-    out = None if config.out is None else Path(config.out)
+    out = None if config.out is None else local(config.out)
     if out is not None:
         rows.read(out)
     if config.what != "operations":

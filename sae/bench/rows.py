@@ -1,6 +1,7 @@
 """Rows of results: what was timed, on what, with which versions."""
 
 import csv
+import io
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 
 from saescope import __version__
-from saescope.artefact import git_commit
+from saescope.artefact import append_bytes, git_commit
 from saescope.errors import InputError
+from saescope.system import read_whole, system_errors
 
 COLUMNS: tuple[str, ...] = (
     "date", "kind", "name", "library", "version", "setting", "options", "data", "batch", "d_in",
@@ -21,6 +23,7 @@ COLUMNS: tuple[str, ...] = (
 )  # fmt: skip
 """kind: operation or step; name: the operation's, or the architecture's; l0: what was reached;
 cpu_s: processor seconds (median); at threads * median_s the machine was this process' alone"""
+_LARGEST = 256 << 20
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
@@ -60,16 +63,21 @@ def _cpuinfo(name: str) -> str:
 
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
     """The rows of a file; none if there is no file. InputError if it has other columns."""
-    if not path.exists():
+    try:
+        text = read_whole(path, largest=_LARGEST).decode()
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        found = tuple(reader.fieldnames or ())
+    except FileNotFoundError:
         return []
-    with path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != tuple(columns):
-            raise InputError(
-                "holds other columns than these results have; choose another file",
-                where=str(path), given=",".join(reader.fieldnames or ())[:80],
-            )  # fmt: skip
-        return list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"is no file of results: {error}", where=str(path)) from None
+    if found != tuple(columns):
+        raise InputError(
+            "holds other columns than these results have; choose another file",
+            where=str(path),
+            given=",".join(found)[:80],
+        )
+    return list(reader)
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
@@ -79,10 +87,12 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]
     """
     new = not path.exists()
     read(path, columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    if new:
+        writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+    with system_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append_bytes(path, stream.getvalue().encode())

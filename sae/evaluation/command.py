@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from sae.harvests import held_out_pieces, load_harvested_model, open_harvest
 from sae.loading import load
 from sae.sites import Placed
 from sae.training.outliers import OutlierFilter
-from saescope.artefact import sha256_json
+from saescope.artefact import read_json, sha256_json, write_report
 from saescope.config import Config
 from saescope.errors import InputError, check_range
+from saescope.places import local
 from saescope.progress import say
-from saescope.seals import write_sealed
+from saescope.replacing import Kind, check_replaceable
+from saescope.seals import sealed
+from saescope.system import system_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,9 @@ class EvaluateConfig(Config):
     trust_remote_code: bool = False
     """Run the code that comes with the model, if it needs it."""
 
+    replace: bool = False
+    """Write in the place of an evaluation that is there and says something else."""
+
     def __post_init__(self) -> None:
         if self.rows is not None:
             check_range("rows", self.rows, low=1)
@@ -61,11 +68,23 @@ class EvaluateConfig(Config):
         check_range("batch", self.batch, low=1)
 
 
+def _is_evaluation(path: Path) -> bool:
+    found = read_json(path)
+    return isinstance(found, dict) and "protocol_hash" in found
+
+
+EVALUATION = Kind("an evaluation", _is_evaluation)
+
+
+@system_errors()
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure, print and write the core metrics; the written dictionary.
 
-    Raises InputError if the harvest does not fit the SAE, ArtefactError if either cannot be read.
+    Raises InputError if the harvest does not fit the SAE, or if there is another evaluation, or
+    something else, where it is to be written; ArtefactError if either cannot be read.
     """
+    path = local(config.out) if config.out is not None else evaluation_file(config.run)
+    check_replaceable(path, EVALUATION, replace=True)
     sae = load(config.run, target_site=config.target_site)
     layers = list(sae.site_normalisers) if config.site is None else []
     one = None if sae.concatenates else config.site
@@ -102,9 +121,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "reconstruction": reconstruction,
         "downstream": downstream,
     }
-    write_sealed(config.out or evaluation_file(config.run), result)
     for line in report(result):
         say(line)
+    write_report(path, sealed(result), EVALUATION, replace=config.replace)
     return result
 
 

@@ -12,6 +12,7 @@ from sae.formats import format_named, formats
 from sae.formats.card import model_card
 from saescope.artefact import write_bytes
 from saescope.errors import ArtefactError, InputError
+from saescope.places import local
 
 SCHEME = "hf://"
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
@@ -168,7 +169,7 @@ def evaluation_file(source: str | Path) -> Path:
     name = str(source)
     if name.startswith(SCHEME):
         return Path(f"{HubFolder.parse(name).file_name}.{EVALUATION_FILE}")
-    return Path(name) / EVALUATION_FILE
+    return local(name) / EVALUATION_FILE
 
 
 def evaluation_of(source: str | Path) -> dict[str, Any] | None:

@@ -28,6 +28,9 @@ from sae.training.trainer import TrainerConfig
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 from saescope.progress import say
+from saescope.system import system_errors
+
+_MOST_PASSES = 1e9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,7 @@ class TrainConfig(Config):
     """The optimiser and its schedule."""
 
     def __post_init__(self) -> None:
-        check_range("passes", self.passes, above=0)
+        check_range("passes", self.passes, above=0, high=_MOST_PASSES)
         for name in ("evaluation_rows", "calibration_rows", "mix_chunks"):
             check_range(name, getattr(self, name), low=1)
         if self.outliers is not None:
@@ -109,7 +112,7 @@ class TrainConfig(Config):
         """The same with the chosen architecture's own configuration."""
         table = values.get("sae", {})
         kind = table.get("kind", "topk") if isinstance(table, Mapping) else "topk"
-        return _specialised(kind)  # type: ignore[return-value]
+        return _specialised(kind if isinstance(kind, str) else "topk")  # type: ignore[return-value]
 
 
 @cache
@@ -135,6 +138,7 @@ def train(
     config: str | SAEConfig | Mapping[str, Any] = "topk",
     **settings: Any,
 ) -> SparseAutoencoder: ...
+@system_errors()
 def train(*given: Any, **settings: Any) -> SparseAutoencoder | None:
     """Train an SAE: on a harvest, as a TrainConfig says, or on rows of activations in memory.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -25,14 +26,16 @@ from sae.training import ranks, shards
 from sae.training.end_to_end import EndToEnd, EndToEndStream
 from sae.training.outliers import OutlierFilter
 from sae.training.streams import Stream, make_stream
-from sae.training.trainer import Trainer
+from sae.training.trainer import METRICS, Trainer
 from sae.training.trainer_config import TrainerConfig
 from saescope.artefact import MANIFEST, git_commit, read_manifest, sha256_json, write_manifest
 from saescope.config import to_dict
 from saescope.errors import InputError
+from saescope.leftovers import is_leftover, leftovers, remove_leftover
 from saescope.locks import locked
-from saescope.places import local
+from saescope.places import if_local, local
 from saescope.progress import say
+from saescope.replacing import check_apart
 
 if TYPE_CHECKING:
     from sae.training.command import TrainConfig
@@ -44,6 +47,8 @@ _NOT_IDENTITY = ("harvest", "out", "plan", "lens")
 _HOW = ("kernels", "deterministic")
 """the same of the trainer's; checkpoints have what was used"""
 _SAMPLE_ROWS = 16384
+_SINKS = ("wandb", "tensorboard")
+"""folders that measurements may go to before the manifest is written"""
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -82,6 +87,9 @@ class Run:
         before = None
         if (self.folder / MANIFEST).exists():
             before = read_run(self.folder)
+        else:
+            _check_free(self.folder)
+        check_apart(self.folder, if_local(harvest.path))
         order = self._order(before)
         self.trainer_config = self._trainer_config(before)
         self.settings = {
@@ -221,6 +229,9 @@ class Run:
 
     def start(self) -> None:
         """Make the trainer and, in a new folder, write the manifest."""
+        if ranks.first():
+            for found in list(leftovers(self.folder)):
+                remove_leftover(found)
         trainer = self.trainer  # before anything is written: wrong input leaves no folder behind
         tokens = self.total_steps * self.stream.tokens_per_batch
         if trainer.dead_after >= tokens:
@@ -276,7 +287,7 @@ class Run:
             sae.normaliser = fits[self.sites[0]]
         if config.target_site:
             sae.output_normaliser = fits[config.target_site]
-        if config.start_from:
+        if config.start_from is not None:
             _go_on_from(sae, config.start_from)
         sae.metadata = self._metadata()
         return sae
@@ -348,6 +359,19 @@ class Run:
             "another out, or remove it",
             where=str(self.folder),
         )
+
+
+def _check_free(folder: Path) -> None:
+    """Raise InputError if a folder holds anything but what an interrupted start left of a run."""
+    if folder.is_dir():
+        found = [path for path in folder.iterdir() if not is_leftover(path)]
+        begun = {METRICS, *_SINKS}
+        if not all(p.name in begun and (p.is_dir() or not p.stat().st_size) for p in found):
+            raise InputError(
+                "exists and holds no run; choose another folder, or one in it", where=str(folder)
+            )
+    elif os.path.lexists(folder):
+        raise InputError("is no folder; choose another name", where=str(folder))
 
 
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ own folder, bit for bit what `saescope train` makes of the same settings.
 """
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -26,10 +27,13 @@ from saescope.locks import locked
 from saescope.places import local
 from saescope.progress import Progress, say
 from saescope.seals import write_sealed
+from saescope.system import system_errors
 
 MEMBERS = "members.json"
 MEMBERS_SCHEMA = 2
 """the first had no number, no table of its own for the members, and no sha256"""
+_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]{1,200}")
+"""a folder in `out`, which no tool hides"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,12 @@ def members(config: SweepConfig) -> dict[str, TrainConfig]:
         where = f"grid[{number}]"
         for chosen in _product(table):
             name = _name(chosen, table)
+            if not _NAME.fullmatch(name) or name == MEMBERS:
+                raise InputError(
+                    "a member's name is that of its folder, and cannot be this one",
+                    where=where,
+                    given=name,
+                )
             if name in found:
                 raise InputError(
                     "two members are alike; give them a distinguishing `name`", where=where,
@@ -93,6 +103,7 @@ def read_members(folder: Path) -> dict[str, Any]:
     return found["members"]
 
 
+@system_errors()
 def sweep(config: SweepConfig) -> list[Path]:
     """Train every member that is not trained yet; the members' folders.
 
@@ -115,7 +126,7 @@ def sweep(config: SweepConfig) -> list[Path]:
 def _train_all(
     config: SweepConfig, harvest: ActivationStore, runs: dict[str, Run], streams: dict[str, Stream]
 ) -> list[Path]:
-    listed = Path(config.out) / MEMBERS  # with the members of other files for this folder
+    listed = local(config.out) / MEMBERS  # with the members of other files for this folder
     before = read_members(listed.parent) if listed.exists() else {}
     found = {**before, **{name: run.settings for name, run in runs.items()}}
     write_sealed(listed, {"schema": MEMBERS_SCHEMA, "members": found})

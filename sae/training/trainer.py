@@ -25,6 +25,7 @@ from sae.training.trainer_config import TrainerConfig
 from sae.training.update import update
 from saescope.config import to_dict
 from saescope.errors import InputError, check_range
+from saescope.leftovers import settle
 from saescope.progress import Progress, say
 
 CHECKPOINT = Path("checkpoints") / "last"
@@ -105,6 +106,8 @@ class Trainer:
         if folder is None and config.telemetry != "none":
             raise InputError("needs a folder", where="trainer.telemetry", given=config.telemetry)
         logged = None
+        if folder is not None:
+            settle(folder / CHECKPOINT)
         if folder is not None and (folder / CHECKPOINT).exists():
             logged = self._restore(folder).get("metrics")
         ranks.check_alike("their step or kernels", (self.step, self.numerics.kernels))

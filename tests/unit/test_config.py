@@ -1,6 +1,7 @@
 """Configuration files and options: strict, with the path of what is wrong."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,62 @@ def test_wrong_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
         config.load(Outer, path)
     assert str(path) in str(raised.value)
+
+
+DEEP = 3000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"sites = {'[' * DEEP}{']' * DEEP}", "nested too deeply"),
+        (f"x = {'{a=' * DEEP}1{'}' * DEEP}", "nested too deeply"),
+        (f"{'.'.join(['a'] * DEEP)} = 1", "nested too deeply"),
+        (f"limit = {'9' * 5000}", "not valid TOML: Exceeds the limit"),
+        (f"limit = {'9' * 30}", "limit: is a number of more than 64 bits"),
+        ("inner.lr = nan", "inner.lr: is no finite number, given nan"),
+        ("inner.lr = -inf", "inner.lr: is no finite number, given -inf"),
+        ('name = "a\\u0000b"', "name: has a NUL"),
+        ('sites = ["a\\u0000b"]', "sites.0: has a NUL"),
+        (f'name = "{"x" * 2_000_000}"', "too large"),
+        ("name = 1979-05-27", "of a kind that configuration cannot hold"),
+    ],
+)
+def test_files_that_are_too_much(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as raised:
+        config.load(Outer, path)
+    assert str(path) in str(raised.value)
+    assert len(str(raised.value)) < 2100
+
+
+def test_options_that_are_too_much() -> None:
+    for words, message in (
+        (("--inner.lr", "inf"), "inner.lr: is no finite number"),
+        (("--limit", "9" * 30), "limit: is a number of more than 64 bits"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse("a", *words)
+
+
+def test_what_is_no_plain_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "loop.toml").symlink_to("loop.toml")
+    (tmp_path / "latin.toml").write_bytes(b'name = "caf\xe9"')
+    for name, message in (
+        ("pipe.toml", "is no plain file"),
+        ("loop.toml", "symbolic links lead in a circle"),
+        (".", "is a folder"),
+        ("latin.toml", "not valid TOML: 'utf-8'"),
+        ("x" * 300, "the name is too long"),
+        ("a\0b", "may not hold a NUL"),
+    ):
+        with pytest.raises(InputError, match=message):
+            config.read_toml(tmp_path / name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.toml").write_text('name = "a"')
+    assert config.read_toml("~/c.toml") == {"name": "a"}
 
 
 def test_missing_file() -> None:
