@@ -1,16 +1,19 @@
 """The SQLite file that annotations are in: its tables, and how one of anybody's is opened.
 
 An SQLite file can hold triggers and views, which run SQL when its tables are changed or read. Ours
-has its own few triggers, word for word, and nothing else.
+has its own few triggers, word for word, and nothing else. SQLite has no checksums: `meta` has one
+of all texts and lists, which each change brings up to date, and which the doctor compares.
 """
 
 import functools
+import hashlib
+import json
 import sqlite3
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from saescope.artefact import check_schema
+from saescope.artefact import SEAL, check_schema, sha256_json
 from saescope.errors import ArtefactError
 
 SCHEMA = 1
@@ -59,6 +62,10 @@ SELECT (SELECT count(*) FROM annotation WHERE feature < 0
      + (SELECT count(*) FROM list_member WHERE typeof(feature) <> 'integer' OR feature < 0
         OR typeof(list) <> 'text' OR length(list) > {LONGEST_LABEL})
 """
+_SEALED = (
+    "SELECT feature, label, note, changed FROM annotation ORDER BY feature",
+    "SELECT list, feature, added FROM list_member ORDER BY list, feature",
+)
 
 
 def connect(
@@ -146,10 +153,37 @@ def _make(con: sqlite3.Connection, sae_hash: str) -> None:
                 con.execute(statement)
             values = [("schema", str(SCHEMA)), ("sae_hash", sae_hash)]
             con.executemany("INSERT INTO meta VALUES (?, ?)", values)
+            seal(con)
     except BaseException:
         con.execute("ROLLBACK")
         raise
     con.execute("COMMIT")
+
+
+def is_sealed(con: sqlite3.Connection) -> bool:
+    """Whether all that is in a file is what saescope last saved there.
+
+    True of a file from before there were checksums, which has but two facts.
+    """
+    found = _facts(con)
+    return found.keys() == {"schema", "sae_hash"} or found.get(SEAL) == _content(con, found)
+
+
+def seal(con: sqlite3.Connection) -> None:
+    """Note what is in a file now, in the transaction that has changed it."""
+    con.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [SEAL, _content(con, _facts(con))])
+
+
+def _facts(con: sqlite3.Connection) -> dict[str, str]:
+    return dict(con.execute("SELECT key, value FROM meta LIMIT 100"))
+
+
+def _content(con: sqlite3.Connection, facts: dict[str, str]) -> str:
+    digest = hashlib.sha256(sha256_json({k: v for k, v in facts.items() if k != SEAL}).encode())
+    for sql in _SEALED:
+        for row in con.execute(sql):
+            digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _check(con: sqlite3.Connection, path: Path, *, sae_hash: str) -> None:
@@ -158,7 +192,7 @@ def _check(con: sqlite3.Connection, path: Path, *, sae_hash: str) -> None:
     own, objects = _own_objects(), _described(con)
     if objects.get(_META) != own[_META]:
         raise ArtefactError("cannot be read as annotations: it has no table of facts", where=where)
-    found = dict(con.execute("SELECT key, value FROM meta LIMIT 100"))
+    found = _facts(con)
     number = None
     with suppress(KeyError, ValueError, TypeError):
         number = int(found["schema"])

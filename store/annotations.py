@@ -146,7 +146,10 @@ class Annotations:
             annotation_file.limit_time(con)
             con.execute("BEGIN IMMEDIATE")
             try:
+                sealed = annotation_file.is_sealed(con)
                 answer = work(con)
+                if sealed:  # else the doctor goes on saying what is damaged
+                    annotation_file.seal(con)
                 con.execute("COMMIT")
             except BaseException:
                 if con.in_transaction:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from saescope.errors import ArtefactError
+from store.annotation_file import is_sealed
 from store.annotations import Annotations, annotations_file
 from store.database import Database, store_file
 from store.feature_store import FeatureStore
@@ -70,6 +71,8 @@ def _of_annotations(con: sqlite3.Connection) -> Iterator[str]:
     for (said,) in con.execute("PRAGMA integrity_check"):
         if said != "ok":
             yield str(said)
+    if not is_sealed(con):
+        yield "not what saescope last saved there: damaged, or changed by another program"
     # the index of words is checked by a statement that may write: on a copy
     with sqlite3.connect(":memory:") as copy:
         con.backup(copy)

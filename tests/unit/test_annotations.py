@@ -12,6 +12,7 @@ import pytest
 from saescope.errors import ArtefactError, InputError
 from store import Annotations, annotation_file
 from store.annotations import ChangedError, annotations_file
+from store.examination import examine_annotations
 
 
 @pytest.fixture
@@ -315,3 +316,47 @@ def test_damage_is_one_line(place: Path) -> None:
             said.append(str(error))
     assert len(said) > 5
     assert not any("\n" in line for line in said)
+
+
+def test_what_is_not_what_was_saved_is_known(tmp_path: Path) -> None:
+    """A letter, a time, a list's name, or what the file says of itself."""
+    with Annotations.open(tmp_path, sae_hash="5ae") as notes:
+        notes.set_label(3, "weather")
+        notes.add_to_list(3, "mine")
+        path = notes.path
+    assert list(examine_annotations(tmp_path)) == []
+    whole = path.read_bytes()
+    for sql in (
+        "UPDATE annotation SET label = 'wearher'",
+        "UPDATE annotation SET changed = '2001'",
+        "UPDATE list_member SET list = 'mind'",
+        "UPDATE meta SET value = '5af' WHERE key = 'sae_hash'",
+        "UPDATE meta SET key = 'sha257' WHERE key = 'sha256'",
+    ):
+        path.write_bytes(whole)
+        with sqlite3.connect(path) as con:
+            con.execute(sql)
+        con.close()
+        said = ["not what saescope last saved there: damaged, or changed by another program"]
+        assert list(examine_annotations(tmp_path)) == said
+        with Annotations.open(tmp_path) as notes:  # is read, and is not taken for sound by a change
+            notes.set_note(4, "more")
+        assert list(examine_annotations(tmp_path)) == said
+
+
+def test_a_file_without_a_checksum_has_one_after_its_first_change(tmp_path: Path) -> None:
+    with Annotations.open(tmp_path, sae_hash="5ae") as notes:
+        notes.set_label(3, "weather")
+        path = notes.path
+    with sqlite3.connect(path) as con:
+        con.execute("DELETE FROM meta WHERE key = 'sha256'")
+    con.close()
+    assert list(examine_annotations(tmp_path)) == []
+    with Annotations.open(tmp_path, sae_hash="5ae") as notes:
+        assert notes.get(3).label == "weather"
+        notes.set_label(4, "more")
+    with sqlite3.connect(path) as con:
+        facts = dict(con.execute("SELECT key, value FROM meta"))
+    con.close()
+    assert len(facts["sha256"]) == 64
+    assert list(examine_annotations(tmp_path)) == []
