@@ -18,7 +18,7 @@ from sae.training.setup import read_run
 from sae.training.sweep import MEMBERS, read_members
 from sae.training.telemetry import read_metrics
 from sae.training.trainer import CHECKPOINT, METRICS
-from saescope.artefact import MANIFEST, DamagedError, read_json
+from saescope.artefact import MANIFEST, DamagedError, read_json, read_manifest
 from saescope.errors import ArtefactError, SaescopeError
 from saescope.leftovers import is_leftover
 from saescope.seals import FILES, SEAL, check_file, seal_of_bytes
@@ -199,8 +199,11 @@ def _packaged(found: Examination, folder: Path) -> None:
 
 
 def _lens(found: Examination, folder: Path) -> None:
-    with found.of(folder / lens.WEIGHTS):
-        lens.TunedLens.load(folder)
+    with found.of(folder / MANIFEST):
+        read_manifest(folder, kind=lens.KIND, schema=lens.SCHEMA, sealed_since=lens.SEALED_SINCE)
+    if not found.faults:
+        with found.of(folder / lens.WEIGHTS):
+            lens.TunedLens.load(folder)
     found.strangers(folder, [MANIFEST, lens.WEIGHTS])
 
 
