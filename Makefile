@@ -66,7 +66,7 @@ check-native: $(STAMP) ## The C++ code's tests under the address and undefined-b
 test: $(STAMP) ## The default test suite, on up to four processors.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-torture: $(STAMP) ## Kill, interrupt, fill up and damage harvests, flip bits of all else (some fifteen minutes).
+torture: $(STAMP) ## Kill, interrupt, fill up and damage harvests and commands, flip bits of all else (some thirty minutes).
 	@$(BIN)/python -m pytest -m torture tests/torture
 
 bench: $(STAMP) ## Time operations and training steps on this machine (some 5 minutes).

@@ -202,12 +202,21 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: cleaned up after as Ctrl-C is."""
+_received: list[int] = []
+"""signals that ask the command to end: a library may make another error of the one they raise"""
 
 
-def _terminate(*_: object) -> None:
-    raise _Terminated
+def _end(signum: int, _: object) -> None:
+    """SIGTERM is cleaned up after as Ctrl-C is."""
+    _received.append(signum)
+    raise KeyboardInterrupt
+
+
+def _watch_signals() -> None:
+    _received.clear()
+    signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _end):  # else it is ignored
+        signal.signal(signal.SIGINT, _end)
 
 
 @contextmanager
@@ -297,15 +306,17 @@ def _run(words: list[str]) -> int:
         return 2
     command = COMMANDS[name]
     try:
-        signal.signal(signal.SIGTERM, _terminate)
+        _watch_signals()
         memory.keep_freed_memory()
         if config.asks_for_help(rest) and "torch" not in sys.modules:
             _show_help(name, rest)
         module = importlib.import_module(command.module)
         chosen = _parse(module, name, rest)
         result = getattr(module, command.function)(chosen)
-    except KeyboardInterrupt as error:
-        terminated = isinstance(error, _Terminated)
+    except BaseException as error:
+        if not _received and not isinstance(error, KeyboardInterrupt):
+            raise
+        terminated = _received[:1] == [signal.SIGTERM]
         hint = "; run the same command again to go on" if command.resumes else ""
         word = "terminated" if terminated else "interrupted"
         sys.stderr.write("\n")

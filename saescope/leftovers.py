@@ -133,7 +133,8 @@ def _is_ours(path: Path) -> bool:
         return inside <= _BUILT_IN
     if REPLACED in inside and not os.path.lexists(path.with_name(target)):
         return False
-    return inside <= {target, f"{target}.wal", REPLACED, SCRATCH}  # .wal: a database's
+    known = {target, f"{target}.wal", REPLACED, SCRATCH}  # .wal: a database's
+    return all(name in known or _prepared(name) == target for name in inside)
 
 
 def _in_use(folder: Path) -> bool:

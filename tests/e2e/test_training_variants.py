@@ -70,7 +70,7 @@ def test_trains_and_is_measured(work: Path, name: str) -> None:
         assert trained.metadata["outliers"]["rows_left_out"] > 0
         assert found["protocol"]["outliers"]["multiple"] == 1.2
     if VARIANTS[name].get("mix"):
-        own = evaluate(EvaluateConfig(run=str(folder), tokens=150, site=SITES[0]))
+        own = evaluate(EvaluateConfig(run=str(folder), tokens=150, site=SITES[0], replace=True))
         assert own["protocol"]["site"] == SITES[0]
         assert own["downstream"] is not None
         assert set(trained.metadata["held_out"]["layers"]) == set(SITES[:2])

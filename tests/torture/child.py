@@ -17,7 +17,10 @@ from activations.layout import PENDING
 _CONTEXT = multiprocessing.get_context("forkserver")
 # imported once, so that a process starts in an instant: the imports take seconds
 _CONTEXT.set_forkserver_preload(
-    ["tests.torture.child", "activations.harvest", "activations.models", "transformer_lens"]
+    [
+        *("tests.torture.child", "activations.harvest", "activations.models", "transformer_lens"),
+        *("sae.training.command", "sae.evaluation.command", "sae.indexing", "sae.convert_command"),
+    ]
 )
 CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 
@@ -43,6 +46,20 @@ def _changes_disk(event: str, arguments: tuple[Any, ...], folder: str) -> bool:
     return event in CHANGES and any(str(x).startswith(folder) for x in arguments[:2])
 
 
+def _count_changes(folder: str, kill_at: int | None, counted: Any) -> None:
+    """Count what this process writes below a folder; kill it before its `kill_at`-th change."""
+    lock = threading.Lock()
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if _changes_disk(event, arguments, folder):
+            with lock:
+                counted.value += 1
+                if counted.value == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
 def _harvest(
     config: HarvestConfig,
     quiet: str,
@@ -59,15 +76,6 @@ def _harvest(
     with Path(quiet).open("w") as sink:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
-    folder, lock = str(Path(config.out).parent), threading.Lock()
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if _changes_disk(event, arguments, folder):
-            with lock:
-                counted.value += 1
-                if counted.value == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
     run_window = module.run_window
 
     def counted_run(*args: Any, **options: Any) -> Any:
@@ -83,13 +91,21 @@ def _harvest(
     module.run_window = counted_run
     if role.size > 1:
         os.environ |= {"RANK": str(role.number), "WORLD_SIZE": str(role.size)}
-    sys.addaudithook(hook)
+    _count_changes(str(Path(config.out).parent), kill_at, counted)
     getattr(activations, work)(config)
 
 
-def _command(arguments: list[str], quiet: str) -> None:
+def _command(
+    arguments: list[str],
+    quiet: str,
+    folder: str = "",
+    kill_at: int | None = None,
+    counted: Any = None,
+) -> None:
     from saescope.__main__ import main
 
+    if counted is not None:
+        _count_changes(folder, kill_at, counted)
     with Path(quiet).open("w") as sink:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
@@ -155,3 +171,20 @@ def command(arguments: list[str], log: Path) -> ForkServerProcess:
     process = _CONTEXT.Process(target=_command, args=(arguments, str(log)))
     process.start()
     return process
+
+
+def killed_command(
+    arguments: list[str], folder: Path, kill_at: int | None = None
+) -> tuple[int, int]:
+    """A command that is killed before its `kill_at`-th change of the disk below a folder.
+
+    Its exit code, and how many changes it made; what it said is in `said.log` beside the folder.
+    """
+    counted, log = _CONTEXT.Value("i", 0), folder.with_name("said.log")
+    process = _CONTEXT.Process(
+        target=_command, args=(arguments, str(log), str(folder), kill_at, counted)
+    )
+    process.start()
+    process.join(300)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode, int(counted.value)

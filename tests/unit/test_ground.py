@@ -363,6 +363,7 @@ def test_leftovers_are_told_from_what_is_precious(tmp_path: Path) -> None:
         assert leftovers.is_leftover(tmp_path / name) is expected, name
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize(("signum", "code", "word"), [(2, 130, "interrupted"), (15, 143, "term")])
 def test_signals_give_their_exit_code_and_say_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
@@ -370,9 +371,17 @@ def test_signals_give_their_exit_code_and_say_how_to_go_on(
     signum: int,
     code: int,
     word: str,
+    wrapped: bool,
 ) -> None:
+    """Also where a library made another error of what the signal raised."""
+
     def work(_: object) -> None:
-        signal.raise_signal(signum)
+        try:
+            signal.raise_signal(signum)
+        except KeyboardInterrupt as error:
+            if wrapped:
+                raise RuntimeError(f"a callback failed: {error!r}") from None
+            raise
 
     module = importlib.import_module("activations.command")
     monkeypatch.setattr(module, "run", work)

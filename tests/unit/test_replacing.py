@@ -247,6 +247,7 @@ def test_leftovers_are_of_nobody_at_work(tmp_path: Path) -> None:
     made = tmp_path / "runs" / ".x.abcd1234.partial"
     (made / "x").mkdir(parents=True)
     (made / "scratch").mkdir()
+    (made / ".x.abcd1234.partial").mkdir()  # what is prepared in what is prepared
     (tmp_path / ".runs.abcd1234.partial").mkdir()
     building = tmp_path / "runs" / ".building-abcd1234"
     (building / "spill").mkdir(parents=True)
