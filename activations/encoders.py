@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from activations.corpora import Document
 from activations.foreign_code import loading
+from activations.hf_facts import longest_text
 from activations.model_files import folder_of
 from activations.packing import Described, PackingCounts, Sequences
 from activations.raw_models import RawModel
@@ -67,8 +68,7 @@ class TextEncoder(RawModel):
         self._text = TextCodec(tokenizer)
         self._pad = int(tokenizer.pad_token_id)
         self._before, self._after = _around(tokenizer)
-        config: Any = module.config
-        limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
+        limits = [longest_text(module), tokenizer.model_max_length]
         self._n_ctx = min(int(limit) for limit in limits if limit is not None)
 
     def _hash_of_inputs(self) -> str:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from activations.hf_facts import final_norm, logits_factor, unembedding_matrix
 from activations.models import Model
 from saescope.errors import InputError
 
@@ -27,12 +28,11 @@ class Head:
         self.site = f"blocks.{model.n_layers - 1}.hook_resid_post"
         """the last block's residual stream"""
         # the capture's own way to find modules: the adapter's component names
-        name = model._sites.adapter.get_component_mapping()["ln_final"].name
-        self._norm = copy.deepcopy(model.hf.get_submodule(name)).float()
-        output = model.hf.get_output_embeddings()
-        bias = getattr(output, "bias", None)
-        self._weight = output.weight.detach().float()
-        self._bias = None if bias is None else bias.detach().float()
+        norm = final_norm(model.hf, model._sites.adapter)
+        self._norm = torch.nn.Identity() if norm is None else copy.deepcopy(norm).float()
+        bias = getattr(model.hf.get_output_embeddings(), "bias", None)
+        self._weight = unembedding_matrix(model.hf).T
+        self._bias = None if bias is None else bias.detach().float() * logits_factor(model.hf)
         self._cap = getattr(model.hf.config.get_text_config(), "final_logit_softcapping", None)
         self._check(model)
 
@@ -43,7 +43,7 @@ class Head:
 
     @torch.no_grad()
     def _check(self, model: Model) -> None:
-        tokens = torch.arange(min(8, model.d_vocab, model.n_ctx))[None]
+        tokens = torch.arange(min(8, model.d_vocab, model.n_ctx or 8))[None]
         expected = model.logits(tokens).float()
         found = self(model.capture(tokens, [self.site])[self.site])
         error = float((found - expected).norm() / expected.norm())

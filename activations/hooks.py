@@ -28,6 +28,8 @@ class HookTarget:
     """The columns of a joint query-key-value projection's output that belong to this site."""
     in_place: bool = False
     """A residual connection keeps the same tensor, so an edit must change the tensor itself."""
+    scale: float = 1.0
+    """What the model multiplies the module's output by before it adds it to the residual stream."""
     raw: bool = False
     """A module by its path: of any shape with a batch, and perhaps changed in place later on."""
 
@@ -52,24 +54,30 @@ class HookTarget:
             raise InputError(
                 f"is not an activation of shape {shapes}", where=self.site, given=tuple(value.shape)
             )
-        return value if self.columns is None else value[..., self.columns]
+        value = value if self.columns is None else value[..., self.columns]
+        return value if self.scale == 1 else value * self.scale
 
     def keep(self, value: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        """`read`, safe from what an edit, or a module that works in place, changes later."""
+        """`read`, safe from what is changed in place later on: by an edit, a module, a sum."""
         read = self.read(value, shape)
-        return read.clone() if self.in_place or self.raw else read
+        copied = self.columns is not None or self.scale != 1
+        return read if copied else read.clone()
 
     def write(self, value: Tensor, edited: Tensor) -> Tensor:
         """The module's input, output or update with the site's part replaced."""
-        if value.ndim == 2:
+        edited = edited if self.scale == 1 else edited / self.scale
+        if self.in_place:
+            return value.copy_(edited.reshape(value.shape))
+        if value.ndim == 2 and self.columns is None:
             return edited.reshape(value.shape)
         if value.ndim == 4:
             return edited.transpose(1, 2).reshape(value.shape)
         if self.columns is not None:
-            value = value.expand(len(edited), -1, -1).clone()
-            value[..., self.columns] = edited
-            return value
-        return value.copy_(edited) if self.in_place else edited
+            # one row of tokens, where the module sees them so, or one for all sequences
+            whole = value.clone() if value.ndim == 2 else value.expand(len(edited), -1, -1).clone()
+            whole[..., self.columns] = edited.reshape(*whole.shape[:-1], -1)
+            return whole
+        return edited
 
 
 class _AllFound(Exception):
@@ -277,6 +285,39 @@ def shapes_of(
                 "once", where=site,
             )  # fmt: skip
     return {site: shapes[0] for site, shapes in found.items()}
+
+
+@contextmanager
+def watching(
+    watched: Sequence[tuple[HookTarget, Callable[[Tensor | None], None]]],
+) -> Iterator[None]:
+    """While the context lasts, show the raw tensor of each target to its function, None if there
+    is no such tensor."""
+
+    def seeing(target: HookTarget, see: Callable[[Tensor | None], None]) -> list[Any]:
+        def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            see(_or_none(lambda: _input_of(target.site, args, kwargs)[1]))
+
+        def after(_module: nn.Module, _args: tuple, output: Any) -> None:
+            see(_or_none(lambda: _output_of(target.site, output)[1]))
+
+        if target.side == "input":
+            return [target.module.register_forward_pre_hook(before, with_kwargs=True)]
+        return [target.module.register_forward_hook(after)]
+
+    handles = [handle for target, see in watched for handle in seeing(target, see)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _or_none(find: Callable[[], Tensor]) -> Tensor | None:
+    try:
+        return find()
+    except InputError:
+        return None
 
 
 @contextmanager

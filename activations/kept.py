@@ -113,6 +113,8 @@ class Run:
         self._special = special
         self._depth = 0
         self._places: Places | None = None
+        self._cache: tuple[Any, int | None] = (None, None)
+        """one that does not say what it holds, and what it holds"""
 
     @property
     def places(self) -> Places:
@@ -138,8 +140,24 @@ class Run:
         tokens = known.get("input_ids")
         given = known.get("inputs_embeds") if tokens is None else tokens
         if isinstance(given, Tensor) and given.ndim >= 2:
-            position = _positions(given.shape[0], given.shape[1], given.device, known)
+            past = self._in_cache(known, given.shape[1])
+            position = _positions(given.shape[0], given.shape[1], past, given.device, known)
             self._places = Places(position, tokens, self._special)
+
+    def _in_cache(self, known: Mapping[str, Any], length: int) -> int | None:
+        """How many tokens came before in the cache of a call; None if that cannot be told.
+
+        A cache of recurrent layers does not say, so its tokens are counted from its beginning on.
+        """
+        caches = [known[name] for name in _CACHES if known.get(name) is not None]
+        if not caches:
+            return 0
+        past = _said(caches[0])
+        if past is None:
+            before = caches[0] is self._cache[0]
+            past = self._cache[1] if before else 0 if _is_new(caches[0]) else None
+            self._cache = caches[0], None if past is None else past + length
+        return past
 
     def _end(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
         self._depth -= 1
@@ -148,11 +166,9 @@ class Run:
 
 
 def _positions(
-    batch: int, length: int, device: torch.device, known: Mapping[str, Any]
+    batch: int, length: int, past: int | None, device: torch.device, known: Mapping[str, Any]
 ) -> Int[Tensor, "batch pos"]:
     """Positions of a call's tokens: by its mask, else by position_ids, else by its cache."""
-    caches = [known[name] for name in _CACHES if known.get(name) is not None]
-    past = _cached(caches[0]) if caches else 0
     mask, ids = known.get("attention_mask"), known.get("position_ids")
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length + (past or 0):
         end = mask.shape[1] if past is None else past + length
@@ -167,10 +183,16 @@ def _positions(
     return torch.arange(past, past + length, device=device).expand(batch, -1)
 
 
-def _cached(cache: Any) -> int | None:
-    """How many tokens a cache holds; None where it does not say, as one of recurrent layers."""
+def _said(cache: Any) -> int | None:
+    """How many tokens a cache says that it holds."""
     count = getattr(cache, "get_seq_length", None)
     try:
         return None if count is None else int(count())
     except ValueError:
         return None
+
+
+def _is_new(cache: Any) -> bool:
+    """Whether a cache of recurrent layers holds nothing yet."""
+    holds = getattr(cache, "has_previous_state", None)
+    return holds is not None and not holds()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from activations import sites as vocabulary
 from activations.foreign_code import hash_of_code, loading
+from activations.hf_facts import d_vocab, final_norm, longest_text, unembedding_matrix
 from activations.hooks import (
     EditFunction,
     PlacedEdit,
@@ -34,10 +35,11 @@ from activations.model_files import (
     hash_of_weights,
     resolve_dtype,
 )
+from activations.no_text import NoText
 from activations.packaged import PACKAGED_MODELS
 from activations.products import Products, faster_products, multiplied_in
 from activations.site_map import SiteMap
-from activations.text import TextCodec
+from activations.text import TextCodec, tokenizer_of
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index, as_indices
 
@@ -120,7 +122,7 @@ def load_model(
         hf: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES[precision], weights_only=True, **spread, **local
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        tokenizer = tokenizer_of(folder, lambda: AutoTokenizer.from_pretrained(folder, **local))
     hf.requires_grad_(requires_grad=False)
     hf = hf.eval() if spread else hf.to(place).eval()
     model = Model(hf, tokenizer, spec=spec, folder=folder, revision=commit)
@@ -154,14 +156,19 @@ class Model:
         self.device: torch.device = here[0].device
         self.products: Products = "own"
         self.code_hash: str | None = None
-        self._text = TextCodec(tokenizer)
+        self._text = (
+            NoText(hf.config.get_text_config(), d_vocab(hf))
+            if tokenizer is None
+            else TextCodec(tokenizer)
+        )
         self._sites = SiteMap(hf, spec)
         self._widths: dict[str, int] = {}
         config = hf.config.get_text_config()
         self.n_layers = self._sites.n_layers
         self.d_model = int(config.hidden_size)
-        self.d_vocab = int(hf.get_output_embeddings().weight.shape[0])
-        self.n_ctx = int(config.max_position_embeddings)
+        self.d_vocab = d_vocab(hf)
+        self.n_ctx = longest_text(hf)
+        """the most tokens of a text; None where the model sets no limit"""
         self.tokenizer_hash = self._text.hash
         self.bos_token_id = self._text.bos_token_id
         self.eos_token_id = self._text.eos_token_id
@@ -309,7 +316,7 @@ class Model:
             raise InputError(
                 "tokens must be [batch, position]", where="tokens", given=tuple(tokens.shape)
             )
-        if tokens.shape[1] > self.n_ctx:
+        if self.n_ctx is not None and tokens.shape[1] > self.n_ctx:
             raise InputError(
                 "more positions than the model has", where=self.spec, given=tokens.shape[1],
                 allowed=f"up to {self.n_ctx}",
@@ -340,6 +347,11 @@ class Model:
         targets = [(self._sites.target(site), function) for site, function in edits.items()]
         with splicing(self.hf, targets, Run(self.special_token_ids)):
             yield
+
+    @property
+    def codec(self) -> TextCodec | NoText:
+        """What makes tokens of text, and text of tokens."""
+        return self._text
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with BOS first where the model uses one."""
@@ -374,10 +386,19 @@ class Model:
     def unembedding(
         self,
     ) -> tuple[Float[Tensor, "d_model d_vocab"], Float[Tensor, " d_model"] | None]:
-        """W_U in float32, and the final norm's scale if it has one (Gemma's 1 + weight counted)."""
-        w_u = self.hf.get_output_embeddings().weight.detach().float().T
+        """W_U in float32, and the final norm's scale if it has one (Gemma's 1 + weight counted).
+
+        W_U has all that is linear between the last norm and the logits: Granite's division, the
+        projection of a stream that is wider than the embeddings.
+
+        Raises InputError for a model whose logits are not these two alone.
+        """
+        from activations.head import Head
+
+        Head(self)  # compares them with the model's own logits
+        w_u = unembedding_matrix(self.hf)
         adapter = self._sites.adapter
-        norm = self.hf.get_submodule(adapter.get_component_mapping()["ln_final"].name)
+        norm = final_norm(self.hf, adapter)
         weight: Any = getattr(norm, "weight", None)
         if weight is None:
             return w_u, None
@@ -430,7 +451,7 @@ class Model:
             ids = as_indices(prompt, where="prompt", low=0, high=self.d_vocab - 1)
         if not ids:
             raise InputError("the prompt has no tokens", where="generate", given=prompt)
-        if len(ids) + max_new_tokens > self.n_ctx:
+        if self.n_ctx is not None and len(ids) + max_new_tokens > self.n_ctx:
             raise InputError(
                 "prompt and continuation are longer than the model's context", where="generate",
                 given=len(ids) + max_new_tokens, allowed=f"up to {self.n_ctx}",

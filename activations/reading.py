@@ -13,7 +13,6 @@ from activations.models import Model
 from activations.packing import JOINED, Described, PackingCounts, Sequences, pack
 from activations.parts import Part
 from activations.raw_models import RawModel
-from activations.text import TextCodec
 from saescope.errors import InputError
 from saescope.progress import say
 
@@ -97,7 +96,7 @@ class Text:
                 self._chosen(found, split, counts, before), context=self.context,
                 per_group=per_group, counts=counts, limit=limit,
             )  # fmt: skip
-        codec = TextCodec(model.tokenizer)
+        codec = model.codec
         stream = DocumentStream(
             self.corpus,
             render=codec.render_chat,

@@ -124,8 +124,10 @@ def check_rows(model: Model | RawModel, sites: list[str], rows: RowKind, context
     if isinstance(model, RawModel):
         for site in sites:
             model.check_rows(site, rows, context)
-    elif not 2 <= context <= model.n_ctx:
+    elif context < 2 or (model.n_ctx is not None and context > model.n_ctx):
         raise InputError(
             f"longer than the context of {model.name}" if context > 1 else "too short",
-            where="context", given=context, allowed=f"2 to {model.n_ctx}",
-        )  # fmt: skip
+            where="context",
+            given=context,
+            allowed="at least 2" if model.n_ctx is None else f"2 to {model.n_ctx}",
+        )

@@ -7,17 +7,29 @@ Hugging Face built (scaled-dot-product attention, no wrapper), which is faster t
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from activations import sites as vocabulary
+from activations.hf_facts import d_vocab
 from activations.hooks import HookTarget
 from activations.normalised import normalised_target
+from activations.site_probe import Readable, readable
 from saescope.errors import InputError
 
 _SIDES = {"hook_in": "input", "hook_out": "output"}
+_OF_PARTS = {"hook_in": ("in", "gate", "qkv", "q"), "hook_out": ("out", "o")}
+"""The parts that a component's input and output are, where it is no module."""
+_ELSEWHERE = {
+    "hook_attn_out": ("attn.o.hook_out", "attn.hook_out"),
+    "hook_mlp_out": ("mlp.out.hook_out", "mlp.hook_out"),
+    "hook_resid_mid": ("ln2.hook_in", "ln1.hook_out", "mlp.hook_in"),
+}
+"""Where else than TransformerLens says a part of the residual stream may be."""
 
 
 class ModuleSites:
@@ -87,19 +99,83 @@ class SiteMap(ModuleSites):
                 given=type(hf).__name__,
             )  # fmt: skip
         self.n_layers = len(layers)
-        self.names = self._list_names()
 
-    def _list_names(self) -> list[str]:
-        """Every named hook that a module boundary of this model gives, in the model's order."""
+    @cached_property
+    def names(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Every named site that can be read, in the model's order."""
+        return list(self.readable.targets)
+
+    @cached_property
+    def readable(self) -> Readable:
+        """Which named sites there are, found out by a small forward pass."""
+        hf: Any = self._hf
+        place = next(p.device for p in hf.parameters() if p.device.type != "meta")
+
+        def run(tokens: torch.Tensor) -> object:
+            return hf.base_model(input_ids=tokens.to(place), use_cache=False)
+
+        layers = range(self.n_layers)
+        return readable(self._candidates(), [self._norms(n) for n in layers], run, d_vocab(hf))
+
+    def target(self, site: str) -> HookTarget:
+        """The module behind a site. Raises InputError that names the nearest sites there are."""
+        known = self.readable if not site.startswith(vocabulary.MODULE_PREFIX) else None
+        if known is not None and site in known.targets:
+            return known.targets[site]
+        if known is not None and site in known.refused:
+            raise InputError(
+                f"this model has no such site: {known.refused[site]}",
+                where=self._where,
+                given=site,
+            )
+        return super().target(site)
+
+    def _candidates(self) -> dict[str, list[HookTarget]]:
+        """Of every named hook that a module boundary of this model gives, what it may be."""
         block = self._components["blocks"]
-        hooks = list(block.hook_aliases)
+        hooks = list(dict.fromkeys([*block.hook_aliases, *_ELSEWHERE]))
         for name, component in block.submodules.items():
             hooks += [f"{name}.hook_out"] if name.startswith("ln") else []
             hooks += ["mlp.hook_in"] if name == "mlp" else []
             hooks += [f"{name}.{alias}" for alias in getattr(component, "hook_aliases", {})]
         names = ["hook_embed", "hook_pos_embed"]
         names += [f"blocks.{n}.{hook}" for n in range(self.n_layers) for hook in hooks]
-        return [name for name in (*names, "ln_final.hook_out") if self._find(name) is not None]
+        found = {}
+        for site in (*names, "ln_final.hook_out"):
+            likely = [self._find(site), *self._others(site)]
+            # embeddings that are projected to the stream's width are in it after that
+            ordered = reversed(likely) if site == "hook_embed" else likely
+            targets = [target for target in ordered if target is not None]
+            if targets:
+                found[site] = targets
+        return found
+
+    def _others(self, site: str) -> list[HookTarget | None]:
+        """What else a part of the residual stream may be, in some variants of an architecture."""
+        block, _, name = site.rpartition(".")
+        if site == "hook_embed":
+            path = self._components["embed"].name.rpartition(".")[0]
+            inner = _submodule(self._hf, f"{path}.project_in" if path else "project_in")
+            found = None if inner is None else HookTarget(site=site, module=inner, side="output")
+            return [found]
+        paths = _ELSEWHERE.get(name, ())
+        found = [self._find(f"{block}.{path}") for path in paths]
+        scale = self._scale(site)
+        return [None if each is None else replace(each, site=site, scale=scale) for each in found]
+
+    def _scale(self, site: str) -> float:
+        """What the model multiplies a module's output by before it is part of the stream."""
+        if site == "hook_embed":
+            return float(getattr(self._components["embed"], "_output_contribution_scale", 1.0))
+        if site.endswith((".hook_attn_out", ".hook_mlp_out")):
+            return float(getattr(self._components["blocks"], "residual_contribution_scale", 1.0))
+        return 1.0
+
+    def _norms(self, layer: int) -> tuple[nn.Module | None, nn.Module | None]:
+        """The modules of a block's two norms."""
+        found = [self._find(f"blocks.{layer}.{name}.hook_out") for name in ("ln1", "ln2")]
+        first, second = (None if each is None else each.module for each in found)
+        return first, second
 
     def _find(self, site: str) -> HookTarget | None:
         if site.startswith(vocabulary.MODULE_PREFIX):
@@ -116,7 +192,26 @@ class SiteMap(ModuleSites):
             return None
         block = self._components["blocks"]
         module = layers.get_submodule(str(int(layer)))
-        return self._follow(site, hook.split("."), block, module)
+        found = self._follow(site, hook.split("."), block, module)
+        is_q = found is not None and hook == "attn.hook_q" and found.columns is None
+        return self._without_gate(found, f"blocks.{layer}") if found and is_q else found
+
+    def _without_gate(self, q: HookTarget, block: str) -> HookTarget | None:
+        """The queries alone, where their projection makes a gate of the same width beside each
+        head's (Qwen3-Next and its successors); None where it is unknown what else it makes."""
+        out, attention = (
+            self._find(f"{block}.attn.o.hook_out"),
+            self._find(f"{block}.attn.hook_out"),
+        )
+        width = getattr(getattr(out, "module", None), "in_features", None)
+        made = getattr(q.module, "out_features", None)
+        if width is None or made is None or made != 2 * width or attention is None:
+            return q
+        size = getattr(attention.module, "head_dim", None)
+        if size is None or not type(attention.module).__name__.startswith("Qwen"):
+            return None
+        columns = torch.arange(made).view(-1, 2, size)[:, 0].flatten()
+        return replace(q, columns=columns)
 
     def _descend(
         self, site: str, path: Sequence[str], components: Mapping[str, Any], module: nn.Module
@@ -125,6 +220,12 @@ class SiteMap(ModuleSites):
         component = components.get(path[0])
         if component is None or len(path) < 2:
             return None
+        if component.name is None and path[1] in _OF_PARTS and len(path) == 2:
+            # no module of its own: its first part's input, its last part's output
+            parts = [name for name in _OF_PARTS[path[1]] if name in component.submodules]
+            path = [path[0], *parts[:1], path[1]]
+            if not parts:
+                return None
         inner = _submodule(module, component.name)
         if inner is None:
             return None
@@ -143,8 +244,10 @@ class SiteMap(ModuleSites):
             side = _SIDES.get(path[0])
             if side is None:
                 return None
-            mid = site.endswith(".hook_resid_mid")
-            return HookTarget(site=site, module=module, side=side, in_place=mid)
+            # the same tensor goes on beside the module that reads it
+            mid = site.endswith(".hook_resid_mid") and side == "input"
+            scale = self._scale(site)
+            return HookTarget(site=site, module=module, side=side, in_place=mid, scale=scale)
         if path[0] in ("q", "k", "v") and hasattr(component, "split_qkv_matrix"):
             return _joint_target(site, path, component, module)
         return self._descend(site, path, component.submodules, module)
@@ -156,12 +259,15 @@ def _adapter(hf: nn.Module, name: str) -> Any:
     from transformer_lens.model_bridge.sources import build_bridge_config_from_hf
 
     architecture = type(hf).__name__
-    config = build_bridge_config_from_hf(hf.config, architecture, name, torch.float32)
     try:
+        config = build_bridge_config_from_hf(hf.config, architecture, name, torch.float32)
         return ArchitectureAdapterFactory.select_architecture_adapter(config)
-    except ValueError as error:
+    except Exception as error:  # each adapter reads what it wants to of the configuration
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            "TransformerLens has no adapter for this architecture", where=name, given=architecture
+            f"TransformerLens has no adapter for this architecture ({reason[:200]})",
+            where=name,
+            given=architecture,
         ) from error
 
 
@@ -188,6 +294,9 @@ def _joint_target(
     if joint is None or _SIDES.get(path[-1]) != "output" or len(path) != 2:
         return None
     weight: Any = joint.weight
+    if getattr(attention, "new_decoder_architecture", False):
+        columns = _columns_of_groups(attention, len(weight))[path[0]]
+        return HookTarget(site=site, module=joint, side="output", columns=columns)
     transposed = type(joint).__name__ == "Conv1D"  # GPT-2 keeps [in, out], nn.Linear [out, in]
     n_out = weight.shape[1 if transposed else 0]
     numbers = torch.arange(n_out, dtype=torch.float32)
@@ -198,6 +307,20 @@ def _joint_target(
     numbered.bias = nn.Parameter(numbers.clone())
     stand_in = copy.copy(attention)
     object.__setattr__(stand_in, "_modules", {**attention._modules, name: numbered})
-    parts = dict(zip("qkv", component.split_qkv_matrix(stand_in), strict=True))
+    try:
+        parts = dict(zip("qkv", component.split_qkv_matrix(stand_in), strict=True))
+    except (RuntimeError, AttributeError, TypeError, ValueError, AssertionError):
+        return None  # a layout that the adapter does not know
     columns = parts[path[0]].weight[:, 0].detach().long()
     return HookTarget(site=site, module=joint, side="output", columns=columns)
+
+
+def _columns_of_groups(attention: Any, n_out: int) -> dict[str, torch.Tensor]:
+    """Columns of Falcon's newer joint projection: each group has its queries, one key, one value.
+
+    As `FalconAttention._split_heads` reads it.
+    """
+    groups, size = int(attention.num_kv_heads), int(attention.head_dim)
+    columns = torch.arange(n_out).view(groups, -1, size)
+    parts = {"q": columns[:, :-2], "k": columns[:, -2], "v": columns[:, -1]}
+    return {name: part.flatten() for name, part in parts.items()}

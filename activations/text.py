@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from saescope.errors import InputError
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _LINE, _WORD = re.compile(r"\n(?=\S)"), re.compile(r"\S(?=\s)")
+_TOKENIZER_FILES = ("token*", "vocab*", "merges*", "*.model", "*.tiktoken", "spiece*")
 LONG_CHARACTERS = 1 << 20
 """A text of more characters is tokenised in pieces."""
 _PIECE_CHARACTERS = 1 << 18
@@ -161,6 +163,20 @@ class TextCodec:
             return bytes.fromhex(fallback[1])
         known = _byte_of_character()
         return bytes(known[c] for c in token) if all(c in known for c in token) else text
+
+
+def tokenizer_of(folder: Path, load: Callable[[], Any]) -> Any:
+    """A folder's tokenizer; None if it has none, though a library may make an empty one then.
+
+    Raises what loading one raises, if there is something to load.
+    """
+    try:
+        tokenizer = load()
+    except Exception:
+        if any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
+            raise
+        return None
+    return tokenizer if tokenizer("a", add_special_tokens=False).input_ids else None
 
 
 def encoded_in_pieces(

@@ -49,7 +49,7 @@ def features_of_text(
     ids = model.tokenize(text)
     if not text or not ids:
         raise InputError("the text is empty", where="features_of_text", given=text)
-    if len(ids) > model.n_ctx:
+    if model.n_ctx is not None and len(ids) > model.n_ctx:
         raise InputError(
             "the text is longer than the model's context", where="features_of_text",
             given=f"{len(ids)} tokens", allowed=f"up to {model.n_ctx}",
