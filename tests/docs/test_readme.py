@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import demo_figures
 from saescope import config
 from saescope.__main__ import COMMANDS
 from tests.tiny import make_tiny_harvest, make_tiny_model
@@ -56,6 +57,10 @@ def test_every_configuration_file_is_valid() -> None:
     for path in found:
         command = COMMANDS[kinds[path.parent.name]]
         config.load(getattr(importlib.import_module(command.module), command.config), path)
+
+
+def test_figures_of_the_demo_are_those_recorded() -> None:
+    assert demo_figures.rendered(README) == README, "run python -m benchmarks.demo_figures"
 
 
 def test_links_lead_somewhere() -> None:
