@@ -17,6 +17,10 @@ def check_same_settings(
 ) -> None:
     """Raise InputError if a store was harvested with other settings, each of them named."""
     out = store.path
+    if not store.harvested:
+        raise InputError(
+            "holds activations that were brought, not harvested; choose another out", where=str(out)
+        )
     recorded = from_dict(type(config), store.manifest["config"], str(out / MANIFEST))
     there, here = (
         _flat({k: v for k, v in stored(to_dict(each)).items() if k not in may_differ})

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from activations.append import append, is_there, planned_part
+from activations.bring_command import BringCommand, run_bring
 from activations.harvest import HarvestConfig, begun, harvest, model_of, planned_facts
 from activations.parts import parts
 from activations.plan import describe, free_bytes, refuse_too_much
@@ -19,6 +20,9 @@ from saescope.ranks import here
 class HarvestCommand(HarvestConfig):
     """Run a model over text and store the activations of some sites."""
 
+    SELECTORS: ClassVar[tuple[str, ...]] = ("rows_from",)
+    SPELLED: ClassVar[Mapping[str, str]] = {"from": "rows_from"}
+
     plan: bool = False
     """Only say what it would take (rows, disk, memory, time), and write nothing."""
 
@@ -32,12 +36,19 @@ class HarvestCommand(HarvestConfig):
     ignore_space: bool = False
     """Begin though it does not fit on the disk."""
 
+    @classmethod
+    def specialise(cls, values: Mapping[str, Any]) -> type[Self]:
+        """Where rows come from a file, a command of its own."""
+        return BringCommand if "rows_from" in values else cls  # type: ignore[return-value]
 
-def run(command: HarvestCommand) -> ActivationStore | None:
+
+def run(command: HarvestCommand | BringCommand) -> ActivationStore | None:
     """Harvest or append, or, with `plan`, print what that would take and return None.
 
     Raises InputError and ArtefactError as `harvest` and `append` do, with `plan` too.
     """
+    if isinstance(command, BringCommand):
+        return run_bring(command)
     values = {f.name: getattr(command, f.name) for f in fields(HarvestConfig)}
     if command.trust_remote_code:
         values["model"] = replace(command.model, trust_remote_code=True)

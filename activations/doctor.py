@@ -100,6 +100,10 @@ def _repaired(
     """Repair what can be, say what was and what was not, and check again."""
     from activations.repair import Repair
 
+    if not store.harvested:
+        files = ", ".join(dict.fromkeys(store.manifest["brought"].values()))
+        say(f"  not repaired: these activations were brought from {files}; bring them again")
+        return store, report
     repair = Repair(store, report, config.allow_rounding, config.device, config.trust_remote_code)
     repair.run()
     for name in repair.done:

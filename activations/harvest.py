@@ -6,7 +6,7 @@ written. `activations.ranks` has several processes do it, `activations.append` d
 new text for a harvest that is there.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -108,9 +108,9 @@ class HarvestConfig(Config):
     """Chunks over which rows are shuffled, and that are committed together."""
 
     storage: StorageKind = "bfloat16"
-    """How rows are stored: bfloat16; int8 with a scale a row, which takes half the disk; or none:
-    the text alone is stored, and its readers compute activations with the model, window by window.
-    """
+    """How rows are stored: bfloat16; float32, which takes twice the disk; int8 with a scale a row,
+    which takes half of it; or none: the text alone is stored, and its readers compute activations
+    with the model, window by window."""
 
     statistics_windows: int | None = None
     """Windows, spread over the train split, that the sites' means and scales are taken over;
@@ -343,19 +343,28 @@ def begun(config: HarvestConfig, out: Place) -> ActivationStore | None:
     return store
 
 
+def fitting_chunks(
+    wanted: int, chunk_rows: int, sites: Mapping[str, int], storage: StorageKind
+) -> int:
+    """Chunks of a window: as many as wanted, or as fit in memory. InputError if not one does."""
+    size = {"float32": 4}.get(storage, 2)
+    row_bytes = size * sum(sites.values())
+    if chunk_rows * row_bytes > _CHUNK_BYTES:
+        raise InputError(
+            "a chunk of all these sites does not fit in memory",
+            where="chunk_rows",
+            given=chunk_rows,
+            allowed=f"up to {_CHUNK_BYTES // row_bytes}",
+        )
+    return min(wanted, max(1, _WINDOW_BYTES // (chunk_rows * row_bytes)))
+
+
 def planned_facts(config: HarvestConfig, model: Model | RawModel) -> dict[str, Any]:
     """What the manifest says from the start; everything that can be wrong is found here."""
     names = model.resolve(config.sites)
     check_rows(model, names, config.rows, config.context)
     sites = {site: model.d_in(site) for site in names}
-    row_bytes = 2 * sum(sites.values())
-    if config.chunk_rows * row_bytes > _CHUNK_BYTES:
-        raise InputError(
-            "a chunk of all these sites does not fit in memory", where="chunk_rows",
-            given=config.chunk_rows, allowed=f"up to {_CHUNK_BYTES // row_bytes}",
-        )  # fmt: skip
-    fitting = max(1, _WINDOW_BYTES // (config.chunk_rows * row_bytes))
-    window_chunks = min(config.window_chunks, fitting)
+    window_chunks = fitting_chunks(config.window_chunks, config.chunk_rows, sites, config.storage)
     per_sequence = rows_per_sequence(model, config.rows, config.context)
     sequences = window_chunks * config.chunk_rows // per_sequence
     if sequences == 0:

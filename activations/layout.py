@@ -100,6 +100,8 @@ def _attributes(name: str, array: RowArray) -> dict[str, str]:
         return {}
     if array.dtype == "uint16":
         return {"bits_of": "bfloat16", "site": array.site}
+    if array.dtype == "float32" and name == array.site:
+        return {"site": name}
     if name == array.site:
         return {"scaled_by": name + SCALE, "site": name}
     return {"scale_of": array.site}

@@ -1,4 +1,4 @@
-"""How a site's rows are stored: bits of bfloat16, or int8 with a scale a row, or not at all.
+"""How a site's rows are stored: bits of bfloat16, float32, int8 with a scale a row, or not at all.
 
 int8 is absmax quantisation by rows (Dettmers et al. 2022, section 2.1), rounded to the nearest:
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saescope.errors import InputError
 
-StorageKind = Literal["bfloat16", "int8", "none"]
+StorageKind = Literal["bfloat16", "float32", "int8", "none"]
 SCALE = ".scale"
 """Ends the name of the array that has the scales of a site's rows."""
 NAN_BITS = 0x7FC0
@@ -48,6 +48,8 @@ def site_arrays(site: str, width: int, storage: StorageKind) -> dict[str, RowArr
     """The arrays, by name, that have a site's rows; `floats` takes them in this order."""
     if storage == "none":
         return {}
+    if storage == "float32":
+        return {site: RowArray("float32", (width,), site)}
     if storage == "int8":
         scale = RowArray("float32", (), site)
         return {site: RowArray("int8", (width,), site), site + SCALE: scale}
@@ -59,6 +61,8 @@ def stored(x: Float[Tensor, "rows d_in"], storage: StorageKind) -> list[Tensor]:
 
     For none they are as they would be in bfloat16.
     """
+    if storage == "float32":
+        return [x.float()]
     if storage != "int8":
         return [x.to(torch.bfloat16).view(torch.uint16)]
     x = x.float()
@@ -74,6 +78,8 @@ def floats(arrays: list[Tensor]) -> Float32[Tensor, "rows d_in"]:
     """Rows in float32, wherever the arrays are, from the arrays of `site_arrays`."""
     if len(arrays) == 1:
         bits = arrays[0]
+        if bits.dtype == torch.float32:
+            return bits
         if bits.device.type != "cpu":
             return bits.view(torch.bfloat16).float()
         # in this thread alone: torch's would wait for cores on which others read the next rows
@@ -86,7 +92,7 @@ def floats(arrays: list[Tensor]) -> Float32[Tensor, "rows d_in"]:
 
 def rows_in(arrays: list[Tensor], dtype: torch.dtype) -> Float[Tensor, "rows d_in"]:
     """Rows in float32 or bfloat16; in the latter the very memory of rows that are stored so."""
-    if dtype == torch.bfloat16 and len(arrays) == 1:
+    if dtype == torch.bfloat16 and arrays[0].dtype == torch.uint16:
         return arrays[0].view(torch.bfloat16)
     return floats(arrays).to(dtype)
 
@@ -130,7 +136,7 @@ class SiteRows:
         parts = stored(x, self._storage)
         rounded = floats(parts)
         total = rounded.sum(0, dtype=torch.float64).cpu()
-        square = float(rounded.flatten().square_().sum(dtype=torch.float64))
+        square = float(rounded.flatten().square().sum(dtype=torch.float64))
         if not np.isfinite(square):
             raise InputError(
                 "activations are not finite; try another model.dtype", where=self._site,

@@ -87,12 +87,17 @@ def take(arrays: Sequence[NDArray[Any]], places: NDArray[np.int64], out: Tensor)
         getattr(found, name)(
             arrays[0].ctypes.data, scale, places.ctypes.data, *out.shape, out.data_ptr()
         )
-    elif len(arrays) == 1 and out.dtype in (torch.bfloat16, getattr(torch, arrays[0].dtype.name)):
+    elif len(arrays) == 1 and _is_as_stored(arrays[0], out.dtype):
         into = out.view(torch.uint16) if out.dtype == torch.bfloat16 else out
         # without clip it copies `out` first
         np.take(arrays[0], places, axis=0, out=into.numpy(), mode="clip")
     else:
         out.copy_(rows_in([torch.from_numpy(each[places]) for each in arrays], out.dtype))
+
+
+def _is_as_stored(array: NDArray[Any], dtype: torch.dtype) -> bool:
+    bits = array.dtype == np.uint16 and dtype == torch.bfloat16
+    return bits or dtype == getattr(torch, array.dtype.name)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ A store is a folder, on disk or in an object store (`saescope.places`):
         split                int8  [sequence], 0 train, 1 held out
         row_token            int64 [row], sequence * context + position of each row; -1: no row
         <site>               uint16 [row, d_in], the bits of bfloat16
+        <site>               float32 [row, d_in] instead, where rows are stored so
         <site>, <site>.scale int8 [row, d_in] and float32 [row] instead, in a harvest to int8;
                              neither in one that stores no activations: then they are computed by
                              the model when they are read (activations.live)
@@ -21,8 +22,10 @@ may be part empty) and is shuffled before it is cut into them, so a chunk is a f
 docs/harvests.md says what is checked when.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,10 +119,51 @@ class ActivationStore:
         manifest = read_manifest(folder, kind=KIND, schema=SCHEMA, sealed_since=LEDGER_SINCE)
         return cls(folder, manifest)
 
+    @classmethod
+    def from_arrays(
+        cls, path: "str | Path | Place", arrays: Mapping[str, Any], **options: Any
+    ) -> "ActivationStore":
+        """A store of activations that you have: {site: rows [n, d_in]}, the same rows at all sites.
+
+        Rows are NumPy arrays (also mapped from a file) or tensors, of float32, float16 or bfloat16;
+        each is kept digit for digit unless `storage` says otherwise. What was interrupted goes on
+        from the last window committed; a complete store returns at once.
+
+        Args:
+            tokens: their token ids, [n], or [sequence, position] in the same order.
+            documents: the document of each row [n], or of each sequence, as numbers or names; a
+                document is wholly trained on or held out. Without it, blocks of `context` rows are.
+            keep: bool, as tokens: which rows to store, where arrays have others in between.
+            model: name of the model that they are of; needs tokens [sequence, position].
+            context: rows of a sequence (128, or as tokens are).
+            held_out_fraction: of the documents (0.05).
+            storage: bfloat16, float32 or int8; chunk_rows, window_chunks, seed: as of a harvest.
+
+        Raises InputError for wrong shapes, another dtype, rows that are not finite, or a folder
+        that holds something else, with nothing written; ArtefactError if the disk is full.
+
+        >>> import tempfile
+        >>> x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+        >>> folder = tempfile.mkdtemp() + "/mine"
+        >>> text = torch.arange(1000) // 50
+        >>> store = ActivationStore.from_arrays(folder, {"mlp": x}, documents=text)
+        reading the rows: ...
+        >>> store.n_rows("train"), store.n_rows("held_out"), store.d_in("mlp")
+        (950, 50, 8)
+        """
+        from activations.bring import bring
+
+        return bring(path, arrays, **options)
+
     @property
     def complete(self) -> bool:
         """Whether the harvest was finished."""
         return bool(self.manifest["complete"])
+
+    @property
+    def harvested(self) -> bool:
+        """Whether a model computed the rows here; not if they were brought (`from_arrays`)."""
+        return "brought" not in self.manifest["config"]
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -128,7 +172,7 @@ class ActivationStore:
 
     @property
     def storage(self) -> StorageKind:
-        """How rows are stored: bfloat16, int8, or none: they are computed when they are read."""
+        """How rows are stored: bfloat16, float32, int8, or none: computed when they are read."""
         return storage_of(self.manifest)
 
     @property
@@ -242,8 +286,8 @@ class ActivationStore:
     ) -> tuple[Float[Tensor, "rows d_in"], Int64[Tensor, " rows"]]:
         """Activations of a chunk and the flat token (sequence * context + position) of each row.
 
-        They are bfloat16, or float32 if they are stored as int8. Raises InputError for a chunk that
-        is not committed, ArtefactError for one that is missing or damaged.
+        They are bfloat16, or float32 if they are stored as float32 or int8. Raises InputError for a
+        chunk that is not committed, ArtefactError for one that is missing or damaged.
         """
         arrays = self.arrays_of(site)
         chunk_index = as_index(chunk_index, where="chunk_index")
@@ -255,7 +299,8 @@ class ActivationStore:
             )  # fmt: skip
         parts = [torch.from_numpy(self.read_rows(name, chunk_index)[:rows]) for name in arrays]
         row_token = torch.from_numpy(self.read_rows(ROW_TOKEN, chunk_index)[:rows])
-        return (floats(parts) if len(parts) > 1 else parts[0].view(torch.bfloat16)), row_token
+        is_bits = parts[0].dtype == torch.uint16
+        return (parts[0].view(torch.bfloat16) if is_bits else floats(parts)), row_token
 
     def arrays_of(self, site: str) -> dict[str, RowArray]:
         """The arrays of a site's rows, as they are read. Raises InputError if it is not stored."""

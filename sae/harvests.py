@@ -130,6 +130,11 @@ def open_harvest(
     return harvest, place
 
 
+def knows_model(harvest: ActivationStore) -> bool:
+    """Whether a harvest names its model; rows that somebody brought may have none."""
+    return harvest.manifest["model"]["spec"] is not None
+
+
 def load_harvested_model(
     harvest: ActivationStore, dtype: str, *, trust_remote_code: bool = False
 ) -> Model:
@@ -140,6 +145,11 @@ def load_harvested_model(
     """
     facts = harvest.manifest["model"]
     kind = facts.get("kind", "language")
+    if not knows_model(harvest):
+        raise InputError(
+            "this needs the model, and nobody said of which one these activations are",
+            where=str(harvest.path),
+        )
     if kind != "language":
         raise InputError(
             "this needs a language model, and the harvest is of one of another kind (eval does "
@@ -152,7 +162,7 @@ def load_harvested_model(
         trust_remote_code=trust_remote_code,
     )
     for name in ("weights_hash", "tokenizer_hash", "code_hash"):
-        if name in facts and getattr(model, name) != facts[name]:
+        if facts.get(name) is not None and getattr(model, name) != facts[name]:
             what = f"is not the model that was harvested ({name} differs)"
             raise InputError(what, where=facts["spec"])
     return model

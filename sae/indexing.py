@@ -16,10 +16,11 @@ from activations import ActivationStore, Model
 from sae.architectures.crosscoder import Crosscoder
 from sae.base import SparseAutoencoder, kind_of
 from sae.formats.hub import SCHEME, evaluation_of
-from sae.harvests import load_harvested_model, open_harvest, read_chunk
+from sae.harvests import knows_model, load_harvested_model, open_harvest, read_chunk
 from sae.loading import load
 from sae.provenance import weights_hash
 from sae.sites import Placed
+from saescope.artefact import read_json
 from saescope.config import Config, to_dict
 from saescope.errors import InputError, check_range
 from saescope.leftovers import remove_leftovers
@@ -53,6 +54,8 @@ class IndexConfig(Config):
     """Where someone else's transcoder writes, if its files do not say."""
     logits: int = 10
     """Most raised and most lowered tokens kept of each feature."""
+    vocabulary: str | None = None
+    """JSON list of the text of each token id, where the harvest does not know its model."""
     neighbours: int = 10
     """Nearest decoder directions kept of each feature."""
     allow_other_model: bool = False
@@ -94,7 +97,16 @@ def index(config: IndexConfig) -> Path:
             "a feature store holds activations above zero, and this SAE has negative ones",
             where=config.run, given=kind_of(sae.config),
         )  # fmt: skip
-    model = load_harvested_model(harvest, "float32", trust_remote_code=config.trust_remote_code)
+    model, texts = None, [""]
+    if knows_model(harvest):
+        trusted = config.trust_remote_code
+        model = load_harvested_model(harvest, "float32", trust_remote_code=trusted)
+    else:
+        texts = _texts(config.vocabulary, harvest)
+    if model is not None and config.vocabulary is not None:
+        raise InputError(
+            "the model has its own texts of tokens", where="vocabulary", given=config.vocabulary
+        )
     meta = _meta(config, place, harvest)
     with (
         system_errors(str(path)),
@@ -103,7 +115,7 @@ def index(config: IndexConfig) -> Path:
             path, meta=meta, d_sae=sae.d_sae, context=harvest.context, replace=config.replace
         ) as writer,
     ):
-        writer.add_vocabulary(model.vocabulary())
+        writer.add_vocabulary(texts if model is None else model.vocabulary())
         writer.add_documents(harvest.document_table())
         _add_sequences(writer, harvest)
         _add_activations(writer, place, harvest)
@@ -118,14 +130,35 @@ def index(config: IndexConfig) -> Path:
     return path
 
 
+def _texts(vocabulary: str | None, harvest: ActivationStore) -> list[str]:
+    """Texts of the token ids of a harvest that knows no model: as given, or their numbers."""
+    count = int(harvest.manifest["model"]["d_vocab"])
+    if not count:
+        return [""]  # no tokens are known: all are written as 0
+    if vocabulary is None:
+        return [f"⟨{number}⟩" for number in range(count)]
+    texts = read_json(vocabulary)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise InputError("is no list of texts", where=vocabulary)
+    if len(texts) < count:
+        raise InputError(
+            "has fewer texts than there are token ids",
+            where=vocabulary,
+            given=len(texts),
+            allowed=f"at least {count}",
+        )
+    return texts
+
+
 def _meta(config: IndexConfig, place: Placed, harvest: ActivationStore) -> dict[str, Any]:
     sae = place.sae
     measured = evaluation_of(config.run) or {}
+    spec: str | None = harvest.manifest["model"]["spec"]
     metrics = {**(measured.get("reconstruction") or {}), **(measured.get("downstream") or {})}
     return {
         "name": local(config.out).resolve().name,
         "model": harvest.manifest["model"]["name"],
-        "model_spec": _absolute(harvest.manifest["model"]["spec"]),
+        "model_spec": spec and _absolute(spec),
         "model_revision": harvest.manifest["model"]["revision"],
         "model_hash": harvest.manifest["model"]["weights_hash"],
         **({"allow_other_model": True} if config.allow_other_model else {}),
@@ -231,11 +264,16 @@ def direct_logits(
     return effect - effect.mean(-1, keepdim=True)
 
 
-def _add_logits(writer: StoreWriter, place: Placed, model: Model, count: int) -> dict[str, Any]:
+def _add_logits(
+    writer: StoreWriter, place: Placed, model: Model | None, count: int
+) -> dict[str, Any]:
     """Write each feature's most raised and lowered tokens; the largest effect, as a column.
 
     A feature's direction is what it writes: at a transcoder's output, a crosscoder's last site.
     """
+    if model is None:
+        say("logit effects: left out, because nobody said of which model the activations are")
+        return {}
     sae = place.sae
     directions = sae.W_dec[:, list(place.columns(model.d_in).values())[-1]]
     if directions.shape[1] != model.d_model:

@@ -70,6 +70,11 @@ COMMANDS = {
             "saescope harvest configs/harvest/pythia-70m.toml --plan",
             "saescope harvest configs/harvest/smollm2-135m-wikipedia.toml "
             "--corpus.source 'news/*.jsonl' --append",
+            "saescope harvest --from acts.safetensors --out data/mine",
+        ),
+        notes=(
+            "",
+            "saescope harvest --from FILE --help shows the options for activations you have.",
         ),
         resumes=True,
     ),

@@ -28,6 +28,9 @@ class Config:
     SELECTORS: ClassVar[tuple[str, ...]] = ()
     """Dotted fields whose value decides which class another field has (see `specialise`)."""
 
+    SPELLED: ClassVar[Mapping[str, str]] = {}
+    """Options by words that cannot name a field, and the fields that they stand for."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         """Let a class's own checks see Python's numbers."""
         super().__init_subclass__(**options)
@@ -229,14 +232,17 @@ def parse(
             raise InputError(
                 "not a configuration file", where=program, given=first, allowed="*.toml"
             )
-    for name in (*cls.SELECTORS, *_required(cls)):
+    words = [_field_option(cls, word) for word in words]
+    for name in cls.SELECTORS:
         _select(values, name, words)
     concrete: Any = cls.specialise(values)
+    for name in _required(concrete):
+        _select(values, name, words)
     options: dict[str, Any] = {}
     if not asks_for_help(words):
         options["default"] = from_dict(cls, values, where)
     elif values:
-        options["default"] = _unfinished(cls, values, where)
+        options["default"] = _unfinished(concrete, values, where)
     with harmless_errors(), system_errors("standard output"):
         chosen = tyro.cli(
             tyro.conf.AvoidSubcommands[concrete],  # type: ignore[valid-type]
@@ -273,11 +279,17 @@ def _required(cls: type[Config]) -> list[str]:
     return [f.name for f in found if f.default is MISSING and f.default_factory is MISSING]
 
 
+def _field_option(cls: type[Config], word: str) -> str:
+    name, equals, value = word.partition("=")
+    field = cls.SPELLED.get(name.removeprefix("--")) if name.startswith("--") else None
+    return word if field is None else f"--{field}{equals}{value}"
+
+
 def _select(values: dict[str, Any], selector: str, words: list[str]) -> None:
     """Move `--a.kind value` from the words into the raw values, before they are checked."""
     for index, word in enumerate(words):
         name, _, inline = word.partition("=")
-        if name != f"--{selector}":
+        if name.replace("-", "_") != f"__{selector}":
             continue
         if not inline and index + 1 >= len(words):
             return  # tyro says that the value is missing

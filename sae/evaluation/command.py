@@ -16,7 +16,7 @@ from sae.evaluation.intervals import PROTOCOL, shown
 from sae.evaluation.reconstruction import Piece, Reconstruction, measure_reconstruction, pool
 from sae.evaluation.written import SCHEMA
 from sae.formats.hub import evaluation_file
-from sae.harvests import held_out_pieces, load_harvested_model, open_harvest
+from sae.harvests import held_out_pieces, knows_model, load_harvested_model, open_harvest
 from sae.loading import load
 from sae.sites import Placed
 from sae.training.outliers import OutlierFilter
@@ -103,7 +103,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "site": place.read[0],
         **_further_sites(place, layers),
         "split": "held_out",
-        "positions": "all but position 0 and special tokens",
+        "positions": (
+            "all but position 0 and special tokens" if harvest.harvested else "those brought"
+        ),
         "mean": "of the rows evaluated (FVU); of the training rows (mean-ablation)",
         "rows": measured.rows,
         "documents": measured.documents,
@@ -111,7 +113,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         **{name: sae.metadata[name] for name in ("outliers", "lens") if name in sae.metadata},
     }
     downstream: dict[str, Any] | None = None
-    if config.tokens and not layers:
+    if config.tokens and not knows_model(harvest):
+        say("nobody said of which model these activations are: its loss is not measured")
+    elif config.tokens and not layers:
         downstream, facts = _downstream(place, harvest, config)
         protocol.update(facts)
     result = {

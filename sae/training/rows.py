@@ -88,8 +88,8 @@ def train_rows(
         )
     folder = None if out is None else local(str(out))
     given = {
-        "rows": _facts(rows),
-        "target": targets and _facts(targets),
+        "rows": rows.facts(),
+        "target": targets and targets.facts(),
         "sae": to_dict(sae_config),
         "trainer": to_dict(trainer),
         "passes": passes,
@@ -285,11 +285,6 @@ def _fitted(rows: RowsInMemory, numbers: NDArray[np.int64], kind: NormaliserKind
     sample = rows.take(numbers[:: -(-len(numbers) // _SAMPLE_ROWS)])
     mean, mean_square = total / len(numbers), square / len(numbers)
     return Normaliser.fit(kind, mean=mean, mean_square=mean_square, sample=sample.cpu())
-
-
-def _facts(rows: RowsInMemory) -> dict[str, Any]:
-    """What rows are, with the sha256 of their values."""
-    return {"rows": len(rows), "d_in": rows.d_in, "dtype": rows.dtype, "sha256": rows.sha256()}
 
 
 def _is_trained(folder: Path, tag: str) -> bool:

@@ -109,6 +109,21 @@ def test_rows_are_the_models_own_rounded(small: ActivationStore, root: Path) -> 
             assert float((x - exact).norm()) > 0
 
 
+def test_float32_has_the_models_own_rows(root: Path, plain: ActivationStore) -> None:
+    exact = ActivationStore.open(make(root, root / "exact", "float32"))
+    assert exact.windows == plain.windows
+    for chunk in exact.chunks("train"):
+        x, rows = exact.read_chunk(SITE, chunk.index)
+        other, same = plain.read_chunk(SITE, chunk.index)
+        assert x.dtype == torch.float32
+        assert torch.equal(rows, same)
+        assert torch.equal(x.bfloat16(), other)
+        assert not torch.equal(x, other.float())
+    every = [exact.read_chunk(SITE, chunk.index)[0].double() for chunk in exact.chunks("train")]
+    found = exact.statistics(SITE)
+    np.testing.assert_allclose(found.mean, torch.cat(every).mean(0).numpy(), rtol=1e-9, atol=1e-12)
+
+
 def test_the_same_rows_as_in_bfloat16_on_half_the_disk(
     small: ActivationStore, plain: ActivationStore
 ) -> None:
