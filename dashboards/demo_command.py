@@ -121,16 +121,16 @@ def _train_and_index(size: Size, store: str) -> str:
 def _evaluate(run: str, tokens: int) -> None:
     """Measure the SAE, or print what was measured since it was trained."""
     from sae.evaluation.command import EvaluateConfig, evaluate, report
-    from sae.formats.hub import evaluation_file
+    from sae.formats.hub import evaluation_file, evaluation_of
     from sae.loading import SAE_FOLDER
-    from saescope.artefact import read_json
 
-    file, trained = evaluation_file(run), Path(run) / SAE_FOLDER
-    if not file.exists() or file.stat().st_mtime < trained.stat().st_mtime:
-        evaluate(EvaluateConfig(run=run, tokens=tokens))
+    measured, file = evaluation_of(run), evaluation_file(run)
+    trained = Path(run) / SAE_FOLDER
+    if measured is None or file.stat().st_mtime < trained.stat().st_mtime:
+        evaluate(EvaluateConfig(run=run, tokens=tokens, replace=True))
         return
     say(f"{file}: already measured")
-    for line in report(read_json(file)):
+    for line in report(measured):
         say(line)
 
 
