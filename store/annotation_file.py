@@ -123,8 +123,9 @@ def _guard(con: sqlite3.Connection) -> None:
     limit_time(con)
     con.execute("PRAGMA trusted_schema = OFF")
     con.execute("PRAGMA cell_size_check = ON")
-    if hasattr(con, "setconfig"):  # Python 3.12
-        con.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
+    setconfig = getattr(con, "setconfig", None)
+    if setconfig is not None:  # Python 3.12
+        setconfig(vars(sqlite3)["SQLITE_DBCONFIG_DEFENSIVE"], True)
 
 
 def _may_write(con: sqlite3.Connection) -> bool:

@@ -283,7 +283,10 @@ class FeatureStore:
             " WHERE feature = ? ORDER BY rank LIMIT ?",
             [self._check(feature), as_index(n, where="n", low=0, high=_MOST)],
         )
-        return [Coactivation(*row, self._of("density", row[0])) for row in rows]
+        return [
+            Coactivation(other, together, share, pmi, correlation, self._of("density", other))
+            for other, together, share, pmi, correlation in rows
+        ]
 
     def activations(self, feature: int, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The feature's positions [n] and activations [n], strongest first; all without limit."""

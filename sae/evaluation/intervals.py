@@ -22,6 +22,7 @@ PROTOCOL = "95%, documents as the unit, linearised ratio, Student's t"
 def by_cluster(values: Tensor, cluster: Tensor) -> Tensor:
     """Sums of values [n] over each cluster that there is, by its number int64 [n]: [clusters].
 
+    >>> import torch
     >>> by_cluster(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([7, 3, 7])).tolist()
     [2.0, 5.0]
     """

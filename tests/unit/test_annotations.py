@@ -5,6 +5,7 @@ import sqlite3
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,16 +179,18 @@ def test_it_is_plain_sqlite(place: Path) -> None:
 
 
 def test_numpy_numbers_are_features(place: Path) -> None:
-    three = np.int64(3)
+    three: Any = np.int64(3)
+    others: list[Any] = [np.uint8(3), np.array([3, 5]), np.int32(3)]
     with Annotations.open(place) as notes:
         notes.set_label(three, "river")
         notes.add_to_list(three)
         notes.add_to_list(3)
         assert notes.members() == [3]
-        assert notes.get(np.uint8(3)) == notes.get(3)
-        assert notes.labels(np.array([3, 5])) == {3: "river"}
-        notes.remove_from_list(np.int32(3))
+        assert notes.get(others[0]) == notes.get(3)
+        assert notes.labels(others[1]) == {3: "river"}
+        notes.remove_from_list(others[2])
         assert notes.members() == []
+        wrong: Any
         for wrong in (3.0, "3", True, None, 2**31, np.array([3])):
             with pytest.raises(InputError, match="feature"):
                 notes.set_label(wrong, "x")

@@ -2,7 +2,8 @@
 
 from benchmarks import demo_figures
 
-PRINTED = """\
+PRINTED: list[str] = [
+    *"""\
 about 5 minutes (1,030 tokens/s, 61 GFLOP/s here). Ctrl-C ends it at any time
 harvest: 149,888 tokens
 harvest:   7%  10,240/149,888 tokens, 1,021/s, 2m17s left
@@ -14,6 +15,7 @@ measuring the model's loss: done, 16 sequences in 9s
 steered (add {3: 8.0}): He said: 90% of them
 demo: done in 2m58s
 """.splitlines()
+]
 
 
 def test_times() -> None:

@@ -1,6 +1,7 @@
 """Effects on logits against the model's own final norm and unembedding, differentiated exactly."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ def through_the_model(model, h: Tensor, directions: Tensor) -> Tensor:
     def logits(x: Tensor) -> Tensor:
         return norm(x) @ w_u.T
 
-    rows = [torch.autograd.functional.jvp(logits, h, direction)[1] for direction in directions]
+    rows: list[Any] = [
+        torch.autograd.functional.jvp(logits, h, direction)[1] for direction in directions
+    ]
     return torch.stack(rows).detach()
 
 

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -297,7 +298,7 @@ def test_top_rows_reach_behind_one_long_run() -> None:
     assert rows.tolist() == [0, *range(3000, 3019)]
 
 
-def brute_force(fires: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def brute_force(fires: np.ndarray) -> tuple[Any, Any, Any]:
     """Counts, correlations and PMIs [F, F] of firings [F, positions], from dense matrices."""
     dense = fires.astype(np.float64)
     together = (dense @ dense.T).astype(int)
