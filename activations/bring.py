@@ -147,7 +147,7 @@ def _facts(
             given=chunk_rows,
             allowed=f"at least {-(-layout.context // window_chunks)}",
         )
-    with Progress("reading the rows", len(sites), "sites") as progress:
+    with Progress("reading the rows", len(sites), "site(s)") as progress:
         brought = {}
         for name, each in sites.items():
             brought[name] = {"from": each.where, **each.facts()}

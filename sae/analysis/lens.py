@@ -277,7 +277,8 @@ def divergence(
 
 
 def _check(model: Model, store: ActivationStore, sites: Iterable[str], head: Head) -> None:
-    if store.manifest["model"]["weights_hash"] != model.weights_hash:
+    known = store.manifest["model"]["weights_hash"]
+    if known is not None and known != model.weights_hash:
         raise InputError("was harvested from another model", where=str(store.path))
     if head.site not in store.sites:
         raise InputError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pyarrow import parquet
 from safetensors.torch import save_file
 
 import sae
-from activations import ActivationLoader, ActivationStore, taking
+from activations import ActivationLoader, ActivationStore, load_model, taking
 from activations.bring import bring
 from activations.doctor import DoctorConfig, doctor
 from activations.zarr_writer import HarvestWriter
@@ -26,7 +27,9 @@ from sae.training.trainer_config import TrainerConfig
 from saescope.__main__ import main
 from saescope.errors import InputError
 from store import FeatureStore
+from tests.tiny import make_tiny_model
 
+SITE = "blocks.1.hook_resid_post"
 ROWS, D_IN, CONTEXT = 1000, 8, 16
 SMALL: dict[str, Any] = {"chunk_rows": 64, "window_chunks": 4, "context": CONTEXT}
 X = torch.randn(ROWS, D_IN, generator=torch.Generator().manual_seed(0)) * 3
@@ -366,6 +369,30 @@ def test_no_pickle_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_no_pickle_is_read_from_zarr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "x.zarr"
+    zarr.create_array(folder, data=X.numpy(), zarr_format=2, compressors=None)
+    described = json.loads((folder / ".zarray").read_text())
+    described["compressor"] = {"id": "pickle", "protocol": 5}
+    (folder / ".zarray").write_text(json.dumps(described))
+    for chunk in (p for p in folder.iterdir() if not p.name.startswith(".")):
+        chunk.write_bytes(pickle.dumps(Bomb(tmp_path / "gone off")))
+    words = ["harvest", "--from", str(folder), "--out", str(tmp_path / "a")]
+    assert main(words) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "gone off").exists()
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
 @pytest.mark.parametrize("kind", [".npy", ".safetensors", ".parquet"])
 def test_a_damaged_file_is_one_line(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
@@ -407,3 +434,25 @@ def test_a_training_run_of_a_store_without_a_model(tmp_path: Path) -> None:
     assert trained is not None
     assert trained.metadata["harvest_hash"] == store.hash
     assert trained.metadata["model_spec"] is None
+
+
+def test_a_model_that_was_named_is_used(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model")
+    model = load_model(str(folder), dtype="float32")
+    source = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, model.d_vocab - 1, (60, 16), generator=source)
+    x = model.capture(tokens, [SITE])[SITE].reshape(-1, model.d_model)
+    keep = np.ones((60, 16), np.bool_)
+    keep[:, 0] = False
+    ActivationStore.from_arrays(
+        tmp_path / "a", {SITE: x}, tokens=tokens, keep=keep, model=str(folder), chunk_rows=128
+    )
+    run, out = str(tmp_path / "run"), tmp_path / "store"
+    sizes = ["--sae.d-sae", "64", "--sae.k", "4", "--trainer.batch-size", "64"]
+    assert main(["train", "--harvest", str(tmp_path / "a"), "--out", run, *sizes]) == 0
+    assert main(["eval", run, "--tokens", "64"]) == 0
+    measured = json.loads((Path(run) / "evaluation.json").read_text())
+    assert measured["downstream"]["tokens"] == 3 * 14  # 15 kept, of which the last predicts nothing
+    assert main(["index", run, "--out", str(out)]) == 0
+    with FeatureStore.open(out / "features.duckdb") as features:
+        assert features.logits(0)
