@@ -67,6 +67,9 @@ def command(config: ExploreConfig) -> list[str]:
         "server.enableAgentApi": False,
         "server.baseUrlPath": "",
         "runner.magicEnabled": False,
+        # every message is sent whole: a page that was left before it was drawn may lack the one
+        # that it would be told to take again, and then stops with an error
+        "global.minCachedMessageSize": 1e12,
         "logger.level": "warning",
         "browser.gatherUsageStats": False,
         "browser.serverAddress": HOST,

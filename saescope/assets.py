@@ -64,11 +64,19 @@ ASSETS = {
 
 
 def cache_dir() -> Path:
-    """Where downloaded and converted data is kept: $SAESCOPE_CACHE, or the user's cache folder."""
+    """Where downloaded and converted data is kept: $SAESCOPE_CACHE, or the user's cache folder.
+
+    Raises ArtefactError for a user without a home who names no folder.
+    """
     chosen = os.environ.get("SAESCOPE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saescope"
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saescope"
+    except RuntimeError:
+        raise ArtefactError(
+            "this user has no home folder to keep a cache in; name a folder", where="SAESCOPE_CACHE"
+        ) from None
 
 
 def _asset(name: str) -> Asset:

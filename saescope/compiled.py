@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from saescope.assets import cache_dir
+from saescope.errors import ArtefactError
 from saescope.seals import seal_of
 
 SOURCES = ("*.h", "*.cpp")
@@ -39,7 +40,7 @@ def load(built: Callable[[], Path], what: str, instead: str) -> ctypes.CDLL | No
     """
     try:
         return ctypes.CDLL(str(built()))
-    except (NotBuilt, OSError) as error:
+    except (NotBuilt, OSError, ArtefactError) as error:
         print(f"saescope: no C++ {what} ({error}); {instead}", file=sys.stderr)  # noqa: T201
         return None
 

@@ -1,5 +1,8 @@
 """The table of all features: filtered, sorted and paged by the store."""
 
+import functools
+from collections.abc import Collection
+
 import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
@@ -18,6 +21,7 @@ SORTS = {
     "mean": "mean activation",
     "n_documents": "documents",
 }
+ORDERS = {"up": "Sort ascending", "down": "Sort descending"}
 _DENSITIES = [0.0, *(10.0**e * m for e in range(-6, 0) for m in (1, 3)), 1.0]
 COLUMNS = ("feature", "label", "tokens", "density", "max", "mean", "n_active", "n_documents")
 
@@ -40,7 +44,7 @@ def page() -> None:
     _draw(here, frame)
     st.caption(
         f"{first + 1:,} to {first + len(frame):,} of {total:,} features. "
-        "Click a row to open the feature."
+        "Click a row to open the feature, the head of a column to sort all of them by it."
     )
 
 
@@ -106,10 +110,15 @@ def _search(here: Session, text: str) -> tuple[int, ...] | None:
     return tuple(found)
 
 
+def _sorts(here: Session) -> dict[str, str]:
+    """What features can be sorted by, and its name for readers."""
+    more = {name: name.replace("_", " ") for name in here.store.columns if name not in SORTS}
+    more.pop("n_active", None)
+    return {**SORTS, **more}
+
+
 def _order(here: Session, left: DeltaGenerator, right: DeltaGenerator) -> tuple[str, bool]:
-    extra = {name: name.replace("_", " ") for name in here.store.columns if name not in SORTS}
-    extra.pop("n_active", None)
-    names = {**SORTS, **extra}
+    names = _sorts(here)
     sort = left.selectbox(
         "Sort by",
         list(names),
@@ -118,10 +127,27 @@ def _order(here: Session, left: DeltaGenerator, right: DeltaGenerator) -> tuple[
         persist_state="session",
     )
     order = right.segmented_control(
-        "Order", ["up", "down"], format_func={"up": "Ascending", "down": "Descending"}.__getitem__,
+        "Order", ["up", "down"], format_func=ORDERS.__getitem__,
         default="up", required=True, key="table_order", persist_state="session",
     )  # fmt: skip
     return sort or "feature", order == "down"
+
+
+def _sort_by_head(key: str, sortable: Collection[str]) -> None:
+    """Sort all features by the column whose head was clicked; the other way round the second time.
+
+    The table itself could sort only the rows of this page.
+    """
+    for head in st.session_state[key].selection.columns:
+        st.session_state["table_opened"] = st.session_state.get("table_opened", 0) + 1
+        column = "density" if head == "n_active" else head  # one is the other by a factor
+        if column not in sortable:
+            st.toast(f"Features cannot be sorted by {column}.", icon=":material/sort:")
+            return
+        again = st.session_state.get("table_sort") == column
+        down = again and st.session_state.get("table_order") == "up"
+        st.session_state["table_sort"] = column
+        st.session_state["table_order"] = "down" if down else "up"
 
 
 def _draw(here: Session, frame: pd.DataFrame) -> None:
@@ -130,13 +156,14 @@ def _draw(here: Session, frame: pd.DataFrame) -> None:
     )
     number = st.column_config.NumberColumn
     words = st.column_config.TextColumn
+    key = f"table_{st.session_state.get('table_opened', 0)}"
     event = st.dataframe(
         shown,
-        key=f"table_{st.session_state.get('table_opened', 0)}",
+        key=key,
         hide_index=True,
         height=35 * min(len(shown) + 1, 15) + 3,
-        on_select="rerun",
-        selection_mode="single-cell",
+        on_select=functools.partial(_sort_by_head, key, _sorts(here)),
+        selection_mode=["single-cell", "single-column"],
         column_config={
             "feature": number("feature", width=80, format="%d"),
             "label": words("label", width="medium"),

@@ -1,5 +1,7 @@
 """Try your text: which features fire on each token of a typed text."""
 
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,27 +100,37 @@ def _result(here: Session, result: "TextFeatures") -> None:
             required=True, key="text_order", persist_state="session",
             help="Relative strength: the activation over the strongest one in the store.",
         )  # fmt: skip
-        frame = ranked(here, result, by or "strength")
-        chosen = _table(here, frame)
+        by = by or "strength"
+        chosen = _table(here, ranked(here, result, by), by)
     with right:
         _highlight(here, result, chosen)
     st.markdown("##### Strongest features of each token", help="Links open in a new tab.")
     st.html(per_token_html(_per_token(here, result), here.name))
 
 
-def _table(here: Session, frame: pd.DataFrame) -> int:
+def _choose(key: str, chosen: str, features: Sequence[int]) -> None:
+    """Keep which feature was chosen, whatever row it is in when the order changes."""
+    rows = [row for row, _ in st.session_state[key].selection.cells]
+    if rows and rows[0] < len(features):
+        st.session_state[chosen] = features[rows[0]]
+
+
+def _table(here: Session, frame: pd.DataFrame, by: str) -> int:
+    """Draw the table of features; the one that is chosen, the first if none is."""
+    features = [int(number) for number in frame["feature"]]
+    key, chosen = f"text_features_{by}", f"text_chosen_{here.name}"
     labels = here.notes.labels(frame["feature"].tolist())
     shown = frame.assign(
         label=[labels.get(int(f), "") for f in frame["feature"]],
         strength=100 * np.minimum(frame["strength"], 9.99),
     )[["feature", "label", "activation", "strength", "at", "tokens"]]
     number = st.column_config.NumberColumn
-    event = st.dataframe(
+    st.dataframe(
         shown,
-        key="text_features",
+        key=key,
         hide_index=True,
         height=35 * min(len(shown) + 1, 10) + 3,
-        on_select="rerun",
+        on_select=functools.partial(_choose, key, chosen, features),
         selection_mode="single-cell",
         column_config={
             "feature": number("feature", width=75, format="%d"),
@@ -128,9 +140,8 @@ def _table(here: Session, frame: pd.DataFrame) -> int:
             "tokens": number("tokens", width=65),
         },
     )
-    rows = [row for row, _ in event.selection.cells]
-    index = rows[0] if rows and rows[0] < len(frame) else 0
-    return int(frame["feature"].iloc[index])
+    kept = st.session_state.get(chosen)
+    return kept if kept in features else features[0]
 
 
 def _highlight(here: Session, result: "TextFeatures", feature: int) -> None:

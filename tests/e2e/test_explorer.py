@@ -351,6 +351,13 @@ def test_try_your_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert dict(links(app))[f"Open feature {RARE}"].endswith(f"feature={RARE}")
     app.button_group(key="text_order").set_value("tokens").run()
     assert table(app)["feature"].tolist() == [5, RARE]
+    # what a reader has chosen stays, in whatever row it is
+    app.session_state["text_chosen_tiny"] = RARE
+    for order in ("tokens", "activation", "strength"):
+        app.button_group(key="text_order").set_value(order).run()
+        assert f"##### Feature {RARE} · a \\<rare\\> one" in shown(app)
+    app.session_state["text_chosen_tiny"] = 63
+    assert f"##### Feature {RARE}" in shown(send(app, "old <b>harbour</b> town"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from store import Annotations, FeatureStore
+from store import Annotations, FeatureFilter, FeatureStore
 from tests.explorer_process import serving
 from tests.tiny_store import D_SAE, EVERYWHERE, RARE, make_tiny_store
 
@@ -163,6 +163,36 @@ def test_a_row_of_the_table_opens_its_feature(page: Any, server: str) -> None:
     page.mouse.click(box["x"] + 300, box["y"] + 35 * 3.5)
     heading(page, "Feature 2")
     assert "feature=2" in page.url
+
+
+def first_features(page: Any) -> list[int]:
+    cells = page.locator("[data-testid=stDataFrame] canvas td[aria-colindex='1']")
+    return [int(text) for text in cells.all_inner_texts()[:3]]
+
+
+def test_the_head_of_a_column_sorts_all_features(page: Any, server: str, stores: Path) -> None:
+    with FeatureStore.open(stores / "tiny") as features:
+        live = FeatureFilter(state="live")
+        wanted = {
+            down: features.features(live, sort="density", descending=down, limit=3)
+            .rows.column("feature")
+            .to_pylist()
+            for down in (False, True)
+        }
+    visit(page, f"{server}/features?sae=tiny")
+    frame = page.locator("[data-testid=stDataFrame]")
+    frame.wait_for()
+    page.wait_for_timeout(800)
+    for down in (False, True):
+        box = frame.bounding_box()
+        page.mouse.click(box["x"] + 800, box["y"] + 17)  # the head of density
+        settle(page)
+        page.wait_for_timeout(500)
+        assert page.inner_text(READY) == "Features"
+        assert first_features(page) == wanted[down]
+    box = frame.bounding_box()
+    page.mouse.click(box["x"] + 60, box["y"] + 35 + 17)
+    heading(page, f"Feature {wanted[True][0]}")
 
 
 def test_window_size_and_intervals(page: Any, server: str) -> None:
