@@ -125,9 +125,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "reconstruction": reconstruction,
         "downstream": downstream,
     }
-    for line in report(result):
-        say(line)
-    write_report(path, sealed(result), EVALUATION, replace=config.replace)
+    try:
+        write_report(path, sealed(result), EVALUATION, replace=config.replace)
+    finally:  # what was measured is told, wherever it cannot be written
+        for line in report(result):
+            say(line)
     return result
 
 
