@@ -77,6 +77,7 @@ def pass_bytes(model: Model | RawModel, sites: list[str], count: int, context: i
         inputs: Any = torch.arange(context).repeat(count, 1) % model.d_vocab
     else:
         module, inputs = model.module, model.example(count, context)
+    model.resolve(sites)  # which sites there are is found in a pass of its own
     with _Allocated([*module.parameters(), *module.buffers()]) as allocated:
         model.capture(inputs, sites)
     return allocated.peak

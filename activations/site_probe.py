@@ -179,8 +179,10 @@ def _adds(start: Tensor, added: Tensor, end: Tensor, norm: nn.Module | None) -> 
         return ""
     weight = next(norm.parameters(), None)
     total = start + added
+    if weight is not None and weight.device.type != "meta":  # else brought when it is called
+        total = total.to(weight.device)
     with torch.no_grad():
-        after = norm(total.float() if weight is None else total.to(weight.device, weight.dtype))
+        after = norm(total.to(torch.float32 if weight is None else weight.dtype))
     known = isinstance(after, Tensor) and after.shape == end.shape
     if known and float((after.double().cpu() - end.cpu()).norm()) <= _TOLERANCE * float(end.norm()):
         return AFTER

@@ -318,6 +318,8 @@ def _run(words: list[str]) -> int:
         module = importlib.import_module(command.module)
         chosen = _parse(module, name, rest)
         result = getattr(module, command.function)(chosen)
+    except SystemExit:
+        raise  # another of several processes says what there is to say
     except BaseException as error:
         if not _received and not isinstance(error, KeyboardInterrupt):
             raise

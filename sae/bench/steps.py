@@ -140,6 +140,7 @@ class OurStep:
     def mark(self, dead: Tensor) -> None:
         """Let features bool [d_sae] count as dead."""
         self.trainer.tokens_since_fired[dead] = SILENT
+        self.trainer.tokens = SILENT  # so many tokens have passed
 
     def step(self, x: Tensor) -> None:
         """One step on rows [batch, d_in]."""

@@ -122,7 +122,7 @@ def test_masked_auxk_explains_the_hidden_coordinates() -> None:
     error = (y - first.y_hat).detach() * ~visible
     pre = ((y - sae.b_dec) * visible @ sae.W_enc_T.T)[:, :5]
     top = pre * torch.zeros_like(pre).scatter(1, pre.abs().topk(3, dim=1).indices, 1.0)
-    left = (error - top @ sae.W_dec[:5]).square().sum()
+    left = ((error - top @ sae.W_dec[:5]) * ~visible).square().sum()
     torch.testing.assert_close(
         first.terms["auxk"], (left / (error - error.mean(0)).square().sum()).detach()
     )

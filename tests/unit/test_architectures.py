@@ -242,7 +242,7 @@ def test_a_model_without_a_tokenizer_reads_token_ids(tmp_path: Path) -> None:
             model.codec.spell(np.array([300]))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.timeout(1800)
 def test_every_causal_architecture() -> None:

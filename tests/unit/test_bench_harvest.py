@@ -30,6 +30,7 @@ def test_the_bare_forward_is_of_the_site_and_stops_there(config: HarvestBenchCon
     model = load_model(config.model, dtype="float32")
     assert isinstance(model, Model)
     tokens = torch.arange(20).view(2, 10)
+    assert model.sites()  # found in a pass through the whole model
     calls: list[int] = []
     model.hf.get_submodule("model.layers.2").register_forward_hook(lambda *_: calls.append(1))
     found = forward(model, 1, [tokens])
