@@ -12,7 +12,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,8 +74,7 @@ def atomic_path(
     target = Path(path)
     remove_leftovers(target)
     check_replaceable(target, kind, replace=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with preparing(target) as holder:
+    with _parents_of(target), preparing(target) as holder:
         temporary = holder / target.name
         yield temporary
         members = [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else []
@@ -83,6 +82,20 @@ def atomic_path(
             fsync_path(member)
         put_in_place(temporary, target, kind, replace=replace)
         fsync_path(target.parent)
+
+
+@contextmanager
+def _parents_of(path: Path) -> Iterator[None]:
+    """The folders that a path is to be in; those that were made for it go if it does not come."""
+    made = [each for each in path.parents if not each.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # something else is in it now
+            for each in made:
+                each.rmdir()
+        raise
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from store import FeatureStore
 from tests.tiny import make_tiny_harvest, make_tiny_model
 from tests.torture.child import killed_command
 from tests.torture.test_torture import FEW_OR_ALL
@@ -56,11 +57,16 @@ def words(root: Path, command: str, out: Path, seed: int = 0) -> list[str]:
 
 
 def content(path: Path) -> dict[str, bytes]:
-    """Files by name; of those that have the time in them only that they are there."""
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return {
-        str(p.relative_to(path)): b"" if p.name in _NOT_COMPARED else p.read_bytes() for p in files
-    }
+    """Files by name, but for what is being prepared; of those with the time in them that they are
+    there, of a store that it can be opened."""
+    found = {}
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        name = str(file.relative_to(path))
+        if file.is_file() and (name == "." or not name.startswith(".")):
+            found[name] = b"" if file.name in _NOT_COMPARED else file.read_bytes()
+            if file.suffix == ".duckdb":
+                FeatureStore.open(file).close()
+    return found
 
 
 def is_clean(folder: Path) -> bool:

@@ -142,6 +142,14 @@ def test_what_came_between_the_last_look_and_the_exchange_is_put_back(
     assert content(tmp_path / "x") == {"a": "old", "b": "old", "thesis.txt": "three years"}
 
 
+def test_what_fails_leaves_no_folders(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for path in (tmp_path / "a" / "b" / "x", tmp_path / "there" / "x"):
+        with pytest.raises(RuntimeError), atomic_path(path):
+            raise RuntimeError
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
 def test_an_empty_folder_is_nothing(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     make_pair(tmp_path / "x", "new")
