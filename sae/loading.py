@@ -17,6 +17,7 @@ from sae.soundness import check_sound
 from saescope.artefact import MANIFEST
 from saescope.errors import ArtefactError, InputError
 from saescope.places import local
+from saescope.system import system_errors
 
 if TYPE_CHECKING:
     from activations import Model
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 SAE_FOLDER = "sae"
 
 
+@system_errors()
 def load(
     path: str | Path,
     *,

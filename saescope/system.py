@@ -84,6 +84,17 @@ def reserve(path: Path, size: int) -> None:
         os.fsync(stream.fileno())
 
 
+def check_readable(path: Path) -> None:
+    """Raise ArtefactError for a file that is there and cannot be read.
+
+    For libraries that say of any such file that it is missing.
+    """
+    with system_errors(path):
+        descriptor = _opened(path)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
 def read_whole(path: Place, *, largest: int) -> bytes:
     """The bytes of a plain file, or of an object, that has no more than `largest`.
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saescope.errors import ArtefactError, InputError
+from saescope.system import check_readable
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -51,6 +52,7 @@ class Weights:
     @classmethod
     def safetensors(cls, path: Path) -> "Weights":
         """Of a safetensors file; ArtefactError if it is missing or damaged."""
+        check_readable(path)
         try:
             stored = safe_open(path, framework="pt")
             entries = {}
@@ -68,6 +70,7 @@ class Weights:
     @classmethod
     def npz(cls, path: Path) -> "Weights":
         """Of a NumPy archive; ArtefactError if it is missing or damaged."""
+        check_readable(path)
         try:
             archive = zipfile.ZipFile(path)
             total = sum(member.file_size for member in archive.infolist())
@@ -90,6 +93,7 @@ class Weights:
 
         It is mapped, not copied, so that no tensor is larger than the file is.
         """
+        check_readable(path)
         try:
             _check_pickle(path)
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -220,6 +220,28 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     do("x")
 
 
+@pytest.mark.parametrize("to", TO)
+def test_weights_that_may_not_be_read_are_not_called_missing(
+    root: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """root may read all files, so the system's answer is feigned."""
+    convert(ConvertConfig(source=str(root / "run"), to=to, out=str(tmp_path / "out")))
+    opened = os.open
+    for file in list((tmp_path / "out").iterdir()):
+
+        def refusing(path: Any, *more: Any, file: Path = file, **named: Any) -> int:
+            if str(path) == str(file):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+            return opened(path, *more, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", refusing)
+            if file.suffix in (".pt", ".safetensors") and to == "saescope":
+                patch.setattr("saescope.seals.seal_of", lambda p: os.close(os.open(p, 0)))
+            with pytest.raises(ArtefactError, match=f"{file.name}: permission denied"):
+                load(tmp_path / "out")
+
+
 def test_home_is_expanded_in_every_path(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
