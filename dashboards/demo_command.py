@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dashboards.launch import ExploreConfig, serving, url, wait
+from dashboards.launch import ExploreConfig, serving, until_ctrl_c, url, wait
 from saescope.config import Config, load, read_toml
 from saescope.errors import check_range
 from saescope.examples import examples
@@ -65,8 +65,9 @@ def demo(config: DemoConfig) -> None:
     if sys.stdout.isatty():
         with serving(explorer) as process:
             finish()
-            say(f"explore the features at {url(explorer)}; Ctrl-C ends that")
-            wait(process)
+            with until_ctrl_c():
+                say(f"explore the features at {url(explorer)}; Ctrl-C ends that")
+                wait(process)
     else:
         finish()
         say(f"explore the features: {_program()} explore {store}, then open {url(explorer)}")

@@ -117,22 +117,24 @@ def serving(config: ExploreConfig) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def wait(process: subprocess.Popen[bytes]) -> None:
-    """Until Ctrl-C. Raises InputError if the explorer ends before."""
+@contextmanager
+def until_ctrl_c() -> Iterator[None]:
+    """What Ctrl-C ends as it is meant to: for all that comes once this was said."""
     try:
-        code = process.wait()
+        yield
     except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
         say("explorer: ended")
-        return
-    if code:
+
+
+def wait(process: subprocess.Popen[bytes]) -> None:
+    """Until the explorer ends. Raises InputError if it does so by itself."""
+    if code := process.wait():
         raise InputError(f"the explorer ended by itself with code {code}", where="streamlit")
 
 
 def explore(config: ExploreConfig) -> None:
     """Serve the explorer in the foreground until Ctrl-C. Raises what `serving` and `wait` do."""
-    with serving(config) as process:
+    with until_ctrl_c(), serving(config) as process:
         wait(process)
 
 
