@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NoReturn
 
 from saescope import config, memory, progress, ranks
 from saescope.errors import SaescopeError
@@ -317,6 +318,8 @@ def _run(words: list[str]) -> int:
             _show_help(name, rest)
         module = importlib.import_module(command.module)
         chosen = _parse(module, name, rest)
+        if _received:  # and what it raised was swallowed by something that was imported
+            raise KeyboardInterrupt
         result = getattr(module, command.function)(chosen)
     except SystemExit:
         raise  # another of several processes says what there is to say
@@ -332,5 +335,13 @@ def _run(words: list[str]) -> int:
     return result if command.gives_exit_code else 0
 
 
+def entry() -> NoReturn:
+    """`main` as a process; a signal that comes once all is done changes no exit code."""
+    code = main()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()
