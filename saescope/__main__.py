@@ -215,7 +215,26 @@ _received: list[int] = []
 def _end(signum: int, _: object) -> None:
     """SIGTERM is cleaned up after as Ctrl-C is."""
     _received.append(signum)
-    raise KeyboardInterrupt
+    if not _importing or len(_received) > 1:
+        raise KeyboardInterrupt
+
+
+_importing: list[bool] = []
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Imports are not torn, which some libraries do not survive: a signal waits for their end.
+
+    Unless it comes twice.
+    """
+    _importing.append(True)
+    try:
+        yield
+    finally:
+        _importing.clear()
+    if _received:
+        raise KeyboardInterrupt
 
 
 def _watch_signals() -> None:
@@ -316,10 +335,9 @@ def _run(words: list[str]) -> int:
         memory.keep_freed_memory()
         if config.asks_for_help(rest) and "torch" not in sys.modules:
             _show_help(name, rest)
-        module = importlib.import_module(command.module)
-        chosen = _parse(module, name, rest)
-        if _received:  # and what it raised was swallowed by something that was imported
-            raise KeyboardInterrupt
+        with _undisturbed():
+            module = importlib.import_module(command.module)
+            chosen = _parse(module, name, rest)
         result = getattr(module, command.function)(chosen)
     except SystemExit:
         raise  # another of several processes says what there is to say
@@ -340,6 +358,9 @@ def entry() -> NoReturn:
     code = main()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # Python remembers a KeyboardInterrupt that came out of code it ran for C, and would die of
+    # SIGINT at its end though it was handled; each exec begins with that forgotten
+    exec("")
     sys.exit(code)
 
 

@@ -1,7 +1,9 @@
 """What is printed steers no terminal, forges no line, and ends quietly where nobody reads it."""
 
 import errno
+import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +113,23 @@ def test_an_error_of_ours_that_is_no_failure_of_the_system_stays(
     monkeypatch.setattr("saescope.init_command.init", fails)
     with pytest.raises(KeyError, match="a mistake"):
         command_line.main(["init"])
+
+
+def test_a_signal_waits_for_imports_to_end_and_is_not_forgotten() -> None:
+    main = importlib.import_module("saescope.__main__")
+    main._received.clear()
+    steps = []
+
+    def imports() -> None:
+        with main._undisturbed():
+            main._end(signal.SIGINT, None)
+            steps.append("imported")
+            with pytest.raises(KeyboardInterrupt):
+                main._end(signal.SIGINT, None)  # the second does not wait
+
+    with pytest.raises(KeyboardInterrupt):
+        imports()
+    assert steps == ["imported"]
+    with pytest.raises(KeyboardInterrupt):
+        main._end(signal.SIGTERM, None)
+    main._received.clear()
