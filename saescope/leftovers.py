@@ -36,7 +36,11 @@ def preparing(target: Path) -> Iterator[Path]:
     finally:
         try:
             with suppress(OSError):  # then it is a leftover
-                remove(made)
+                try:
+                    remove(made)
+                except KeyboardInterrupt:  # what is half removed goes before the process does
+                    remove(made)
+                    raise
         finally:
             os.close(descriptor)
 

@@ -328,3 +328,20 @@ def test_json_is_read_from_plain_files_of_some_size(tmp_path: Path) -> None:
     ):
         with pytest.raises(ArtefactError, match=said):
             read_json(tmp_path / name)
+
+
+def test_an_interrupt_while_the_preparation_is_removed_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, calls = leftovers.remove, []
+
+    def interrupted_once(path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(path)
+
+    monkeypatch.setattr(leftovers, "remove", interrupted_once)
+    with pytest.raises(KeyboardInterrupt), leftovers.preparing(tmp_path / "x"):
+        pass
+    assert list(tmp_path.iterdir()) == []
