@@ -14,6 +14,7 @@ from torch import Tensor
 from sae.formats import format_named
 from sae.loading import load
 from saescope.errors import ArtefactError, InputError
+from tests.marker import Marker
 
 D_IN, D_SAE, D_OUT = 4, 7, 3
 
@@ -100,16 +101,6 @@ def test_gemma_scope_2(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "topk"}))
     with pytest.raises(InputError, match="given: 'topk'; allowed: jump_relu"):
         load(tmp_path)
-
-
-class Marker:
-    """Leaves a file if it is ever unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 def test_pickles_are_never_executed(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae.loading import load
 from saescope.errors import ArtefactError, InputError, SaescopeError
+from tests.marker import Marker
 
 D_IN, D_SAE = 4, 8
 ODD: tuple[Any, ...] = (
@@ -236,16 +237,6 @@ def test_an_encrypted_archive(tmp_path: Path) -> None:
     (tmp_path / "params.npz").write_bytes(bytes(data))
     with pytest.raises(ArtefactError, match="encrypted"):
         load(tmp_path)
-
-
-class Marker:
-    """Leaves a file if it is ever unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 def pt(value: Any) -> bytes:
