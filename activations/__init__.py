@@ -1,11 +1,11 @@
 """From text to stored activations: models and their sites, corpora, the harvest, the loader."""
 
-from activations.append import append
-from activations.corpora import CorpusConfig
-from activations.harvest import HarvestConfig, harvest
-from activations.loader import ActivationLoader
-from activations.models import Model, ModelConfig, load_model
-from activations.zarr_store import ActivationStore, SiteStatistics
+from activations.corpora.documents import CorpusConfig
+from activations.harvesting.append import append
+from activations.harvesting.pipeline import HarvestConfig, harvest
+from activations.loading.loader import ActivationLoader
+from activations.models.language import Model, ModelConfig, load_model
+from activations.storage.reader import ActivationStore, SiteStatistics
 
 __all__ = [
     "ActivationLoader",

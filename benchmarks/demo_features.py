@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sae.indexing import STORE_FILE
+from sae.indexing.build import STORE_FILE
 from saescope.progress import say
 from store import FeatureStore
 from store.results import Example

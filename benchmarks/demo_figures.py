@@ -27,7 +27,7 @@ from benchmarks.running import run
 from dashboards.demo_command import FULL, QUICK, Size
 from sae.bench.rows import processor
 from sae.formats.hub import evaluation_file
-from sae.indexing import STORE_FILE
+from sae.indexing.build import STORE_FILE
 from sae.training.trainer import METRICS
 from saescope.artefact import git_commit, write_bytes
 from saescope.config import Config, read_toml

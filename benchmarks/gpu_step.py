@@ -34,14 +34,14 @@ from torch.nn import functional
 from benchmarks.gpu_peers import Step, peers
 from sae import kernels
 from sae.architectures.topk import TopKConfig, TopKSAE
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
 from sae.bench.dense import LR, DenseStep
 from sae.bench.inputs import Inputs, Shape, planted, prepare
 from sae.bench.timing import Times, interleaved
-from sae.kernels import optimiser
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
+from sae.kernels import adam
 from sae.training.optimisers import make_optimiser
-from sae.training.update import update
+from sae.training.step import update
 from saescope.artefact import git_commit
 from saescope.progress import say
 
@@ -178,7 +178,7 @@ def operations(case: Case) -> dict[str, Callable[[], object]]:
 
 def _adam(name: str, weights: Tensor, gradient: Tensor, moments: list[Tensor]) -> None:
     with kernels.using(name), torch.no_grad():
-        optimiser.adam_(
+        adam.adam_(
             weights, gradient, *moments, lr=LR, beta1=0.9, beta2=0.999, eps=1e-8, step=10,
             scale=0.5, unit_rows=True,
         )  # fmt: skip

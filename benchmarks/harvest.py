@@ -26,21 +26,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from activations.corpora import CorpusConfig
-from activations.harvest import HarvestConfig, fill, planned_facts
-from activations.model_files import folder_of
-from activations.models import Model, ModelConfig, load_model
-from activations.packing import PackingCounts, Sequences
-from activations.reading import Text
-from activations.windows import run_window
-from activations.zarr_writer import HarvestWriter
+from activations.corpora.documents import CorpusConfig
+from activations.corpora.packing import PackingCounts, Sequences
+from activations.harvesting.corpus_reader import Text
+from activations.harvesting.pipeline import HarvestConfig, fill, planned_facts
+from activations.harvesting.windows import run_window
+from activations.models.files import folder_of
+from activations.models.language import Model, ModelConfig, load_model
+from activations.storage.writer import HarvestWriter
 from benchmarks.peers.environments import HERE, PEERS
 from benchmarks.running import run, run_peer
 from sae.bench import rows as measured
 from saescope import __version__, memory
 from saescope.config import Config
 from saescope.errors import ArtefactError, check_range
-from saescope.places import remove
+from saescope.paths import remove
 from saescope.progress import Progress, say, silent
 
 BARE, OURS, SAELENS, MEMORY = "transformers", "saescope", "SAELens", "memory"

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from activations.harvest import fill, planned_facts
-from activations.models import Model, load_model
-from activations.zarr_writer import HarvestWriter, WindowData
+from activations.harvesting.pipeline import fill, planned_facts
+from activations.models.language import Model, load_model
+from activations.storage.writer import HarvestWriter, WindowData
 from benchmarks.harvest import HarvestBenchConfig
 from saescope import memory
 from saescope.progress import silent

@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from activations import ActivationLoader, ActivationStore
-from activations.loader import BatchDtype
-from activations.reading_order import Order
-from activations.row_storage import SiteRows, StorageKind
-from activations.zarr_writer import HarvestWriter, WindowData
+from activations.loading.epoch_order import Order
+from activations.loading.loader import BatchDtype
+from activations.storage.row_formats import SiteRows, StorageKind
+from activations.storage.writer import HarvestWriter, WindowData
 from benchmarks.peers.environments import HERE, PEERS
 from benchmarks.running import run, run_peer
 from sae.bench import rows as measured
@@ -34,7 +34,7 @@ from saescope import __version__, memory
 from saescope.artefact import atomic_path, sha256_json
 from saescope.config import Config
 from saescope.errors import check_range
-from saescope.places import remove
+from saescope.paths import remove
 from saescope.progress import say
 
 SITE, CONTEXT, MIXED = "site", 128, 4

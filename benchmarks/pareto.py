@@ -20,12 +20,12 @@ import torch
 
 from benchmarks.charts import write_chart
 from benchmarks.running import run
-from sae.base import kind_of
+from sae.commands.sweep import read_members
+from sae.core.base import kind_of
+from sae.data.harvests import held_out_rows, load_harvested_model, open_complete
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.reconstruction import measure_reconstruction
-from sae.harvests import held_out_rows, load_harvested_model, open_complete
-from sae.loading import SAE_FOLDER, load
-from sae.training.sweep import read_members
+from sae.formats.load import SAE_FOLDER, load
 from sae.training.telemetry import read_metrics
 from sae.training.trainer import METRICS
 from saescope import __version__

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
+from sae.core.normaliser import Normaliser
 from sae.evaluation.recovery import measure_recovery
-from sae.normaliser import Normaliser
-from sae.training.objective import ObjectiveConfig
+from sae.training.batch_maker import ObjectiveConfig
 from sae.training.trainer import Trainer, TrainerConfig
 
 Start = Literal["truth", "samples"]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sae.architectures import architecture
-from sae.base import SparseAutoencoder
-from sae.batch import RawBatch
+from sae.core.base import SparseAutoencoder
+from sae.core.batch import RawBatch
+from sae.core.normaliser import Normaliser
 from sae.evaluation.planted import PlantedBatches, PlantedConfig, PlantedDictionary
 from sae.evaluation.recovery import (
     Absorption,
@@ -26,7 +27,6 @@ from sae.evaluation.recovery import (
     nonnegative_parts,
     principal_directions,
 )
-from sae.normaliser import Normaliser
 from sae.training.trainer import Trainer, TrainerConfig
 
 FITTING, HELD_OUT, CALIBRATION = 1, 2, 3

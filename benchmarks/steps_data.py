@@ -17,8 +17,8 @@ from torch.nn import functional
 from activations import ActivationLoader
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.bench.inputs import BATCHES, Shape, Weights, planted, standardised
-from sae.harvests import choose_site, open_complete
-from sae.normaliser import Normaliser
+from sae.core.normaliser import Normaliser
+from sae.data.harvests import choose_site, open_complete
 from sae.training.trainer import Trainer, TrainerConfig
 from saescope.artefact import atomic_path, sha256_json
 from saescope.errors import InputError

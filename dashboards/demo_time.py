@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saescope.places import place
+from saescope.paths import place
 
 if TYPE_CHECKING:
     from activations import HarvestConfig
-    from sae.training.command import TrainConfig
+    from sae.commands.train import TrainConfig
 
 WIDTH = 576
 """of the packaged model"""
@@ -71,10 +71,10 @@ def work_left(
 
     Raises InputError if the harvest's folder holds another harvest.
     """
-    from activations.harvest import begun
+    from activations.harvesting.pipeline import begun
     from sae.formats.hub import evaluation_file
-    from sae.indexing import STORE_FILE
-    from sae.loading import SAE_FOLDER
+    from sae.formats.load import SAE_FOLDER
+    from sae.indexing.build import STORE_FILE
 
     harvest = begun(harvesting, place(harvesting.out))
     planned = harvesting.max_tokens or 0
@@ -96,10 +96,10 @@ def measured_here(harvesting: "HarvestConfig") -> Machine:
     """Run the model over some batches of the text, and multiply some matrices."""
     import torch
 
-    from activations.harvest import begun, model_of, planned_facts
-    from activations.plan import measured
-    from activations.products import PRODUCT, seconds_of_product
-    from activations.reading import Text
+    from activations.harvesting.corpus_reader import Text
+    from activations.harvesting.pipeline import begun, model_of, planned_facts
+    from activations.harvesting.plan import measured
+    from activations.models.matmul_precision import PRODUCT, seconds_of_product
 
     store = begun(harvesting, place(harvesting.out))
     model = model_of(harvesting, store)

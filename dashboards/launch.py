@@ -93,7 +93,7 @@ def serving(config: ExploreConfig) -> Iterator[subprocess.Popen[bytes]]:
     Raises ArtefactError if there is no store, or one cannot be read; InputError if the port is
     taken.
     """
-    from dashboards.places import environment, find_stores
+    from dashboards.find_stores import environment, find_stores
     from store import FeatureStore
 
     stores = find_stores(config.store)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import streamlit as st
 
-from dashboards import places, queries
+from dashboards import find_stores, queries
 from dashboards.parameters import choose_feature, choose_sae
 from dashboards.tokens import plain
 from store import Annotations, FeatureStore
@@ -31,7 +31,7 @@ def begin(title: str, parameters: Collection[str] = ()) -> Session:
 
     parameters: what else the page reads from its address; all others are dropped from it.
     """
-    stores = places.stores()
+    stores = find_stores.stores()
     fallback = st.session_state.get("sae")
     if fallback not in stores:
         fallback = next(iter(stores))

@@ -60,7 +60,7 @@ COMMANDS = {
         positional="folder",
     ),
     "harvest": Command(
-        module="activations.command",
+        module="activations.harvesting.command",
         config="HarvestCommand",
         function="run",
         summary="Run a model over text and store activations.",
@@ -80,7 +80,7 @@ COMMANDS = {
         resumes=True,
     ),
     "train": Command(
-        module="sae.training.command",
+        module="sae.commands.train",
         config="TrainConfig",
         function="train",
         summary="Train a sparse autoencoder on a harvest.",
@@ -97,7 +97,7 @@ COMMANDS = {
         resumes=True,
     ),
     "sweep": Command(
-        module="sae.training.sweep",
+        module="sae.commands.sweep",
         config="SweepConfig",
         function="sweep",
         summary="Train many SAEs from one reading of a harvest.",
@@ -114,7 +114,7 @@ COMMANDS = {
         resumes=True,
     ),
     "eval": Command(
-        module="sae.evaluation.command",
+        module="sae.commands.evaluate",
         config="EvaluateConfig",
         function="evaluate",
         summary="Measure an SAE on held-out text: L0, FVU, cosine, dead features, delta CE, KL.",
@@ -125,7 +125,7 @@ COMMANDS = {
         positional="run",
     ),
     "index": Command(
-        module="sae.indexing",
+        module="sae.indexing.build",
         config="IndexConfig",
         function="index",
         summary="Encode a harvest with an SAE into a feature store.",
@@ -144,7 +144,7 @@ COMMANDS = {
         positional="store",
     ),
     "steer": Command(
-        module="sae.steer_command",
+        module="sae.commands.steer",
         config="SteerConfig",
         function="steer_text",
         summary="Continue a prompt with and without an edit of features.",
@@ -152,7 +152,7 @@ COMMANDS = {
         positional="run",
     ),
     "convert": Command(
-        module="sae.convert_command",
+        module="sae.commands.convert",
         config="ConvertConfig",
         function="convert",
         summary="Write an SAE in another library's format, read one, or upload one.",
@@ -165,7 +165,7 @@ COMMANDS = {
         positional="source",
     ),
     "bench": Command(
-        module="sae.bench.command",
+        module="sae.commands.bench",
         config="BenchConfig",
         function="bench",
         summary="Time the operations of a training step, and whole steps, on this machine.",
@@ -176,7 +176,7 @@ COMMANDS = {
         ),
     ),
     "doctor": Command(
-        module="sae.doctor",
+        module="sae.commands.doctor",
         config="DoctorConfig",
         function="doctor",
         summary="Check every file of a harvest, run, SAE or store, or of all in a folder.",

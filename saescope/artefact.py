@@ -20,7 +20,7 @@ from typing import Any
 
 from saescope.errors import ArtefactError
 from saescope.leftovers import preparing, remove_leftovers, settle
-from saescope.places import Place, exists, local, place, put
+from saescope.paths import Place, exists, local, place, put
 from saescope.replacing import Kind, check_replaceable, put_in_place
 from saescope.system import read_whole, system_errors
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 from saescope.errors import ArtefactError, InputError, SaescopeError
 from saescope.examples import how_to_get
 from saescope.integers import as_index, as_indices
-from saescope.places import local
+from saescope.paths import local
 from saescope.system import read_whole, system_errors
 from saescope.terminal import complain, harmless_errors
 

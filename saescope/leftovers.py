@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from saescope.exchange import rename_new
-from saescope.places import Place, remove
+from saescope.paths import Place, remove
 
 REPLACED = "replaced"
 """what was at NAME, moved aside where two names cannot be exchanged in one step"""

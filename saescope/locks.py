@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from saescope.artefact import write_bytes
 from saescope.assets import cache_dir
 from saescope.errors import ArtefactError, InputError
-from saescope.places import Place, exists, place, put, read_bytes, remove
+from saescope.paths import Place, exists, place, put, read_bytes, remove
 from saescope.system import system_errors
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from saescope.errors import ArtefactError, SaescopeError
-from saescope.places import Place, read_bytes
+from saescope.paths import Place, read_bytes
 
 _AGAIN = "and run the same command again: it goes on from what was committed"
 _FULL = {

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from store.database import Database
-from store.decoding import Vocabulary
 from store.results import Example
+from store.vocabulary import Vocabulary
 
 _SQL = (
     "SELECT interval, rank, position, activation, active_place, active_value"

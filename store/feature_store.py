@@ -11,11 +11,10 @@ import pyarrow as pa
 
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index, as_indices
+from store.build import FEATURE_COLUMNS
 from store.checking import COUNTS, check_store
 from store.database import Database, identifier, store_file
-from store.decoding import Vocabulary
 from store.examples import read_examples
-from store.finishing import FEATURE_COLUMNS
 from store.results import (
     Active,
     Coactivation,
@@ -30,6 +29,7 @@ from store.results import (
     Overview,
 )
 from store.summaries import BINS
+from store.vocabulary import Vocabulary
 
 KINDS = ("top", "interval")
 _MOST = 2**62

@@ -19,7 +19,7 @@ from saescope.errors import ArtefactError, InputError
 from saescope.integers import as_index
 from saescope.leftovers import SCRATCH
 from saescope.progress import Progress
-from store import finishing
+from store import build
 from store.checking import STORE, plain_column
 from store.database import KIND, SCHEMA, clear_errors, connect, identifier, odd_path, quoted
 
@@ -86,7 +86,7 @@ class StoreWriter:
         d_sae = as_index(d_sae, where="d_sae", low=1, high=2**31 - 1)
         context = as_index(context, where="context", low=1, high=2**31 - 1)
         own = {"kind": KIND, "schema": SCHEMA, "d_sae": d_sae, "context": context}
-        clash = sorted((own.keys() | finishing.COUNTED) & meta.keys())
+        clash = sorted((own.keys() | build.COUNTED) & meta.keys())
         if clash:
             raise InputError("these keys are set by the store itself", where="meta", given=clash)
         try:
@@ -259,7 +259,7 @@ class StoreWriter:
             table = columns
         for name in table.column_names:
             where = f"features.{name}"
-            if name in finishing.FEATURE_COLUMNS or name in self._columns:
+            if name in build.FEATURE_COLUMNS or name in self._columns:
                 raise InputError("this column is there already", where=where)
             if not plain_column(name, "FLOAT"):
                 raise InputError("is no plain lower-case column name", where=where)
@@ -320,7 +320,7 @@ class StoreWriter:
         self._flush()
         if not self._n_vocabulary:
             raise InputError("add_vocabulary was not called", where="vocabulary")
-        job = finishing.Job(
+        job = build.Job(
             con=self._con,
             scratch=self._scratch,
             d_sae=self.d_sae,
@@ -332,7 +332,7 @@ class StoreWriter:
         )
         total = 3 * self.n_activations
         with Progress("building the store", total, "rows") as progress:
-            rows = finishing.finish(job, progress)
+            rows = build.finish(job, progress)
         if self._built != self._target:
             shutil.copyfile(self._built, self._target)
         self._finished = True

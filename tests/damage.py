@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from activations import ActivationStore
-from saescope.places import Place, listing, local, read_bytes
+from saescope.paths import Place, listing, local, read_bytes
 
 GROUP = "activations.zarr"
 SITES = ("blocks.1.hook_resid_post", "blocks.0.attn.hook_z", "blocks.0.hook_resid_post")

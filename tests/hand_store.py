@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from activations import ActivationStore
-from activations.layout import SPLITS
-from activations.row_storage import SiteSums
-from activations.zarr_writer import HarvestWriter, WindowData
+from activations.storage.layout import SPLITS
+from activations.storage.row_formats import SiteSums
+from activations.storage.writer import HarvestWriter, WindowData
 
 
 def make_hand_store(

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sae import contest, distributed
+from sae import distributed
 from sae.architectures import architecture
-from sae.base import SparseAutoencoder
-from sae.batch import RawBatch
+from sae.core.base import SparseAutoencoder
+from sae.core.batch import RawBatch
 from sae.distributed import FEATURES
-from sae.kernels import reference, selection
-from sae.training import ranks
-from sae.training.objective import ObjectiveConfig
+from sae.kernels import global_topk, reference_backend, selection
+from sae.training import process_group
+from sae.training.batch_maker import ObjectiveConfig
 from sae.training.trainer import Trainer, TrainerConfig
 from saescope.errors import InputError
 
@@ -163,7 +163,7 @@ def contests(split: str) -> None:
     W = torch.randint(-2, 3, (11, 5), generator=generator).float()
     b, quota = torch.zeros(11), torch.randint(0, 6, (11,), generator=generator)
     rows, features = distributed.ROWS.share(13), FEATURES.share(11)
-    plain: Any = reference
+    plain: Any = reference_backend
     for n in (1, 7, 20, 60, 500):
         for hint in (0.0, 2.0, 100.0):
             with distributed.alone():
@@ -185,7 +185,7 @@ def contests(split: str) -> None:
     if split == "features":
         pre = (x @ W.T).relu()
         for k in (1, 3, 8, 11, 20):
-            kept = contest.largest_of_rows(pre[:, features], k)
+            kept = global_topk.largest_of_rows(pre[:, features], k)
             everywhere = FEATURES.gather(kept.T.contiguous()).T
             assert everywhere.sum(1).tolist() == [min(k, 11)] * 13
             best = torch.where(everywhere, pre, 0.0).sum(1)
@@ -210,7 +210,7 @@ def run(job: dict[str, Any]) -> None:
         fails_on_one(folder)
     found = train(name, folder, stop_at=job.get("stop_at"))
     weights = found.pop("weights", {})
-    if ranks.first():
+    if process_group.first():
         save_file(weights, folder / "found.safetensors")
         (folder / "found.json").write_text(json.dumps(found))
 
@@ -219,14 +219,14 @@ def fails_on_one(folder: Path) -> None:
     """The second rank fails at a step at which the first already waits for it."""
     trainer = make("topk", folder)
     for raw in Stream(CASES["topk"]):
-        if trainer.step == 3 and not ranks.first():
+        if trainer.step == 3 and not process_group.first():
             raise InputError("cannot be read", where="a row of the second rank")
         trainer.train_step(raw)
 
 
 def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    with ranks.session():
+    with process_group.session():
         for job in jobs:
             run(job)
 

@@ -141,7 +141,7 @@ def tiny_model(kind: str) -> Any:
 
 def row_of(name: str, kind: str) -> Row:
     """Load, read and compare one architecture."""
-    from activations.models import Model
+    from activations.models.language import Model
     from saescope.errors import InputError
 
     row = Row(name)

@@ -25,12 +25,12 @@ from benchmarks.peers.fronts import next_coefficient
 from benchmarks.peers.results import OUR_LR, OWN, append_row, read_rows, report, summary
 from benchmarks.peers.training import CHECK_ROWS, check_against_library, train
 from benchmarks.running import run
-from sae.base import SparseAutoencoder
 from sae.bench.rows import processor
+from sae.core.base import SparseAutoencoder
+from sae.data.harvests import choose_site, load_harvested_model, open_complete
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.reconstruction import measure_reconstruction
-from sae.harvests import choose_site, load_harvested_model, open_complete
-from sae.loading import load
+from sae.formats.load import load
 from sae.training.schedules import base_lr
 from saescope.artefact import atomic_path, git_commit, read_json, sha256_json, write_bytes
 from saescope.config import Config

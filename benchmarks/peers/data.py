@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from activations import ActivationLoader, ActivationStore
-from sae.harvests import choose_site, held_out_rows, open_complete
+from sae.data.harvests import choose_site, held_out_rows, open_complete
 from saescope.artefact import atomic_path, read_json, sha256_json, write_json
 from saescope.errors import InputError
 from saescope.progress import Progress

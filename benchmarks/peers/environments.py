@@ -7,7 +7,7 @@ from pathlib import Path
 
 from saescope.artefact import write_bytes
 from saescope.errors import ArtefactError
-from saescope.places import remove
+from saescope.paths import remove
 from saescope.progress import say
 
 TORCH = "torch==2.13.0"

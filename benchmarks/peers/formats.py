@@ -25,15 +25,15 @@ from torch import Tensor
 from benchmarks.peers.environments import PEERS, python_of
 from benchmarks.running import run
 from sae.architectures import architecture, list_architectures
-from sae.base import SparseAutoencoder
+from sae.core.base import SparseAutoencoder
+from sae.core.normaliser import Normaliser, NormaliserKind
 from sae.formats import format_named
-from sae.loading import load
-from sae.normaliser import Normaliser, NormaliserKind
+from sae.formats.load import load
 from saescope import __version__
 from saescope.artefact import git_commit, read_json, write_bytes, write_json
 from saescope.config import Config
 from saescope.errors import ArtefactError, InputError, SaescopeError, check_range
-from saescope.places import remove
+from saescope.paths import remove
 from saescope.progress import say
 
 HERE = Path(__file__).parent

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.peers.data import Data
 from benchmarks.peers.environments import Peer, python_of
-from sae.base import SparseAutoencoder
+from sae.core.base import SparseAutoencoder
 from saescope.artefact import write_json
 from saescope.errors import ArtefactError
 

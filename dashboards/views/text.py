@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from dashboards import live, queries, session
+from dashboards import model_cache, queries, session
 from dashboards.amounts import COLUMN
 from dashboards.session import Session
 from dashboards.tokens import per_token_html, plain, plain_visible, text_html
@@ -65,7 +65,7 @@ def _analyse(here: Session, key: str) -> None:
         st.warning("Type some text first.", icon=":material/edit:")
         return
     try:
-        st.session_state[key] = (here.version, live.features_of_text(here.store, text))
+        st.session_state[key] = (here.version, model_cache.features_of_text(here.store, text))
     except SaescopeError as error:
         st.session_state.pop(key, None)
         st.error(plain(error), icon=":material/error:")

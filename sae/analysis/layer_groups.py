@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from activations.sites import layer_of
+from activations.sites.names import layer_of
 from sae.analysis.layers import LayerDistances
 from saescope.artefact import read_json, write_report
 from saescope.errors import InputError, check_range

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from activations import ActivationStore
-from activations.loader import aligned_rows
-from activations.sites import layer_of
+from activations.loading.loader import aligned_rows
+from activations.sites.names import layer_of
 from saescope.errors import InputError, check_range
 
 Centre = Literal["mean", "ema"]

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from activations import ActivationLoader, ActivationStore, Model
-from activations.head import Head
-from activations.loader import aligned_rows
+from activations.loading.loader import aligned_rows
+from activations.models.unembedding import Head
 from sae.analysis.layers import residual_sites
 from saescope.artefact import MANIFEST, atomic_path, read_manifest, sha256_json, write_manifest
 from saescope.config import Config, to_dict
 from saescope.errors import ArtefactError, InputError, check_range
-from saescope.places import local
+from saescope.paths import local
 from saescope.progress import Progress
 from saescope.replacing import Kind, only_files
 from saescope.seals import check_files, seals_of

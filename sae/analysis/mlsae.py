@@ -24,8 +24,8 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from sae.batch import RawBatch
-from sae.codes import SparseCodes
+from sae.core.batch import RawBatch
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
 from saescope.integers import as_index
 

@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from typing import TypeVar, get_args, get_type_hints
 
-from sae.base import SparseAutoencoder
+from sae.core.base import SparseAutoencoder
 from saescope.errors import InputError
 
 _REGISTRY: dict[str, type[SparseAutoencoder]] = {}

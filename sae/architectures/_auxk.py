@@ -5,10 +5,10 @@ from typing import ClassVar, cast
 
 from torch import Tensor
 
-from sae import objectives
-from sae.base import SAEConfig, SparseAutoencoder, TrainingState
+from sae.core import losses
+from sae.core.base import SAEConfig, SparseAutoencoder, TrainingState
+from sae.core.losses import Reconstruction
 from sae.distributed import FEATURES
-from sae.objectives import Reconstruction
 from saescope.errors import check_range
 
 
@@ -55,7 +55,7 @@ class AuxKSAE(SparseAutoencoder):
             return loss
         term = loss.new_zeros(())
         if FEATURES.total(int(state.dead.any())):  # of any rank
-            term = objectives.auxk(
+            term = losses.auxk(
                 found.left_over(),
                 centred,
                 self.W_enc_T,

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sae import kernels, objectives
+from sae import kernels
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
-from sae.base import SparseAutoencoder, TrainingOutput, TrainingState, kind_of
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
+from sae.core import losses
+from sae.core.base import SparseAutoencoder, TrainingOutput, TrainingState, kind_of
+from sae.core.batch import TrainingBatch
+from sae.core.losses import Reconstruction
 from sae.distributed import ALL, FEATURES, ROWS
-from sae.objectives import Reconstruction
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError, check_range
 from saescope.progress import say
 
@@ -208,7 +209,7 @@ class BatchSelectionSAE(AuxKSAE):
         left out: its part of the residual is gone, and asking for it twice would shrink it.
         """
         residual, features = found.left_over(), chosen.nonzero()[:, 0]
-        encoder, decoder = (objectives.rows_of(W, features) for W in (self.W_enc_T, self.W_dec))
+        encoder, decoder = (losses.rows_of(W, features) for W in (self.W_enc_T, self.W_dec))
         if found.batch.visible is not None:  # what the residual is of
             decoder = decoder * ~found.batch.visible
         bias = self.b_enc.index_select(0, features)
@@ -223,8 +224,8 @@ class BatchSelectionSAE(AuxKSAE):
                 centred, encoder, bias, self.k_aux * ROWS.total(len(residual)),
                 taken=(taken.row_ptr, taken.index),
             )  # fmt: skip
-            left = objectives.left_by(SparseCodes(*parts, len(features)), residual, decoder)
-        return objectives.unpredicted(residual, left, found.batch.target)
+            left = losses.left_by(SparseCodes(*parts, len(features)), residual, decoder)
+        return losses.unpredicted(residual, left, found.batch.target)
 
     @torch.no_grad()
     def _observe(self, codes: SparseCodes, counts: Tensor, state: TrainingState) -> None:

@@ -5,10 +5,10 @@ from typing import cast
 
 from torch import Tensor
 
-from sae import objectives
-from sae.base import SAEConfig, SparseAutoencoder, TrainingState
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
+from sae.core import losses
+from sae.core.base import SAEConfig, SparseAutoencoder, TrainingState
+from sae.core.batch import TrainingBatch
+from sae.kernels.codes import SparseCodes
 from saescope.errors import check_range
 
 
@@ -60,4 +60,4 @@ class L1SAE(SparseAutoencoder):
         value = codes.value / batch.variance**0.5
         if self.unit_decoder:
             return value
-        return value * objectives.row_norms(self.W_dec).index_select(0, codes.index)
+        return value * losses.row_norms(self.W_dec).index_select(0, codes.index)

@@ -14,10 +14,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sae import kernels
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
-from sae.kernels.totals import of_rows
-from sae.objectives import Reconstruction
+from sae.core.batch import TrainingBatch
+from sae.core.losses import Reconstruction
+from sae.kernels.codes import SparseCodes
+from sae.kernels.fixed_order_sums import of_rows
 
 
 def nested(

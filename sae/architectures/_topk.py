@@ -9,11 +9,12 @@ from typing import cast
 
 from torch import Tensor
 
-from sae import contest, kernels
+from sae import kernels
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
-from sae.base import TrainingOutput, TrainingState
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
+from sae.core.base import TrainingOutput, TrainingState
+from sae.core.batch import TrainingBatch
+from sae.kernels import global_topk
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError, check_range
 
 
@@ -79,7 +80,7 @@ class TopKFamily(AuxKSAE):
         """Codes of y [batch, d_in], 0 where fewer than k pre-activations are positive."""
         k = self._fields.k
         index, value = self.top(self.encoder_input(y), min(k, self.d_sae))
-        return contest.strongest(index, value, k, self.d_sae)
+        return global_topk.strongest(index, value, k, self.d_sae)
 
     def k_at(self, state: TrainingState) -> int:
         """Features kept at this step of the run."""
@@ -104,9 +105,9 @@ class TopKFamily(AuxKSAE):
         k = self.k_at(state)
         wide = min(config.multi_topk * k, config.d_sae) if config.multi_topk_coefficient else k
         index, value = self.top(centred, min(wide, self.d_sae))
-        codes = wide_codes = contest.strongest(index, value, wide, self.d_sae)
+        codes = wide_codes = global_topk.strongest(index, value, wide, self.d_sae)
         if wide > k:
-            codes = contest.strongest(index, value, k, self.d_sae)
+            codes = global_topk.strongest(index, value, k, self.d_sae)
         found = self.reconstruct(codes, batch)
         terms = {"fvu": found.loss.detach()}
         loss = self.add_auxk(found.loss, terms, centred, found, state)

@@ -18,12 +18,13 @@ from typing import ClassVar, Literal, Self, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from sae import kernels, objectives
+from sae import kernels
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
 from sae.architectures._l1 import L1WeightConfig
-from sae.base import TrainingOutput, TrainingState
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
+from sae.core import losses
+from sae.core.base import TrainingOutput, TrainingState
+from sae.core.batch import TrainingBatch
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError, check_range
 
 Activation = Literal["topk", "relu", "jumprelu"]
@@ -134,7 +135,7 @@ class Transcoding(AuxKSAE):
         if config.activation == "topk":
             loss = self.add_auxk(loss, terms, batch.y, found, state)
         else:
-            weighted = codes.value * objectives.row_norms(self.W_dec).index_select(0, codes.index)
+            weighted = codes.value * losses.row_norms(self.W_dec).index_select(0, codes.index)
             penalty = batch.mean(weighted) / batch.variance**0.5
             loss = loss + config.l1_weight(state) * penalty
             terms["l1"] = penalty.detach()

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae import kernels
 from sae.architectures import register
 from sae.architectures._topk import TopKFamily, TopKFields
-from sae.base import SAEConfig
+from sae.core.base import SAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from sae.architectures import register
 from sae.architectures._topk import TopKFamily, TopKFields
-from sae.base import SAEConfig, TrainingOutput, TrainingState
-from sae.batch import TrainingBatch
-from sae.kernels.totals import product
+from sae.core.base import SAEConfig, TrainingOutput, TrainingState
+from sae.core.batch import TrainingBatch
+from sae.kernels.fixed_order_sums import product
 from saescope.errors import InputError, check_range
 
 _KMEANS_ITERATIONS = 20

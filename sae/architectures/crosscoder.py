@@ -27,10 +27,10 @@ from sae.architectures._batch_selection import (
     smallest_of,
 )
 from sae.architectures._l1 import L1WeightConfig
-from sae.base import SAEConfig, TrainingOutput, TrainingState
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
+from sae.core.base import SAEConfig, TrainingOutput, TrainingState
+from sae.core.batch import TrainingBatch
 from sae.distributed import ROWS
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError, check_range
 
 Activation = Literal["relu", "topk", "batchtopk"]

@@ -24,10 +24,10 @@ from sae import kernels
 from sae.architectures import register
 from sae.architectures._tied import TiedSAE
 from sae.architectures._topk import TopKFamily, TopKFields
-from sae.base import SAEConfig
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
+from sae.core.base import SAEConfig
+from sae.core.batch import TrainingBatch
 from sae.distributed import ROWS
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError, check_range
 
 _CHUNK_ELEMENTS = 2**22

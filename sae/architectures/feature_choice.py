@@ -24,9 +24,9 @@ from sae.architectures._batch_selection import (
     smallest_of,
     zipf_densities,
 )
-from sae.base import SAEConfig, TrainingState
-from sae.codes import SparseCodes
+from sae.core.base import SAEConfig, TrainingState
 from sae.distributed import ROWS
+from sae.kernels.codes import SparseCodes
 from saescope.errors import check_range
 
 _GOLDEN = (math.sqrt(5) - 1) / 2

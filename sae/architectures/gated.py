@@ -18,13 +18,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from sae import kernels, objectives
+from sae import kernels
 from sae.architectures import register
 from sae.architectures._l1 import L1SAE, L1Config
-from sae.base import SAEConfig, TrainingOutput, TrainingState
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
+from sae.core import losses
+from sae.core.base import SAEConfig, TrainingOutput, TrainingState
+from sae.core.batch import TrainingBatch
 from sae.distributed import normal_rows_
+from sae.kernels.codes import SparseCodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class GatedSAE(L1SAE):
         gates = SparseCodes(opened.row_ptr, opened.index, gate, self.d_sae)
         penalty = batch.mean(self.weighed(gates, batch))
         frozen = self.W_dec.detach(), self.b_dec.detach()
-        auxiliary = objectives.reconstruct(gates, batch, *frozen).loss
+        auxiliary = losses.reconstruct(gates, batch, *frozen).loss
         loss = found.loss + self.config.l1_weight(state) * penalty + auxiliary
         terms = {
             "fvu": found.loss.detach(),

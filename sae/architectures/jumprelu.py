@@ -26,14 +26,15 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from sae import kernels, objectives
+from sae import kernels
 from sae.architectures import register
 from sae.architectures._batch_selection import calibrated_threshold
 from sae.architectures._ste import jump_relu, step
-from sae.base import SAEConfig, SparseAutoencoder, TrainingOutput, TrainingState
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
+from sae.core import losses
+from sae.core.base import SAEConfig, SparseAutoencoder, TrainingOutput, TrainingState
+from sae.core.batch import TrainingBatch
 from sae.distributed import FEATURES
+from sae.kernels.codes import SparseCodes
 from saescope.errors import check_range
 
 
@@ -187,9 +188,9 @@ class JumpReLUSAE(SparseAutoencoder):
             replace(part, value=jump_relu(part.value, own, eps))
             for part, own in zip(parts, owns, strict=True)
         )
-        found = objectives.reconstruct(codes, batch, self.W_dec, self.b_dec, silent)
+        found = losses.reconstruct(codes, batch, self.W_dec, self.b_dec, silent)
         if config.penalty == "tanh":
-            scale = config.tanh_scale / unit * objectives.row_norms(self.W_dec)
+            scale = config.tanh_scale / unit * losses.row_norms(self.W_dec)
             strengths = [part.value * scale.index_select(0, part.index) for part in (codes, silent)]
             counted = batch.mean(torch.tanh(torch.cat(strengths)))
         else:
@@ -231,7 +232,7 @@ class JumpReLUSAE(SparseAutoencoder):
         is that of theta - z, which the batch's sum of inputs gives, and of what is above.
         """
         rows = dead.nonzero()[:, 0]
-        encoder, decoder = (objectives.rows_of(W, rows) for W in (self.W_enc_T, self.W_dec))
+        encoder, decoder = (losses.rows_of(W, rows) for W in (self.W_enc_T, self.W_dec))
         n = len(centred)
         sum_z = (encoder * centred.sum(0)).sum(1) + n * self.b_enc.index_select(0, rows)
         beyond = torch.zeros_like(theta).index_add(0, above.index, above.value)

@@ -29,10 +29,10 @@ from torch.autograd.function import once_differentiable
 from sae.architectures import register
 from sae.architectures._tied import TiedSAE
 from sae.architectures._topk import KConfig
-from sae.base import SAEConfig, TrainingOutput, TrainingState
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
-from sae.kernels.aten import topk_by_groups
+from sae.core.base import SAEConfig, TrainingOutput, TrainingState
+from sae.core.batch import TrainingBatch
+from sae.kernels.codes import SparseCodes
+from sae.kernels.torch_backend import topk_by_groups
 from saescope.errors import InputError, check_range
 
 _CHUNK_ELEMENTS = 2**20

@@ -17,10 +17,10 @@ from sae.architectures import register
 from sae.architectures._batch_selection import BatchSelectionConfig, BatchSelectionSAE
 from sae.architectures._nested import nested
 from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
-from sae.base import SAEConfig, TrainingState
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
-from sae.objectives import Reconstruction
+from sae.core.base import SAEConfig, TrainingState
+from sae.core.batch import TrainingBatch
+from sae.core.losses import Reconstruction
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index
 

@@ -23,9 +23,9 @@ from sae.architectures import register
 from sae.architectures._auxk import AuxKSAE
 from sae.architectures._nested import nested
 from sae.architectures._topk import KConfig
-from sae.base import SAEConfig, TrainingOutput, TrainingState
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
+from sae.core.base import SAEConfig, TrainingOutput, TrainingState
+from sae.core.batch import TrainingBatch
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
 
 

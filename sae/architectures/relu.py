@@ -19,10 +19,10 @@ from torch.nn import functional
 from sae import kernels
 from sae.architectures import register
 from sae.architectures._l1 import L1SAE, L1Config
-from sae.base import SAEConfig, TrainingOutput, TrainingState
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
+from sae.core.base import SAEConfig, TrainingOutput, TrainingState
+from sae.core.batch import TrainingBatch
 from sae.distributed import ALL, FEATURES
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError, check_range
 
 _SMOOTH = 1e-3

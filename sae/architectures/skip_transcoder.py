@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sae.architectures import register
 from sae.architectures._transcoding import Transcoding, TranscodingConfig
-from sae.base import SAEConfig
-from sae.codes import SparseCodes
+from sae.core.base import SAEConfig
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
 
 

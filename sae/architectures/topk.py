@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from sae.architectures import register
 from sae.architectures._topk import TopKFamily, TopKFields
-from sae.base import SAEConfig
+from sae.core.base import SAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)

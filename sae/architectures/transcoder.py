@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from sae.architectures import register
 from sae.architectures._transcoding import Transcoding, TranscodingConfig
-from sae.base import SAEConfig
+from sae.core.base import SAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from sae import kernels
 from sae.bench.dense import LR, update
 from sae.bench.inputs import Inputs
 from sae.bench.steps import DENSE, Setting
-from sae.kernels import aten
+from sae.kernels import torch_backend
 from sae.training.optimisers import Adam
 from saescope.errors import InputError
 
@@ -46,10 +46,10 @@ class Problem:
 def make_problem(inputs: Inputs, k: int, dtype: torch.dtype = torch.float32) -> Problem:
     """Codes of the first batch, and their error."""
     x, W, b = inputs.x[0].to(dtype), inputs.W_enc_T.to(dtype), inputs.b_enc.to(dtype)
-    index, value = aten.topk(x, W, b, k)
+    index, value = torch_backend.topk(x, W, b, k)
     row_ptr = torch.arange(len(x) + 1, device=x.device) * k
     index, value = index.reshape(-1), value.relu().reshape(-1)
-    error = aten.decode(row_ptr, index, value, inputs.W_dec.to(dtype)) - x
+    error = torch_backend.decode(row_ptr, index, value, inputs.W_dec.to(dtype)) - x
     sample = (x[:: max(1, len(x) // 512)] @ W.T + b).float()
     bar = sample.view(-1).topk(k * len(sample), sorted=False).values.min()
     return Problem(

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from sae import kernels
 from sae.architectures import architecture
-from sae.base import SparseAutoencoder, TrainingState
-from sae.batch import TrainingBatch
 from sae.bench.dense import KINDS, LR, SILENT, DenseStep, Products, ProductStep
 from sae.bench.inputs import Inputs
-from sae.normaliser import Normaliser
+from sae.core.base import SparseAutoencoder, TrainingState
+from sae.core.batch import TrainingBatch
+from sae.core.normaliser import Normaliser
 from sae.training.trainer import Trainer, TrainerConfig
 from saescope.errors import InputError
 

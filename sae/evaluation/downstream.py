@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from activations import Model
-from activations.kept import real_tokens
+from activations.sites.kept import real_tokens
 from sae.evaluation.intervals import by_cluster, half_width
 from saescope.errors import InputError
 from saescope.integers import as_index

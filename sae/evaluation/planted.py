@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sae.batch import RawBatch
+from sae.core.batch import RawBatch
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 

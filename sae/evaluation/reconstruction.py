@@ -13,11 +13,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sae.codes import SparseCodes
+from sae.core.finite import check_rows
+from sae.core.normaliser import ROUNDING
 from sae.distributed import FEATURES, ROWS
 from sae.evaluation.intervals import by_cluster, half_width
-from sae.finite import check_rows
-from sae.normaliser import ROUNDING
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
 
 _ROWS = 4096

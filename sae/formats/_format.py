@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-from sae.base import SparseAutoencoder, kind_of
+from sae.core.base import SparseAutoencoder, kind_of
 from sae.formats._claim import Claim
 from saescope.errors import InputError
 

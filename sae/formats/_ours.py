@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sae.architectures import architecture
-from sae.base import SparseAutoencoder, kind_of
+from sae.core.base import SparseAutoencoder, kind_of
+from sae.core.normaliser import Normaliser
 from sae.formats._plain import PlainSAE
-from sae.normaliser import Normaliser
 from saescope.errors import InputError
 
 Rule = Callable[[Any], dict[str, Any]]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sae.base import SparseAutoencoder, kind_of
+from sae.core.base import SparseAutoencoder, kind_of
 from sae.evaluation.intervals import shown
 from saescope import __version__
 from saescope.config import to_dict

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sae.base import SparseAutoencoder, kind_of
+from sae.core.base import SparseAutoencoder, kind_of
 from sae.formats import register
 from sae.formats._format import Format, released_as
 from sae.formats._given import Given

@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from sae.base import SparseAutoencoder
+from sae.core.base import SparseAutoencoder
 from sae.formats import register
 from sae.formats._claim import Claim
 from sae.formats._format import Format, released_as

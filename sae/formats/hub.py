@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sae.base import SparseAutoencoder
+from sae.core.base import SparseAutoencoder
 from sae.evaluation.written import EVALUATION_FILE, read_evaluation
 from sae.formats import format_named, formats
 from sae.formats.card import model_card
 from saescope.artefact import write_bytes
 from saescope.errors import ArtefactError, InputError
-from saescope.places import local
+from saescope.paths import local
 
 SCHEME = "hf://"
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
@@ -126,7 +126,7 @@ def upload(
     chosen = format_named(to)
     if not isinstance(sae, SparseAutoencoder):
         metrics = metrics or evaluation_of(sae)
-        from sae.loading import load  # it imports this module
+        from sae.formats.load import load  # it imports this module
 
         sae = load(sae)
     from huggingface_hub import HfApi

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae.base import SparseAutoencoder, kind_of
+from sae.core.base import SparseAutoencoder, kind_of
 from sae.formats import register
 from sae.formats._claim import Claim
 from sae.formats._format import Format

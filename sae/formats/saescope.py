@@ -1,4 +1,4 @@
-"""Our own format: config.json and weights.safetensors (see `sae.saved`)."""
+"""Our own format: config.json and weights.safetensors (see `sae.core.serialisation`)."""
 
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 
 from sae.architectures import list_architectures
-from sae.base import SparseAutoencoder
+from sae.core.base import SparseAutoencoder
+from sae.core.normaliser import Normaliser
+from sae.core.serialisation import CONFIG_FILE, WEIGHTS_FILE, read_sae
 from sae.formats import register
 from sae.formats._claim import Claim
 from sae.formats._format import Format
-from sae.normaliser import Normaliser
-from sae.saved import CONFIG_FILE, WEIGHTS_FILE, read_sae
 from saescope.artefact import read_json
 from saescope.errors import ArtefactError, InputError
 

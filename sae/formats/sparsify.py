@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import save_file
 
-from sae.base import SparseAutoencoder
+from sae.core.base import SparseAutoencoder
 from sae.formats import register
 from sae.formats._format import Format, released_as
 from sae.formats._given import Given

@@ -21,14 +21,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sae.kernels import functions, selection
-from sae.kernels.totals import total as total
+from sae.kernels import autograd, selection
+from sae.kernels.fixed_order_sums import total as total
 from saescope.errors import InputError
 
 BACKENDS = {
-    "reference": "sae.kernels.reference",
-    "torch": "sae.kernels.aten",
-    "cpu": "sae.kernels.cpu",
+    "reference": "sae.kernels.reference_backend",
+    "torch": "sae.kernels.torch_backend",
+    "cpu": "sae.kernels.cpp_backend",
     "triton": "sae.kernels.triton_backend",
 }
 """where each backend's functions are (`sae.kernels.backend`)"""
@@ -105,7 +105,7 @@ def _for(like: Tensor) -> ModuleType:
 
 def less(y: Tensor, shift: Tensor) -> Tensor:
     """y [batch, d] - shift [d]; before an encoding the gradient of shift costs next to nothing."""
-    return functions.Less.apply(y, shift)  # type: ignore[return-value]
+    return autograd.Less.apply(y, shift)  # type: ignore[return-value]
 
 
 def encode_topk(
@@ -196,14 +196,14 @@ def _encode(
     x: Tensor,
     W: Tensor,
     b: Tensor | None,
-    select: functions.Selection,
+    select: autograd.Selection,
     *,
     rectify: bool,
     chosen: ModuleType,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shift = functions.Less.shift_of(x)
+    shift = autograd.Less.shift_of(x)
     x = x if shift is None else x.detach()
-    return functions.Encode.apply(x, W, b, shift, select, rectify, chosen)  # type: ignore[return-value]
+    return autograd.Encode.apply(x, W, b, shift, select, rectify, chosen)  # type: ignore[return-value]
 
 
 def encode_selected(
@@ -223,7 +223,7 @@ def encode_selected(
     def select(x: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if known is not None:
             return row_ptr, index, known.clone()
-        value = functions.entry_dots(chosen, row_ptr, index, x, W)  # type: ignore[arg-type]
+        value = autograd.entry_dots(chosen, row_ptr, index, x, W)  # type: ignore[arg-type]
         return row_ptr, index, value if b is None else value + b[index]
 
     return _encode(x, W_enc_T, b_enc, select, rectify=False, chosen=chosen)[2]
@@ -234,7 +234,7 @@ def decode(row_ptr: Tensor, index: Tensor, value: Tensor, W_dec: Tensor) -> Tens
 
     An entry (row, feature) occurs once. Differentiable in value and W_dec.
     """
-    return functions.Decode.apply(row_ptr, index, value, W_dec, _for(value))  # type: ignore[return-value]
+    return autograd.Decode.apply(row_ptr, index, value, W_dec, _for(value))  # type: ignore[return-value]
 
 
 def decode_error(
@@ -244,6 +244,6 @@ def decode_error(
 
     The former is differentiable in value, W_dec, b_dec and target; the latter has no gradient.
     """
-    return functions.DecodeError.apply(  # type: ignore[return-value]
+    return autograd.DecodeError.apply(  # type: ignore[return-value]
         row_ptr, index, value, W_dec, b_dec, target, _for(value)
     )

@@ -3,7 +3,7 @@
 Shapes: x, rows [batch, d]; W [d_sae, d], one feature a row, contiguous; b [d_sae]. Codes are CSR:
 row r holds entries row_ptr[r] to row_ptr[r + 1] (int64 [batch + 1]), each a feature (index, int64
 [entries]) and a value ([entries]). An entry (row, feature) occurs once. Gradients are made of these
-operations in one place, `sae.kernels.functions`, for every backend.
+operations in one place, `sae.kernels.autograd`, for every backend.
 """
 
 from typing import Protocol

@@ -1,4 +1,4 @@
-// Selection for `cpu.py`: which pre-activations of a chunk of rows are kept.
+// Selection for `cpp_backend.py`: which pre-activations of a chunk of rows are kept.
 //
 // `pre` is x W^T [rows, width], contiguous; the bias b [width] (or null) is added on the way.
 #include <omp.h>

@@ -1,4 +1,4 @@
-// Sparse sums for `cpu.py`: decoding, its errors and dot products, gradients of the weights.
+// Sparse sums for `cpp_backend.py`: decoding, its errors and dot products, gradients of the weights.
 //
 // An output is summed by one thread, in an order that does not depend on the number of threads.
 #include <omp.h>

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae.kernels import native
+from sae.kernels import cpp_library
 from saescope.errors import InputError
 
 NAMES = ("auto", "none", "int8", "bf16", "fp32")
@@ -227,8 +227,8 @@ class _Call:
     def _bounds(self, rows: Tensor, rounded: Tensor | None, weights: bool) -> Tensor | None:
         out = torch.empty(len(rows), 2)
         fit = self.library.screen_bounds(
-            native.pointer(rows), native.pointer(rounded), *rows.shape, int(weights),
-            native.pointer(out), self.threads,
+            cpp_library.pointer(rows), cpp_library.pointer(rounded), *rows.shape, int(weights),
+            cpp_library.pointer(out), self.threads,
         )  # fmt: skip
         return out if fit else None
 
@@ -247,7 +247,7 @@ class _Call:
             "value": value, "row_ptr": row_ptr, **more,
         }  # fmt: skip
         for name, tensor in tensors.items():
-            setattr(job, name, native.pointer(tensor))
+            setattr(job, name, cpp_library.pointer(tensor))
         getattr(self.library, function)(ctypes.byref(job))
         if job.status != _DONE:
             return None
@@ -255,7 +255,7 @@ class _Call:
             entries = int(row_ptr[-1])
             index, value = torch.empty(entries, dtype=torch.int64), torch.empty(entries)
             self.library.screen_take(
-                ctypes.c_void_p(job.entries), native.pointer(index), native.pointer(value)
+                ctypes.c_void_p(job.entries), cpp_library.pointer(index), cpp_library.pointer(value)
             )
         return Found(row_ptr, index, value, job.candidates)
 
@@ -324,7 +324,7 @@ def _bf16_pays(d_in: int, threads: int) -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library = native.library()
+    library = cpp_library.library()
     if library is None:
         return None
     library.screen_int8_usable.argtypes = []

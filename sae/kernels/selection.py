@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sae import contest
-from sae.codes import SparseCodes
 from sae.distributed import ALL, ROWS, Axis
+from sae.kernels import global_topk
 from sae.kernels.backend import Backend
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
 
 _SAMPLE_ROWS = 64
@@ -71,7 +71,7 @@ def top_of_batch(
     codes = codes if taken is None else _without(codes, *taken)
     if ALL.size == 1:
         return _cut(codes, n, weight)
-    return codes.select(contest.largest(_score(codes, weight), n))
+    return codes.select(global_topk.largest(_score(codes, weight), n))
 
 
 def _bars(
@@ -175,7 +175,7 @@ def top_of_features(
     codes = SparseCodes.from_flat(torch.cat(flat), torch.cat(value), len(x), len(W))
     if ROWS.size == 1:
         return codes
-    return codes.select(contest.largest_of_columns(codes.value, codes.index, quota))
+    return codes.select(global_topk.largest_of_columns(codes.value, codes.index, quota))
 
 
 def top_of_columns(values: Tensor, quota: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Triton programs for the optimiser: `sae.kernels.optimiser` says what is computed.
+"""Triton programs for the optimiser: `sae.kernels.adam` says what is computed.
 
 A program has one row, or where rows do not matter a stretch of elements, and reads it once.
 """

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae.kernels.aten import row_of_entry
+from sae.kernels.torch_backend import row_of_entry
 from sae.kernels.triton_launch import blocks, launch, power_of_2
 
 _CHUNK = 128

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae import kernels
-from sae.kernels import products, screen
+from sae.kernels import matmul, screen
 from saescope.errors import InputError
 from saescope.progress import say
 
@@ -52,7 +52,7 @@ class Numerics:
             with _deterministic(self.deterministic):
                 asked = screen.asked_for()
                 best = screen.best(self._d_in) if asked == "auto" else asked
-                self.kept = {"product": products.faster(), "screen": best}
+                self.kept = {"product": matmul.faster(), "screen": best}
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -61,7 +61,7 @@ class Numerics:
             if not self.kept:
                 yield
                 return
-            with products.using(self.kept["product"]), screen.keeping(self.kept["screen"]):
+            with matmul.using(self.kept["product"]), screen.keeping(self.kept["screen"]):
                 yield
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Numerics:
             self.kernels = before
             self._choose()
         for name in self.kept:
-            usable = products.usable() if name == "product" else _screens()
+            usable = matmul.usable() if name == "product" else _screens()
             asked = screen.asked_for() if name == "screen" else "auto"
             if asked == "auto":
                 self._require(name, str(state[name]), usable, where)

@@ -20,8 +20,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sae.base import SparseAutoencoder
-from sae.kernels import optimiser as fused
+from sae.core.base import SparseAutoencoder
+from sae.kernels import adam as fused
 from saescope.errors import InputError, check_range
 
 OptimiserKind = Literal["adam", "signum", "schedule_free_adam", "schedule_free_signum"]

@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from activations.arrays import RowsInMemory, as_rows
+from activations.storage.arrays import RowsInMemory, as_rows
 from sae.architectures import architecture
-from sae.base import SAEConfig, SparseAutoencoder, kind_of
-from sae.batch import RawBatch
-from sae.loading import SAE_FOLDER, load
-from sae.normaliser import Normaliser, NormaliserKind
-from sae.training import ranks, shards
-from sae.training.setup import RUN_SCHEMA
+from sae.core.base import SAEConfig, SparseAutoencoder, kind_of
+from sae.core.batch import RawBatch
+from sae.core.normaliser import Normaliser, NormaliserKind
+from sae.formats.load import SAE_FOLDER, load
+from sae.training import process_group, sharded_checkpoint
+from sae.training.run import RUN_SCHEMA
 from sae.training.trainer import Trainer
 from sae.training.trainer_config import TrainerConfig
 from saescope.artefact import (
@@ -36,7 +36,7 @@ from saescope.config import from_dict, to_dict
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index
 from saescope.locks import locked
-from saescope.places import local
+from saescope.paths import local
 from saescope.progress import say
 
 _BLOCK = 65_536
@@ -60,7 +60,7 @@ def train_rows(
     **settings: Any,
 ) -> SparseAutoencoder:
     """See `sae.train`."""
-    ranks.refuse_several("training on rows in memory", where="train")
+    process_group.refuse_several("training on rows in memory", where="train")
     check_range("passes", passes, above=0)
     check_range("held_out_fraction", held_out_fraction, above=0, below=1)
     seed = as_index(seed, where="seed", low=0)
@@ -135,7 +135,7 @@ def train_rows(
         made.run()
         sae = made.release()
         if folder is not None:
-            shards.release(sae, folder / SAE_FOLDER)
+            sharded_checkpoint.release(sae, folder / SAE_FOLDER)
     return sae
 
 

@@ -7,22 +7,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sae.base import SparseAutoencoder, TrainingState, kind_of
-from sae.batch import RawBatch, TrainingBatch
+from sae.core.base import SparseAutoencoder, TrainingState, kind_of
+from sae.core.batch import RawBatch, TrainingBatch
+from sae.core.finite import check_finite
+from sae.core.gradients import check_trainable
 from sae.distributed import FEATURES, ROWS
-from sae.finite import check_finite
-from sae.gradients import check_trainable
-from sae.kernels import spare
-from sae.training import checkpoint, ranks, shards
-from sae.training.controller import L0Controller, reached, warmup_fraction
-from sae.training.measuring import HeldOutRows, measure, normalised_rows
+from sae.kernels import gradient_buffers
+from sae.training import checkpoint, process_group, sharded_checkpoint
+from sae.training.batch_maker import BatchMaker
+from sae.training.held_out import HeldOutRows, measure, normalised_rows
+from sae.training.l0_controller import L0Controller, reached, warmup_fraction
 from sae.training.numerics import Numerics
-from sae.training.objective import BatchMaker
 from sae.training.optimisers import averaged, clear_rows, decays, make_optimiser
 from sae.training.schedules import base_lr, lr_factor
+from sae.training.step import update
 from sae.training.telemetry import MetricsLog, sinks
 from sae.training.trainer_config import TrainerConfig
-from sae.training.update import update
 from saescope.config import to_dict
 from saescope.errors import InputError, check_range
 from saescope.leftovers import settle
@@ -71,7 +71,7 @@ class Trainer:
     ) -> None:
         check_trainable("Trainer")
         check_range("training steps", total_steps, low=1)
-        ranks.check_batch(config.batch_size, config.accumulate)
+        process_group.check_batch(config.batch_size, config.accumulate)
         if initialise:
             _check_first_rows(sae, config)
         self.sae, self.batches, self.config = sae, batches, config
@@ -110,9 +110,9 @@ class Trainer:
             settle(folder / CHECKPOINT)
         if folder is not None and (folder / CHECKPOINT).exists():
             logged = self._restore(folder).get("metrics")
-        ranks.check_alike("their step or kernels", (self.step, self.numerics.kernels))
+        process_group.check_alike("their step or kernels", (self.step, self.numerics.kernels))
         self.log: MetricsLog | None = None
-        if folder is not None and ranks.first():
+        if folder is not None and process_group.first():
             extra = sinks(
                 config.telemetry, folder, folder.name, to_dict(config), tag=tag,
                 resume_step=self.step,
@@ -171,10 +171,10 @@ class Trainer:
             penalty=self.controller.penalty if self.controller else 1.0,
             generator=self.generator,
         )
-        spare.give(each.grad for each in sae.parameters() if each.grad is not None)
+        gradient_buffers.give(each.grad for each in sae.parameters() if each.grad is not None)
         self.optimiser.zero_grad(set_to_none=True)
         terms, counts, rows = self._backward(raw, state)
-        ranks.add_up_gradients(sae, counts)
+        process_group.add_up_gradients(sae, counts)
         # here every gradient is that of the whole batch
         lr = self.lr * self._lr_factor()
         norm = update(
@@ -295,7 +295,7 @@ class Trainer:
     def _save(self) -> None:
         if self.folder is None:
             return
-        shards.save(
+        sharded_checkpoint.save(
             self.folder / CHECKPOINT,
             self.sae,
             tensors={
@@ -319,7 +319,7 @@ class Trainer:
         )
 
     def _restore(self, folder: Path) -> dict[str, Any]:
-        tensors, state = shards.load(folder / CHECKPOINT, self.sae)
+        tensors, state = sharded_checkpoint.load(folder / CHECKPOINT, self.sae)
         if state["tag"] != self.tag:
             raise InputError(
                 "holds a run with another configuration; choose another folder",

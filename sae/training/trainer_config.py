@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sae.training.batch_maker import ObjectiveConfig
 from sae.training.numerics import KernelsKind
-from sae.training.objective import ObjectiveConfig
 from sae.training.optimisers import OptimiserKind
 from sae.training.telemetry import SinkKind, check_sink
 from saescope.config import Config

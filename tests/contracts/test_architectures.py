@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from sae.architectures import architecture, list_architectures
-from sae.base import SparseAutoencoder, TrainingState
-from sae.batch import RawBatch, TrainingBatch
-from sae.loading import load
-from sae.normaliser import Normaliser
-from sae.training.objective import BatchMaker, ObjectiveConfig
+from sae.core.base import SparseAutoencoder, TrainingState
+from sae.core.batch import RawBatch, TrainingBatch
+from sae.core.normaliser import Normaliser
+from sae.formats.load import load
+from sae.training.batch_maker import BatchMaker, ObjectiveConfig
 from saescope.config import from_dict, to_dict
 from saescope.errors import ArtefactError, InputError
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sae.architectures import architecture, list_architectures
-from sae.base import SparseAutoencoder
+from sae.core.base import SparseAutoencoder
+from sae.core.normaliser import Normaliser, NormaliserKind
 from sae.formats import format_named, formats, recognise
-from sae.loading import load
-from sae.normaliser import Normaliser, NormaliserKind
+from sae.formats.load import load
 from saescope.errors import ArtefactError, InputError
 
 D_IN, D_OUT, D_SAE, K = 8, 6, 24, 4

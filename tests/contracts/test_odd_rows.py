@@ -10,10 +10,10 @@ from torch import Tensor
 from sae import kernels
 from sae.architectures._auxk import AuxKSAE
 from sae.architectures._batch_selection import BatchSelectionSAE
-from sae.base import SparseAutoencoder, TrainingState
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
-from sae.objectives import Reconstruction
+from sae.core.base import SparseAutoencoder, TrainingState
+from sae.core.batch import TrainingBatch
+from sae.core.losses import Reconstruction
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
 from tests.contracts.test_architectures import D_SAE, KINDS, make, rows, targets
 

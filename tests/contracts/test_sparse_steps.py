@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae.architectures import architecture, csr, list_architectures, matching_pursuit
-from sae.base import SparseAutoencoder, TrainingState
-from sae.batch import TrainingBatch
-from sae.kernels import aten, cpu, screen, selection
+from sae.core.base import SparseAutoencoder, TrainingState
+from sae.core.batch import TrainingBatch
+from sae.kernels import cpp_backend, screen, selection, torch_backend
 
 ROWS, D_IN, D_SAE = 384, 16, 2048
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -52,10 +52,14 @@ class Largest(TorchDispatchMode):
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks are far smaller than the whole, as they are of real shapes."""
     for module, name in [
-        (aten, "_CHUNK_ELEMENTS"), (selection, "_BLOCK_ELEMENTS"), (selection, "_SAMPLE_ELEMENTS"),
-        (csr, "_CHUNK_ELEMENTS"), (matching_pursuit, "_CHUNK_ELEMENTS"),
-        (cpu, "_CHUNK_ELEMENTS"), (screen, "_CHUNK_ELEMENTS"),
-    ]:  # fmt: skip
+        (torch_backend, "_CHUNK_ELEMENTS"),
+        (selection, "_BLOCK_ELEMENTS"),
+        (selection, "_SAMPLE_ELEMENTS"),
+        (csr, "_CHUNK_ELEMENTS"),
+        (matching_pursuit, "_CHUNK_ELEMENTS"),
+        (cpp_backend, "_CHUNK_ELEMENTS"),
+        (screen, "_CHUNK_ELEMENTS"),
+    ]:
         assert getattr(module, name) <= 2**24
         monkeypatch.setattr(module, name, 2**14)
     monkeypatch.setattr(matching_pursuit, "_GRAM_WIDTH", 0)  # d_sae x d_sae, whatever the batch

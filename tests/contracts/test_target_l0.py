@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sae.architectures import architecture, list_architectures
-from sae.batch import RawBatch
-from sae.normaliser import Normaliser
-from sae.training.controller import REACHED, L0Controller
+from sae.core.batch import RawBatch
+from sae.core.normaliser import Normaliser
+from sae.training.l0_controller import REACHED, L0Controller
 from sae.training.trainer import Trainer, TrainerConfig
 
 D_IN, D_SAE, BATCH = 32, 256, 256

@@ -73,9 +73,9 @@ def put_in_place(patch: pytest.MonkeyPatch, folder: Path) -> None:
     }
     patch.setattr(demo_command, "examples", lambda: found)
     patch.setattr(demo_time, "WIDTH", D_MODEL)
-    patch.setattr("activations.packaged.fetch_all", lambda: None)
+    patch.setattr("activations.models.packaged.fetch_all", lambda: None)
     # no feature of random weights is plainly about one word
-    patch.setattr("sae.steer_command.suggest", lambda store: (3, 2.0, "Number"))
+    patch.setattr("sae.commands.steer.suggest", lambda store: (3, 2.0, "Number"))
 
 
 @pytest.fixture(scope="module")

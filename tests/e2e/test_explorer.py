@@ -15,7 +15,7 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 import dashboards
-from dashboards import launch, live, places
+from dashboards import find_stores, launch, model_cache
 from saescope.errors import ArtefactError, InputError
 from store import Annotations, FeatureStore
 from tests.tiny_store import CONTEXT, D_SAE, DEAD, EVERYWHERE, RARE, make_tiny_store
@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of stores with one store in it, named tiny."""
     shutil.copytree(made, tmp_path / "tiny")
-    monkeypatch.setenv(places.PLACE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(find_stores.PLACE_VARIABLE, str(tmp_path))
     yield tmp_path
     st.cache_resource.clear()
     st.cache_data.clear()
@@ -302,7 +302,7 @@ def test_a_rebuilt_store_is_read_anew(folder: Path) -> None:
 
 
 def test_no_store_is_a_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(places.PLACE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(find_stores.PLACE_VARIABLE, str(tmp_path))
     app = open_page()
     assert "no feature store here" in app.error[0].value.replace("\\", "")
 
@@ -332,7 +332,7 @@ def send(app: AppTest, text: str) -> AppTest:
 
 
 def test_try_your_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "features_of_text", features_of)
+    monkeypatch.setattr(model_cache, "features_of_text", features_of)
     with Annotations.open(folder / "tiny", sae_hash="5ae") as notes:
         notes.set_label(RARE, "a <rare> one")
     app = send(open_page(TEXT), "old <b>harbour</b> town")
@@ -367,7 +367,7 @@ def test_try_your_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_text_that_cannot_be_used(
     folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
 ) -> None:
-    monkeypatch.setattr(live, "features_of_text", features_of)
+    monkeypatch.setattr(model_cache, "features_of_text", features_of)
     app = send(open_page(TEXT), text)
     said = [*app.warning, *app.error]
     assert message in said[0].value
@@ -385,14 +385,14 @@ def test_only_what_was_named_or_is_beside_the_stores_is_loaded(
     link.symlink_to(away)
 
     def named(kind: str, own: str, *names: str) -> str:
-        for name, value in places.environment(
+        for name, value in find_stores.environment(
             str(stores), **{"model": (), "sae": (), kind: names}
         ).items():
             monkeypatch.setenv(name, value)
         with suppress(ArtefactError):
-            return places.to_load(kind, own, "the store")
+            return find_stores.to_load(kind, own, "the store")
         with pytest.raises(ArtefactError, match=f"start the explorer with --{kind}"):
-            places.to_load(kind, own, "the store")
+            find_stores.to_load(kind, own, "the store")
         return ""
 
     assert named("sae", str(beside)) == str(beside)
@@ -405,8 +405,8 @@ def test_only_what_was_named_or_is_beside_the_stores_is_loaded(
     assert named("model", "gpt2", "gpt2", "other") == "gpt2"
     assert named("model", "gpt2", "other") == "other", "the only one that was named"
     assert named("model", "gpt2", "other", "another") == ""
-    monkeypatch.delenv(places.PLACE_VARIABLE)
-    assert places.to_load("sae", str(away), "the store") == str(away), "a program asks"
+    monkeypatch.delenv(find_stores.PLACE_VARIABLE)
+    assert find_stores.to_load("sae", str(away), "the store") == str(away), "a program asks"
 
 
 def test_text_without_the_sae_is_a_clear_error(folder: Path) -> None:
@@ -414,7 +414,7 @@ def test_text_without_the_sae_is_a_clear_error(folder: Path) -> None:
     with FeatureStore.open(folder / "tiny") as opened:
         opened.meta.pop("sae_path")
         with pytest.raises(ArtefactError, match="does not say which"):
-            live.features_of_text(opened, "x")
+            model_cache.features_of_text(opened, "x")
     assert not app.exception
 
 
@@ -445,12 +445,12 @@ def test_places(folder: Path) -> None:
     tiny = folder / "tiny"
     file = (tiny / "features.duckdb").resolve()
     for place in (folder, tiny, file):
-        assert places.find_stores(place) == {"tiny": file}
+        assert find_stores.find_stores(place) == {"tiny": file}
     copy = folder / "named.duckdb"
     copy.write_bytes(file.read_bytes())
-    assert places.find_stores(copy) == {"named": copy.resolve()}
+    assert find_stores.find_stores(copy) == {"named": copy.resolve()}
     with pytest.raises(ArtefactError, match="no feature store here"):
-        places.find_stores(folder / "gone")
+        find_stores.find_stores(folder / "gone")
 
 
 def test_the_server_listens_on_this_machine_only(folder: Path) -> None:

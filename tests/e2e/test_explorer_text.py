@@ -10,7 +10,7 @@ import torch
 
 import sae
 from activations import load_model
-from dashboards import live, places
+from dashboards import find_stores, model_cache
 from sae.architectures.topk import TopKConfig, TopKSAE
 from saescope.errors import ArtefactError
 from store import FeatureStore
@@ -39,16 +39,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in (places.PLACE_VARIABLE, places.NAMED_VARIABLE):
+    for name in (find_stores.PLACE_VARIABLE, find_stores.NAMED_VARIABLE):
         monkeypatch.delenv(name, raising=False)
-    live.load.clear()
+    model_cache.load.clear()
     yield
-    live.load.clear()
+    model_cache.load.clear()
 
 
 def answer(made: Path) -> list[int]:
     with FeatureStore.open(made / "stores" / "a") as store:
-        return live.features_of_text(store, TEXT).feature.tolist()
+        return model_cache.features_of_text(store, TEXT).feature.tolist()
 
 
 def test_features_are_those_of_the_sae(made: Path) -> None:
@@ -85,19 +85,19 @@ def test_in_the_explorer_a_store_from_elsewhere_loads_nothing(
 ) -> None:
     downloaded = tmp_path / "downloads" / "stranger"
     shutil.copytree(made / "stores" / "a", downloaded)
-    monkeypatch.setenv(places.PLACE_VARIABLE, str(downloaded))
+    monkeypatch.setenv(find_stores.PLACE_VARIABLE, str(downloaded))
     with FeatureStore.open(downloaded) as store:
         with pytest.raises(ArtefactError, match=r"nobody has named it.*--model"):
-            live.features_of_text(store, TEXT)
+            model_cache.features_of_text(store, TEXT)
         named = {"model": [str(made / "model")], "sae": []}
-        monkeypatch.setenv(places.NAMED_VARIABLE, json.dumps(named))
+        monkeypatch.setenv(find_stores.NAMED_VARIABLE, json.dumps(named))
         with pytest.raises(ArtefactError, match=r"nobody has named it.*--sae"):
-            live.features_of_text(store, TEXT)
+            model_cache.features_of_text(store, TEXT)
         named["sae"] = [str(made / "run")]
-        monkeypatch.setenv(places.NAMED_VARIABLE, json.dumps(named))
-        assert live.features_of_text(store, TEXT).feature.tolist() == answer(made)
+        monkeypatch.setenv(find_stores.NAMED_VARIABLE, json.dumps(named))
+        assert model_cache.features_of_text(store, TEXT).feature.tolist() == answer(made)
         for key in ("sae_hash", "model_hash"):
             told, store.meta[key] = store.meta[key], None
             with pytest.raises(ArtefactError, match="does not say which"):
-                live.features_of_text(store, TEXT)
+                model_cache.features_of_text(store, TEXT)
             store.meta[key] = told

@@ -10,7 +10,7 @@ import activations
 import sae
 import store
 from sae.formats.hub import EVALUATION_FILE
-from sae.indexing import STORE_FILE, direct_logits
+from sae.indexing.build import STORE_FILE, direct_logits
 from saescope.__main__ import main
 from saescope.errors import ArtefactError
 from tests.tiny import make_tiny_harvest, make_tiny_model

@@ -9,8 +9,8 @@ import torch
 import sae
 from activations import load_model
 from sae.analysis.lens import LensConfig, train_lens
-from sae.evaluation.command import EvaluateConfig, evaluate
-from sae.training.command import TrainConfig, train
+from sae.commands.evaluate import EvaluateConfig, evaluate
+from sae.commands.train import TrainConfig, train
 from saescope.config import from_dict
 from saescope.errors import InputError
 from tests.tiny import make_tiny_harvest, make_tiny_model

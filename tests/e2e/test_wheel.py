@@ -18,7 +18,7 @@ PACKAGES = ("saescope", "activations", "sae", "store", "dashboards")
 
 ALL_THE_WAY = """
 import importlib, pathlib, sys
-import activations.packaged, dashboards.app, dashboards.demo_command, sae.steer_command
+import activations.models.packaged, dashboards.app, dashboards.demo_command, sae.commands.steer
 from saescope.__main__ import COMMANDS, main
 
 TINY = ["--model.spec", "model", "--model.dtype", "float32", "--corpus.source", "text/corpus.jsonl",
@@ -29,8 +29,8 @@ assert main(["harvest", "configs/harvest/smollm2-135m-wikipedia.toml", *TINY, "-
 quick = dashboards.demo_command.QUICK
 dashboards.demo_command.examples = lambda: {
     quick.harvest: pathlib.Path("harvest.toml"), quick.train: pathlib.Path("train.toml")}
-activations.packaged.fetch_all = lambda: None
-sae.steer_command.suggest = lambda store: (3, 2.0, "Number")
+activations.models.packaged.fetch_all = lambda: None
+sae.commands.steer.suggest = lambda store: (3, 2.0, "Number")
 assert main(["demo", "--quick"]) == 0
 
 for command in COMMANDS.values():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae.kernels import cpu
+from sae.kernels import cpp_backend
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
 def sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to decode, whatever the shape would choose."""
     if request.param == "by tile":
-        monkeypatch.setattr(cpu, "_FEW", 0)
-        monkeypatch.setattr(cpu, "_IN_CACHE", -1)
+        monkeypatch.setattr(cpp_backend, "_FEW", 0)
+        monkeypatch.setattr(cpp_backend, "_IN_CACHE", -1)
     else:
-        monkeypatch.setattr(cpu, "_FEW", 2**40)
+        monkeypatch.setattr(cpp_backend, "_FEW", 2**40)
     return request.param

@@ -14,7 +14,7 @@ from pathlib import Path
 
 _TESTS = (
     *(f"kernels/test_{name}.py" for name in ("cpu", "cpu_gradients", "screen", "optimiser")),
-    "unit/test_taking.py",
+    "unit/test_gather.py",
 )
 _FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 _RUNTIMES = ("libasan.so", "libubsan.so")

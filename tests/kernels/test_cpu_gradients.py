@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from sae import kernels
-from sae.kernels import cpu
+from sae.kernels import cpp_backend
 from tests.kernels.cases import Random, assert_as_good, chosen
 
 pytestmark = [
-    pytest.mark.skipif(not cpu.usable(), reason="no C++ compiler"),
+    pytest.mark.skipif(not cpp_backend.usable(), reason="no C++ compiler"),
     pytest.mark.usefixtures("no_screen"),
 ]
 

@@ -12,7 +12,7 @@ import torch
 
 import activations
 from sae import kernels
-from sae.kernels import cpu, native
+from sae.kernels import cpp_backend, cpp_library
 from saescope import compiled
 
 with_compiler = pytest.mark.skipif(
@@ -28,14 +28,14 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "sources"
     folder.mkdir()
     (folder / "answer.cpp").write_text(_SOURCE % 41)
-    monkeypatch.setattr(native, "FOLDER", folder)
+    monkeypatch.setattr(cpp_library, "FOLDER", folder)
     monkeypatch.setenv("SAESCOPE_CACHE", str(tmp_path / "cache"))
     return folder
 
 
 def load(capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
     """The library as a new process would get it, and what it says on standard error."""
-    found = native.library.__wrapped__()
+    found = cpp_library.library.__wrapped__()
     return found, capsys.readouterr().err
 
 
@@ -44,9 +44,9 @@ def test_a_library_is_built_once(sources: Path, capsys: pytest.CaptureFixture[st
     found, said = load(capsys)
     assert found.answer() == 41  # type: ignore[attr-defined]
     assert said == ""
-    path = native.build()
+    path = cpp_library.build()
     written = path.stat().st_mtime_ns
-    assert native.build() == path
+    assert cpp_library.build() == path
     assert path.stat().st_mtime_ns == written
     assert [each.name for each in path.parent.iterdir()] == [path.name]  # nothing left lying
 
@@ -55,17 +55,17 @@ def test_a_library_is_built_once(sources: Path, capsys: pytest.CaptureFixture[st
 def test_whatever_matters_makes_another_library(
     sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = [native.build()]
+    paths = [cpp_library.build()]
     (sources / "answer.cpp").write_text(_SOURCE % 42)
-    paths.append(native.build())
+    paths.append(cpp_library.build())
     (sources / "more.h").write_text("// included by none\n")
-    paths.append(native.build())
+    paths.append(cpp_library.build())
     monkeypatch.setenv("SAESCOPE_CXXFLAGS", "-DANSWER=43")
-    paths.append(native.build())
+    paths.append(cpp_library.build())
     monkeypatch.setattr(compiled, "processor", lambda: "another")
-    paths.append(native.build())
+    paths.append(cpp_library.build())
     monkeypatch.setattr(compiled, "_version", lambda _: "another")
-    paths.append(native.build())
+    paths.append(cpp_library.build())
     assert len(set(paths)) == len(paths)
     assert all(path.exists() for path in paths)
 
@@ -144,7 +144,7 @@ def test_a_cache_that_cannot_be_written(
 
 
 def test_without_the_library_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(cpp_library, "library", lambda: None)
     for asked in ("auto", "cpu"):
         monkeypatch.setenv("SAESCOPE_KERNELS", asked)
         assert kernels.backend(torch.ones(1)) == "torch"
@@ -171,7 +171,7 @@ def test_a_process_without_a_compiler_says_so_once(tmp_path: Path) -> None:
 
 @with_compiler
 @pytest.mark.parametrize("target", ["native", "baseline"])
-@pytest.mark.parametrize("folder", [native.FOLDER, Path(activations.__file__).parent])
+@pytest.mark.parametrize("folder", [cpp_library.FOLDER, Path(activations.__file__).parent])
 def test_it_builds_without_warnings(target: str, folder: Path, tmp_path: Path) -> None:
     """For this processor, and without the vectors of newer ones."""
     if target == "baseline" and platform.machine() != "x86_64":
@@ -179,7 +179,7 @@ def test_it_builds_without_warnings(target: str, folder: Path, tmp_path: Path) -
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
     flags = [
         *compiled.FLAGS,
-        *native.FLAGS,
+        *cpp_library.FLAGS,
         "-Werror",
         *(["-march=x86-64"] if target == "baseline" else []),
     ]
@@ -196,7 +196,7 @@ def test_it_builds_without_warnings(target: str, folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is loaded")
-@pytest.mark.skipif(not cpu.usable(), reason="no C++ compiler")
+@pytest.mark.skipif(not cpp_backend.usable(), reason="no C++ compiler")
 def test_it_shares_torchs_threads() -> None:
     """One OpenMP runtime in the process, and no threads beyond those torch has made."""
     code = """

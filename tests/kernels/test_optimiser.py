@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae import kernels
-from sae.kernels.optimiser import adam_, gradient_square
+from sae.kernels.adam import adam_, gradient_square
 
 LR, BETA1, BETA2, EPS = 1e-2, 0.9, 0.999, 1e-8
 SHAPES = [(1, 1), (3, 5), (17, 33), (64, 24), (5, 1000), (2, 4097), (70, 700), (1,), (9,), (4097,),

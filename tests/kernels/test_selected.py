@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sae import kernels
-from sae.codes import SparseCodes, csr_of
-from sae.kernels import aten
+from sae.kernels import torch_backend
+from sae.kernels.codes import SparseCodes, csr_of
 
 
 def problem(share: float) -> tuple[torch.Tensor, ...]:
@@ -51,7 +51,7 @@ def test_selected_without_a_bias() -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.7])
 def test_encode_above_is_the_dense_mask(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aten, "_CHUNK_ELEMENTS", 4 * 70)  # several chunks of rows
+    monkeypatch.setattr(torch_backend, "_CHUNK_ELEMENTS", 4 * 70)  # several chunks of rows
     x, W_enc_T, b_enc, _, _ = problem(0.0)
     each = torch.full((70,), threshold, dtype=torch.float64)
     row_ptr, index, value = kernels.encode_above(x, W_enc_T, b_enc, each)

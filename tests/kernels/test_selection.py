@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae import kernels
-from sae.codes import SparseCodes
-from sae.kernels import aten, selection
+from sae.kernels import selection, torch_backend
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
 
 BACKENDS = ["reference", "torch", "cpu"]
@@ -17,7 +17,7 @@ BACKENDS = ["reference", "torch", "cpu"]
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, parts and blocks even of small matrices, and samples of a few rows."""
-    monkeypatch.setattr(aten, "_CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(torch_backend, "_CHUNK_ELEMENTS", 100)
     monkeypatch.setattr(selection, "_BLOCK_ELEMENTS", 150)
     monkeypatch.setattr(selection, "_SAMPLE_ROWS", 6)
 
@@ -145,7 +145,7 @@ class Watched:
         self.given: list[int] = []
 
     def above(self, *args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        found = aten.above(*args)
+        found = torch_backend.above(*args)
         self.given.append(len(found[2]))
         return found
 

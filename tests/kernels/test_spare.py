@@ -8,31 +8,31 @@ import pytest
 import torch
 
 from sae import kernels
-from sae.kernels import cpu, spare
+from sae.kernels import cpp_backend, gradient_buffers
 from tests.unit.test_trainer import D_IN, make_trainer
 
 
 def test_what_is_given_is_taken_once() -> None:
     first, second = torch.zeros(3, 5), torch.zeros(3, 5)
-    spare.give([first, second, torch.zeros(5)])
-    taken = {spare.take(3, 5).data_ptr() for _ in range(2)}
+    gradient_buffers.give([first, second, torch.zeros(5)])
+    taken = {gradient_buffers.take(3, 5).data_ptr() for _ in range(2)}
     assert taken == {first.data_ptr(), second.data_ptr()}
-    fresh = spare.take(3, 5)
+    fresh = gradient_buffers.take(3, 5)
     assert fresh.shape == (3, 5)
     assert fresh.data_ptr() not in taken
-    assert spare.take(5, 3).shape == (5, 3)
+    assert gradient_buffers.take(5, 3).shape == (5, 3)
 
 
 def test_nothing_piles_up() -> None:
     kept = torch.zeros(4, 4)
-    spare.give([kept])
-    spare.give([])
-    assert spare.take(4, 4).data_ptr() != kept.data_ptr()
+    gradient_buffers.give([kept])
+    gradient_buffers.give([])
+    assert gradient_buffers.take(4, 4).data_ptr() != kept.data_ptr()
 
 
 def test_only_what_can_be_handed_out_is_kept() -> None:
-    spare.give([torch.zeros(3, 5).T, torch.zeros(5, 3, dtype=torch.float64)])
-    found = spare.take(5, 3)
+    gradient_buffers.give([torch.zeros(3, 5).T, torch.zeros(5, 3, dtype=torch.float64)])
+    found = gradient_buffers.take(5, 3)
     assert found.is_contiguous()
     assert found.dtype == torch.float32
 
@@ -46,12 +46,12 @@ def test_training_uses_it_and_sees_nothing_of_it(
     reused: list[bool] = []
 
     def taken(rows: int, width: int) -> torch.Tensor:
-        before = {each.data_ptr() for kept in spare._spare.values() for each in kept}
-        found = spare.take(rows, width)
+        before = {each.data_ptr() for kept in gradient_buffers._spare.values() for each in kept}
+        found = gradient_buffers.take(rows, width)
         reused.append(found.data_ptr() in before)
         return found
 
-    monkeypatch.setattr(cpu, "spare", SimpleNamespace(take=taken))
+    monkeypatch.setattr(cpp_backend, "spare", SimpleNamespace(take=taken))
     for step in range(6):
         x = torch.randn(16, D_IN, generator=generator)
         plain.train_step(x)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae import kernels
-from sae.codes import SparseCodes
-from sae.kernels import aten, reference
+from sae.kernels import reference_backend, torch_backend
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
 
 SHAPES = [(1, 1, 1, 1), (3, 5, 7, 2), (17, 33, 65, 9), (64, 24, 100, 100), (40, 8, 300, 1)]
@@ -25,7 +25,9 @@ def problem(shape: tuple[int, int, int, int]) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_encode_topk(shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aten, "_CHUNK_ELEMENTS", 3 * shape[2])  # several chunks, the last short
+    monkeypatch.setattr(
+        torch_backend, "_CHUNK_ELEMENTS", 3 * shape[2]
+    )  # several chunks, the last short
     results = []
     for name in ("reference", "torch"):
         monkeypatch.setenv("SAESCOPE_KERNELS", name)
@@ -59,7 +61,7 @@ def test_weight_gradient_counts_every_entry() -> None:
     row_ptr, index = torch.tensor([0, 2, 2, 4]), torch.tensor([1, 1, 0, 1])
     value = torch.tensor([1.0, 2.0, 3.0, 4.0])
     rows = torch.tensor([[1.0, 0.0], [9.0, 9.0], [0.0, 1.0]])
-    found = aten.weight_gradient(row_ptr, index, value, rows, 3)
+    found = torch_backend.weight_gradient(row_ptr, index, value, rows, 3)
     assert found.tolist() == [[0, 3], [3, 4], [0, 0]]
 
 
@@ -69,7 +71,7 @@ def test_topk_by_groups_is_exact(width: int, k: int) -> None:
     pre = torch.randn(50, width, generator=generator)
     pre[:10] = pre[:10].round()  # ties
     pre[10:20] = -torch.arange(width).float()  # sorted rows
-    value, index = aten.topk_by_groups(pre, k)
+    value, index = torch_backend.topk_by_groups(pre, k)
     assert torch.equal(value.sort(descending=True).values, pre.topk(k).values)
     assert torch.equal(pre.gather(1, index), value)
     assert all(len(set(row)) == k for row in index.tolist())
@@ -77,7 +79,7 @@ def test_topk_by_groups_is_exact(width: int, k: int) -> None:
 
 def test_ties_give_k_entries() -> None:
     x, W = torch.ones(2, 3), torch.ones(6, 3)
-    for backend in (reference, aten):
+    for backend in (reference_backend, torch_backend):
         index, value = backend.topk(x, W, torch.zeros(6), 4)
         assert value.tolist() == [[3.0] * 4] * 2
         assert all(len(set(row)) == 4 for row in index.tolist())

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from sae import kernels
-from sae.codes import csr_of
-from sae.kernels import optimiser, reference
+from sae.kernels import adam, reference_backend
+from sae.kernels.codes import csr_of
 from saescope.errors import InputError
 
 if find_spec("triton") is None:
@@ -88,7 +88,11 @@ def against_torch(name: str, *given: Tensor | int) -> None:
     ]
     found, like, truth = (
         getattr(module, name)(*arguments)
-        for module, arguments in ((backend, given), (reference, given), (reference, exact))
+        for module, arguments in (
+            (backend, given),
+            (reference_backend, given),
+            (reference_backend, exact),
+        )
     )
     if isinstance(found, Tensor):
         found, like, truth = (found,), (like,), (truth,)
@@ -130,7 +134,11 @@ def test_weight_gradient(
         given = (drawn.row_ptr, drawn.index, drawn.value, drawn.x, drawn.d_sae)
         found = triton_gradient.sum_by_feature(*given, atomic=atomic)
         exact = (*given[:2], drawn.value.double(), drawn.x.double(), drawn.d_sae)
-        close(found, reference.weight_gradient(*given), reference.weight_gradient(*exact))
+        close(
+            found,
+            reference_backend.weight_gradient(*given),
+            reference_backend.weight_gradient(*exact),
+        )
         if not atomic:
             assert torch.equal(found, triton_gradient.sum_by_feature(*given, atomic=False))
     against_torch("feature_sums", drawn.index, drawn.value, drawn.d_sae)
@@ -353,8 +361,8 @@ def test_adam(shape: tuple[int, int], dtype: torch.dtype, unit_rows: bool, devic
         w, g, *moments = (each.to(kind, copy=True) for each in start)
         with kernels.using(name):
             assert kernels.backend(w) == name
-            squares.append(optimiser.gradient_square(w, g, unit_rows))
-            optimiser.adam_(w, g, *moments, **ADAM, step=3, unit_rows=unit_rows)
+            squares.append(adam.gradient_square(w, g, unit_rows))
+            adam.adam_(w, g, *moments, **ADAM, step=3, unit_rows=unit_rows)
         results.append((w, *moments))
     for each in zip(*results, strict=True):
         close(*each)
@@ -374,7 +382,7 @@ def test_adam_of_other_layouts(
     for name in ("triton", "torch"):
         param, *moments = (each.clone() for each in (start, 0 * start, 0 * start))
         with kernels.using(name):
-            optimiser.adam_(param, 2 * start, *moments, **ADAM, step=1, unit_rows=False)
+            adam.adam_(param, 2 * start, *moments, **ADAM, step=1, unit_rows=False)
         results.append((param, *moments))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)

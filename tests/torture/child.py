@@ -12,14 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from activations import HarvestConfig
-from activations.layout import PENDING
+from activations.storage.layout import PENDING
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # imported once, so that a process starts in an instant: the imports take seconds
 _CONTEXT.set_forkserver_preload(
     [
-        *("tests.torture.child", "activations.harvest", "activations.models", "transformer_lens"),
-        *("sae.training.command", "sae.evaluation.command", "sae.indexing", "sae.convert_command"),
+        *(
+            "tests.torture.child",
+            "activations.harvesting.pipeline",
+            "activations.models.language",
+            "transformer_lens",
+        ),
+        *(
+            "sae.commands.train",
+            "sae.commands.evaluate",
+            "sae.indexing.build",
+            "sae.commands.convert",
+        ),
     ]
 )
 CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
@@ -71,7 +81,7 @@ def _harvest(
     go: Any,
 ) -> None:
     import activations
-    from activations import windows as module
+    from activations.harvesting import windows as module
 
     with Path(quiet).open("w") as sink:
         os.dup2(sink.fileno(), 1)

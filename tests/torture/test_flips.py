@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from activations import taking
-from activations.packaged import SEALS, check_packaged, packaged_folder
+from activations.loading import gather
+from activations.models.packaged import SEALS, check_packaged, packaged_folder
 from sae import load
 from sae.analysis.lens import TunedLens
+from sae.commands.examination import examine
 from sae.evaluation.written import EVALUATION_FILE, read_evaluation
-from sae.examination import examine
 from sae.training import checkpoint
-from sae.training.setup import read_run
+from sae.training.run import read_run
 from sae.training.telemetry import read_metrics
 from saescope import compiled
 from saescope.errors import ArtefactError
@@ -149,7 +149,9 @@ def _json(path: Path) -> Any:
 def test_flips_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: str) -> None:
     """A packaged model, or a library, of which a bit is flipped is never loaded, but made anew."""
     monkeypatch.setenv("SAESCOPE_CACHE", str(tmp_path))
-    monkeypatch.setattr("activations.packaged._convert", lambda _, folder: make_tiny_model(folder))
+    monkeypatch.setattr(
+        "activations.models.packaged._convert", lambda _, folder: make_tiny_model(folder)
+    )
     folder = packaged_folder("smollm2-135m")
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     chance = random.Random(share)
@@ -161,13 +163,13 @@ def test_flips_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sha
                 check_packaged(folder)
         (folder / name).write_bytes(files[name])
     try:
-        library = compiled.build("taking", Path(taking.__file__).parent)
+        library = compiled.build("gather", Path(gather.__file__).parent)
     except compiled.NotBuilt:
         pytest.skip("no compiler")
     content = library.read_bytes()
     for _ in range(2 if share == "few" else 12):
         flip(library, chance)
-        assert compiled.build("taking", Path(taking.__file__).parent).read_bytes() == content
+        assert compiled.build("gather", Path(gather.__file__).parent).read_bytes() == content
 
 
 def test_a_flip_in_a_text_of_annotations_is_named(whole: Path, tmp_path: Path) -> None:

@@ -23,12 +23,12 @@ from activations import (
     append,
     harvest,
 )
-from activations.corpora import CorpusConfig
-from activations.doctor import DoctorConfig, doctor
-from activations.store_check import examine
+from activations.corpora.documents import CorpusConfig
+from activations.recompute.doctor import DoctorConfig, doctor
+from activations.storage.verify import examine
 from saescope.artefact import MANIFEST
 from saescope.errors import ArtefactError
-from saescope.places import local
+from saescope.paths import local
 from tests.damage import DAMAGES, SITES, assert_same_content, restore
 from tests.tiny import make_tiny_corpus, make_tiny_model
 from tests.torture.child import Child, Role, command

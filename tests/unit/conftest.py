@@ -7,7 +7,7 @@ import torch
 
 from activations import Model, load_model
 from sae.architectures.topk import TopKConfig, TopKSAE
-from sae.base import SparseAutoencoder
+from sae.core.base import SparseAutoencoder
 from tests.tiny import make_tiny_model
 
 

@@ -5,9 +5,9 @@ import torch
 
 from sae import kernels
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
-from sae.kernels import aten
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
+from sae.kernels import torch_backend
 
 X = torch.tensor([[3.0, 1.0], [1.0, 1.0], [0.0, -4.0]])
 
@@ -62,7 +62,7 @@ def dense_objective(sae: AbsTopKSAE, y: torch.Tensor, dead: torch.Tensor, k_aux:
 def test_gradients_equal_the_dense_float64_objective(
     k_aux: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aten, "_CHUNK_ELEMENTS", 400)  # several chunks of ten rows
+    monkeypatch.setattr(torch_backend, "_CHUNK_ELEMENTS", 400)  # several chunks of ten rows
     torch.manual_seed(0)
     sae = AbsTopKSAE(AbsTopKConfig(d_sae=40, k=5, k_aux=k_aux), 7).double()
     with torch.no_grad():

@@ -21,9 +21,9 @@ from activations import (
     append,
     harvest,
 )
-from activations.doctor import DoctorConfig, doctor
-from activations.store_check import examine
-from activations.zarr_writer import HarvestWriter
+from activations.recompute.doctor import DoctorConfig, doctor
+from activations.storage.verify import examine
+from activations.storage.writer import HarvestWriter
 from saescope.errors import InputError
 from tests.damage import as_schema_1, assert_same_content, files_of
 from tests.tiny import SENTENCES, make_tiny_corpus

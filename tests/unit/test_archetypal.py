@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sae.architectures.archetypal import ArchetypalConfig, ArchetypalSAE, kmeans
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
-from sae.normaliser import Normaliser
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
+from sae.core.normaliser import Normaliser
 from saescope.errors import InputError
 
 X = torch.tensor([[3.0, 1.0], [1.0, 1.0], [0.0, -4.0]])

@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor
 
 from activations import Model, load_model
-from activations.hf_facts import longest_text
-from activations.site_probe import AFTER, PARALLEL, SEQUENTIAL
+from activations.sites.hf_facts import longest_text
+from activations.sites.probe import AFTER, PARALLEL, SEQUENTIAL
 from saescope.errors import InputError
 from tests.sweep_architectures import causal, sweep
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sae.architectures.topk import TopKConfig, TopKSAE
-from sae.base import SparseAutoencoder, TrainingState
-from sae.batch import RawBatch, TrainingBatch
-from sae.normaliser import Normaliser
-from sae.training.objective import BatchMaker, ObjectiveConfig
+from sae.core.base import SparseAutoencoder, TrainingState
+from sae.core.batch import RawBatch, TrainingBatch
+from sae.core.normaliser import Normaliser
+from sae.training.batch_maker import BatchMaker, ObjectiveConfig
 from saescope.errors import InputError
 
 Y = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from activations import CorpusConfig, HarvestConfig, Model, ModelConfig, harvest, load_model
-from activations.batch_size import _Allocated, fitting_batch, pass_bytes
+from activations.models.forward_memory import _Allocated, fitting_batch, pass_bytes
 from saescope.errors import InputError
 from tests.tiny import make_tiny_corpus
 

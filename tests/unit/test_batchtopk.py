@@ -14,8 +14,8 @@ from sae.architectures._batch_selection import (
 )
 from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
 from sae.architectures.mutual_choice import MutualChoiceConfig, MutualChoiceSAE
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
 from sae.evaluation.planted import PlantedConfig, PlantedDictionary
 from saescope.errors import InputError
 

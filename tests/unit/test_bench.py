@@ -13,13 +13,13 @@ from benchmarks import steps, steps_data
 from benchmarks.peers.stepping import DENSE, OURS, Worker
 from benchmarks.performance import TARGETS, comparisons, page, verdicts
 from sae.bench import rows
-from sae.bench.command import BenchConfig, bench
 from sae.bench.dense import KINDS, DenseStep, _OneDNNLinear, has_onednn
 from sae.bench.inputs import Inputs, Shape, planted, prepare
 from sae.bench.operations import OPERATIONS
 from sae.bench.steps import DENSE as DENSE_SETTINGS
 from sae.bench.steps import Setting, make_stepper
 from sae.bench.timing import interleaved
+from sae.commands.bench import BenchConfig, bench
 from saescope.__main__ import main
 from saescope.errors import ArtefactError, InputError
 

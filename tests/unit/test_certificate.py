@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from activations import Model
-from sae.base import SparseAutoencoder
-from sae.certificate import certify, measure
+from sae.core.base import SparseAutoencoder
 from sae.evaluation.reconstruction import measure_reconstruction
 from sae.formats import format_named
 from sae.formats._claim import Claim
 from sae.formats._ours import sae_of
 from sae.formats._plain import PlainSAE
-from sae.loading import load
+from sae.formats.certificate import certify, measure
+from sae.formats.load import load
 from saescope.errors import ArtefactError, InputError
 
 D_IN, D_SAE, THRESHOLD = 48, 64, 0.5

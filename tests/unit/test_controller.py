@@ -13,11 +13,11 @@ from sae.architectures.gated import GatedConfig, GatedSAE
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
 from sae.architectures.relu import ReLUConfig, ReLUSAE
 from sae.architectures.topk import TopKConfig
-from sae.base import SparseAutoencoder, TrainingState
-from sae.batch import TrainingBatch
+from sae.core.base import SparseAutoencoder, TrainingState
+from sae.core.batch import TrainingBatch
+from sae.core.normaliser import Normaliser
 from sae.evaluation.planted import PlantedConfig, PlantedDictionary
-from sae.normaliser import Normaliser
-from sae.training.controller import L0Controller, warmup_fraction
+from sae.training.l0_controller import L0Controller, warmup_fraction
 from sae.training.optimisers import make_optimiser
 from sae.training.schedules import lr_factor
 from saescope.errors import InputError

@@ -10,8 +10,8 @@ import pytest
 from pyarrow import parquet
 
 from activations import CorpusConfig, Model
-from activations.corpora import Document, documents
-from activations.packing import PackingCounts, Sequences, pack
+from activations.corpora.documents import Document, documents
+from activations.corpora.packing import PackingCounts, Sequences, pack
 from saescope import config
 from saescope.errors import InputError
 
@@ -61,7 +61,7 @@ def test_text_files_in_the_order_of_their_names(tmp_path: Path) -> None:
 def test_a_long_text_file_is_read_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("activations.sources._PIECE_CHARACTERS", 25)
+    monkeypatch.setattr("activations.corpora.sources._PIECE_CHARACTERS", 25)
     text = "".join(f"line {n} with wörds\n" for n in range(10))
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     found = read(tmp_path / "long.txt")

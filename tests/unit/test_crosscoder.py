@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from sae.architectures.crosscoder import Crosscoder, CrosscoderConfig
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
-from sae.loading import load
-from sae.normaliser import Normaliser
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
+from sae.core.normaliser import Normaliser
+from sae.formats.load import load
 from saescope.errors import InputError
 
 WIDTHS = [2, 3, 4]

@@ -7,10 +7,10 @@ import torch
 
 from sae.architectures import csr
 from sae.architectures.csr import CSRSAE, CSRConfig, contrastive_loss, similarities
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
-from sae.normaliser import Normaliser
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
+from sae.core.normaliser import Normaliser
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
 
 X = torch.tensor([[3.0, 1.0], [1.0, 1.0], [0.0, -4.0]])

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from activations import ActivationStore, CorpusConfig, HarvestConfig, ModelConfig, harvest
-from activations.doctor import DoctorConfig, doctor
-from activations.model_config import DenoisingConfig
-from activations.models import load_model
+from activations.models.config import DenoisingConfig
+from activations.models.language import load_model
+from activations.recompute.doctor import DoctorConfig, doctor
 from saescope.errors import InputError
 from tests.damage import assert_same_content
 from tests.tiny_raw import make_tiny_pipeline

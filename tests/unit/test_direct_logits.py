@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from activations import load_model
-from sae.indexing import direct_logits
+from sae.indexing.build import direct_logits
 from tests.tiny import ARCHITECTURES, make_tiny_model
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from activations import ActivationLoader, ActivationStore, Model
-from activations.chunk_files import crc32c
-from activations.layout import documents_part
-from activations.ledger import Ledger, Window
-from activations.store_check import examine
+from activations.storage.chunk_files import crc32c
+from activations.storage.layout import documents_part
+from activations.storage.ledger import Ledger, Window
+from activations.storage.verify import examine
 from saescope.__main__ import main
 from saescope.artefact import sha256_json
 from saescope.errors import ArtefactError

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from activations import Model
 from sae.evaluation.downstream import measure_downstream
-from sae.inference import features_of_text
+from sae.steering.text_features import features_of_text
 from saescope.errors import InputError
 
 SITE = "blocks.1.hook_resid_post"

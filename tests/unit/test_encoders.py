@@ -17,11 +17,11 @@ from activations import (
     ModelConfig,
     harvest,
 )
-from activations.doctor import DoctorConfig, doctor
-from activations.models import load_model
-from activations.packing import PackingCounts
-from activations.raw_models import RawModel
-from activations.reading import Text
+from activations.corpora.packing import PackingCounts
+from activations.harvesting.corpus_reader import Text
+from activations.models.base import RawModel
+from activations.models.language import load_model
+from activations.recompute.doctor import DoctorConfig, doctor
 from saescope.errors import InputError
 from tests.tiny import SENTENCES
 from tests.tiny_raw import D_MODEL, make_tiny_encoder
@@ -116,7 +116,7 @@ def test_results_do_not_depend_on_the_batch_nor_the_order_of_running(
     def shortest_first(lengths: np.ndarray) -> np.ndarray:
         return np.argsort(lengths, kind="stable")
 
-    monkeypatch.setattr("activations.rows.running_order", shortest_first)
+    monkeypatch.setattr("activations.harvesting.row_selection.running_order", shortest_first)
     other = harvest(config_of(root, tmp_path / "other", sites=(LAST,), batch_sequences=8))
     assert np.array_equal(other.tokens[:], store.tokens[:])
     for split in ("train", "held_out"):
@@ -225,7 +225,7 @@ def test_precisions(root: Path, dtype: str) -> None:
 
 
 def test_what_needs_a_language_model_says_so(store: ActivationStore) -> None:
-    from sae.harvests import load_harvested_model
+    from sae.data.harvests import load_harvested_model
 
     with pytest.raises(InputError, match=r"needs a language model.*given: 'text_encoder'"):
         load_harvested_model(store, "float32")

@@ -14,9 +14,10 @@ from torch import Tensor
 from activations import ActivationStore, Model, load_model
 from sae.architectures.relu import ReLUConfig, ReLUSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
-from sae.base import SparseAutoencoder, TrainingState
-from sae.batch import RawBatch, TrainingBatch
-from sae.normaliser import Normaliser
+from sae.core.base import SparseAutoencoder, TrainingState
+from sae.core.batch import RawBatch, TrainingBatch
+from sae.core.normaliser import Normaliser
+from sae.data.outliers import OutlierFilter
 from sae.training.end_to_end import (
     EndToEnd,
     EndToEndConfig,
@@ -25,7 +26,6 @@ from sae.training.end_to_end import (
     Sequences,
 )
 from sae.training.optimisers import make_optimiser
-from sae.training.outliers import OutlierFilter
 from saescope.errors import InputError
 from tests.tiny import make_tiny_harvest, make_tiny_model
 

@@ -10,8 +10,8 @@ from sae.architectures.feature_choice import (
     FeatureChoiceSAE,
     quotas,
 )
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
 from sae.evaluation.planted import PlantedConfig, PlantedDictionary
 from saescope.errors import InputError
 

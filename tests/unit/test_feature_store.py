@@ -10,7 +10,7 @@ import pytest
 
 from saescope.errors import ArtefactError, InputError
 from store import FeatureFilter, FeatureStore
-from store.decoding import join_partial
+from store.vocabulary import join_partial
 from tests.tiny_store import (
     CONTEXT,
     D_SAE,

@@ -16,8 +16,8 @@ from activations import (
     harvest,
     load_model,
 )
-from activations.command import HarvestCommand, run
-from activations.recompute import config_of
+from activations.harvesting.command import HarvestCommand, run
+from activations.recompute.window import config_of
 from saescope.artefact import MANIFEST
 from saescope.errors import InputError
 from tests.tiny import make_tiny_corpus, make_tiny_model

@@ -13,13 +13,13 @@ from torch import Tensor
 
 import sae as saescope_sae
 from activations import Model, load_model
-from activations.model_names import hub_name
-from sae.evaluation.command import EvaluateConfig, evaluate
-from sae.expectations import changes_of
+from activations.models.names import hub_name
+from sae.commands.evaluate import EvaluateConfig, evaluate
+from sae.commands.steer import SteerConfig, steer_text
+from sae.data.model_expectations import changes_of
 from sae.formats import hub
-from sae.indexing import IndexConfig, index
-from sae.loading import load
-from sae.steer_command import SteerConfig, steer_text
+from sae.formats.load import load
+from sae.indexing.build import IndexConfig, index
 from saescope.errors import InputError
 from store import FeatureStore
 from tests.tiny import D_MODEL, make_tiny_harvest, make_tiny_model
@@ -250,7 +250,7 @@ def test_what_is_measured_of_an_sae_on_the_hub_is_written_here(
     harvest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saelens(tmp_path / "cache", "blocks.1.hook_mlp_out")
-    monkeypatch.setattr("sae.loading.fetch", lambda place: (folder, "a" * 40))
+    monkeypatch.setattr("sae.formats.load.fetch", lambda place: (folder, "a" * 40))
     monkeypatch.chdir(tmp_path)
     name = "hf://me/saes/layer_1@v1"
     evaluate(EvaluateConfig(run=name, harvest=str(harvest), tokens=0))

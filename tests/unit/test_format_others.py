@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae.formats import format_named
-from sae.loading import load
+from sae.formats.load import load
 from saescope.errors import ArtefactError, InputError
 from tests.marker import Marker
 

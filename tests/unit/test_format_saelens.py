@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae.architectures import architecture
-from sae.base import SparseAutoencoder
+from sae.core.base import SparseAutoencoder
+from sae.core.normaliser import Normaliser
 from sae.formats import format_named
-from sae.loading import load
-from sae.normaliser import Normaliser
+from sae.formats.load import load
 from saescope.errors import ArtefactError, InputError
 
 D_IN, D_SAE = 4, 7

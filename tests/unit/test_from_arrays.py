@@ -18,10 +18,11 @@ from pyarrow import parquet
 from safetensors.torch import save_file
 
 import sae
-from activations import ActivationLoader, ActivationStore, load_model, taking
-from activations.bring import bring
-from activations.doctor import DoctorConfig, doctor
-from activations.zarr_writer import HarvestWriter
+from activations import ActivationLoader, ActivationStore, load_model
+from activations.harvesting.bring import bring
+from activations.loading import gather
+from activations.recompute.doctor import DoctorConfig, doctor
+from activations.storage.writer import HarvestWriter
 from sae.architectures.topk import TopKConfig
 from sae.training.trainer_config import TrainerConfig
 from saescope.__main__ import main
@@ -204,7 +205,7 @@ def brought_and_killed(tmp_path: Path, windows: int) -> None:
         "import os, signal\n"
         "import numpy as np\n"
         "from activations import ActivationStore\n"
-        "from activations.zarr_writer import HarvestWriter\n"
+        "from activations.storage.writer import HarvestWriter\n"
         "write, count = HarvestWriter.write, [0]\n"
         "def counted(self, data):\n"
         "    write(self, data)\n"
@@ -410,7 +411,7 @@ def test_batches_are_the_rows(
     tmp_path: Path, dtype: Any, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native:
-        monkeypatch.setattr(taking, "library", lambda: None)
+        monkeypatch.setattr(gather, "library", lambda: None)
     numbers = np.arange(ROWS)
     store = ActivationStore.from_arrays(tmp_path / "a", {"mlp": X}, tokens=numbers, **SMALL)
     loader = ActivationLoader(store, "mlp", batch_size=50, epochs=1, dtype=dtype, drop_last=False)

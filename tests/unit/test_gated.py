@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sae.architectures.gated import GatedConfig, GatedSAE
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
 
 ROWS = torch.tensor([[3.0, 1.0], [1.0, 1.0], [0.0, -4.0]])
 

@@ -383,7 +383,7 @@ def test_signals_give_their_exit_code_and_say_how_to_go_on(
                 raise RuntimeError(f"a callback failed: {error!r}") from None
             raise
 
-    module = importlib.import_module("activations.command")
+    module = importlib.import_module("activations.harvesting.command")
     monkeypatch.setattr(module, "run", work)
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it

@@ -13,27 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from activations import (
-    ActivationStore,
-    CorpusConfig,
-    HarvestConfig,
-    Model,
-    ModelConfig,
-    harvest,
-    windows,
-)
-from activations.ledger import Ledger
-from activations.zarr_writer import HarvestWriter
+from activations import ActivationStore, CorpusConfig, HarvestConfig, Model, ModelConfig, harvest
+from activations.harvesting import windows
+from activations.storage.ledger import Ledger
+from activations.storage.writer import HarvestWriter
 from saescope import config as configuration
 from saescope.errors import ArtefactError, InputError
 from saescope.locks import locked
-from saescope.places import local
+from saescope.paths import local
 from tests.damage import as_schema_1, assert_same_content, content
 from tests.interrupt import Interrupt
 from tests.tiny import N_CTX, make_tiny_corpus, make_tiny_model
 
 harvest_module = importlib.import_module("activations.harvest")
-writer_module = importlib.import_module("activations.zarr_writer")
+writer_module = importlib.import_module("activations.storage.writer")
 SITES = ("blocks.1.hook_resid_post", "blocks.0.attn.hook_z")
 
 
@@ -248,7 +241,7 @@ def test_the_precision_is_pinned_for_a_resume(
 ) -> None:
     config = make(model=ModelConfig(spec=str(root / "model")))
     with monkeypatch.context() as patch:
-        patch.setattr("activations.models.resolve_dtype", lambda *_: "bfloat16")
+        patch.setattr("activations.models.language.resolve_dtype", lambda *_: "bfloat16")
         Interrupt(patch, Model, "capture", 12, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             harvest(config)
@@ -287,7 +280,7 @@ def test_a_disk_full_at_the_start_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr("activations.zarr_writer.create_arrays", full)
+    monkeypatch.setattr("activations.storage.writer.create_arrays", full)
     with pytest.raises(ArtefactError, match="disk is full"):
         harvest(make())
     assert list(tmp_path.iterdir()) == []

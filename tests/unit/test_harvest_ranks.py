@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from activations import ActivationStore, HarvestConfig, ModelConfig, append, harvest, ranks, windows
-from activations.corpora import CorpusConfig
-from activations.layout import PENDING
-from activations.packing import Sequences
-from activations.staging import Staging
-from activations.store_check import examine
+from activations import ActivationStore, HarvestConfig, ModelConfig, append, harvest
+from activations.corpora.documents import CorpusConfig
+from activations.corpora.packing import Sequences
+from activations.harvesting import window_locks, windows
+from activations.harvesting.staging import Staging
+from activations.storage.layout import PENDING
+from activations.storage.verify import examine
 from saescope.errors import ArtefactError, InputError
 from saescope.locks import locked
 from tests.damage import SITES, assert_same_content, flip
@@ -230,7 +231,7 @@ def test_without_rank_0_the_others_say_so(
     make: Callable[..., HarvestConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make()
-    monkeypatch.setattr(ranks, "_PATIENCE", 0.3)
+    monkeypatch.setattr(window_locks, "_PATIENCE", 0.3)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     gone = "rank 0, which alone commits windows, has not been at work here for 0 s; run the same"
@@ -348,7 +349,7 @@ def test_a_file_system_without_locks_is_named(
     def fails(*_: Any) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(ranks.fcntl, "lockf", fails)
+    monkeypatch.setattr(window_locks.fcntl, "lockf", fails)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ArtefactError, match=r"cannot lock files.*which several processes need"):

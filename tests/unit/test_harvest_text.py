@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from activations import ActivationStore, CorpusConfig, HarvestConfig, Model, ModelConfig, harvest
-from activations.corpora import MixedConfig
-from activations.doctor import DoctorConfig, doctor
-from activations.store_check import examine
-from activations.zarr_writer import HarvestWriter
+from activations.corpora.documents import MixedConfig
+from activations.recompute.doctor import DoctorConfig, doctor
+from activations.storage.verify import examine
+from activations.storage.writer import HarvestWriter
 from saescope.errors import ArtefactError
 from tests.damage import assert_same_content
 from tests.tiny import SENTENCES, make_tiny_corpus
@@ -44,7 +44,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A data set of the hub's form in 8 shards of 9 documents, some of them repeated or empty."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("activations.packing._BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr("activations.corpora.packing._BATCH_DOCUMENTS", 4)
     (tmp_path / "set").mkdir()
     for shard in range(8):
         texts = [f"{SENTENCES[n % 7]} Number {n + shard * 7}." for n in range(8)]

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from sae.loading import load
+from sae.formats.load import load
 from saescope.errors import ArtefactError, InputError, SaescopeError
 from tests.marker import Marker
 

@@ -14,11 +14,11 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from sae.architectures.topk import TopKConfig, TopKSAE
-from sae.base import SparseAutoencoder
-from sae.convert_command import ConvertConfig
+from sae.commands.convert import ConvertConfig
+from sae.core.base import SparseAutoencoder
 from sae.formats import format_named
 from sae.formats.hub import HubFolder, upload
-from sae.loading import load
+from sae.formats.load import load
 from saescope.__main__ import main
 from saescope.errors import ArtefactError, InputError
 
@@ -332,7 +332,7 @@ def test_a_model_without_safetensors_is_fetched_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Older models on the hub have pytorch_model.bin alone; others' are not fetched twice."""
-    from activations.model_files import folder_of
+    from activations.models.files import folder_of
 
     asked: list[list[str]] = []
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae.codes import SparseCodes
-from sae.evaluation.command import report
+from sae.commands.evaluate import report
 from sae.evaluation.downstream import _summarise
 from sae.evaluation.intervals import by_cluster, half_width, shown, t_quantile
 from sae.evaluation.reconstruction import Piece, measure_reconstruction, pool
+from sae.kernels.codes import SparseCodes
 
 
 @pytest.mark.parametrize(

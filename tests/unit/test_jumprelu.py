@@ -8,10 +8,10 @@ import torch
 
 from sae.architectures._ste import jump_relu, step
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
-from sae.loading import load
-from sae.normaliser import Normaliser
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
+from sae.core.normaliser import Normaliser
+from sae.formats.load import load
 from saescope.errors import InputError
 
 ROWS = torch.tensor([[3.0, 1.0], [1.0, 1.0], [0.0, -4.0]])

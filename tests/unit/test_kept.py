@@ -9,9 +9,9 @@ from torch import Tensor
 
 import sae as sae_package
 from activations import Model, load_model
-from activations.kept import positions_of
+from activations.sites.kept import positions_of
 from sae.evaluation.downstream import measure_downstream
-from sae.steering import Positions
+from sae.steering.steer import Positions
 from saescope.errors import InputError
 from tests.tiny import make_tiny_model
 

@@ -14,8 +14,8 @@ import torch
 
 from sae import kernels
 from sae.architectures import architecture, list_architectures
+from sae.core.normaliser import Normaliser
 from sae.kernels import screen
-from sae.normaliser import Normaliser
 from sae.training.trainer import Trainer, TrainerConfig
 from tests.unit.test_trainer import Stream
 

@@ -13,8 +13,8 @@ import torch
 
 from sae.architectures import architecture, list_architectures
 from sae.architectures.topk import TopKSAE
-from sae.base import TrainingOutput
-from sae.batch import RawBatch, TrainingBatch
+from sae.core.base import TrainingOutput
+from sae.core.batch import RawBatch, TrainingBatch
 from sae.kernels import decode
 from sae.training.trainer import Trainer, TrainerConfig
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from activations import ActivationStore, Model, load_model
-from activations.head import Head
+from activations.models.unembedding import Head
 from sae.analysis.layers import adjacent_cosine, layer_distances
 from sae.analysis.lens import WEIGHTS, LensConfig, TunedLens, divergence, train_lens
+from sae.data.streams import make_stream
 from sae.evaluation.downstream import measure_downstream
-from sae.training.streams import make_stream
 from saescope.artefact import read_manifest
 from saescope.errors import ArtefactError, InputError
 from tests.sealing import unseal

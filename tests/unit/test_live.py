@@ -11,17 +11,17 @@ import torch
 
 import sae
 from activations import ActivationLoader, ActivationStore, HarvestConfig, Model, harvest
-from activations.live import ComputedRows
-from activations.reading_order import ReadingOrder
-from activations.store_check import examine
-from activations.zarr_writer import HarvestWriter
-from sae.training.command import TrainConfig, train
-from sae.training.setup import Run
+from activations.loading.epoch_order import ReadingOrder
+from activations.recompute.computed_rows import ComputedRows
+from activations.storage.verify import examine
+from activations.storage.writer import HarvestWriter
+from sae.commands.train import TrainConfig, train
+from sae.training.run import Run
 from sae.training.trainer import Trainer
 from saescope.__main__ import main
 from saescope.config import from_dict
 from saescope.errors import InputError
-from saescope.places import local
+from saescope.paths import local
 from tests.damage import GROUP, assert_same_content
 from tests.interrupt import Interrupt, Killed
 from tests.tiny import make_tiny_harvest, make_tiny_model

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from activations import ActivationLoader, ActivationStore
-from activations.layout import SPLITS
-from activations.loader import _made_ahead
-from activations.reading_order import PartReader, ReadingOrder
-from activations.zarr_writer import HarvestWriter, WindowData
+from activations.loading.epoch_order import PartReader, ReadingOrder
+from activations.loading.loader import _made_ahead
+from activations.storage.layout import SPLITS
+from activations.storage.writer import HarvestWriter, WindowData
 from saescope.artefact import DamagedError
 from saescope.errors import InputError
 from tests.hand_store import hand_facts

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from activations import ActivationLoader, ActivationStore, mapped_rows, zarr_store
-from activations.mapped_rows import MappedRows, mappable
-from activations.reading_order import Part, PartReader, ReadingOrder
-from activations.row_storage import RowArray
+from activations import ActivationLoader, ActivationStore
+from activations.loading.epoch_order import Part, PartReader, ReadingOrder
+from activations.storage import mmap_rows, reader
+from activations.storage.mmap_rows import MappedRows, mappable
+from activations.storage.row_formats import RowArray
 from saescope.artefact import DamagedError
 from tests.unit.test_loader_mixing import SITE, make_latent_store
 
@@ -32,9 +33,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A machine with enough memory for everything, or one that has little."""
     if request.param != "all stays":
-        monkeypatch.setattr(mapped_rows, "_memory", lambda: 1 << 20)
+        monkeypatch.setattr(mmap_rows, "_memory", lambda: 1 << 20)
     if request.param == "an old kernel":
-        monkeypatch.setattr(mapped_rows, "_MADV_POPULATE_READ", 9999)
+        monkeypatch.setattr(mmap_rows, "_MADV_POPULATE_READ", 9999)
     return request.param
 
 
@@ -54,19 +55,19 @@ def test_rows_that_are_mapped_are_those_that_are_read(
     wide: ActivationStore, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown, forgotten = [], []
-    show, advise = MappedRows.show, mapped_rows._advise
+    show, advise = MappedRows.show, mmap_rows._advise
 
     def counted(self: MappedRows, parts: Sequence[Part]) -> list[int]:
         shown.extend(parts)
         return show(self, parts)
 
     def advised(address: int, nbytes: int, advice: int) -> bool:
-        if advice == mapped_rows.mmap.MADV_DONTNEED:
+        if advice == mmap_rows.mmap.MADV_DONTNEED:
             forgotten.append(nbytes)
         return advise(address, nbytes, advice)
 
     monkeypatch.setattr(MappedRows, "show", counted)
-    monkeypatch.setattr(mapped_rows, "_advise", advised)
+    monkeypatch.setattr(mmap_rows, "_advise", advised)
     mapped = batches_of(wide)
     assert shown
     assert bool(forgotten) == (memory != "all stays")
@@ -78,7 +79,7 @@ def test_rows_that_are_mapped_are_those_that_are_read(
         assert sorted(torch.cat([row for _, row in epoch]).tolist()) == list(range(6000))
     gone_on = batches_of(wide, 3)
     shown.clear()
-    monkeypatch.setattr(zarr_store, "mappable", lambda *_: False)
+    monkeypatch.setattr(reader, "mappable", lambda *_: False)
     read = batches_of(wide)
     assert not shown
     for others in (mapped[3:], gone_on):

@@ -12,8 +12,8 @@ from sae.architectures.matching_pursuit import (
     merge,
     orthogonal_pursuit,
 )
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
 from saescope.errors import InputError
 
 X = torch.tensor([[2.0, 2.0], [1.0, -3.0]])

@@ -6,10 +6,10 @@ import torch
 from sae.architectures._batch_selection import BatchSelectionSAE
 from sae.architectures.batchtopk import BatchTopKSAE
 from sae.architectures.matryoshka import MatryoshkaConfig, MatryoshkaSAE
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
-from sae.normaliser import Normaliser
-from sae.objectives import auxk
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
+from sae.core.losses import auxk
+from sae.core.normaliser import Normaliser
 from saescope.config import from_dict, to_dict
 from saescope.errors import InputError
 

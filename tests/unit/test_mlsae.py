@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sae.analysis.mlsae import LayerUse, layer_use, max_cosine, token_layers
-from sae.codes import SparseCodes
-from sae.training.streams import RawBatch, make_stream
+from sae.data.streams import RawBatch, make_stream
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
 from tests.hand_store import make_hand_store
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from activations.hooks import run_until_captured, shapes_of, splicing
-from activations.site_map import ModuleSites
+from activations.sites.hooks import run_until_captured, shapes_of, splicing
+from activations.sites.modules import ModuleSites
 from saescope.errors import InputError
 
 

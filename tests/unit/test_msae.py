@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sae.architectures.msae import MSAE, MSAEConfig
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
 from saescope.errors import InputError
 
 X = torch.tensor([[3.0, 1.0], [1.0, 1.0], [0.0, -4.0]])

@@ -8,7 +8,7 @@ import torch
 
 import sae as saescope_sae
 from activations import Model, load_model
-from sae.loading import load
+from sae.formats.load import load
 from saescope.errors import InputError
 from tests.tiny import D_MODEL, make_tiny_model
 

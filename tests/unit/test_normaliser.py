@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae.architectures.topk import TopKConfig, TopKSAE
-from sae.normaliser import Normaliser
+from sae.core.normaliser import Normaliser
 from saescope.errors import InputError
 
 X = 5 * torch.randn(4000, 6, generator=torch.Generator().manual_seed(0)) + 3

@@ -8,7 +8,7 @@ import torch
 
 from sae import kernels
 from sae.architectures import architecture, list_architectures
-from sae.kernels import native, products, screen
+from sae.kernels import cpp_library, matmul, screen
 from sae.training.numerics import Numerics
 from sae.training.telemetry import read_metrics
 from sae.training.trainer import METRICS, Trainer, TrainerConfig
@@ -16,7 +16,7 @@ from saescope.errors import InputError
 from tests.unit.test_trainer import Stream, bits, make_trainer
 
 LIKE = torch.zeros(1)
-needs_compiler = pytest.mark.skipif(native.library() is None, reason="no compiler here")
+needs_compiler = pytest.mark.skipif(cpp_library.library() is None, reason="no compiler here")
 
 
 def fills() -> bool:
@@ -32,7 +32,7 @@ def no_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without a compiler."""
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(cpp_library, "library", lambda: None)
     monkeypatch.setattr(screen, "_library", lambda: None)
 
 
@@ -44,7 +44,7 @@ def numerics(asked: Any = "auto", *, deterministic: bool = False) -> Numerics:
 def test_auto_is_the_fastest_and_is_recorded() -> None:
     found = numerics()
     assert found.state_dict() == {
-        "kernels": "cpu", "product": products.faster(), "screen": screen.best(64),
+        "kernels": "cpu", "product": matmul.faster(), "screen": screen.best(64),
         "deterministic": False, "threads": torch.get_num_threads(),
     }  # fmt: skip
     assert numerics("torch").state_dict().keys() == {"kernels", "deterministic", "threads"}
@@ -93,11 +93,11 @@ def test_choices_within_the_backend_are_kept() -> None:
         {**found.state_dict(), "screen": other, "product": "default"}, where="run"
     )
     assert found.kept == {"screen": other, "product": "default"}
-    outside = screen.best(64), products.faster()
+    outside = screen.best(64), matmul.faster()
     with found.running():
         assert screen.best(64) == other
-        assert products.faster() == "default"
-    assert (screen.best(64), products.faster()) == outside
+        assert matmul.faster() == "default"
+    assert (screen.best(64), matmul.faster()) == outside
 
 
 def test_what_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

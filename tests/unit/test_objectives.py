@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae import kernels, objectives
+from sae import kernels
 from sae.architectures._nested import nested
-from sae.batch import TrainingBatch
-from sae.codes import SparseCodes
+from sae.core import losses
+from sae.core.batch import TrainingBatch
+from sae.kernels.codes import SparseCodes
 
 BATCHES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -53,7 +54,7 @@ def test_reconstruct_is_decoding_and_the_batchs_loss(kind: str) -> None:
     batch = batch_of(kind)
     assert batch.by_squares == (kind in ("plain", "tilted", "grouped"))
     codes = replace(SparseCodes.from_dense(dense), value=value)
-    found = objectives.reconstruct(codes, batch, W_dec, b_dec)
+    found = losses.reconstruct(codes, batch, W_dec, b_dec)
     y_hat = codes.dense() @ W_dec + b_dec
     expected = batch.reconstruction(y_hat)
     torch.testing.assert_close(found.loss, expected)
@@ -78,7 +79,7 @@ def test_silent_entries_have_their_gradient_and_nothing_else(kind: str) -> None:
     silent = SparseCodes.from_dense((dense == 0).double())
     nothing = torch.zeros(len(silent.value), dtype=torch.float64, requires_grad=True)
     silent = replace(silent, value=nothing)
-    found = objectives.reconstruct(codes, batch, W_dec, b_dec, silent)
+    found = losses.reconstruct(codes, batch, W_dec, b_dec, silent)
     full = codes.dense() + silent.dense()
     expected = batch.reconstruction(full @ W_dec + b_dec)
     torch.testing.assert_close(found.loss, expected)
@@ -124,7 +125,7 @@ def test_rows_of_a_matrix_add_their_gradient_to_the_others() -> None:
     for terms in (1, 2):  # twice, in either order
         loss = W.square().sum()
         for _ in range(terms):
-            loss = (objectives.rows_of(W, rows) * weight).sum() / terms + loss
+            loss = (losses.rows_of(W, rows) * weight).sum() / terms + loss
         (gradient,) = torch.autograd.grad(loss, W)
         assert gradient.layout == torch.strided
         torch.testing.assert_close(gradient, expected)
@@ -133,9 +134,9 @@ def test_rows_of_a_matrix_add_their_gradient_to_the_others() -> None:
 def test_row_norms() -> None:
     torch.manual_seed(0)
     W = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(objectives.row_norms, W)
+    assert torch.autograd.gradcheck(losses.row_norms, W)
     zero = torch.zeros(2, 3, requires_grad=True)
-    norm = objectives.row_norms(zero)
+    norm = losses.row_norms(zero)
     norm.sum().backward()
     assert norm.tolist() == [0, 0]
     assert zero.grad is not None
@@ -151,7 +152,7 @@ def test_auxk_is_the_dense_formula(k_aux: int, signed: bool) -> None:
     inputs = [torch.randn(*each, dtype=torch.float64, requires_grad=True) for each in shapes]
     centred, W_enc_T, b_enc, W_dec = inputs
     residual, dead = torch.randn(30, 6, dtype=torch.float64), torch.arange(25) % 3 > 0
-    found = objectives.auxk(residual, centred, W_enc_T, b_enc, W_dec, dead, k_aux, signed=signed)
+    found = losses.auxk(residual, centred, W_enc_T, b_enc, W_dec, dead, k_aux, signed=signed)
     pre = centred @ W_enc_T[dead].T + b_enc[dead]
     size = pre.abs() if signed else pre
     taken = torch.zeros_like(pre).scatter(1, size.topk(min(k_aux, int(dead.sum()))).indices, 1.0)
@@ -171,7 +172,7 @@ def test_the_error_comes_with_the_loss() -> None:
     batch = TrainingBatch.of(torch.randn(15, 4, dtype=torch.float64))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "decode", None)
-        found = objectives.reconstruct(codes, batch, W_dec, b_dec)
+        found = losses.reconstruct(codes, batch, W_dec, b_dec)
     assert found.error is not None
     torch.testing.assert_close(found.left_over(), -found.error)
 
@@ -192,7 +193,7 @@ def test_the_error_comes_with_the_loss() -> None:
 )
 def test_geometric_median_by_hand(points: list[list[float]], median: list[float]) -> None:
     for dtype in (torch.float32, torch.float64):
-        found = objectives.geometric_median(torch.tensor(points, dtype=dtype))
+        found = losses.geometric_median(torch.tensor(points, dtype=dtype))
         torch.testing.assert_close(found, torch.tensor(median, dtype=dtype), rtol=1e-5, atol=1e-5)
 
 
@@ -201,7 +202,7 @@ def test_no_point_near_the_geometric_median_is_better() -> None:
     for number in range(20):
         points = torch.randn(9, 3, dtype=torch.float64).round(decimals=number % 2)  # ties, too
         points[:4] = points[0]
-        found = objectives.geometric_median(points, iterations=2000, tolerance=1e-12)
+        found = losses.geometric_median(points, iterations=2000, tolerance=1e-12)
         least = (points - found).norm(dim=1).sum()
         for other in (*points, *(found + 1e-3 * torch.randn(200, 3, dtype=torch.float64))):
             assert (points - other).norm(dim=1).sum() >= least - 1e-9
@@ -214,5 +215,5 @@ def test_what_rounding_makes_of_equal_rows_is_nothing_to_predict(size: float | N
     if size is not None:  # rounding of the targets, not of what is left of them
         e = 3e-5 * torch.randn(50, 6)
     targets = None if size is None else torch.full((50, 6), size)
-    assert float(objectives.unpredicted(e, torch.tensor(5.0), targets)) == 0
-    assert float(objectives.unpredicted(e + torch.randn(50, 1), torch.tensor(5.0), targets)) > 0
+    assert float(losses.unpredicted(e, torch.tensor(5.0), targets)) == 0
+    assert float(losses.unpredicted(e + torch.randn(50, 1), torch.tensor(5.0), targets)) > 0

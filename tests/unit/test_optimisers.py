@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.architectures.topk import TopKConfig, TopKSAE
-from sae.batch import TrainingBatch
+from sae.core.batch import TrainingBatch
 from sae.training import checkpoint
 from sae.training.optimisers import averaged, clear_rows, decays, make_optimiser
 from sae.training.schedules import base_lr
@@ -112,7 +112,7 @@ class Run:
 
 
 def _state(step: int):
-    from sae.base import TrainingState
+    from sae.core.base import TrainingState
 
     return TrainingState(step=step, total_steps=100, dead=torch.zeros(24, dtype=torch.bool))
 

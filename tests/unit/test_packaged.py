@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from activations import load_model
-from activations.packaged import packaged_folder
+from activations.models.packaged import packaged_folder
 from saescope import assets
 from saescope.__main__ import main
 from saescope.assets import wheel
@@ -33,7 +33,7 @@ def test_converted_once_and_said_once(
         converted.append(name)
         make_tiny_model(folder)
 
-    monkeypatch.setattr("activations.packaged._convert", convert)
+    monkeypatch.setattr("activations.models.packaged._convert", convert)
     model = load_model("smollm2-135m", dtype="float32")
     said = capsys.readouterr().out
     assert "Instruct" in said
@@ -59,7 +59,7 @@ def test_an_interrupted_conversion_leaves_nothing(
         (folder / "config.json").write_text("{}")
         raise error
 
-    monkeypatch.setattr("activations.packaged._convert", convert)
+    monkeypatch.setattr("activations.models.packaged._convert", convert)
     with pytest.raises(raised):
         packaged_folder("smollm2-135m")
     assert not (cache / "models").exists()
@@ -68,7 +68,9 @@ def test_an_interrupted_conversion_leaves_nothing(
 def test_a_damaged_one_is_found_and_made_anew(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("activations.packaged._convert", lambda _, folder: make_tiny_model(folder))
+    monkeypatch.setattr(
+        "activations.models.packaged._convert", lambda _, folder: make_tiny_model(folder)
+    )
     folder = packaged_folder("smollm2-135m")
     assert main(["doctor", str(folder)]) == 0
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from activations import ActivationStore, CorpusConfig, HarvestConfig, ModelConfig, append, harvest
-from activations.command import HarvestCommand, run
-from activations.plan import needs
-from activations.zarr_writer import HarvestWriter
+from activations.harvesting.command import HarvestCommand, run
+from activations.harvesting.plan import needs
+from activations.storage.writer import HarvestWriter
 from saescope.__main__ import main
 from saescope.errors import InputError
-from saescope.places import local
+from saescope.paths import local
 from tests.tiny import make_tiny_corpus
 
 Make = Callable[..., Any]

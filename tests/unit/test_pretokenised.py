@@ -10,10 +10,10 @@ import pytest
 from pyarrow import parquet
 
 from activations import ActivationStore, CorpusConfig, HarvestConfig, Model, ModelConfig, harvest
-from activations.corpora import documents
-from activations.packing import PackingCounts, pack
-from activations.reading import Text
-from activations.text import encoded_in_pieces
+from activations.corpora.documents import documents
+from activations.corpora.packing import PackingCounts, pack
+from activations.harvesting.corpus_reader import Text
+from activations.models.tokenizer import encoded_in_pieces
 from saescope.errors import InputError
 from tests.tiny import SENTENCES, make_tiny_model
 
@@ -172,9 +172,9 @@ def test_a_long_text_has_the_tokens_of_the_whole_and_stops_where_it_may(
     model = load_model(str(make_tiny_model(tmp_path / "model", architecture)), dtype="float32")
     text = "\n\n".join(" ".join(SENTENCES[n % 7] for n in range(k, k + 3)) for k in range(40))
     expected = model.tokenize_batch([text])[0]
-    monkeypatch.setattr("activations.text.LONG_CHARACTERS", 500)
-    monkeypatch.setattr("activations.packing.LONG_CHARACTERS", 500)
-    monkeypatch.setattr("activations.text._PIECE_CHARACTERS", 100)
+    monkeypatch.setattr("activations.models.tokenizer.LONG_CHARACTERS", 500)
+    monkeypatch.setattr("activations.corpora.packing.LONG_CHARACTERS", 500)
+    monkeypatch.setattr("activations.models.tokenizer._PIECE_CHARACTERS", 100)
     pieces = list(encoded_in_pieces(text, model.tokenize_batch))
     assert len(pieces) > 10
     assert [each for piece in pieces for each in piece] == expected

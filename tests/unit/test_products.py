@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from activations import CorpusConfig, HarvestConfig, Model, ModelConfig, harvest, products
+from activations import CorpusConfig, HarvestConfig, Model, ModelConfig, harvest
 from activations import load_model as load
-from activations.products import faster_products, multiplied_in
+from activations.models import matmul_precision
+from activations.models.matmul_precision import faster_products, multiplied_in
 from tests.interrupt import Interrupt
 from tests.tiny import make_tiny_corpus, make_tiny_model
 
@@ -61,13 +62,15 @@ def test_the_faster_is_chosen(
     own: float, other: float, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([own, other])
-    monkeypatch.setattr("activations.products.seconds_of_product", lambda _: next(times))
+    monkeypatch.setattr(
+        "activations.models.matmul_precision.seconds_of_product", lambda _: next(times)
+    )
     assert faster_products(torch.bfloat16, CPU) == chosen
     assert list(times) == []
 
 
 def test_nothing_is_measured_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("activations.products.seconds_of_product")
+    monkeypatch.delattr("activations.models.matmul_precision.seconds_of_product")
     assert faster_products(torch.float32, CPU) == "own"
     assert faster_products(torch.bfloat16, torch.device("cuda")) == "own"
 
@@ -80,8 +83,10 @@ def test_a_model(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tokens = torch.randint(5, 200, (8, 16), generator=torch.Generator().manual_seed(0))
     truth = exact.capture(tokens, [SITE])[SITE]
     turned = []
-    worth_it = products._worth_it
-    monkeypatch.setattr(products, "_worth_it", lambda x: turned.append(x.shape) or worth_it(x))
+    worth_it = matmul_precision._worth_it
+    monkeypatch.setattr(
+        matmul_precision, "_worth_it", lambda x: turned.append(x.shape) or worth_it(x)
+    )
     error = []
     for model.products in ("own", "float32"):
         assert turned == []
@@ -102,16 +107,17 @@ def test_a_harvest_keeps_to_what_it_began_with(
         corpus=CorpusConfig(source=str(make_tiny_corpus(tmp_path))), sites=(SITE,), context=32,
         max_tokens=8192, out=str(tmp_path / "harvest"),
     )  # fmt: skip
-    monkeypatch.setattr("activations.models.faster_products", lambda *_: "float32")
+    monkeypatch.setattr("activations.models.language.faster_products", lambda *_: "float32")
     with monkeypatch.context() as patch:
         Interrupt(patch, Model, "capture", 9, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             harvest(config)
     # as on a machine that is busy by now
-    monkeypatch.setattr("activations.models.faster_products", lambda *_: "own")
+    monkeypatch.setattr("activations.models.language.faster_products", lambda *_: "own")
     used = []
     monkeypatch.setattr(
-        "activations.models.multiplied_in", lambda how: used.append(how) or multiplied_in(how)
+        "activations.models.language.multiplied_in",
+        lambda how: used.append(how) or multiplied_in(how),
     )
     store = harvest(config)
     assert store.manifest["model"]["products"] == "float32"

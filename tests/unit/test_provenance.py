@@ -11,9 +11,9 @@ import torch
 import sae
 from activations import Model, load_model
 from sae.architectures.topk import TopKConfig, TopKSAE
-from sae.base import SparseAutoencoder
-from sae.provenance import check_indexed, check_trained_on, weights_hash
-from sae.steer_command import SteerConfig, steer_text
+from sae.commands.steer import SteerConfig, steer_text
+from sae.core.base import SparseAutoencoder
+from sae.data.provenance import check_indexed, check_trained_on, weights_hash
 from saescope.errors import ArtefactError, InputError
 from store import FeatureStore
 from tests.tiny import D_MODEL, make_tiny_harvest, make_tiny_model

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sae import distributed
-from sae.batch import TrainingBatch
+from sae.commands.train import TrainConfig, train
+from sae.core.batch import TrainingBatch
 from sae.distributed import ALL, FEATURES, ROWS
-from sae.training import ranks, shards
-from sae.training.command import TrainConfig, train
+from sae.training import process_group, sharded_checkpoint
 from saescope.config import from_dict
 from saescope.errors import ArtefactError, InputError
 from tests import ranks_worker as worker
@@ -297,8 +297,8 @@ def test_the_released_file_is_what_safetensors_reads(tmp_path: Path) -> None:
     path = tmp_path / "whole.safetensors"
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
-        context.setattr(shards, "_PIECE_BYTES", 100)
-        shards.save_whole(tensors, path, lambda _, value: value.ndim > 0)
+        context.setattr(sharded_checkpoint, "_PIECE_BYTES", 100)
+        sharded_checkpoint.save_whole(tensors, path, lambda _, value: value.ndim > 0)
     found = load_file(path)
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():
@@ -314,7 +314,7 @@ def test_a_batch_has_a_row_for_each_process(
     """Parts of ceil(rows / parts): 10 rows are 4, 4 and 2."""
     monkeypatch.setattr(ROWS, "size", 3)
     with nullcontext() if fits else pytest.raises(InputError, match="fewer rows than processes"):
-        ranks.check_batch(rows, parts)
+        process_group.check_batch(rows, parts)
     with pytest.raises(InputError, match="outliers left fewer rows"):
         TrainingBatch.of(torch.zeros(2, 4)).share()
 
@@ -324,8 +324,8 @@ def test_a_card_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert ranks.device("cuda") == torch.device("cuda", 1)
-    assert ranks.device("cpu") == torch.device("cpu")
+    assert process_group.device("cuda") == torch.device("cuda", 1)
+    assert process_group.device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="not a card for each process"):
-        ranks.device("cuda")
+        process_group.device("cuda")

@@ -11,10 +11,10 @@ import pytest
 from pyarrow import parquet
 
 from activations import CorpusConfig, Model
-from activations.corpora import Document, DocumentStream, MixedConfig, documents
-from activations.packing import PackingCounts, Sequences, pack
-from activations.reading import Seen, Text
-from activations.text import TextCodec
+from activations.corpora.documents import Document, DocumentStream, MixedConfig, documents
+from activations.corpora.packing import PackingCounts, Sequences, pack
+from activations.harvesting.corpus_reader import Seen, Text
+from activations.models.tokenizer import TextCodec
 from saescope.errors import ArtefactError, InputError
 
 
@@ -189,7 +189,7 @@ def test_packing_goes_on_from_the_place_of_any_group(
 ) -> None:
     if packing == "separate" and eos is None:
         return
-    monkeypatch.setattr("activations.packing._BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("activations.corpora.packing._BATCH_DOCUMENTS", 3)
     rng = np.random.default_rng(1)
     source = [
         Document(3 * n, f"key {n}", "abcdefghij" * int(size), "")
@@ -256,7 +256,7 @@ def test_documents_apart_by_hand() -> None:
 
 
 def test_seen_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("activations.reading._MOST_LOOSE", 10)
+    monkeypatch.setattr("activations.harvesting.corpus_reader._MOST_LOOSE", 10)
     rng = np.random.default_rng(0)
     given = [int(n) for n in rng.integers(0, 300, 1000)] + [2**64 - 1, 0, 2**64 - 1]
     before = [3, 5, 2**63]

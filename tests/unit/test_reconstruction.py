@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae.codes import SparseCodes
 from sae.evaluation.reconstruction import measure_reconstruction, pool
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
 
 D = 5

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae.base import SparseAutoencoder, kind_of
-from sae.loading import load
+from sae.core.base import SparseAutoencoder, kind_of
+from sae.formats.load import load
 from saescope.errors import ArtefactError, InputError
 
 D_IN, D_SAE, D_OUT, K = 6, 16, 6, 3

@@ -7,8 +7,8 @@ import torch
 from torch.func import functional_call
 
 from sae.architectures.relu import ReLUConfig, ReLUSAE
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
 from saescope.config import from_dict, to_dict
 from saescope.errors import InputError
 

@@ -25,12 +25,12 @@ from activations import (
     append,
     harvest,
 )
-from activations.store_check import examine
+from activations.storage.verify import examine
 from saescope import artefact
 from saescope.__main__ import main
 from saescope.errors import ArtefactError, InputError
 from saescope.locks import locked
-from saescope.places import is_remote, local, place
+from saescope.paths import is_remote, local, place
 from tests.damage import GROUP, assert_same_content, files_of
 from tests.interrupt import Interrupt, Killed
 from tests.tiny import make_tiny_corpus, make_tiny_model
@@ -240,7 +240,7 @@ def test_grows_as_a_local_one(root: Path, make: Make, tmp_path: Path) -> None:
 
 
 def test_the_plan_names_no_limit(make: Make, tmp_path: Path, capsys: Any) -> None:
-    from activations.command import HarvestCommand, run
+    from activations.harvesting.command import HarvestCommand, run
 
     values = {
         f.name: getattr(make("memory://bucket/new"), f.name)

@@ -13,16 +13,16 @@ import zarr
 
 import sae
 from activations import ActivationLoader, ActivationStore, HarvestConfig, harvest, load_model
-from activations.layout import row_arrays
-from activations.loader import aligned_rows
-from activations.row_storage import SCALE, SiteRows, floats, site_arrays, stored
-from activations.store_check import examine
-from activations.zarr_writer import HarvestWriter
-from sae.harvests import read_chunk
+from activations.loading.loader import aligned_rows
+from activations.storage.layout import row_arrays
+from activations.storage.row_formats import SCALE, SiteRows, floats, site_arrays, stored
+from activations.storage.verify import examine
+from activations.storage.writer import HarvestWriter
+from sae.data.harvests import read_chunk
 from saescope.__main__ import main
 from saescope.config import from_dict
 from saescope.errors import InputError
-from saescope.places import local
+from saescope.paths import local
 from tests.damage import DAMAGES, GROUP, assert_same_content
 from tests.interrupt import Interrupt, Killed
 from tests.tiny import make_tiny_harvest, make_tiny_model

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from activations import ActivationStore
-from sae.training.command import TrainConfig
-from sae.training.setup import Run
+from sae.commands.train import TrainConfig
+from sae.training.run import Run
 from saescope.artefact import SEAL
 from saescope.config import from_dict
 from saescope.errors import InputError

@@ -21,7 +21,7 @@ from saescope import artefact
 from saescope.__main__ import main
 from saescope.errors import ArtefactError, InputError
 from saescope.locks import locked
-from saescope.places import exists, listing, place, put, remove
+from saescope.paths import exists, listing, place, put, remove
 from tests.damage import GROUP, assert_same_content
 from tests.interrupt import Interrupt, Killed
 from tests.tiny import make_tiny_corpus, make_tiny_model

@@ -12,7 +12,7 @@ from torch import Tensor
 from sae import load
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
-from sae.normaliser import Normaliser
+from sae.core.normaliser import Normaliser
 from sae.training import checkpoint
 from sae.training.telemetry import MetricsLog, read_metrics
 from saescope.artefact import DamagedError, sha256_json

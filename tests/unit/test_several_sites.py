@@ -12,12 +12,12 @@ from activations import ActivationStore, load_model
 from sae.architectures.crosscoder import Crosscoder, CrosscoderConfig
 from sae.architectures.skip_transcoder import SkipTranscoder, SkipTranscoderConfig
 from sae.architectures.topk import TopKConfig, TopKSAE
-from sae.base import SparseAutoencoder
+from sae.core.base import SparseAutoencoder
+from sae.core.normaliser import Normaliser
 from sae.evaluation.downstream import measure_downstream
 from sae.formats.hub import EVALUATION_FILE
-from sae.indexing import STORE_FILE, direct_logits
-from sae.loading import load
-from sae.normaliser import Normaliser
+from sae.formats.load import load
+from sae.indexing.build import STORE_FILE, direct_logits
 from saescope.__main__ import main
 from saescope.errors import InputError
 from store import FeatureStore

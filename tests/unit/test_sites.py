@@ -2,7 +2,7 @@
 
 import pytest
 
-from activations.sites import full_name, is_pattern, layer_of, matches, select, unknown_site
+from activations.sites.names import full_name, is_pattern, layer_of, matches, select, unknown_site
 from saescope.errors import InputError
 
 SITES = [

@@ -9,9 +9,9 @@ import sae as sae_package
 from activations import Model
 from sae.architectures.crosscoder import Crosscoder, CrosscoderConfig
 from sae.architectures.skip_transcoder import SkipTranscoder, SkipTranscoderConfig
-from sae.base import SparseAutoencoder
-from sae.normaliser import Normaliser, NormaliserKind
-from sae.steering import FeatureEdits
+from sae.core.base import SparseAutoencoder
+from sae.core.normaliser import Normaliser, NormaliserKind
+from sae.steering.steer import FeatureEdits
 from saescope.errors import InputError
 
 SITE = "blocks.1.hook_resid_post"

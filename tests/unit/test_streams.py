@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from activations import ActivationLoader, ActivationStore
-from sae.training.outliers import OutlierFilter
-from sae.training.streams import (
+from sae.data.outliers import OutlierFilter
+from sae.data.streams import (
     AllLayers,
     Concatenated,
     DrawnLayer,

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sae.steer_command import suggest
+from sae.commands.steer import suggest
 from saescope.errors import InputError
 from store import StoreWriter
 

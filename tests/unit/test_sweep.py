@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from sae.loading import load
-from sae.training import plan, setup, sweep
-from sae.training.command import TrainConfig, train
-from sae.training.outliers import OutlierFilter
-from sae.training.sweep import SweepConfig, members
+from sae.commands import sweep
+from sae.commands.sweep import SweepConfig, members
+from sae.commands.train import TrainConfig, train
+from sae.data.outliers import OutlierFilter
+from sae.formats.load import load
+from sae.training import estimate, run
 from sae.training.telemetry import read_metrics
 from sae.training.trainer import Trainer
 from saescope.config import from_dict
@@ -60,7 +61,7 @@ def test_every_member_has_the_bits_of_a_run_alone(harvest: Path, tmp_path: Path)
     chosen = config(harvest, tmp_path / "sweep", at_once=3)
     folders = sweep.sweep(chosen)
     for name, alone in members(chosen).items():
-        values = {**setup.to_dict(alone), "out": str(tmp_path / name)}
+        values = {**run.to_dict(alone), "out": str(tmp_path / name)}
         train(from_dict(TrainConfig, values, "test"))
         assert same(tmp_path / "sweep" / name, tmp_path / name), name
     assert not same(folders[0], folders[1])  # another seed
@@ -151,8 +152,8 @@ def test_plan_measures_each_kind_of_step_once(
     harvest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another k is another step; another seed or site is not."""
-    measured, real = [], plan._measured
-    monkeypatch.setattr(plan, "_measured", lambda run: measured.append(run) or real(run))
+    measured, real = [], estimate._measured
+    monkeypatch.setattr(estimate, "_measured", lambda run: measured.append(run) or real(run))
     sweep.sweep(config(harvest, tmp_path / "sweep", plan=True))
     assert [getattr(run.sae_config, "k", None) for run in measured] == [3, 5, None]
 

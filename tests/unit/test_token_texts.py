@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from activations.text import TextCodec
-from store.decoding import Vocabulary
+from activations.models.tokenizer import TextCodec
+from store.vocabulary import Vocabulary
 
 TEXTS = (
     "le café 水 🙂 naïve", "🌧️🌧️ and 雨", "é", "aé", "éa", "日本語のテキスト", "x", "🙂", "ÿÿ",

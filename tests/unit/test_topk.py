@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sae.architectures.topk import TopKConfig, TopKSAE
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
-from sae.objectives import auxk, geometric_median
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
+from sae.core.losses import auxk, geometric_median
 from saescope.errors import InputError
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sae.architectures import architecture, list_architectures
-from sae.base import SparseAutoencoder
-from sae.batch import RawBatch
-from sae.finite import check_finite
+from sae.core.base import SparseAutoencoder
+from sae.core.batch import RawBatch
+from sae.core.finite import check_finite
 from sae.training import checkpoint
 from sae.training.schedules import base_lr, lr_factor
 from sae.training.telemetry import MetricsLog, read_metrics

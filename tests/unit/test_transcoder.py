@@ -9,10 +9,10 @@ from torch import Tensor
 
 from sae.architectures.skip_transcoder import SkipTranscoder, SkipTranscoderConfig
 from sae.architectures.transcoder import Transcoder, TranscoderConfig
-from sae.base import TrainingState
-from sae.batch import TrainingBatch
-from sae.loading import load
-from sae.normaliser import Normaliser
+from sae.core.base import TrainingState
+from sae.core.batch import TrainingBatch
+from sae.core.normaliser import Normaliser
+from sae.formats.load import load
 from saescope.errors import InputError
 
 X = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])

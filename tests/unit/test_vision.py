@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from activations import ActivationStore, CorpusConfig, HarvestConfig, ModelConfig, harvest
-from activations.doctor import DoctorConfig, doctor
-from activations.models import load_model
-from activations.raw_models import RawModel
-from activations.zarr_writer import HarvestWriter
+from activations.models.base import RawModel
+from activations.models.language import load_model
+from activations.recompute.doctor import DoctorConfig, doctor
+from activations.storage.writer import HarvestWriter
 from saescope.assets import wheel
 from saescope.errors import ArtefactError, InputError
 from tests.damage import assert_same_content

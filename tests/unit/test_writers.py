@@ -13,9 +13,9 @@ from activations import CorpusConfig, HarvestConfig, ModelConfig
 from activations import harvest as run_harvest
 from sae import EvaluateConfig, IndexConfig, TrainConfig, evaluate, index, load, train
 from sae.bench import rows
-from sae.convert_command import ConvertConfig, convert
+from sae.commands.convert import ConvertConfig, convert
+from sae.commands.sweep import SweepConfig, members
 from sae.formats import formats
-from sae.training.sweep import SweepConfig, members
 from saescope.__main__ import main
 from saescope.config import from_dict
 from saescope.errors import ArtefactError, InputError

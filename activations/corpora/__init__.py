@@ -1,0 +1,1 @@
+"""Corpora: documents from files and hubs, pictures, and how tokens are packed into sequences."""

@@ -1,0 +1,203 @@
+"""The text of a corpus as a harvest reads it: split, without repetitions, packed and counted."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from activations.corpora.documents import CorpusConfig, Document, DocumentStream
+from activations.corpora.packing import JOINED, Described, PackingCounts, Sequences, pack
+from activations.harvesting.segments import Part
+from activations.models.base import RawModel
+from activations.models.language import Model
+from activations.storage.layout import SPLITS
+from saescope.errors import InputError
+from saescope.progress import say
+
+if TYPE_CHECKING:
+    from activations.harvesting.pipeline import HarvestConfig
+
+_MOST_LOOSE = 1 << 16
+
+
+class Seen:
+    """A set of 64-bit numbers in about 20 bytes each; of 10^8 texts two have one by chance 3e-4."""
+
+    def __init__(self, numbers: ArrayLike = ()) -> None:
+        self._sorted: NDArray[np.uint64] = np.sort(np.asarray(numbers, np.uint64))
+        self._loose: set[int] = set()
+
+    def add(self, number: int) -> bool:
+        """Take a number in; whether it is new."""
+        place = int(np.searchsorted(self._sorted, np.uint64(number)))
+        known = place < len(self._sorted) and int(self._sorted[place]) == number
+        if known or number in self._loose:
+            return False
+        self._loose.add(number)
+        if len(self._loose) > max(_MOST_LOOSE, len(self._sorted) // 4):
+            loose = np.fromiter(self._loose, np.uint64, len(self._loose))
+            self._sorted = np.sort(np.concatenate([self._sorted, loose]))
+            self._loose = set()
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A corpus, and how a harvest reads it."""
+
+    corpus: CorpusConfig
+    context: int
+    held_out_fraction: float
+    packing: str = JOINED
+    first_document: int = 0
+    """Number of its first document."""
+    prepend_bos: bool | None = None
+    """Whether sequences begin with BOS; None: where the tokenizer adds one."""
+
+    @classmethod
+    def of(cls, config: "HarvestConfig", part: Part | None = None) -> "Text":
+        """The text that a configuration asks for, or that of a part of its harvest."""
+        return cls(
+            corpus=config.corpus if part is None else part.corpus,
+            context=config.context,
+            held_out_fraction=config.held_out_fraction,
+            packing=config.packing,
+            first_document=0 if part is None else part.first_document,
+            prepend_bos=config.prepend_bos,
+        )
+
+    def packed(
+        self,
+        split: str,
+        model: Model | RawModel,
+        *,
+        per_group: int,
+        counts: PackingCounts,
+        limit: int | None,
+        before: ArrayLike = (),
+        place: Mapping[str, Any] | None = None,
+        to_end: bool = False,
+    ) -> Iterator[Sequences]:
+        """The sequences of one split's documents, always the same ones; a language model's packed.
+
+        Args: before has the numbers of documents of this split that were there before, which count
+        where repetitions are left out. place is that of a group read earlier, to go on from; limit
+        and to_end as for `pack`. Place and to_end are for language models.
+
+        Raises InputError as `DocumentStream` and `pack` do.
+        """
+        if limit == 0:
+            return iter(())
+        if isinstance(model, RawModel):
+            found = model.documents(self.corpus, first=self.first_document)
+            return model.sequences(
+                self._chosen(found, split, counts, before), context=self.context,
+                per_group=per_group, counts=counts, limit=limit,
+            )  # fmt: skip
+        codec = model.codec
+        stream = DocumentStream(
+            self.corpus,
+            render=codec.render_chat,
+            spell=codec.spell,
+            first=self.first_document,
+            state=place["reader"]["stream"] if place else None,
+        )
+        for name, value in place["reader"]["counts"].items() if place else ():
+            setattr(counts, name, value)
+        goes_on = self.corpus.can_go_on
+        return pack(
+            self._chosen(stream, split, counts, before),
+            model,
+            context=self.context,
+            per_group=per_group,
+            counts=counts,
+            limit=limit,
+            packing=self.packing,
+            prepend_bos=self.prepend_bos,
+            describe=self._describe,
+            state=lambda: {"stream": stream.state, "counts": counts.stored()} if goes_on else None,
+            place=place,
+            to_end=to_end,
+        )
+
+    def _chosen(
+        self, stream: Iterable[Document], split: str, counts: PackingCounts, before: ArrayLike
+    ) -> Iterator[Document]:
+        """The documents of a split that are to be packed; the others of the split are counted."""
+        held_out = split == SPLITS[1]
+        seen = Seen(before) if self.corpus.deduplicate else None
+        for document in stream:
+            if document.is_held_out(self.held_out_fraction) != held_out:
+                continue
+            if document.is_empty:
+                counts.empty_documents += 1
+            elif seen is not None and not seen.add(document.number):
+                counts.duplicate_documents += 1
+            else:
+                yield document
+
+    def _describe(self, document: Document) -> Described:
+        found = (document.id, document.key, document.title)
+        return (*found, document.number) if self.corpus.deduplicate else found
+
+    def planned_sequences(
+        self,
+        model: Model | RawModel,
+        max_tokens: int | None,
+        before: Mapping[str, ArrayLike] | None = None,
+    ) -> dict[str, int]:
+        """How many sequences each split is to have (with max_tokens: at most).
+
+        Without max_tokens the corpus is read through once to count, which costs about 1/200 of what
+        running the model over it does, and finds a damaged record before hours of work.
+        """
+        if max_tokens is None:
+            say("counting the tokens of the corpus")
+            limits: dict[str, int | None] = dict.fromkeys(SPLITS)
+        else:
+            wanted = max_tokens // self.context
+            held_out = round(wanted * self.held_out_fraction)
+            limits = {"train": wanted - held_out, "held_out": held_out}
+        planned = {}
+        for split, limit in limits.items():
+            # with a limit it is enough to know that there is text for one sequence
+            read = min(limit, 1) if limit is not None else None
+            found = self.packed(
+                split, model, per_group=64, counts=PackingCounts(), limit=read,
+                before=(before or {}).get(split, ()),
+            )  # fmt: skip
+            number = sum(len(group.tokens) for group in found)
+            planned[split] = number if limit is None else limit * min(number, 1)
+        if planned["train"] == 0:
+            raise InputError(
+                f"not enough text for one training sequence of {self.context} tokens",
+                where=self.corpus.source,
+            )
+        if planned["held_out"] == 0 and self.held_out_fraction > 0:
+            say(
+                "the corpus is too small for a held-out sequence, so everything is for training; "
+                "`saescope train` measures on held-out text and will refuse this harvest: give "
+                "more documents, or a larger held_out_fraction"
+            )
+        return planned
+
+    def counted(self, counts: PackingCounts) -> dict[str, Any]:
+        """What the manifest says of a split that was read to its end."""
+        found = counts.stored()
+        chain, sources = found.pop("chain"), found.pop("sources")
+        # a digest cannot go on from a place, and a chain is not what older harvests have
+        found |= {"chain": chain} if self.corpus.can_go_on else {"hash": counts.digest.hexdigest()}
+        if self.corpus.mix:
+            pairs = zip(self.corpus.mix, [*sources, *[(0, 0)] * len(self.corpus.mix)], strict=False)
+            found["sources"] = [
+                {"source": member.source, "documents": documents, "bytes": size}
+                for member, (documents, size) in pairs
+            ]
+        return found
+
+    def agrees(self, counts: PackingCounts, recorded: Mapping[str, Any]) -> bool:
+        """Whether a split read again is what a manifest, of an older schema even, says it was."""
+        found = {**self.counted(counts), "hash": counts.digest.hexdigest()}
+        return all(found.get(name) == value for name, value in recorded.items())

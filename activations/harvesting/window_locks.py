@@ -1,0 +1,290 @@
+"""Several processes that harvest one store: who computes which window, who commits it.
+
+    torchrun --nproc-per-node 4 -m saescope harvest CONFIG.toml
+
+They share nothing but the file system. Each reads the whole text, takes the next window that nobody
+has, computes it and leaves it in the store (`activations.harvesting.staging`); rank 0, which holds
+the store's lock, does the same, and commits what is there in the order of one process. To have a
+window, or to be a rank, is to hold a lock on a byte of `.NAME.ranks` beside the store, which the
+operating system takes back from a process that dies: then another one has the window.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from activations.harvesting.staging import Staging
+from activations.harvesting.windows import MissingWindow
+from activations.storage.layout import PENDING
+from activations.storage.writer import HarvestWriter, WindowData
+from saescope import ranks
+from saescope.errors import ArtefactError
+from saescope.locks import locked
+from saescope.paths import Place, local, remove
+from saescope.progress import Progress
+from saescope.system import system_errors
+
+_WINDOWS = 1 << 32
+"""the byte of the first window; those below are the ranks'"""
+_POLL = (0.02, 1.0)
+"""seconds between two looks, at first and at last"""
+_LEAVING = 5.0
+"""seconds that a process may take to leave when its harvest is complete"""
+_PATIENCE = 120.0
+"""seconds that the other ranks wait for a rank 0 that is not there"""
+
+Found = TypeVar("Found")
+
+
+class Team:
+    """This process's place among the ranks of a harvest.
+
+    Raises ArtefactError if another process has this rank there, or the file system has no locks.
+    """
+
+    def __init__(self, out: Path, number: int) -> None:
+        self._out, self.number = out, number
+        self._file = ranks_file(out)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._enter()
+        self._rank_0_was_here = time.monotonic()
+
+    def _enter(self) -> None:
+        last_try = time.monotonic() + _LEAVING
+        while True:
+            with system_errors(str(self._out)):
+                self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            # rank 0 has the store's lock; others look for it by having its byte for an instant
+            held = self._lock(self.number, wait=self.number == 0)
+            with suppress(FileNotFoundError):
+                if held and os.path.samestat(os.fstat(self._descriptor), self._file.stat()):
+                    return
+            os.close(self._descriptor)  # the last of those before has just removed it
+            if not held and time.monotonic() > last_try:
+                raise ArtefactError(
+                    f"another process is rank {self.number} of a harvest there; wait until it has "
+                    "ended, or choose another folder", where=str(self._out),
+                )  # fmt: skip
+            time.sleep(_POLL[0])
+
+    def _lock(
+        self, place: int, *, wait: bool = False, length: int = 1, shared: bool = False
+    ) -> bool:
+        """Lock bytes of the file; whether no other process has them."""
+        kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+        try:
+            fcntl.lockf(self._descriptor, kind, length, place)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:
+            raise ArtefactError(
+                f"this file system cannot lock files ({error}), which several processes need; "
+                "choose another folder", where=str(self._out),
+            ) from error  # fmt: skip
+        return True
+
+    def claim(self, window: int) -> bool:
+        """Have a window, unless another rank has it."""
+        return self._lock(_WINDOWS + window)
+
+    def release(self, window: int) -> None:
+        """Let go of a window."""
+        fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, _WINDOWS + window)
+
+    def check(self) -> None:
+        """Raise ArtefactError if rank 0 has not been there for some time."""
+        if self.number == 0:
+            return
+        if not self._lock(0, shared=True):
+            self._rank_0_was_here = time.monotonic()
+            return
+        fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, 0)
+        if time.monotonic() - self._rank_0_was_here > _PATIENCE:
+            raise ArtefactError(
+                f"rank 0, which alone commits windows, has not been at work here for "
+                f"{_PATIENCE:.0f} s; run the same command again: what was computed counts",
+                where=f"{self._out}, rank {self.number}",
+            )
+
+    def wait_for(self, look: Callable[[], Found | None]) -> Found:
+        """What rank 0 is to bring about, once it is there. Raises ArtefactError if it is gone."""
+        pauses = _pauses()
+        while (found := look()) is None:
+            self.check()
+            next(pauses)
+        return found
+
+    def leave(self) -> None:
+        """End this process's part; the last of all removes the file of locks."""
+        if self._lock(0, length=0):
+            self._file.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+
+def ranks_file(out: Path) -> Path:
+    """The file whose bytes the ranks of a harvest lock."""
+    artefact = out.absolute()
+    return artefact.parent / f".{artefact.name}.ranks"
+
+
+@contextmanager
+def member(out: Path) -> Iterator[Team]:
+    """This process as a rank of the harvest there. Raises ArtefactError as `Team` does."""
+    team = Team(out, ranks.here().number)
+    try:
+        yield team
+    finally:
+        team.leave()
+
+
+@contextmanager
+def leading(out: Place) -> Iterator[Team | None]:
+    """Hold a store's lock, to harvest; with the other ranks if there are, or were, any.
+
+    Raises InputError for several ranks and an object store; ArtefactError as `locked` and `Team`.
+    """
+    several = ranks.here().size > 1
+    if several:
+        out = shared_folder(out)
+    with locked(out, "harvest"):
+        if isinstance(out, Path) and (
+            several or (out / PENDING).exists() or ranks_file(out).exists()
+        ):
+            with member(out) as team:
+                yield team
+        else:
+            yield None
+
+
+def shared_folder(out: str | Place) -> Path:
+    """The folder that several ranks harvest to. Raises InputError for an object store."""
+    return local(out, "several processes harvest one store only in a folder that they share")
+
+
+def own_device(device: str) -> str:
+    """The device of this rank: of several on a machine each takes a card, if any, in turn."""
+    here = ranks.here()
+    if here.local_size > 1 and device in ("cuda", "auto") and torch.cuda.device_count() > 0:
+        return f"cuda:{here.local % torch.cuda.device_count()}"
+    return device
+
+
+def help_with(
+    missing: Iterable[MissingWindow],
+    compute: Callable[[MissingWindow], WindowData],
+    staging: Staging,
+    team: Team,
+) -> None:
+    """Compute windows until all of them wait, or are committed. Raises ArtefactError as `check`."""
+    _share(missing, compute, staging, team, lambda *_: None, team.check)
+
+
+def lead(
+    missing: Iterable[MissingWindow],
+    compute: Callable[[MissingWindow], WindowData],
+    writer: HarvestWriter,
+    team: Team,
+    progress: Progress,
+) -> None:
+    """Compute windows as other ranks do, and commit all, in their order."""
+    store = writer.store
+    staging = Staging(store)
+    staging.open(len(store.windows))
+    names: dict[int, str] = {}
+    own: set[int] = set()
+    number = len(store.windows)
+
+    def commit() -> None:
+        nonlocal number
+        while number in names and staging.has(names[number]):
+            name = names.pop(number)
+            data = staging.get(name)
+            writer.write(data)
+            remove(staging.folder / name)
+            if number not in own:
+                progress.advance(data.tokens.size)
+            own.discard(number)
+            number += 1
+
+    def computed(window: MissingWindow) -> WindowData:
+        own.add(window.number)
+        return compute(window)
+
+    _share(missing, computed, staging, team, names.__setitem__, commit)
+    assert not names, "a window that is neither computed nor missing"
+    remove(staging.folder)
+
+
+def _share(
+    missing: Iterable[MissingWindow],
+    compute: Callable[[MissingWindow], WindowData],
+    staging: Staging,
+    team: Team,
+    note: Callable[[int, str], None],
+    settle: Callable[[], None],
+) -> None:
+    """Compute the windows that no other rank has, until all are computed.
+
+    Windows that others have are kept in mind, and computed here if those die: there are never more
+    of them than twice the other ranks. `note` is told each window's number and name in their order;
+    `settle` is called again and again, in a thread that also puts away a window while the next is
+    computed.
+    """
+    waiting: dict[str, MissingWindow] = {}
+
+    def keep(name: str, data: WindowData, number: int) -> None:
+        staging.put(name, data)
+        team.release(number)
+        settle()
+
+    with ThreadPoolExecutor(1, "harvest-writer") as pool:
+        writing: Future[None] = pool.submit(settle)
+        for window in _and_then_pauses(missing, waiting):
+            if window is not None:
+                name = staging.name(window)
+                note(window.number, name)
+                waiting[name] = window
+            for name, each in list(waiting.items()):
+                if staging.has(name):
+                    del waiting[name]
+                elif team.claim(each.number):
+                    del waiting[name]
+                    if staging.needs(name, each.number):
+                        staging.remove_torn(name)
+                        data = compute(each)
+                        writing.result()
+                        writing = pool.submit(keep, name, data, each.number)
+                    else:
+                        team.release(each.number)
+            if writing.done():
+                writing.result()
+                writing = pool.submit(settle)
+        writing.result()
+        pool.submit(settle).result()
+
+
+def _and_then_pauses(
+    missing: Iterable[MissingWindow], waiting: dict[str, MissingWindow]
+) -> Iterator[MissingWindow | None]:
+    """All windows, and then None after each pause for as long as there are any to wait for."""
+    yield from missing
+    for _ in _pauses():
+        if not waiting:
+            return
+        yield None
+
+
+def _pauses() -> Iterator[None]:
+    """Without end, at first without a pause."""
+    seconds, longest = _POLL
+    while True:
+        yield
+        time.sleep(seconds)
+        seconds = min(1.5 * seconds, longest)

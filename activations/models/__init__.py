@@ -1,0 +1,1 @@
+"""Models: language models, text encoders, vision and diffusion models behind one base class."""

@@ -1,0 +1,1 @@
+"""The harvest on disk: layout, ledger, chunk files, Zarr arrays; reading and writing them."""

@@ -1,0 +1,1 @@
+"""The commands about SAEs: their configuration, and the function behind each."""

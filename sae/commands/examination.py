@@ -1,0 +1,248 @@
+"""Every file of what saescope writes besides harvests: whether it is what was written."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from activations.models.packaged import SEALS, check_packaged
+from activations.storage.layout import GROUP
+from activations.storage.ledger import LEDGER
+from sae.analysis import lens
+from sae.commands.sweep import MEMBERS, read_members
+from sae.core.serialisation import CONFIG_FILE, WEIGHTS_FILE, described_sae
+from sae.evaluation.written import EVALUATION_FILE, read_evaluation
+from sae.formats import recognise
+from sae.formats.load import SAE_FOLDER, load
+from sae.training import checkpoint
+from sae.training.run import read_run
+from sae.training.telemetry import read_metrics
+from sae.training.trainer import CHECKPOINT, METRICS
+from saescope.artefact import MANIFEST, DamagedError, read_json, read_manifest
+from saescope.errors import ArtefactError, SaescopeError
+from saescope.leftovers import is_leftover
+from saescope.seals import FILES, SEAL, check_file, seal_of_bytes
+from store.annotations import annotations_file
+from store.database import FILE_NAME
+from store.examination import examine_annotations, examine_store
+
+_BESIDE_WEIGHTS = ("README.md", EVALUATION_FILE)
+_SINKS = ("tensorboard", "wandb")
+
+
+class Examination:
+    """What is found wrong; paths are relative to the artefact."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checked = 0
+        self.faults: list[tuple[str, str, str]] = []
+        """file, kind (missing, truncated, damaged or foreign), and what is wrong, in words"""
+        self.notes: list[str] = []
+
+    @contextmanager
+    def of(self, file: Path) -> Iterator[None]:
+        """Within the block a file is read; an error that says it is damaged becomes a fault."""
+        self.checked += 1
+        try:
+            yield
+        except DamagedError as error:
+            where = Path(error.where)
+            self.fault(where if where.is_relative_to(self.path) else file, error.kind, error.what)
+        except SaescopeError as error:
+            self.fault(file, "damaged", str(error).removeprefix(f"{file}: "))
+        except OSError as error:
+            self.fault(file, "unreadable", error.strerror or str(error))
+
+    def fault(self, file: Path, kind: str, what: str) -> None:
+        """Note that a file is not as it should be."""
+        name = str(file.relative_to(self.path)) if file != self.path else file.name
+        if (name, kind, what) not in self.faults:
+            self.faults.append((name, kind, what))
+
+    def strangers(self, folder: Path, known: Iterable[str]) -> None:
+        """Note everything in a folder that is not known there."""
+        names = set(known)
+        for path in sorted(folder.iterdir()):
+            lock = path.name.startswith(".") and path.name.endswith(".lock")
+            if path.name not in names and not lock and not is_leftover(path):
+                self.fault(path, "foreign", "does not belong here")
+
+
+def kind_of_artefact(path: Path) -> str | None:
+    """What saescope wrote at a path, by the names of files there; None if it is nothing known."""
+    if path.is_file():
+        if path.name.endswith(".annotations.sqlite"):
+            return "annotations"
+        return "store" if path.suffix == ".duckdb" else None
+    names = {member.name for member in path.iterdir()} if path.is_dir() else set()
+    if FILE_NAME in names:
+        return "store"
+    if SEALS in names:
+        return "packaged model"
+    if WEIGHTS_FILE in names:
+        return "lens" if MANIFEST in names and CONFIG_FILE not in names else "SAE"
+    if {checkpoint.STATE, checkpoint.TENSORS} & names:
+        return "checkpoint"
+    if MEMBERS in names:
+        return "sweep"
+    if {METRICS, CHECKPOINT.parts[0]} & names or {MANIFEST, SAE_FOLDER} <= names:
+        return "run"
+    if {GROUP, LEDGER} & names:
+        return "harvest"
+    return _by_manifest(path / MANIFEST) if MANIFEST in names else _foreign(path)
+
+
+def _by_manifest(path: Path) -> str | None:
+    try:
+        kind = read_json(path)["kind"]
+    except (ArtefactError, TypeError, KeyError):
+        return "harvest"
+    return str(kind) if kind in (*_KINDS, "harvest") else None
+
+
+def _foreign(path: Path) -> str | None:
+    try:
+        recognise(path)
+    except SaescopeError:
+        return None
+    return "SAE"
+
+
+def examine(path: Path, kind: str) -> Examination:
+    """Read and check every file of an artefact of this kind (no harvest), and look for others."""
+    found = Examination(path)
+    _KINDS[kind](found, path)
+    return found
+
+
+def _sae(found: Examination, folder: Path) -> None:
+    if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+        before = len(found.faults)
+        with found.of(folder / CONFIG_FILE):
+            described = described_sae(folder)
+            if SEAL not in described:
+                found.notes.append("of an older version, which recorded no checksums")
+        found.checked += 1
+        if len(found.faults) == before:
+            with found.of(folder / WEIGHTS_FILE):
+                load(folder)
+        found.strangers(folder, [CONFIG_FILE, WEIGHTS_FILE, *_BESIDE_WEIGHTS])
+    elif (folder / CONFIG_FILE).is_file() or (folder / WEIGHTS_FILE).is_file():
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                found.fault(folder / name, "missing", "the file is missing")
+    else:
+        with found.of(folder):
+            sae = load(folder)
+            found.notes.append(f"of {sae.metadata.get('format')}, which records no checksums")
+    _evaluation(found, folder)
+
+
+def _evaluation(found: Examination, folder: Path) -> None:
+    path = folder / EVALUATION_FILE
+    if path.exists():
+        with found.of(path):
+            read_evaluation(path)
+
+
+def _checkpoint(found: Examination, folder: Path) -> dict[str, Any] | None:
+    state: dict[str, Any] | None = None
+    with found.of(folder / checkpoint.STATE):
+        state = checkpoint.state_of(folder)
+    if state is None:
+        return None
+    files = list(state.get(FILES, {checkpoint.TENSORS: None}))
+    for name in files:
+        with found.of(folder / name):
+            checkpoint.check(folder, state, [name])
+    if FILES not in state:
+        found.notes.append("a checkpoint of an older version, which recorded no checksums")
+        with found.of(folder / checkpoint.TENSORS):
+            checkpoint.load(folder)
+    found.strangers(folder, [checkpoint.STATE, *files])
+    return state
+
+
+def _run(found: Examination, folder: Path) -> None:
+    with found.of(folder / MANIFEST):
+        read_run(folder)
+    state, last = None, folder / CHECKPOINT
+    if last.exists():
+        state = _checkpoint(found, last)
+        found.strangers(last.parent, [last.name])
+    _metrics(found, folder / METRICS, None if state is None else state.get("metrics"))
+    if (folder / SAE_FOLDER).exists():
+        _sae(found, folder / SAE_FOLDER)
+    else:
+        found.notes.append("is not finished")
+    _evaluation(found, folder)
+    known = [MANIFEST, METRICS, CHECKPOINT.parts[0], SAE_FOLDER, EVALUATION_FILE, *_SINKS]
+    found.strangers(folder, known)
+
+
+def _metrics(found: Examination, path: Path, sealed: dict[str, Any] | None) -> None:
+    if not path.exists() and sealed is None:
+        return
+    with found.of(path):
+        if not path.exists():
+            check_file(path, sealed)
+        read_metrics(path)
+        if sealed is not None and seal_of_bytes(path.read_bytes()[: sealed["bytes"]]) != sealed:
+            what = "lines that were there when the checkpoint was taken are missing"
+            raise DamagedError(what, where=str(path), kind="truncated")
+
+
+def _packaged(found: Examination, folder: Path) -> None:
+    with found.of(folder / SEALS):
+        found.strangers(folder, [SEALS, *check_packaged(folder)])
+
+
+def _lens(found: Examination, folder: Path) -> None:
+    with found.of(folder / MANIFEST):
+        read_manifest(folder, kind=lens.KIND, schema=lens.SCHEMA, sealed_since=lens.SEALED_SINCE)
+    if not found.faults:
+        with found.of(folder / lens.WEIGHTS):
+            lens.TunedLens.load(folder)
+    found.strangers(folder, [MANIFEST, lens.WEIGHTS])
+
+
+def _sweep(found: Examination, folder: Path) -> None:
+    with found.of(folder / MEMBERS):
+        for name in read_members(folder):
+            if not (folder / name).exists():
+                found.notes.append(f"{name} is not trained yet")
+
+
+def _store(found: Examination, path: Path) -> None:
+    file = path / FILE_NAME if path.is_dir() else path
+    found.checked += 1
+    for what in examine_store(file):
+        found.fault(file, "damaged", what)
+    _annotations(found, file)
+    if path.is_dir():
+        notes = annotations_file(file).name
+        journals = [f"{notes}{end}" for end in ("-journal", "-wal", "-shm")]
+        found.strangers(path, [FILE_NAME, notes, *journals])
+
+
+def _annotations(found: Examination, path: Path) -> None:
+    alone = path.suffix == ".sqlite"
+    store = path.with_name(path.name.replace(".annotations.sqlite", ".duckdb")) if alone else path
+    notes = annotations_file(store)
+    if notes.exists():
+        found.checked += 1
+        for what in examine_annotations(store):
+            found.fault(notes, "damaged", what)
+
+
+_KINDS: dict[str, Callable[[Examination, Path], object]] = {
+    "SAE": _sae,
+    "checkpoint": _checkpoint,
+    "run": _run,
+    "lens": _lens,
+    "packaged model": _packaged,
+    "sweep": _sweep,
+    "store": _store,
+    "annotations": _annotations,
+}

@@ -1,0 +1,178 @@
+"""`saescope steer`: continue a prompt with and without an edit of features."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from activations import Model, load_model
+from activations.models.names import hub_name
+from activations.models.packaged import PACKAGED_MODELS
+from sae.core.base import SparseAutoencoder
+from sae.formats.load import load
+from sae.indexing.build import STORE_FILE
+from sae.steering.steer import steer
+from saescope.config import Config
+from saescope.errors import InputError, check_range
+from saescope.progress import say
+from store import FeatureFilter, FeatureStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerConfig(Config):
+    """Continue a prompt, untouched and steered; edits are written FEATURE=NUMBER."""
+
+    run: str
+    """Folder of a trained run or of an SAE, in any known format, or hf://owner/repo/folder."""
+    model: str | None = None
+    """Model to steer, a folder or a name; the one the SAE was trained on if not given."""
+    site: str | None = None
+    """Site to steer at, if not the one the SAE was trained at; of several layers, which."""
+    target_site: str | None = None
+    """Where someone else's transcoder writes, if its files do not say."""
+    prompt: str = "The weather today"
+    """Text to continue."""
+    add: tuple[str, ...] = ()
+    """Add a multiple of a feature's decoder direction, e.g. 123=8."""
+    clamp: tuple[str, ...] = ()
+    """Hold a feature's activation at a value, e.g. 123=20."""
+    scale: tuple[str, ...] = ()
+    """Multiply a feature's activation, e.g. 123=0.5."""
+    ablate: tuple[int, ...] = ()
+    """Features to switch off."""
+    allow_other_model: bool = False
+    """Steer with an SAE that was trained on another model (base and fine-tuned, say)."""
+    store: str | None = None
+    """A feature store to choose a feature from, if no edit is given."""
+    strength: float = 1.5
+    """Strength for a chosen feature, in units of its largest activation."""
+    max_new_tokens: int = 40
+    """Tokens to generate."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    seed: int = 0
+    """Seed of the sampling, where temperature is above 0."""
+    trust_remote_code: bool = False
+    """Run the code that comes with the model, if it needs it."""
+
+    def __post_init__(self) -> None:
+        check_range("max_new_tokens", self.max_new_tokens, low=1)
+        check_range("temperature", self.temperature, low=0)
+
+
+def parse_edits(name: str, words: tuple[str, ...]) -> dict[int, float]:
+    """Edits from FEATURE=NUMBER words; InputError for anything else.
+
+    >>> parse_edits("add", ("123=8", "7=-0.5"))
+    {123: 8.0, 7: -0.5}
+    """
+    edits: dict[int, float] = {}
+    for word in words:
+        feature, equals, number = word.partition("=")
+        try:
+            if not equals:
+                raise ValueError
+            key, value = int(feature), float(number)
+        except ValueError:
+            raise InputError(
+                "not an edit", where=name, given=word, allowed="FEATURE=NUMBER"
+            ) from None
+        if key in edits:
+            raise InputError("feature given twice", where=name, given=key)
+        edits[key] = value
+    return edits
+
+
+_WANTED = ((3e-3, 1e-2, True), (1e-3, 1e-2, True), (1e-3, 3e-2, False))
+"""of a feature to suggest, from the best: bounds of its density, and whether it must be a name's"""
+
+
+def suggest(store_path: str) -> tuple[int, float, str]:
+    """A feature that is plainly about one word, for a first try: its number, maximum, the word.
+
+    Its strongest examples are all the same word, best a capitalised one of six letters or more (a
+    name is easily recognised in a continuation); of several that are as good, the one that fires
+    most strongly. Raises InputError if the store has none such.
+    """
+    path = Path(store_path)
+    with FeatureStore.open(path / STORE_FILE if path.is_dir() else path) as features:
+        for low, high, must_be_name in _WANTED:
+            wanted = FeatureFilter(density_min=low, density_max=high)
+            page = features.features(wanted, sort="max", descending=True, limit=features.d_sae)
+            numbers, maxima = page.rows["feature"].to_pylist(), page.rows["max"].to_pylist()
+            tokens = features.top_tokens(numbers)
+            for number, largest in zip(numbers, maxima, strict=True):
+                word, *others = {token.strip() for token in tokens[number]} or {""}
+                long = len(word) >= 6 if must_be_name else len(word) >= 4
+                if not others and long and word.isalpha() and (word.istitle() or not must_be_name):
+                    return number, largest, word
+    raise InputError("no feature to suggest; give --add FEATURE=STRENGTH", where=store_path)
+
+
+def _model_of(sae: SparseAutoencoder, config: SteerConfig) -> Model:
+    """The model given, or the one that the SAE's files name; InputError if there is none."""
+    trust = config.trust_remote_code
+    if config.model is not None:
+        return load_model(config.model, trust_remote_code=trust)
+    spec = sae.metadata.get("model_spec")
+    if spec is not None:
+        revision = sae.metadata.get("model_revision")
+        return load_model(spec, revision=revision, trust_remote_code=trust)
+    named = sae.metadata.get("model")
+    if named is None:
+        raise InputError("this SAE does not name its model; give --model", where=config.run)
+    try:
+        here = named in PACKAGED_MODELS or Path(named).expanduser().is_dir()
+        return load_model(named if here else hub_name(named), trust_remote_code=trust)
+    except InputError as error:
+        raise InputError(
+            f"the model that this SAE names cannot be had; give --model ({error})",
+            where=config.run,
+        ) from error
+
+
+def steer_text(config: SteerConfig) -> dict[str, str]:
+    """Print and return both continuations.
+
+    Raises InputError for wrong edits or an SAE that does not fit its model.
+    """
+    sae = load(config.run, target_site=config.target_site)
+    add, clamp = parse_edits("add", config.add), parse_edits("clamp", config.clamp)
+    scale = parse_edits("scale", config.scale)
+    if not (add or clamp or scale or config.ablate):
+        if config.store is None:
+            raise InputError(
+                "nothing to do",
+                where="steer",
+                allowed="--add, --clamp, --scale, --ablate or --store",
+            )
+        feature, largest, word = suggest(config.store)
+        add = {feature: round(config.strength * largest, 1)}
+        say(f"feature {feature} fires on {word!r}, with at most {largest:.1f}")
+    model = _model_of(sae, config)
+
+    def generate() -> str:
+        return model.generate(
+            config.prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+        )
+
+    plain = generate()
+    with steer(
+        model,
+        sae,
+        add=add,
+        clamp=clamp,
+        scale=scale,
+        ablate=config.ablate,
+        site=config.site,
+        allow_other_model=config.allow_other_model,
+    ):
+        steered = generate()
+    described = {
+        "add": add, "clamp": clamp, "scale": scale, "ablate": list(config.ablate) or None
+    }  # fmt: skip
+    edits = ", ".join(f"{name} {value}" for name, value in described.items() if value)
+    say(f"untouched: {plain}", lines=True)
+    say(f"steered ({edits}): {steered}", lines=True)
+    return {"untouched": plain, "steered": steered}

@@ -1,0 +1,1 @@
+"""What every SAE is: its base class, batches, normaliser, losses, and its file."""

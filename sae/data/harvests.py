@@ -1,0 +1,168 @@
+"""The harvest behind an SAE: open it, choose its sites, read its rows, load its model."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from activations import ActivationStore, Model, load_model
+from activations.loading.loader import aligned_rows
+from activations.storage.reader import Chunk
+from sae.core.base import SparseAutoencoder
+from sae.data.model_expectations import warn_of_model
+from sae.data.placement import Placed, placed
+from sae.data.provenance import differing, refuse_other
+from sae.evaluation.reconstruction import Piece
+from saescope.errors import InputError
+
+_PIECE_ROWS = 16384
+
+
+def open_complete(path: str) -> ActivationStore:
+    """Open a harvest; InputError if it is not finished."""
+    harvest = ActivationStore.open(path)
+    if not harvest.complete:
+        raise InputError("this harvest is not finished; run `saescope harvest` again", where=path)
+    return harvest
+
+
+def check_held_out(harvest: ActivationStore) -> None:
+    """Raise InputError if nothing of a harvest was held out of training."""
+    if harvest.n_rows("held_out") == 0:
+        raise InputError(
+            "the harvest has no held-out rows, on which a run is measured and its thresholds are "
+            "set; harvest more text, or with a larger held_out_fraction",
+            where=str(harvest.path),
+            given=f"{harvest.n_rows('train'):,} training rows, 0 held out",
+        )
+
+
+def choose_site(harvest: ActivationStore, site: str | None) -> str:
+    """The site to use; InputError if it is not in the harvest, or none of several is chosen."""
+    if site is None and len(harvest.sites) == 1:
+        return harvest.sites[0]
+    if site is None or site not in harvest.sites:
+        what = "not in the harvest" if site else "must be chosen: the harvest has several"
+        raise InputError(what, where="site", given=site, allowed=harvest.sites)
+    return site
+
+
+def held_out_rows(
+    harvest: ActivationStore, site: str, limit: int | None
+) -> Callable[[], Iterator[Tensor]]:
+    """Fresh iterators over the first `limit` held-out rows (None: all), float32 [n, d_in]."""
+
+    def rows() -> Iterator[Tensor]:
+        for (x,), _ in aligned_rows(harvest, (site,), split="held_out", limit=limit):
+            yield x
+
+    return rows
+
+
+def held_out_pieces(
+    harvest: ActivationStore, place: Placed, limit: int | None
+) -> Callable[[], Iterator[Piece]]:
+    """Fresh iterators over the first `limit` held-out rows (None: all) that an SAE reads.
+
+    Float32 [n, d_in], with what is at the sites it writes [n, d_out], and each row's document.
+    """
+    names = tuple(dict.fromkeys((*place.read, *place.written)))
+    document = torch.from_numpy(np.asarray(harvest.document[:])).flatten()
+
+    def beside(sites: Sequence[str], parts: Sequence[Tensor]) -> Tensor:
+        chosen = [parts[names.index(site)] for site in sites]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
+
+    def rows() -> Iterator[Piece]:
+        size = max(1, _PIECE_ROWS // len(names))
+        pieces = aligned_rows(harvest, names, split="held_out", limit=limit, piece=size)
+        for parts, row_token in pieces:
+            x = beside(place.read, parts)
+            target = x if place.read == place.written else beside(place.written, parts)
+            yield Piece(x, target, document[row_token].long())
+
+    return rows
+
+
+def read_chunk(harvest: ActivationStore, sites: Sequence[str], chunk: Chunk) -> tuple[Tensor, ...]:
+    """A chunk's activations at sites, side by side [rows, sum of widths], and its row_token."""
+    read = [harvest.read_chunk(site, chunk.index) for site in sites]
+    x = [x.float() for x, _ in read]
+    return x[0] if len(x) == 1 else torch.cat(x, dim=-1), torch.as_tensor(read[0][1])
+
+
+def open_harvest(
+    sae: SparseAutoencoder,
+    path: str | None,
+    site: str | None = None,
+    *,
+    behind_lens: bool = False,
+    allow_other_model: bool = False,
+) -> tuple[ActivationStore, Placed]:
+    """The harvest given, or the one an SAE was trained on, and the SAE at its sites there.
+
+    Args: site is for an SAE of several layers, or one that names none; allow_other_model, for a
+    harvest of another model than the SAE was trained on.
+
+    Raises InputError if it is not complete or does not fit the SAE.
+    """
+    chosen = path or sae.metadata.get("harvest")
+    if not chosen:
+        raise InputError("this SAE names no harvest; give one", where="harvest")
+    harvest = open_complete(chosen)
+    if not (site or sae.transcodes or sae.site_normalisers or sae.metadata.get("site")):
+        site = choose_site(harvest, None)
+    place = placed(sae, site, behind_lens=behind_lens)
+    for names, width in ((place.read, sae.d_in), (place.written, sae.d_out)):
+        found = sum(harvest.d_in(choose_site(harvest, name)) for name in names)
+        if found != width:
+            raise InputError(
+                f"width of {', '.join(names)} differs from the SAE's", where=str(chosen),
+                given=found, allowed=str(width),
+            )  # fmt: skip
+    model = harvest.manifest["model"]
+    refuse_other(sae, differing(sae, model), model["spec"], str(chosen), allow_other_model)
+    has_bos = harvest.manifest["config"].get("prepend_bos")
+    if has_bos is None:  # as the tokenizer does
+        has_bos = harvest.manifest["model"].get("bos_token_id") is not None
+    warn_of_model(sae, where=str(chosen), has_bos=has_bos)
+    return harvest, place
+
+
+def knows_model(harvest: ActivationStore) -> bool:
+    """Whether a harvest names its model; rows that somebody brought may have none."""
+    return harvest.manifest["model"]["spec"] is not None
+
+
+def load_harvested_model(
+    harvest: ActivationStore, dtype: str, *, trust_remote_code: bool = False
+) -> Model:
+    """The language model of a harvest.
+
+    Raises InputError if its model is of another kind, or if what its name stands for has other
+    weights by now.
+    """
+    facts = harvest.manifest["model"]
+    kind = facts.get("kind", "language")
+    if not knows_model(harvest):
+        raise InputError(
+            "this needs the model, and nobody said of which one these activations are",
+            where=str(harvest.path),
+        )
+    if kind != "language":
+        raise InputError(
+            "this needs a language model, and the harvest is of one of another kind (eval does "
+            "without it with tokens = 0)", where=str(harvest.path), given=kind,
+        )  # fmt: skip
+    model = load_model(
+        facts["spec"],
+        dtype=dtype,
+        revision=facts["revision"],
+        trust_remote_code=trust_remote_code,
+    )
+    for name in ("weights_hash", "tokenizer_hash", "code_hash"):
+        if facts.get(name) is not None and getattr(model, name) != facts[name]:
+            what = f"is not the model that was harvested ({name} differs)"
+            raise InputError(what, where=facts["spec"])
+    return model

@@ -1,0 +1,82 @@
+"""Where an SAE reads and writes: at one site, from one to another, or at several at once."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from sae.core.base import SparseAutoencoder
+from saescope.errors import InputError
+
+
+class Placed(NamedTuple):
+    """An SAE ready to be used at its sites."""
+
+    sae: SparseAutoencoder
+    """of one layer, its weights in the model's units (but for a per-vector normaliser)"""
+    read: tuple[str, ...]
+    """the sites whose activations, side by side, are encoded"""
+    written: tuple[str, ...]
+    """the sites whose activations, side by side, are reconstructed"""
+
+    def columns(self, width: Callable[[str], int]) -> dict[str, slice]:
+        """Where each written site stands in a reconstruction, given the sites' widths."""
+        found, start = {}, 0
+        for site in self.written:
+            found[site] = slice(start, start + width(site))
+            start = found[site].stop
+        return found
+
+
+def placed(sae: SparseAutoencoder, site: str | None = None, *, behind_lens: bool = False) -> Placed:
+    """The SAE at a site: which layer a several-layer SAE is used at, or another than is recorded.
+
+    Transcoders and crosscoders have their own sites; of a transcoder of someone else's, where it
+    reads can be given, for its files may name what a model has not. Raises InputError if no site is
+    known, or one is given that the SAE is not for; and for an SAE behind a tuned lens, whose
+    features are not of the model's own activations, unless `behind_lens`.
+    """
+    if sae.metadata.get("lens") and not behind_lens:
+        raise InputError(
+            "this SAE was trained behind a tuned lens: its features are not of the model's own "
+            "activations, and it can only be evaluated", where="lens", given=sae.metadata["lens"],
+        )  # fmt: skip
+    from activations.sites.names import full_name
+
+    site = None if site is None else full_name(site)
+    if sae.site_normalisers:
+        if site is None:
+            raise InputError(
+                "this SAE is of several layers: choose one", where="site", given=None,
+                allowed=sae.site_normalisers,
+            )  # fmt: skip
+        return Placed(sae.at(site), (site,), (site,))
+    recorded = sae.metadata.get("site")
+    if not (sae.transcodes or sae.concatenates):
+        name = site or recorded
+        if name is None:
+            raise InputError("this SAE does not say where it belongs; give site", where="site")
+        return Placed(released(sae), (name,), (name,))
+    several = sae.metadata.get("sites") if sae.concatenates else None
+    read = tuple(several or [name for name in (recorded or site,) if name])
+    target = sae.metadata.get("target_site")
+    if not read or (sae.transcodes and target is None):
+        raise InputError(
+            "this SAE does not say which sites it reads and writes; give site and target_site",
+            where="site",
+            given={"site": recorded, "target_site": target},
+        )
+    if site is not None and read != (site,):
+        if not sae.metadata.get("format"):
+            raise InputError(
+                "this SAE reads sites of its own",
+                where="site",
+                given=site,
+                allowed=", ".join(read),
+            )
+        read = (site,)
+    return Placed(released(sae), read, (str(target),) if sae.transcodes else read)
+
+
+def released(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """The SAE, folded if it is not, so that its weights are in the model's units."""
+    kinds = {sae.normaliser.kind, sae.normaliser_out.kind}
+    return sae if kinds <= {"none", "standardised"} else sae.fold()

@@ -1,0 +1,228 @@
+"""Streams: what a trainer reads from a harvest, one site's rows or several sites' put together.
+
+A stream is endless, and its state is JSON-able and resumes exactly. All read whole tokens through
+one loader, so equal seeds give the same tokens in the same order whatever is made of them.
+
+    OneSite        x of one site
+    Pairs          x of one site, the target of another (transcoders)
+    Concatenated   x of several sites side by side (crosscoders)
+    AllLayers      each token gives a row a site (multi-layer SAEs, Lawson et al. 2024)
+    DrawnLayer     each token gives the row of one site drawn uniformly (Group-SAE, Ghilardi et al.
+                   2024), so an SAE of a group sees as many rows as an SAE of one layer
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from activations import ActivationStore
+from activations.loading.epoch_order import Order
+from sae.data.outliers import OutlierFilter
+from sae.data.row_labels import Labels
+from sae.data.stream_base import HeldOut, RawBatch, RowTransform, Stream, Tokens
+from saescope.errors import InputError
+
+__all__ = [
+    "AllLayers",
+    "Concatenated",
+    "DrawnLayer",
+    "HeldOut",
+    "OneSite",
+    "Pairs",
+    "RawBatch",
+    "RowTransform",
+    "Stream",
+    "make_stream",
+]
+
+Mix = Literal["all", "drawn"]
+
+
+class OneSite(Stream):
+    """The rows of one site.
+
+    >>> stream = OneSite(store, ["blocks.9.hook_resid_post"], batch_size=2048)  # doctest: +SKIP
+    >>> next(iter(stream)).x.shape  # doctest: +SKIP
+    torch.Size([2048, 576])
+    """
+
+    KIND = "one_site"
+
+    def _rows(self, tokens: Tokens) -> tuple[RawBatch, Tensor | None]:
+        return RawBatch(tokens.parts[0], row_token=tokens.row_token), tokens.keep_everywhere
+
+
+class Pairs(Stream):
+    """x of the first site and the target of the second, of the same tokens.
+
+    A token that is an outlier at either is left out.
+    """
+
+    KIND = "pairs"
+
+    @property
+    def d_out(self) -> int:
+        """Width of the target."""
+        return self._loader.widths[1]
+
+    def _rows(self, tokens: Tokens) -> tuple[RawBatch, Tensor | None]:
+        x, target = tokens.parts
+        return RawBatch(x, target, row_token=tokens.row_token), tokens.keep_everywhere
+
+
+class Concatenated(Stream):
+    """x is all the sites of a token side by side, in order.
+
+    A token that is an outlier at any site is left out.
+    """
+
+    KIND = "concatenated"
+
+    @property
+    def d_in(self) -> int:
+        """Width of x: the sum of the sites'."""
+        return self._loader.d_in
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each site."""
+        return self._loader.widths
+
+    def _rows(self, tokens: Tokens) -> tuple[RawBatch, Tensor | None]:
+        x = torch.cat(tuple(tokens.parts), dim=-1)
+        return RawBatch(x, row_token=tokens.row_token), tokens.keep_everywhere
+
+
+class AllLayers(Stream):
+    """Each token gives one row a site (Lawson et al. 2024).
+
+    batch_size counts rows, so batch_size / sites tokens make a batch; rows of a token stand
+    together. A row that is an outlier is left out, the token's other rows stay.
+
+    Raises InputError if batch_size is no multiple of the number of sites, or widths differ.
+    """
+
+    KIND = "all_layers"
+
+    def __init__(self, store: ActivationStore, sites: Sequence[str], **options: Any) -> None:
+        super().__init__(store, sites, **options)
+        if len(set(self._loader.widths)) > 1:
+            raise InputError(
+                "layers of one SAE must have one width", where="sites", given=self._loader.widths
+            )
+
+    def _tokens_of(self, rows: int) -> int:
+        count = max(1, len(self.sites))
+        if rows % count:
+            raise InputError(
+                "every token gives one row a site, so the batch must be a multiple of the number "
+                "of sites", where="batch_size", given=rows,
+                allowed=f"{max(1, rows // count) * count} or {(rows // count + 1) * count}",
+            )  # fmt: skip
+        return rows // count
+
+    def _rows(self, tokens: Tokens) -> tuple[RawBatch, Tensor | None]:
+        return _interleaved(tokens)
+
+
+class DrawnLayer(AllLayers):
+    """Each token gives the row of one site, drawn uniformly (Ghilardi et al. 2024).
+
+    The draw depends on the seed and the batch's number alone. Held-out tokens give the rows of all
+    sites. Raises InputError if widths differ.
+    """
+
+    KIND = "drawn_layer"
+
+    def _tokens_of(self, rows: int) -> int:
+        return rows
+
+    def _rows(self, tokens: Tokens) -> tuple[RawBatch, Tensor | None]:
+        if tokens.number is None:
+            return _interleaved(tokens)
+        # the spawn key keeps this apart from the loader's own draws of the same seed
+        source = np.random.SeedSequence((self._seed, tokens.number), spawn_key=(1,))
+        drawn = np.random.default_rng(source).integers(len(self.sites), size=len(tokens.row_token))
+        group = torch.from_numpy(drawn)
+        x = torch.empty_like(tokens.parts[0])
+        keep = None if tokens.keep is None else torch.empty(len(group), dtype=torch.bool)
+        for number, part in enumerate(tokens.parts):
+            chosen = group == number
+            x[chosen] = part[chosen]
+            if keep is not None and tokens.keep is not None:
+                keep[chosen] = tokens.keep[number][chosen]
+        return RawBatch(x, group=group, row_token=tokens.row_token), keep
+
+
+def _interleaved(tokens: Tokens) -> tuple[RawBatch, Tensor | None]:
+    """All sites of the first token, then all of the second: any part of a batch has all layers."""
+    count = len(tokens.parts)
+    batch = RawBatch(
+        torch.stack(tuple(tokens.parts), dim=1).flatten(0, 1),
+        group=torch.arange(count).repeat(len(tokens.row_token)),
+        row_token=tokens.row_token.repeat_interleave(count),
+    )
+    return batch, None if tokens.keep is None else torch.stack(tuple(tokens.keep), dim=1).flatten()
+
+
+def make_stream(
+    store: ActivationStore,
+    sites: str | Sequence[str],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    target_site: str | None = None,
+    mix: Mix | None = None,
+    crosscoder: bool = False,
+    outlier_multiple: float | None = None,
+    labels: Labels | None = None,
+    transform: RowTransform | None = None,
+    mix_chunks: int = 4,
+    order: Order | None = None,
+    device: torch.device | str = "cpu",
+) -> Stream:
+    """The stream that an SAE of these sites is trained on; see the classes for what each gives.
+
+    Args: outlier_multiple leaves out rows whose norm exceeds so many times their site's median.
+
+    Raises InputError if the sites and options do not go together, or as the classes do.
+
+    >>> make_stream(store, layers, mix="all", batch_size=4096)  # doctest: +SKIP
+    >>> make_stream(store, mlp_in, target_site=mlp_out, batch_size=4096)  # doctest: +SKIP
+    """
+    names = (sites,) if isinstance(sites, str) else tuple(sites)
+    kind = _kind(names, target_site, mix, crosscoder)
+    read = (*names, target_site) if target_site is not None else names
+    outliers = None
+    if outlier_multiple is not None:
+        outliers = OutlierFilter.fit(store, read, outlier_multiple)
+    return kind(
+        store, read, batch_size=batch_size, seed=seed, mix_chunks=mix_chunks, labels=labels,
+        outliers=outliers, transform=transform, order=order, device=device,
+    )  # fmt: skip
+
+
+def _kind(
+    sites: tuple[str, ...], target_site: str | None, mix: Mix | None, crosscoder: bool
+) -> type[Stream]:
+    if (target_site is not None) + (mix is not None) + crosscoder > 1:
+        raise InputError(
+            "choose one of target_site, mix and crosscoder", where="sites",
+            given={"target_site": target_site, "mix": mix, "crosscoder": crosscoder},
+        )  # fmt: skip
+    if mix is not None:
+        kinds: dict[str, type[Stream]] = {"all": AllLayers, "drawn": DrawnLayer}
+        if mix not in kinds:
+            raise InputError("no such mix of layers", where="mix", given=mix, allowed=tuple(kinds))
+        return kinds[mix]
+    if crosscoder:
+        return Concatenated
+    if len(sites) != 1:
+        raise InputError(
+            "several sites need a mix (all, drawn) or crosscoder, else give one", where="sites",
+            given=sites,
+        )  # fmt: skip
+    return OneSite if target_site is None else Pairs

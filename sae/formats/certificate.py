@@ -1,0 +1,277 @@
+"""Certificates: an SAE measured on reference activations against what it is said to measure.
+
+A file's numbers load into the wrong function without any error: a bias subtracted or not, a
+threshold lost, a scale that was never folded in. Then L0 and FVU are far from those released, and
+reading the same weights another way brings them back: that is tried, and named in the error.
+
+Tolerances, since a reference is other text than the SAE was released on: L0 within 25 % and FVU
+within 0.05, each with three standard errors of the measurement besides; cross-entropy recovered
+within 0.05. An FVU of 1 or more, which predicting the mean also gives, is a mismatch too; but where
+no FVU is claimed, an L0 that is no setting of the architecture is as claimed, and no other reading
+of the weights does better, it is the weights that are poor, and a warning says so. An SAE whose FVU
+falls by a quarter or more when b_dec is subtracted from the input, or is not, without a rise of L0
+beyond its tolerance, is a mismatch as well.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sae.core.base import SparseAutoencoder
+from sae.evaluation.intervals import half_width
+from sae.formats._claim import Claim
+from sae.formats.misreadings import Reader, readings
+from saescope.errors import ArtefactError, InputError
+from saescope.progress import say
+
+if TYPE_CHECKING:
+    from activations import Model
+
+L0_TOLERANCE = 0.25
+FVU_TOLERANCE = 0.05
+CE_TOLERANCE = 0.05
+BETTER = 0.75
+"""factor on FVU that another treatment of b_dec must reach to cast doubt on an SAE in line"""
+_ROWS = 1024
+_TRIAL_ROWS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """On reference rows; an interval is half of a 95 % one, rows as independent."""
+
+    rows: int
+    """number of rows"""
+    l0: float
+    """mean number of features active"""
+    l0_interval: float
+    """half width of its interval"""
+    fvu: float | None
+    """fraction of variance unexplained; None for a transcoder without targets"""
+    fvu_interval: float
+    """half width of its interval"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """That an SAE measures what is claimed, within the tolerances of `sae.formats.certificate`."""
+
+    measured: Measured
+    """on the reference"""
+    ce_recovered: float | None
+    """cross-entropy recovered against zero-ablation, where a model was given"""
+    claimed: Claim | None
+    """what was compared with; None if nobody claims anything"""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def certify(
+    sae: SparseAutoencoder,
+    reference: Tensor,
+    *,
+    claimed: Claim | Mapping[str, Any] | None = None,
+    target: Tensor | None = None,
+    model: "Model | None" = None,
+    tokens: Tensor | None = None,
+    where: str = "sae",
+) -> Certificate:
+    """Measure an SAE on reference activations and compare with what is claimed.
+
+    Args:
+        reference: rows [n, d_in] of the site the SAE is for, in the model's units; some thousands.
+        claimed: l0, fvu, ce_recovered, any of them.
+        target: rows [n, d_out] that a transcoder is to predict.
+        model, tokens: a model and sequences int64 [n, position], to measure CE recovered at the
+            SAE's site.
+        where: the SAE's name, for errors.
+
+    Raises ArtefactError, naming the way of reading the weights that would bring the numbers in
+    line, if they are not; InputError if the reference does not fit.
+    """
+    _check_reference(sae, reference, target)
+    claim = None if claimed is None else Claim.of(claimed)
+    y = target if sae.transcodes else reference
+    measured = measure(sae, reference, y)
+    differing = differences(measured, claim)
+    if differing:
+        fitting = _fitting(sae, reference, y, measured, claim)
+        text = _explain(measured, claim, differing, fitting)
+        if fitting or not _only_poor(sae, measured, claim):
+            raise ArtefactError(text, where=where)
+        say(f"warning: {where}: {text}")
+    doubt = _doubt(sae, reference, y, measured)
+    if doubt:
+        raise ArtefactError(doubt, where=where)
+    ce = None
+    if model is not None:
+        ce = _ce_recovered(sae, y, model, tokens)
+        if claim and claim.ce_recovered is not None and ce is not None:
+            off = abs(ce - claim.ce_recovered)
+            if off > CE_TOLERANCE:
+                raise ArtefactError(
+                    f"recovers {ce:.3f} of the cross-entropy, not {claim.ce_recovered:.3f} as "
+                    f"claimed by {claim.source}, though L0 and FVU are in line: the model or the "
+                    "site is not the SAE's, or other positions were counted",
+                    where=where,
+                )
+    return Certificate(measured=measured, ce_recovered=ce, claimed=claim)
+
+
+def _check_reference(sae: SparseAutoencoder, reference: Tensor, target: Tensor | None) -> None:
+    if reference.ndim != 2 or reference.shape[1] != sae.d_in or len(reference) < 2:
+        raise InputError(
+            "wrong shape", where="reference", given=tuple(reference.shape),
+            allowed=f"[rows, {sae.d_in}]",
+        )  # fmt: skip
+    if target is not None and target.shape != (len(reference), sae.d_out):
+        raise InputError(
+            "wrong shape", where="target", given=tuple(target.shape),
+            allowed=f"[{len(reference)}, {sae.d_out}]",
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def measure(sae: Reader, x: Tensor, target: Tensor | None) -> Measured:
+    """L0, and FVU against target [n, d_out] (None: not measured), on rows x [n, d_in]."""
+    counts, errors = [], []
+    for start in range(0, len(x), _ROWS):
+        part = x[start : start + _ROWS].float()
+        codes = sae.encode_sparse(part)
+        counts.append(codes.l0().double())
+        if target is not None:
+            wanted = target[start : start + _ROWS].double()
+            errors.append((sae.decode(codes, like=part).double() - wanted).square().sum(1))
+    l0 = torch.cat(counts)
+    fvu, interval = None, 0.0
+    if target is not None:
+        error, exact = torch.cat(errors), target.double()
+        variance = (exact - exact.mean(0)).square().sum(1)
+        total = float(variance.sum())
+        if total <= 0:
+            raise InputError("all rows are equal, so FVU is undefined", where="reference")
+        fvu = float(error.sum()) / total
+        interval = half_width(error, variance) or 0.0
+    return Measured(
+        rows=len(x),
+        l0=float(l0.mean()),
+        l0_interval=half_width(l0, torch.ones_like(l0)) or 0.0,
+        fvu=fvu,
+        fvu_interval=interval,
+    )
+
+
+def differences(measured: Measured, claim: Claim | None) -> list[str]:
+    """What is out of line, in words."""
+    found = []
+    noise = 3 / 1.96
+    if claim and claim.l0 is not None:
+        allowed = L0_TOLERANCE * claim.l0 + noise * measured.l0_interval
+        if abs(measured.l0 - claim.l0) > allowed:
+            found.append(f"L0 {measured.l0:.4g}, not {claim.l0:.4g}")
+    if measured.fvu is None:
+        return found
+    if claim and claim.fvu is not None:
+        allowed = FVU_TOLERANCE + noise * measured.fvu_interval
+        if not abs(measured.fvu - claim.fvu) <= allowed:
+            found.append(f"FVU {measured.fvu:.4g}, not {claim.fvu:.4g}")
+            return found
+    if not measured.fvu < 1:
+        found.append(f"FVU {measured.fvu:.4g}, no better than predicting the mean")
+    return found
+
+
+def _only_poor(sae: SparseAutoencoder, measured: Measured, claim: Claim | None) -> bool:
+    """Whether an FVU of 1 or more is all that speaks against an SAE, and its L0 speaks for it."""
+    if claim is None or claim.l0 is None or claim.fvu is not None or hasattr(sae.config, "k"):
+        return False
+    return not differences(replace(measured, fvu=None), claim)
+
+
+def _fitting(
+    sae: SparseAutoencoder,
+    reference: Tensor,
+    target: Tensor | None,
+    measured: Measured,
+    claim: Claim | None,
+) -> list[tuple[bool, float, str, Measured]]:
+    """Readings that bring the numbers in line: (fitted to them, FVU, what is wrong, numbers)."""
+    x = reference[:_TRIAL_ROWS]
+    y = None if target is None else target[:_TRIAL_ROWS]
+    fitting = []
+    for reading in readings(sae, x, claim):
+        trial = measure(reading.sae, x, y)
+        # fitted to the claimed L0, a reading proves nothing by it: only a lower FVU speaks for it
+        better = measured.fvu is None or (trial.fvu is not None and trial.fvu < 0.95 * measured.fvu)
+        in_line = not differences(trial, claim)
+        if in_line and (better or not reading.fitted or _fvu_claimed(claim)):
+            fitting.append((reading.fitted, trial.fvu or 0.0, reading.wrong, trial))
+    return fitting
+
+
+def _explain(
+    measured: Measured,
+    claim: Claim | None,
+    differing: list[str],
+    fitting: list[tuple[bool, float, str, Measured]],
+) -> str:
+    source = f" as claimed by {claim.source}" if claim and claim.stated() else ""
+    text = f"on {measured.rows:,} reference rows it has {' and '.join(differing)}{source}; "
+    if not fitting:
+        return (
+            f"{text}no other way of reading its weights that was tried brings this in line: are "
+            "the reference activations of the SAE's model and site, in the model's own units, "
+            "without position 0 and special tokens?"
+        )
+    _, _, wrong, trial = min(fitting, key=lambda each: each[:2])
+    numbers = f"L0 {trial.l0:.4g}" + ("" if trial.fvu is None else f", FVU {trial.fvu:.4g}")
+    return f"{text}what looks wrong: {wrong} (then {numbers})"
+
+
+def _fvu_claimed(claim: Claim | None) -> bool:
+    return claim is not None and claim.fvu is not None
+
+
+def _doubt(
+    sae: SparseAutoencoder, reference: Tensor, target: Tensor | None, measured: Measured
+) -> str:
+    """In line, but b_dec treated otherwise reconstructs much better: what to say; "" if not."""
+    if measured.fvu is None:
+        return ""
+    x = reference[:_TRIAL_ROWS]
+    y = None if target is None else target[:_TRIAL_ROWS]
+    for reading in readings(sae, x, None):
+        if not reading.of_bias:
+            continue
+        trial = measure(reading.sae, x, y)
+        much_better = trial.fvu is not None and trial.fvu < BETTER * measured.fvu
+        if much_better and trial.l0 < (1 + L0_TOLERANCE) * measured.l0:
+            return (
+                f"on {measured.rows:,} reference rows it has L0 {measured.l0:.4g} and FVU "
+                f"{measured.fvu:.4g}, but read otherwise it reconstructs much better; what looks "
+                f"wrong: {reading.wrong} (then L0 {trial.l0:.4g}, FVU {trial.fvu:.4g})"
+            )
+    return ""
+
+
+def _ce_recovered(
+    sae: SparseAutoencoder, written: Tensor | None, model: "Model", tokens: Tensor | None
+) -> float | None:
+    from sae.data.placement import placed
+    from sae.evaluation.downstream import measure_downstream
+
+    if tokens is None or written is None:
+        what = "tokens" if tokens is None else "target"
+        raise InputError(f"needs {what} as well", where="model", given=None)
+    place = placed(sae)
+    found = measure_downstream(
+        model, place.read, lambda x: place.sae(x).x_hat, written.float().mean(0), tokens,
+        model.keep_mask(tokens), target=place.written,
+    )  # fmt: skip
+    return found.recovered_zero

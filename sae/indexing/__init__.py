@@ -1,0 +1,1 @@
+"""From an SAE and a harvest to a feature store."""

@@ -1,0 +1,1 @@
+"""Edits of a model while it runs, and the features of a text."""

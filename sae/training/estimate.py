@@ -1,0 +1,138 @@
+"""What a training run will take, said before anything starts: steps, memory, disk, time."""
+
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sae.core.base import SparseAutoencoder, kind_of
+from sae.training.run import Run
+from sae.training.trainer import Trainer
+from saescope.artefact import sha256_json
+from saescope.config import to_dict
+
+_WARM, _MEASURED = 2, 5
+_CHUNK_ROWS = 16384
+_STATE = {"adam": 2, "signum": 1, "schedule_free_adam": 3, "schedule_free_signum": 2}
+"""tensors of the parameters' size that each optimiser keeps"""
+_FLOAT = 4
+_SCRATCH = 2**24
+"""floats of the encoder's product that are there at once"""
+_ENTRY = 96
+"""bytes an active feature of a row takes in a step: index, value, both by feature, gradients"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What a step of a run takes."""
+
+    seconds: float
+    working: int
+    """bytes beside the parameters, their gradients and the optimiser's state"""
+    window: float
+    """seconds to compute a window, where activations are not stored; else 0"""
+
+
+def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
+    """Lines for people on what training these runs takes; a few steps of each are measured.
+
+    Nothing is written. Runs whose SAE and trainer are alike are measured once.
+    """
+    steps: dict[str, _Step] = {}
+    lines, total_time, total_disk, memory = [], 0.0, 0, []
+    for run in runs:
+        if run.finished():
+            lines.append(f"{run.folder}: already trained")
+            continue
+        sae, trainer = run.make_sae(), run.config.trainer
+        parameters = sum(p.numel() for p in sae.parameters())
+        like = sha256_json([to_dict(run.sae_config), sae.d_in, sae.d_out, to_dict(trainer)])
+        if like not in steps:
+            steps[like] = _measured(run)
+        step = steps[like]
+        took = run.total_steps * step.seconds + _windows(run) * step.window
+        kept = parameters * _FLOAT * (2 + _STATE[trainer.optimiser])
+        memory.append(kept + step.working)
+        total_time, total_disk = total_time + took, total_disk + kept
+        lines.append(
+            f"{run.folder}: {kind_of(run.sae_config)}, {sae.d_in} -> {sae.d_sae} "
+            f"({parameters / 1e6:.1f} M parameters), {run.total_steps:,} steps of "
+            f"{trainer.batch_size:,} rows ({run.total_steps * run.stream.tokens_per_batch:,} "
+            f"tokens); {1000 * step.seconds:.0f} ms a step, {_duration(took)}"
+        )
+        if _computes(run):
+            lines.append(
+                f"    of it {_duration(_windows(run) * step.window)} in the model, which computes "
+                f"{_windows(run):,.0f} windows of the harvest, {_duration(step.window)} each"
+            )
+    buffers = max((_stream_bytes(run) for run in runs), default=0)
+    needed = sum(sorted(memory)[-at_once:]) + buffers
+    folder = runs[0].folder if runs else Path()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists()))
+    lines += [
+        f"memory   about {needed / 1e9:.2f} GB beside the libraries' 0.6 GB",
+        f"disk     {total_disk / 1e9:.2f} GB in checkpoints, SAEs; {free.free / 1e9:.0f} GB free",
+        f"time     {_duration(total_time)}, from {_MEASURED} steps at the start; penalised "
+        "architectures grow faster as they grow sparser",
+    ]
+    if total_disk > free.free:
+        lines.append("this does not fit on the disk")
+    return lines
+
+
+def _computes(run: Run) -> bool:
+    """Whether activations come straight from the model, window by window."""
+    return run.harvest.storage == "none" and run.config.objective != "end_to_end"
+
+
+def _windows(run: Run) -> float:
+    """Windows that the run reads, over all passes."""
+    count = sum(window.split == "train" for window in run.harvest.windows)
+    return count * run.total_steps / run.stream.batches_per_epoch
+
+
+def _measured(run: Run) -> _Step:
+    """Some steps on batches of the run's own, in a folder that is thrown away."""
+    again = Run(run.config, run.harvest)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = again.make_trainer(Path(folder))
+        batches = iter(again.stream)
+        times, reading, l0 = [], [], 0.0
+        for _ in range(_WARM + _MEASURED):
+            start = time.perf_counter()
+            raw = next(batches)
+            reading.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            l0 = max(l0, trainer.train_step(raw)["l0"])
+            times.append(time.perf_counter() - start)
+    # a window is computed, after the model is loaded, when its first batch is asked for
+    window = max(reading) if _computes(run) else 0.0
+    seconds = sorted(times[_WARM:])[_MEASURED // 2]
+    return _Step(seconds, _working(trainer.sae, trainer, l0), window)
+
+
+def _working(sae: SparseAutoencoder, trainer: Trainer, l0: float) -> int:
+    """Bytes of a step's intermediate values: of rows, of codes, and of a part of the product."""
+    rows = trainer.config.batch_size // trainer.config.accumulate
+    dense = trainer.numerics.kernels == "reference"
+    product = 3 * rows * sae.d_sae if dense else min(rows * sae.d_sae, _SCRATCH)
+    return int(_FLOAT * (product + 6 * rows * (sae.d_in + sae.d_out)) + _ENTRY * rows * l0)
+
+
+def _stream_bytes(run: Run) -> int:
+    read = [*run.sites, *([run.config.target_site] if run.config.target_site else [])]
+    group = sum(8 * _CHUNK_ROWS * run.harvest.d_in(site) * 2 for site in read)
+    if not _computes(run):
+        return group
+    # two windows of all sites are kept, one of each split
+    facts = run.harvest.manifest
+    rows = int(facts["chunk_rows"]) * int(facts["window_chunks"])
+    return group + 2 * rows * sum(run.harvest.d_in(site) * 2 for site in run.harvest.sites)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,224 @@
+"""Training in several processes: joining those that torchrun started, and adding up gradients.
+
+    torchrun --nproc-per-node 4 -m saescope train CONFIG.toml
+
+Every rank reads the same stream, so the state of one is the state of all, and takes its share of
+each batch. Only rank 0 writes and speaks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from sae import distributed
+from sae.core.base import SparseAutoencoder
+from sae.distributed import FEATURES, ROWS, Split
+from sae.training.optimisers import _SHARED as SHARED
+from saescope import progress
+from saescope.errors import InputError, SaescopeError
+from saescope.ranks import torchrun
+
+_TIMEOUT = timedelta(minutes=30)
+"""longest wait for the other ranks: rank 0 writes checkpoints of many GB meanwhile"""
+_FEW = 0.25
+"""a smaller part of the dictionary's rows is worth picking out before it is added up (measured
+between processes of one machine; a slower network than its memory gains from more)"""
+_FAILED = "failed"
+
+
+def device(kind: Literal["cpu", "cuda"]) -> torch.device:
+    """Where this process computes: the CPU, or its own card.
+
+    Raises InputError if there is no card for it.
+    """
+    if kind == "cpu":
+        return torch.device("cpu")
+    rank, cards = torchrun(), torch.cuda.device_count()
+    if rank.local_size > cards:
+        raise InputError(
+            "not a card for each process", where="device",
+            given=f"{kind}, {rank.local_size} processes",
+            allowed="cpu" + (f", or up to {cards} processes" if cards else ""),
+        )  # fmt: skip
+    return torch.device("cuda", rank.local)
+
+
+@contextmanager
+def session(split: Split = "rows", kind: Literal["cpu", "cuda"] = "cpu") -> Iterator[None]:
+    """Join the ranks that torchrun started, if it did; within, they train one SAE together.
+
+    What ends one rank (an error, Ctrl-C, being killed) ends all; only the first says why.
+
+    Args: split is what ranks have different parts of, the rows of a batch or the features; kind is
+    that of their devices.
+    """
+    if kind == "cuda":
+        try:
+            torch.cuda.set_device(device(kind))
+        except InputError:  # what all processes of this machine find, the first says
+            if torchrun().local == 0:
+                raise
+            raise SystemExit(2) from None
+    if torchrun().size == 1 or distributed.size() > 1:
+        yield
+        return
+    notes = _join(kind)
+    distributed.arrange(split)
+    try:
+        with progress.silent(distributed.rank() > 0):
+            yield
+            distributed.everyones(None)  # none goes while others may still need it
+    except BaseException as error:
+        _leave(notes, error)
+        raise
+    finally:
+        distributed.arrange(None)
+        dist.destroy_process_group()
+
+
+def _join(kind: str) -> Store:
+    """Start the process group; the store in which a rank says that it failed."""
+    store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+    store.set_timeout(_TIMEOUT)
+    dist.init_process_group(
+        "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl",
+        store=PrefixStore("group", store), rank=rank, world_size=size, timeout=_TIMEOUT,
+    )  # fmt: skip
+    return PrefixStore("saescope", store)
+
+
+def _leave(notes: Store, error: BaseException) -> None:
+    """Say that this rank failed; if another did before, leave without a word of our own."""
+    own = str(distributed.rank())
+    try:
+        failed = notes.compare_set(_FAILED, "", own).decode()
+    except Exception:  # the store went with the rank that held it
+        failed = ""
+    if failed != own:
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
+    if isinstance(error, RuntimeError) and _is_of_network(error):
+        raise SaescopeError(
+            "another process ended without a word (killed, or out of memory?); run the same "
+            "command again to go on", where=f"rank {own}",
+        ) from error  # fmt: skip
+
+
+def _is_of_network(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "peer" in str(error)
+
+
+def first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return distributed.rank() == 0
+
+
+def refuse_several(what: str, *, where: str) -> None:
+    """Raise InputError if there are several processes."""
+    number = torchrun().size
+    if number > 1:
+        raise InputError(
+            f"{what} runs in one process", where=where, given=f"{number} processes", allowed="1"
+        )
+
+
+def check_batch(size: int, parts: int) -> None:
+    """Raise InputError if a batch, or the last of its parts, has fewer rows than ranks."""
+    each = -(-size // parts)
+    if size - (size - 1) // each * each < ROWS.size:
+        raise InputError(
+            "fewer rows than processes", where="trainer.batch_size", given=size,
+            allowed=f"at least {ROWS.size} in each of {parts} parts" if parts > 1 else
+            f"at least {ROWS.size}",
+        )  # fmt: skip
+
+
+def check_alike(what: str, value: Any) -> None:
+    """Raise SaescopeError on all ranks unless all have the same value."""
+    found = distributed.everyones(value)
+    if any(each != found[0] for each in found):
+        raise SaescopeError(f"the processes differ in {what}; is the disk shared?", given=found)
+
+
+def together(act: Callable[[], None]) -> None:
+    """Do on every rank what may fail on one; a SaescopeError there is raised on all."""
+    error: SaescopeError | None = None
+    try:
+        act()
+    except SaescopeError as found:
+        error = found
+    for each in distributed.everyones(None if error is None else str(error)):
+        if each is not None:
+            raise error or SaescopeError(each)
+
+
+def feature_rows(sae: SparseAutoencoder) -> dict[str, nn.Parameter]:
+    """Parameters that have one row a feature, by name."""
+    return {
+        name: each
+        for name, each in sae.named_parameters()
+        if name not in SHARED and each.ndim and each.shape[0] == sae.d_sae
+    }
+
+
+def of_all_features(
+    sae: SparseAutoencoder, squares: Mapping[nn.Parameter, Tensor]
+) -> Mapping[nn.Parameter, Tensor]:
+    """Squared norms of parameters' gradients over all ranks' features, from this rank's."""
+    if FEATURES.size == 1:
+        return squares
+    own = {each for name, each in sae.named_parameters() if name in sae.by_feature}
+    return {
+        each: FEATURES.sum(square) if each in own else square for each, square in squares.items()
+    }
+
+
+@torch.no_grad()
+def add_up_gradients(sae: SparseAutoencoder, counts: Tensor) -> None:
+    """Make every rank's gradients the sum over the ranks that share the batch's rows.
+
+    Where few features fired, only the rows that some rank's gradient touches are sent: a dictionary
+    much wider than batch * k then costs what is used of it. Exact either way.
+
+    Args: counts int64 [d_sae], how often each feature fired in the whole batch.
+    """
+    if ROWS.size == 1:
+        return
+    parameters = list(sae.parameters())
+    given = [each.grad is not None for each in parameters]
+    used = ROWS.max(torch.tensor(given, dtype=torch.uint8)).tolist()
+    touched = _touched(sae) if int((counts > 0).sum()) < _FEW * sae.d_sae else None
+    by_feature = {id(each) for each in feature_rows(sae).values()}
+    sent: list[tuple[Any, Tensor, Tensor | None]] = []
+    for parameter, wanted in zip(parameters, used, strict=True):
+        if not wanted:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradient, rows = parameter.grad, None
+        if touched is not None and id(parameter) in by_feature:
+            rows = gradient.index_select(0, touched)
+        work = dist.all_reduce(gradient if rows is None else rows, async_op=True)
+        sent.append((work, gradient, rows))
+    for work, gradient, rows in sent:
+        work.wait()
+        if rows is not None and touched is not None:
+            gradient.index_copy_(0, touched, rows)
+
+
+def _touched(sae: SparseAutoencoder) -> Tensor | None:
+    """Features whose rows some rank's gradient is not 0 on, int64; None if they are too many."""
+    flags = torch.zeros(sae.d_sae, dtype=torch.uint8, device=sae.b_dec.device)
+    for parameter in feature_rows(sae).values():
+        if parameter.grad is not None:
+            # the sum of magnitudes, which nothing but zeros makes 0: not squares, which underflow
+            rows = parameter.grad.flatten(1) if parameter.ndim > 1 else parameter.grad[:, None]
+            flags |= torch.linalg.vector_norm(rows, 1, dim=1) != 0
+    found = ROWS.max(flags).nonzero()[:, 0]
+    return found if len(found) < _FEW * sae.d_sae else None

@@ -1,0 +1,430 @@
+"""One run: from its configuration to a trainer over a harvest, and to the SAE it releases."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from activations import ActivationStore
+from activations.loading.epoch_order import Order
+from sae import distributed
+from sae.analysis.lens import TunedLens
+from sae.architectures import architecture
+from sae.core.base import SparseAutoencoder, kind_of
+from sae.core.gradients import check_trainable
+from sae.core.normaliser import Normaliser
+from sae.data.harvests import check_held_out, choose_site, load_harvested_model
+from sae.data.outliers import OutlierFilter
+from sae.data.streams import Stream, make_stream
+from sae.formats.load import SAE_FOLDER, load
+from sae.training import process_group, sharded_checkpoint
+from sae.training.end_to_end import EndToEnd, EndToEndStream
+from sae.training.trainer import METRICS, Trainer
+from sae.training.trainer_config import TrainerConfig
+from saescope.artefact import MANIFEST, git_commit, read_manifest, sha256_json, write_manifest
+from saescope.config import to_dict
+from saescope.errors import InputError
+from saescope.leftovers import is_leftover, leftovers, remove_leftover
+from saescope.locks import locked
+from saescope.paths import if_local, local
+from saescope.progress import say
+from saescope.replacing import check_apart
+
+if TYPE_CHECKING:
+    from sae.commands.train import TrainConfig
+
+RUN_SCHEMA = 2
+SEALED_SINCE = 2
+_NOT_IDENTITY = ("harvest", "out", "plan", "lens")
+"""settings that may differ between a run and its continuation"""
+_HOW = ("kernels", "deterministic")
+"""the same of the trainer's; checkpoints have what was used"""
+_SAMPLE_ROWS = 16384
+_SINKS = ("wandb", "tensorboard")
+"""folders that measurements may go to before the manifest is written"""
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A run's manifest; ArtefactError if it is missing, damaged or newer."""
+    return read_manifest(folder, kind="run", schema=RUN_SCHEMA, sealed_since=SEALED_SINCE)
+
+
+class Run:
+    """What a configuration means on a harvest; nothing is written before `start`.
+
+    Args: streams holds readings of the harvest by `stream_key`, shared by runs that read alike; the
+    run's own is added if it is not there.
+
+    Raises InputError if the sites are unknown or do not fit the architecture, if there are too few
+    rows, or if the folder holds another run.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        harvest: ActivationStore,
+        *,
+        streams: dict[str, Stream] | None = None,
+    ) -> None:
+        check_trainable("train")
+        check_held_out(harvest)
+        self.config, self.harvest = config, harvest
+        self.folder = local(config.out)
+        self.sae_config = config.sae
+        if config.trainer.target_l0 is not None:
+            self.sae_config = config.sae.with_target_l0(config.trainer.target_l0)
+        self.cls = architecture(kind_of(config.sae))
+        if harvest.storage == "none":
+            process_group.refuse_several("training straight from the model", where="harvest")
+        self.sites = _sites(config, harvest, self.cls)
+        before = None
+        if (self.folder / MANIFEST).exists():
+            before = read_run(self.folder)
+        else:
+            _check_free(self.folder)
+        check_apart(self.folder, if_local(harvest.path))
+        order = self._order(before)
+        self.trainer_config = self._trainer_config(before)
+        self.settings = {
+            **to_dict(config),
+            "sites": list(self.sites),
+            "site": None,
+            "order": order,
+            "trainer": to_dict(self.trainer_config),
+        }
+        self._lens = TunedLens.load(config.lens) if config.lens else None
+        self.tag = sha256_json({
+            "config": _identity(self.settings), "harvest": harvest.hash,
+            **({"lens": self._lens.hash} if self._lens else {}),
+        })  # fmt: skip
+        if before is not None:
+            self._check_same_run(before)
+        shared, key = {} if streams is None else streams, self.stream_key()
+        if key not in shared:
+            shared[key] = self.make_stream()
+        self.stream = shared[key]
+        self.total_steps = int(
+            config.passes * harvest.n_rows("train") / self.stream.tokens_per_batch
+        )
+        if self.total_steps < 1:
+            raise InputError(
+                "fewer training rows than one batch", where="trainer.batch_size",
+                given=config.trainer.batch_size,
+                allowed=f"up to {int(config.passes * harvest.n_rows('train'))}",
+            )  # fmt: skip
+
+    def _order(self, before: Mapping[str, Any] | None) -> Order | None:
+        """The order of the batches; a run that was begun (its manifest) goes on in its own.
+
+        None in a run from before there was a choice, which is in chunks, and where there is none.
+        """
+        chosen = self.config.order
+        if self.harvest.storage == "none" or self.config.objective == "end_to_end":
+            return chosen
+        if before is None:
+            return chosen or "spread"
+        earlier: Order | None = before["config"].get("order")
+        return earlier if chosen is None or (chosen, earlier) == ("chunks", None) else chosen
+
+    def _trainer_config(self, before: Mapping[str, Any] | None) -> TrainerConfig:
+        """The trainer's, with the tokens after which a feature is dead; a begun run keeps them."""
+        given = self.config.trainer
+        if given.dead_after_tokens is None and before is not None:
+            begun = before["config"]["trainer"]
+            given = replace(given, dead_after_tokens=begun["dead_after_tokens"])
+        tokens = round(self.config.passes * self.harvest.n_rows("train"))
+        return replace(given, dead_after_tokens=given.dead_after(tokens))
+
+    @property
+    def _reading_order(self) -> Order | None:
+        stored = self.harvest.storage != "none"
+        return self.settings["order"] or ("chunks" if stored else None)
+
+    def stream_key(self) -> str:
+        """Equal for runs that can share a stream."""
+        config = self.config
+        return sha256_json([
+            self.sites, config.target_site, config.mix, self.cls.concatenates,
+            config.trainer.batch_size, self._data_seed, config.outliers, self._labels,
+            self._lens and self._lens.hash, config.mix_chunks, self._reading_order,
+            config.objective,
+            to_dict(config.end_to_end),
+        ])  # fmt: skip
+
+    def make_stream(self) -> Stream:
+        """The run's batches, from their beginning."""
+        config = self.config
+        if config.objective == "end_to_end":
+            outliers = None
+            if config.outliers is not None:
+                outliers = OutlierFilter.fit(self.harvest, self.sites, config.outliers)
+            return EndToEndStream(
+                self.harvest, self._end_to_end(), batch_size=config.trainer.batch_size,
+                seed=self._data_seed, outliers=outliers,
+            )  # fmt: skip
+        return make_stream(
+            self.harvest,
+            self.sites,
+            batch_size=config.trainer.batch_size,
+            seed=self._data_seed,
+            target_site=config.target_site,
+            mix=config.mix,
+            crosscoder=self.cls.concatenates,
+            outlier_multiple=config.outliers,
+            labels=self._labels,
+            transform=self._lens,
+            mix_chunks=config.mix_chunks,
+            order=self._reading_order,
+            device=process_group.device(config.device),
+        )
+
+    def _end_to_end(self) -> EndToEnd:
+        """The end-to-end loss, with the harvest's own model."""
+        config = self.config
+        site, *others = self.sites
+        if others or config.target_site or config.lens or self.cls.concatenates:
+            raise InputError(
+                "end-to-end training is of one site's SAE", where="objective", given=self.sites
+            )
+        if config.order is not None:
+            raise InputError(
+                "end-to-end training reads whole sequences, in an order of its own", where="order",
+                given=config.order, allowed="leave it out",
+            )  # fmt: skip
+        process_group.refuse_several("end-to-end training", where="objective")
+        if config.device != "cpu":
+            raise InputError(
+                "end-to-end training goes through the model on the CPU", where="device",
+                given=config.device, allowed="cpu",
+            )  # fmt: skip
+        model = load_harvested_model(self.harvest, self.harvest.manifest["model"]["dtype"])
+        return EndToEnd(model, site, config.end_to_end)
+
+    @property
+    def _labels(self) -> Literal["document"] | None:
+        """What makes two rows one class, for objectives that ask for classes: their document."""
+        return "document" if getattr(self.sae_config, "positives", None) == "class" else None
+
+    @property
+    def _data_seed(self) -> int:
+        return self.config.seed if self.config.data_seed is None else self.config.data_seed
+
+    def finished(self) -> bool:
+        """True if the SAE is there already."""
+        return (self.folder / SAE_FOLDER).exists()
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keeps other processes, but those of the same torchrun, from training into the folder.
+
+        Raises ArtefactError if one does.
+        """
+        return locked(self.folder, "training") if process_group.first() else nullcontext()
+
+    def start(self) -> None:
+        """Make the trainer and, in a new folder, write the manifest."""
+        if process_group.first():
+            for found in list(leftovers(self.folder)):
+                remove_leftover(found)
+        trainer = self.trainer  # before anything is written: wrong input leaves no folder behind
+        tokens = self.total_steps * self.stream.tokens_per_batch
+        if trainer.dead_after >= tokens:
+            say(
+                f"trainer.dead_after_tokens {trainer.dead_after:,} is all of the run's {tokens:,} "
+                "tokens or more: no feature will count as dead, and nothing (AuxK) revives any"
+            )
+        if process_group.first() and not (self.folder / MANIFEST).exists():
+            write_manifest(
+                self.folder, kind="run", schema=RUN_SCHEMA, config=self.settings,
+                parent=self.harvest.hash, sealed=True, tag=trainer.tag, site=self.sites[0],
+                processes=distributed.size(), numerics=trainer.numerics.state_dict(),
+            )  # fmt: skip
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """The trainer, standing where the run's last checkpoint was taken."""
+        return self.make_trainer(self.folder)
+
+    def make_trainer(self, folder: Path) -> Trainer:
+        """A trainer into a folder."""
+        config, with_loss = self.config, None
+        sae = self.make_sae().to(process_group.device(config.device))
+        if isinstance(self.stream, EndToEndStream):
+            with_loss = partial(self.stream.objective.batch, sae)
+        return Trainer(
+            sae,
+            self.stream,
+            self.trainer_config,
+            total_steps=self.total_steps,
+            held_out=self.stream.held_out(config.evaluation_rows),
+            calibration=self.stream.held_out(config.calibration_rows),
+            folder=folder,
+            with_loss=with_loss,  # type: ignore[arg-type]
+            initialise=config.start_from is None,
+            tag=self.tag,
+            seed=config.seed,
+        )
+
+    def make_sae(self) -> SparseAutoencoder:
+        """The untrained SAE (or the one to start from) with its normalisers and provenance."""
+        config, stream = self.config, self.stream
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            d_out = self.harvest.d_in(config.target_site) if config.target_site else None
+            sae = self.cls(self.sae_config, stream.d_in, d_out)
+        fits = {site: self._fit(site) for site in (*self.sites, config.target_site) if site}
+        if config.mix is not None:
+            sae.site_normalisers = {site: fits[site] for site in self.sites}
+        elif self.cls.concatenates:
+            sae.normaliser = Normaliser.side_by_side([fits[site] for site in self.sites])
+        else:
+            sae.normaliser = fits[self.sites[0]]
+        if config.target_site:
+            sae.output_normaliser = fits[config.target_site]
+        if config.start_from is not None:
+            _go_on_from(sae, config.start_from)
+        sae.metadata = self._metadata()
+        return sae
+
+    def _fit(self, site: str) -> Normaliser:
+        moments = self.stream.statistics(site)
+        sample = None
+        if self.config.normaliser in ("standardised", "sqrt_d"):
+            sample = torch.cat(list(self.stream.fitting_rows(site, _SAMPLE_ROWS)))
+        return Normaliser.fit(
+            self.config.normaliser,
+            mean=torch.from_numpy(moments.mean),
+            mean_square=moments.mean_square,
+            sample=sample,
+        )
+
+    def _metadata(self) -> dict[str, Any]:
+        model, config = self.harvest.manifest["model"], self.config
+        first, *others = self.sites
+        several = {}
+        if others:
+            several = {
+                "sites": list(self.sites),
+                "site_widths": [self.harvest.d_in(site) for site in self.sites],
+            }
+        return {
+            "site": first,
+            **several,
+            **({"target_site": config.target_site} if config.target_site else {}),
+            "model": model["name"],
+            "model_spec": model["spec"],
+            "model_revision": model["revision"],
+            "weights_hash": model["weights_hash"],
+            **({"tokenizer_hash": model["tokenizer_hash"]} if "tokenizer_hash" in model else {}),
+            "harvest": str(config.harvest),
+            "harvest_hash": self.harvest.hash,
+            "context": self.harvest.context,
+            "tokens_trained": self.total_steps * self.stream.tokens_per_batch,
+            "normaliser": config.normaliser,
+            **({"lens": config.lens} if config.lens else {}),
+            "seed": config.seed,
+            "saescope_commit": git_commit(),
+        }
+
+    def release(self) -> SparseAutoencoder:
+        """Write the trained SAE, folded, with what was measured; the SAE."""
+        sae, last = self.trainer.release(), self.trainer.last_held_out
+        if self.stream.outliers is not None:
+            sae.metadata["outliers"] = {
+                **self.stream.outliers.to_dict(), "rows_left_out": self.stream.removed,
+            }  # fmt: skip
+        sharded_checkpoint.release(sae, self.folder / SAE_FOLDER)
+        say(
+            f"{self.folder}: {kind_of(sae.config)}, d_in {sae.d_in}, d_sae {sae.config.d_sae}; on "
+            f"{last['rows']:,} held-out rows: L0 {last['l0']:.1f}, FVU {last['fvu']:.4f}, "
+            f"cosine {last['cosine']:.4f}"
+        )
+        return sae
+
+    def _check_same_run(self, manifest: Mapping[str, Any]) -> None:
+        if manifest["tag"] == self.tag:
+            return
+        before = _identity(manifest["config"])
+        differing = [
+            name for name, value in _identity(self.settings).items() if before.get(name) != value
+        ]
+        raise InputError(
+            f"holds another run (differs in: {', '.join(differing) or 'the harvest'}); choose "
+            "another out, or remove it",
+            where=str(self.folder),
+        )
+
+
+def _check_free(folder: Path) -> None:
+    """Raise InputError if a folder holds anything but what an interrupted start left of a run."""
+    if folder.is_dir():
+        found = [path for path in folder.iterdir() if not is_leftover(path)]
+        begun = {METRICS, *_SINKS}
+        if not all(p.name in begun and (p.is_dir() or not p.stat().st_size) for p in found):
+            raise InputError(
+                "exists and holds no run; choose another folder, or one in it", where=str(folder)
+            )
+    elif os.path.lexists(folder):
+        raise InputError("is no folder; choose another name", where=str(folder))
+
+
+def _identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that make a run another run."""
+    identity = {**settings, **dict.fromkeys(_NOT_IDENTITY)}
+    identity["trainer"] = {k: v for k, v in settings["trainer"].items() if k not in _HOW}
+    for name in ("ranks", "device"):  # they change nothing; older runs have none
+        identity.pop(name, None)
+    if identity.get("order") is None:  # older runs have none
+        identity.pop("order", None)
+    return identity
+
+
+def _sites(
+    config: TrainConfig, harvest: ActivationStore, cls: type[SparseAutoencoder]
+) -> tuple[str, ...]:
+    """The sites that are read, checked against the architecture."""
+    kind = kind_of(config.sae)
+    if cls.transcodes != (config.target_site is not None):
+        what = "a transcoder needs the site to reconstruct" if cls.transcodes else (
+            f"{kind} reconstructs what it reads"
+        )  # fmt: skip
+        raise InputError(what, where="target_site", given=config.target_site)
+    several = cls.concatenates or config.mix is not None
+    if cls.concatenates and config.mix is not None:
+        raise InputError("a crosscoder reads all sites at once", where="mix", given=config.mix)
+    if (cls.transcodes or not several) and config.sites:
+        raise InputError(
+            "several sites need a crosscoder, or mix", where="sites", given=config.sites,
+            allowed="mix = all, drawn",
+        )  # fmt: skip
+    if several and config.site is not None:
+        raise InputError("several sites are read here: give sites", where="site", given=config.site)
+    names: tuple[str | None, ...] = (config.site,)
+    if several:
+        names = config.sites or tuple(harvest.sites)
+    if config.target_site is not None:
+        choose_site(harvest, config.target_site)
+    return tuple(choose_site(harvest, name) for name in names)
+
+
+def _go_on_from(sae: SparseAutoencoder, path: str) -> None:
+    """Give `sae` the weights of a released one, at its own normaliser's scale."""
+    with distributed.alone():
+        given = load(path)
+    same = kind_of(given.config) == kind_of(sae.config)
+    width = sae.config.d_sae
+    if not same or (given.d_in, given.d_out, given.d_sae) != (sae.d_in, sae.d_out, width):
+        raise InputError(
+            "of another architecture or size", where="start_from",
+            given=f"{kind_of(given.config)} {given.d_in} x {given.d_sae}",
+            allowed=f"{kind_of(sae.config)} {sae.d_in} x {width}",
+        )  # fmt: skip
+    with distributed.alone():
+        ready = given.unfold(sae.normaliser, sae.output_normaliser).state_dict()
+    sae.load_state_dict(sharded_checkpoint.own_rows(ready, sharded_checkpoint.has_rows(sae)))
