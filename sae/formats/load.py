@@ -46,7 +46,8 @@ def load(
     Args:
         reference: activations [rows, d_in] of the site, in the model's units, some thousands. L0
             and FVU are measured on them and compared with what is claimed
-            (`sae.formats.certificate` has the tolerances); the certificate is put into the SAE's metadata.
+            (`sae.formats.certificate` has the tolerances); the certificate is put into the SAE's
+            metadata.
         target: what a transcoder is to predict, [rows, d_out].
         claimed: l0, fvu, ce_recovered, beside or instead of those that the files state.
         model, tokens: to measure the cross-entropy recovered too, on sequences int64 [n, position].

@@ -1,7 +1,6 @@
 """Harvests that grow: what was there stays, the rest is as if it had been harvested at once."""
 
 import dataclasses
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from activations import (
     append,
     harvest,
 )
+from activations.harvesting import pipeline
 from activations.recompute.doctor import DoctorConfig, doctor
 from activations.storage.verify import examine
 from activations.storage.writer import HarvestWriter
@@ -130,7 +130,7 @@ def test_growing_again_and_being_there_already(
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded a model for nothing")
 
-    monkeypatch.setattr(importlib.import_module("activations.harvest"), "load_model", fail)
+    monkeypatch.setattr(pipeline, "load_model", fail)
     for again in (last, more(config), config):
         assert append(again).hash == twice.hash
     assert harvest(config).hash == twice.hash

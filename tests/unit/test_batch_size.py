@@ -1,6 +1,5 @@
 """Batches that fit into a budget of memory, and models spread over devices."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,11 @@ import pytest
 import torch
 
 from activations import CorpusConfig, HarvestConfig, Model, ModelConfig, harvest, load_model
+from activations.harvesting import pipeline
 from activations.models.forward_memory import _Allocated, fitting_batch, pass_bytes
 from saescope.errors import InputError
 from tests.tiny import make_tiny_corpus
 
-harvest_module = importlib.import_module("activations.harvest")
 SITE = "blocks.1.hook_resid_post"
 GIB = 2**30
 
@@ -63,7 +62,7 @@ def test_a_harvest_keeps_to_the_batch_it_found(
     monkeypatch.setattr(Model, "capture", note)
     with pytest.raises(KeyboardInterrupt):
         harvest(config)
-    monkeypatch.setattr(harvest_module, "fitting_batch", lambda *_: 7)
+    monkeypatch.setattr(pipeline, "fitting_batch", lambda *_: 7)
     store = harvest(config)  # another machine's budget would not change the batches
     assert sizes[:2] == [1, 3]  # what finding it took
     assert max(sizes[2:]) == 5  # fewer only at the end of a split

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import importlib
 import json
 import os
 from collections.abc import Callable
@@ -14,7 +13,8 @@ import pytest
 import torch
 
 from activations import ActivationStore, CorpusConfig, HarvestConfig, Model, ModelConfig, harvest
-from activations.harvesting import windows
+from activations.harvesting import pipeline, windows
+from activations.storage import writer
 from activations.storage.ledger import Ledger
 from activations.storage.writer import HarvestWriter
 from saescope import config as configuration
@@ -25,8 +25,6 @@ from tests.damage import as_schema_1, assert_same_content, content
 from tests.interrupt import Interrupt
 from tests.tiny import N_CTX, make_tiny_corpus, make_tiny_model
 
-harvest_module = importlib.import_module("activations.harvest")
-writer_module = importlib.import_module("activations.storage.writer")
 SITES = ("blocks.1.hook_resid_post", "blocks.0.attn.hook_z")
 
 
@@ -194,7 +192,7 @@ def test_a_complete_harvest_returns_at_once(
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded a model for nothing")
 
-    monkeypatch.setattr(harvest_module, "load_model", fail)
+    monkeypatch.setattr(pipeline, "load_model", fail)
     assert harvest(make()).hash == first.hash
     assert content(first.path) == before
 
@@ -246,13 +244,13 @@ def test_the_precision_is_pinned_for_a_resume(
         with pytest.raises(KeyboardInterrupt):
             harvest(config)
     asked = []
-    original = harvest_module.load_model
+    original = pipeline.load_model
 
     def note(*args: Any, **kwargs: Any) -> Model:
         asked.append(kwargs["dtype"])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(harvest_module, "load_model", note)
+    monkeypatch.setattr(pipeline, "load_model", note)
     harvest(config)
     assert asked == ["bfloat16"]
 
@@ -302,9 +300,9 @@ def test_a_disk_full_at_any_file(
 ) -> None:
     """Ledger, manifest, list of documents, description: nothing is half committed."""
     for owner, name, at in (
-        (Ledger, "append", 2), (writer_module, "write_json", 20),
-        (writer_module, "_write_manifest", 4), (writer_module, "write_documents", 5),
-        (writer_module, "fsync_path", 100),
+        (Ledger, "append", 2), (writer, "write_json", 20),
+        (writer, "_write_manifest", 4), (writer, "write_documents", 5),
+        (writer, "fsync_path", 100),
     ):  # fmt: skip
         with monkeypatch.context() as patch:
             Interrupt(patch, owner, name, at, OSError(errno.ENOSPC, "full"))
@@ -323,7 +321,7 @@ def test_a_second_process_is_refused_at_once(
         raise AssertionError("loaded a model for nothing")
 
     with locked(config.out, "harvest"), monkeypatch.context() as patch:
-        patch.setattr(harvest_module, "load_model", fail)
+        patch.setattr(pipeline, "load_model", fail)
         with pytest.raises(ArtefactError, match=f"out: in use by harvest, process {os.getpid()}"):
             harvest(config)
     assert list(tmp_path.iterdir()) == []
@@ -416,11 +414,11 @@ def test_activations_that_are_not_finite_are_refused(
 def test_a_window_shrinks_to_fit_in_memory(
     make: Callable[..., HarvestConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harvest_module, "_WINDOW_BYTES", 2 * 128 * 64 * 2)
+    monkeypatch.setattr(pipeline, "_WINDOW_BYTES", 2 * 128 * 64 * 2)
     store = harvest(make())
     assert store.manifest["window_chunks"] == 2
     assert max(window.rows for window in store.windows) <= 256
-    monkeypatch.setattr(harvest_module, "_CHUNK_BYTES", 127 * 64 * 2)
+    monkeypatch.setattr(pipeline, "_CHUNK_BYTES", 127 * 64 * 2)
     with pytest.raises(InputError, match=r"does not fit in memory.*up to 127"):
         harvest(make(out=make().out + "-2"))
 

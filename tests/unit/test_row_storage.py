@@ -1,6 +1,5 @@
 """int8 storage: right numbers, half the disk, and every reader, check and repair works on it."""
 
-import importlib
 import random
 import shutil
 from pathlib import Path
@@ -13,6 +12,7 @@ import zarr
 
 import sae
 from activations import ActivationLoader, ActivationStore, HarvestConfig, harvest, load_model
+from activations.harvesting import pipeline
 from activations.loading.loader import aligned_rows
 from activations.storage.layout import row_arrays
 from activations.storage.row_formats import SCALE, SiteRows, floats, site_arrays, stored
@@ -243,7 +243,7 @@ def test_a_harvest_older_than_the_setting_goes_on_as_bfloat16(
     assert older.storage == "bfloat16"
     assert row_arrays(older.manifest).keys() == {"row_token", *SITES}
     values = {**plain.manifest["config"], "out": str(copy)}
-    monkeypatch.setattr(importlib.import_module("activations.harvest"), "_go_on", None)
+    monkeypatch.setattr(pipeline, "_go_on", None)
     assert harvest(from_dict(HarvestConfig, values, "test")).n_rows() == plain.n_rows()
     with pytest.raises(InputError, match="storage is 'bfloat16' there and 'int8' here"):
         harvest(from_dict(HarvestConfig, values | {"storage": "int8"}, "test"))

@@ -1,7 +1,6 @@
 """A harvest in a bucket of a server that speaks S3, on this machine."""
 
 import functools
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from activations import (
     ModelConfig,
     harvest,
 )
+from activations.harvesting import pipeline
 from saescope import artefact
 from saescope.__main__ import main
 from saescope.errors import ArtefactError, InputError
@@ -41,13 +41,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     _, port = server.get_host_and_port()
-    harvesting = importlib.import_module("activations.harvest")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         patch.setenv("SAESCOPE_CACHE", str(folder / "cache"))
         for key in KEYS:
             patch.setenv(key, "test")
-        patch.setattr(harvesting, "load_model", functools.cache(harvesting.load_model))
+        patch.setattr(pipeline, "load_model", functools.cache(pipeline.load_model))
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir("bucket")
         yield folder
