@@ -29,13 +29,24 @@ def _finish(figure: "Figure", x: str, y: str, height: int) -> "Figure":
         dragmode=False,
     )
     figure.update_xaxes(
-        title={"text": x, "standoff": 6}, showgrid=False, zeroline=False, linecolor=_AXIS,
-        ticks="outside", tickcolor=_AXIS, ticklen=4, automargin=True, fixedrange=True,
-    )  # fmt: skip
+        title={"text": x, "standoff": 6},
+        showgrid=False,
+        zeroline=False,
+        linecolor=_AXIS,
+        ticks="outside",
+        tickcolor=_AXIS,
+        ticklen=4,
+        automargin=True,
+        fixedrange=True,
+    )
     figure.update_yaxes(
-        title={"text": y, "standoff": 6}, gridcolor=_GRID, zeroline=False, automargin=True,
-        fixedrange=True, nticks=5,
-    )  # fmt: skip
+        title={"text": y, "standoff": 6},
+        gridcolor=_GRID,
+        zeroline=False,
+        automargin=True,
+        fixedrange=True,
+        nticks=5,
+    )
     return figure
 
 
@@ -50,9 +61,13 @@ def activation_histogram(histogram: Histogram, height: int = 210) -> "Figure":
         for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
     ]
     bars = Bar(
-        x=middle, y=np.where(counts > 0, counts, np.nan), width=np.diff(edges) * 0.94,
-        marker={"color": BLUE, "line": {"width": 0}}, hovertext=text, hoverinfo="text",
-    )  # fmt: skip
+        x=middle,
+        y=np.where(counts > 0, counts, np.nan),
+        width=np.diff(edges) * 0.94,
+        marker={"color": BLUE, "line": {"width": 0}},
+        hovertext=text,
+        hoverinfo="text",
+    )
     figure = _finish(Figure(bars), "activation", "positions", height)
     if counts.max() > _FEW:
         top = np.log10(counts.max())
@@ -80,9 +95,13 @@ def density_histogram(densities: np.ndarray, height: int = 260) -> "Figure":
         for a, b, count in zip(edges[:-1], edges[1:], counts, strict=True)
     ]
     bars = Bar(
-        x=edges[:-1] + 0.125, y=counts, width=0.235, marker={"color": BLUE, "line": {"width": 0}},
-        hovertext=text, hoverinfo="text",
-    )  # fmt: skip
+        x=edges[:-1] + 0.125,
+        y=counts,
+        width=0.235,
+        marker={"color": BLUE, "line": {"width": 0}},
+        hovertext=text,
+        hoverinfo="text",
+    )
     figure = _finish(
         Figure(bars), "density (share of positions at which a feature fires)", "features", height
     )

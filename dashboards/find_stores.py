@@ -75,8 +75,9 @@ def to_load(kind: str, own: str, store: str) -> str:
     raise ArtefactError(
         f"the {what} it names is not beside the stores, and nobody has named it: if it is to be "
         f"loaded, start the explorer with {_OPTIONS[kind]}",
-        where=store, given=own[:200],
-    )  # fmt: skip
+        where=store,
+        given=own[:200],
+    )
 
 
 def _is_beside(own: str, place: Path) -> bool:

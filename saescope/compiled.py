@@ -23,9 +23,15 @@ from saescope.seals import seal_of
 
 SOURCES = ("*.h", "*.cpp")
 FLAGS = (
-    "-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno", "-fvisibility=hidden",
-    "-Wall", "-Wextra",
-)  # fmt: skip
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+)
 _MORE_FLAGS = "SAESCOPE_CXXFLAGS"
 
 
@@ -118,10 +124,12 @@ def _compile(command: list[str], sources: list[Path], folder: Path) -> None:
     running = [
         subprocess.Popen(
             [*command, "-c", str(source), "-o", str(folder / f"{source.stem}.o")],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for source in sources
-    ]  # fmt: skip
+    ]
     said = [process.communicate()[0] for process in running]
     for process, message in zip(running, said, strict=True):
         if process.returncode:

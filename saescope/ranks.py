@@ -79,6 +79,8 @@ def _checked(rank: Rank) -> Rank:
     if rank.number >= rank.size:
         raise InputError(
             "the environment gives this process a number that its group does not have",
-            where="rank", given=rank.number, allowed=f"0 to {rank.size - 1}",
-        )  # fmt: skip
+            where="rank",
+            given=rank.number,
+            allowed=f"0 to {rank.size - 1}",
+        )
     return rank

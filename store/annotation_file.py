@@ -203,8 +203,9 @@ def _check(con: sqlite3.Connection, path: Path, *, sae_hash: str) -> None:
             raise ArtefactError(
                 "cannot be read as annotations: it has in it what saescope has not put there, or"
                 " lacks what it has",
-                where=where, given=" ".join(key)[:80],
-            )  # fmt: skip
+                where=where,
+                given=" ".join(key)[:80],
+            )
     if con.execute(_WRONG_ROWS).fetchone()[0]:
         raise ArtefactError("damaged: texts or features that no annotations have", where=where)
     if sae_hash and found.get("sae_hash") and found["sae_hash"] != sae_hash:

@@ -200,8 +200,10 @@ class Annotations:
             if wanted is not None and found not in (wanted, text):
                 raise ChangedError(
                     f"somebody has changed it meanwhile, to {found!r}",
-                    where=f"{column} of feature {number}", given=text, found=found,
-                )  # fmt: skip
+                    where=f"{column} of feature {number}",
+                    given=text,
+                    found=found,
+                )
             con.execute(
                 "INSERT INTO annotation VALUES (?, ?, ?, ?) ON CONFLICT (feature) DO UPDATE"
                 f" SET {column} = excluded.{column}, changed = excluded.changed",
@@ -285,9 +287,11 @@ def _text(column: str, given: str) -> str:
     longest = LONGEST_LABEL if column == "label" else LONGEST_NOTE
     if len(text) > longest:
         raise InputError(
-            "is too long", where=column, given=f"{len(text)} characters",
+            "is too long",
+            where=column,
+            given=f"{len(text)} characters",
             allowed=f"at most {longest}",
-        )  # fmt: skip
+        )
     return text
 
 

@@ -125,9 +125,11 @@ def _check_sequences(job: Job) -> dict[str, int]:
     if low < 0 or high >= job.n_vocabulary:
         wrong = low if low < 0 else high
         raise InputError(
-            "a token has no text in the vocabulary", where="tokens", given=wrong,
+            "a token has no text in the vocabulary",
+            where="tokens",
+            given=wrong,
             allowed=f"0 to {job.n_vocabulary - 1}",
-        )  # fmt: skip
+        )
     effects = job.one("SELECT min(token_id), max(token_id) FROM staging.logit")
     if effects[0] is not None and (effects[0] < 0 or effects[1] >= job.n_vocabulary):
         raise InputError("a token has no text in the vocabulary", where="logits", given=effects)
@@ -189,9 +191,11 @@ def _load_scratch(job: Job, counts: Mapping[str, int]) -> Scratch:
         last = int(batch["position"][-1])
         if last >= positions:
             raise InputError(
-                "an activation lies in no sequence", where="position", given=last,
+                "an activation lies in no sequence",
+                where="position",
+                given=last,
                 allowed=f"0 to {positions - 1}",
-            )  # fmt: skip
+            )
         scratch.other[done : done + size] = batch["feature"]
         first = int(batch["position"][0])
         counted = np.bincount(batch["position"] - first)

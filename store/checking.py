@@ -148,9 +148,10 @@ def _check_tables(
         for name in there.keys() - columns.keys():
             if table != "feature" or not plain_column(name, there[name][0]):
                 raise ArtefactError(
-                    "a column is none of a feature store's", where=where,
+                    "a column is none of a feature store's",
+                    where=where,
                     given=f"{table}.{name}"[:80],
-                )  # fmt: skip
+                )
 
 
 def _check_meta(meta: Mapping[str, Any], where: str) -> None:
@@ -159,9 +160,10 @@ def _check_meta(meta: Mapping[str, Any], where: str) -> None:
         high = _LARGEST if low else 2**62
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise ArtefactError(
-                "damaged: not a number that can be right", where=f"{where}: meta.{key}",
+                "damaged: not a number that can be right",
+                where=f"{where}: meta.{key}",
                 given=value if isinstance(value, int | float | None) else type(value).__name__,
-            )  # fmt: skip
+            )
     if not isinstance(meta.get("metrics") or {}, dict):
         raise ArtefactError("damaged: not a table of metrics", where=f"{where}: meta.metrics")
 
@@ -179,8 +181,10 @@ def _check_features(db: Database, meta: Mapping[str, Any]) -> None:
     if (count, distinct, low, high, wrong) != (d_sae, d_sae, 0, d_sae - 1, 0):
         raise ArtefactError(
             "damaged: its table of features is not one of that many features",
-            where=str(db.file), given=count, allowed=str(d_sae),
-        )  # fmt: skip
+            where=str(db.file),
+            given=count,
+            allowed=str(d_sae),
+        )
 
 
 def _is_store(file: Path) -> bool:

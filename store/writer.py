@@ -187,9 +187,11 @@ class StoreWriter:
             array = np.ascontiguousarray(values, dtype=dtypes[name])
             if array.shape != (len(chosen), self.context):
                 raise InputError(
-                    "has a wrong shape", where=name, given=array.shape,
+                    "has a wrong shape",
+                    where=name,
+                    given=array.shape,
                     allowed=str((len(chosen), self.context)),
-                )  # fmt: skip
+                )
             offsets = np.arange(len(chosen) + 1, dtype=np.int32) * self.context
             columns[name] = pa.ListArray.from_arrays(offsets, pa.array(array.ravel()))
         first = as_index(first, where="first", low=0, high=2**31 - 1)
@@ -231,9 +233,10 @@ class StoreWriter:
         if not (np.isfinite(value).all() and value.min() > 0):
             wrong = value[~(np.isfinite(value) & (value > 0))][0]
             raise InputError(
-                "only finite activations above zero are stored", where="activation",
+                "only finite activations above zero are stored",
+                where="activation",
                 given=float(wrong),
-            )  # fmt: skip
+            )
         self._buffer.append((at.copy(), which.copy(), value.copy()))
         self._buffered += len(at)
         self.n_activations += len(at)
@@ -265,9 +268,11 @@ class StoreWriter:
                 raise InputError("is no plain lower-case column name", where=where)
             if not _plain_values(table.schema.field(name).type):
                 raise InputError(
-                    "holds no plain values", where=where, given=str(table.schema.field(name).type),
+                    "holds no plain values",
+                    where=where,
+                    given=str(table.schema.field(name).type),
                     allowed="numbers, truth values or text",
-                )  # fmt: skip
+                )
             if len(table) != self.d_sae:
                 raise InputError(
                     "wrong length", where=where, given=len(table), allowed=str(self.d_sae)

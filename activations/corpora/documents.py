@@ -57,16 +57,18 @@ class CorpusConfig(SourceConfig):
         if (self.source == MIX) != bool(self.mix):
             raise InputError(
                 'a mixed corpus has source = "mix" and tables [[corpus.mix]]',
-                where="corpus.source", given=self.source,
+                where="corpus.source",
+                given=self.source,
                 allowed=MIX if self.mix else "any but mix",
-            )  # fmt: skip
+            )
         own = [f for f in fields(SourceConfig) if f.name != "source"]
         given = [f.name for f in own if getattr(self, f.name) != f.default]
         if self.mix and given:
             raise InputError(
                 "belongs to each source of a mix: set it in [[corpus.mix]]",
-                where=f"corpus.{given[0]}", given=getattr(self, given[0]),
-            )  # fmt: skip
+                where=f"corpus.{given[0]}",
+                given=getattr(self, given[0]),
+            )
 
     @property
     def members(self) -> tuple[SourceConfig, ...]:

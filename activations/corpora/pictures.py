@@ -28,10 +28,11 @@ def pictures(config: CorpusConfig, *, first: int = 0) -> Iterator[Document]:
     strange = [path for path in paths if path.suffix.lower() not in SUFFIXES]
     if strange or not paths:
         raise InputError(
-            "not a picture, by its name" if strange else "no such file", where="corpus.source",
+            "not a picture, by its name" if strange else "no such file",
+            where="corpus.source",
             given=str(strange[0]) if strange else config.source,
             allowed=f"a pattern such as photos/**/*.png, of files ending in {', '.join(SUFFIXES)}",
-        )  # fmt: skip
+        )
     for number, path in enumerate(paths, first):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if whole(str(path)) != str(path):

@@ -58,9 +58,11 @@ class SourceConfig(Config):
     def __post_init__(self) -> None:
         if not self.source or self.source == HUB_PREFIX:
             raise InputError(
-                "empty", where="corpus.source", given=self.source,
+                "empty",
+                where="corpus.source",
+                given=self.source,
                 allowed="wikipedia, a file pattern, hf:NAME[:CONFIG]",
-            )  # fmt: skip
+            )
         for name in ("text_field", "messages_field", "tokens_field"):
             if getattr(self, name) == "":
                 raise InputError("empty", where=f"corpus.{name}", given="")
@@ -145,17 +147,21 @@ def _files(config: SourceConfig) -> Iterator[Record]:
     paths = [path for path in paths if path.is_file()]
     if not paths:
         raise InputError(
-            "no such file", where="corpus.source", given=config.source,
+            "no such file",
+            where="corpus.source",
+            given=config.source,
             allowed=f"{', '.join(PACKAGED_CORPORA)}, files ending in {', '.join(SUFFIXES)}, "
             f"{HUB_PREFIX}NAME[:CONFIG]",
-        )  # fmt: skip
+        )
     readers = {".txt": _text, ".jsonl": _jsonl, ".parquet": _table, ".arrow": _table}
     for path in paths:
         if path.suffix not in readers:
             raise InputError(
-                "cannot read this kind of file", where="corpus.source", given=str(path),
+                "cannot read this kind of file",
+                where="corpus.source",
+                given=str(path),
                 allowed=SUFFIXES,
-            )  # fmt: skip
+            )
         if path.suffix == ".txt":
             _refuse_fields(config, str(path))
     for path in paths:
@@ -228,8 +234,9 @@ def _opened(config: SourceConfig) -> Any:
     except Exception as error:  # the loader raises almost anything: say what it was
         raise InputError(
             f"this data set cannot be streamed ({_reason(error)}). A hub name needs the network",
-            where="corpus.source", given=config.source,
-        ) from error  # fmt: skip
+            where="corpus.source",
+            given=config.source,
+        ) from error
 
 
 def _streamed(rows: Any, config: SourceConfig, first: int) -> Iterator[Record]:
@@ -290,9 +297,11 @@ def _messages(content: Any, field: str, where: str) -> Messages:
         texts = isinstance(message, dict) and all(isinstance(message.get(n), str) for n in names)
         if not texts:
             raise InputError(
-                f"a message of {field!r} is not text with a role", where=where, given=message,
+                f"a message of {field!r} is not text with a role",
+                where=where,
+                given=message,
                 allowed='{"role": "...", "content": "..."}',
-            )  # fmt: skip
+            )
     return [{k: v for k, v in message.items() if v is not None} for message in content]
 
 

@@ -79,9 +79,11 @@ def is_there(config: HarvestConfig, store: ActivationStore) -> bool:
         return False
     if config.corpus.deduplicate != known[0][0].deduplicate:
         raise InputError(
-            "must be as in the harvest that grows", where="corpus.deduplicate",
-            given=config.corpus.deduplicate, allowed=str(known[0][0].deduplicate).lower(),
-        )  # fmt: skip
+            "must be as in the harvest that grows",
+            where="corpus.deduplicate",
+            given=config.corpus.deduplicate,
+            allowed=str(known[0][0].deduplicate).lower(),
+        )
     return wanted in known
 
 

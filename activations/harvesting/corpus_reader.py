@@ -93,9 +93,12 @@ class Text:
         if isinstance(model, RawModel):
             found = model.documents(self.corpus, first=self.first_document)
             return model.sequences(
-                self._chosen(found, split, counts, before), context=self.context,
-                per_group=per_group, counts=counts, limit=limit,
-            )  # fmt: skip
+                self._chosen(found, split, counts, before),
+                context=self.context,
+                per_group=per_group,
+                counts=counts,
+                limit=limit,
+            )
         codec = model.codec
         stream = DocumentStream(
             self.corpus,
@@ -165,9 +168,13 @@ class Text:
             # with a limit it is enough to know that there is text for one sequence
             read = min(limit, 1) if limit is not None else None
             found = self.packed(
-                split, model, per_group=64, counts=PackingCounts(), limit=read,
+                split,
+                model,
+                per_group=64,
+                counts=PackingCounts(),
+                limit=read,
                 before=(before or {}).get(split, ()),
-            )  # fmt: skip
+            )
             number = sum(len(group.tokens) for group in found)
             planned[split] = number if limit is None else limit * min(number, 1)
         if planned["train"] == 0:

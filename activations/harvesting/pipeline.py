@@ -149,9 +149,11 @@ class HarvestConfig(Config):
         kind = self.model.kind
         if self.storage == "none" and not self.model.reads_tokens:
             raise InputError(
-                "without stored rows a model must read tokens, which are stored", where="storage",
-                given=f"{self.storage}, with model.kind {kind}", allowed="bfloat16, int8",
-            )  # fmt: skip
+                "without stored rows a model must read tokens, which are stored",
+                where="storage",
+                given=f"{self.storage}, with model.kind {kind}",
+                allowed="bfloat16, int8",
+            )
         for where, given in (
             ("packing", self.packing != JOINED),
             ("prepend_bos", self.prepend_bos is not None),
@@ -162,9 +164,11 @@ class HarvestConfig(Config):
                 raise InputError("is for language models", where=where, given=f"model.kind {kind}")
         if self.outliers is not None and self.rows != "position":
             raise InputError(
-                "are left out of rows of positions", where="outliers", given=f"rows = {self.rows}",
+                "are left out of rows of positions",
+                where="outliers",
+                given=f"rows = {self.rows}",
                 allowed="rows = position",
-            )  # fmt: skip
+            )
 
 
 @system_errors()
@@ -227,10 +231,14 @@ def model_of(config: HarvestConfig, store: ActivationStore | None) -> Model | Ra
     chosen = config.model
     dtype = chosen.dtype if store is None else store.manifest["model"]["dtype"]
     model = load_model(
-        chosen.spec, dtype=dtype, device=window_locks.own_device(chosen.device),
-        revision=chosen.revision, kind=chosen.kind, diffusion=chosen.diffusion,
+        chosen.spec,
+        dtype=dtype,
+        device=window_locks.own_device(chosen.device),
+        revision=chosen.revision,
+        kind=chosen.kind,
+        diffusion=chosen.diffusion,
         trust_remote_code=chosen.trust_remote_code,
-    )  # fmt: skip
+    )
     if store is not None:
         check_same_model(model, store)
         model.products = store.manifest["model"].get("products", "own")  # older ones do not say
@@ -324,9 +332,11 @@ def assist(config: HarvestConfig, find: Callable[[], ActivationStore | None]) ->
             missing = missing_windows(parts(store)[-1], config, model, store, counts)
             with Progress("harvest", 0, "tokens") as progress:
                 window_locks.help_with(
-                    missing, lambda each: compute(each, model, config, store, progress),
-                    Staging(store), team,
-                )  # fmt: skip
+                    missing,
+                    lambda each: compute(each, model, config, store, progress),
+                    Staging(store),
+                    team,
+                )
             return team.wait_for(finished)
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # rank 0 says what there is to say
@@ -369,9 +379,11 @@ def planned_facts(config: HarvestConfig, model: Model | RawModel) -> dict[str, A
     sequences = window_chunks * config.chunk_rows // per_sequence
     if sequences == 0:
         raise InputError(
-            "a window holds less than one sequence", where="chunk_rows", given=config.chunk_rows,
+            "a window holds less than one sequence",
+            where="chunk_rows",
+            given=config.chunk_rows,
             allowed=f"at least {-(-per_sequence // window_chunks)}",
-        )  # fmt: skip
+        )
     batch = config.batch_sequences
     if config.batch_memory is not None:
         batch = fitting_batch(config.batch_memory, model, names, config.context, sequences)

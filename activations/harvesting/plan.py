@@ -108,9 +108,12 @@ def _share(group: Sequences, model: Model | RawModel, facts: Mapping[str, Any]) 
 
 
 def describe(
-    config: "HarvestConfig", facts: Mapping[str, Any], left: Mapping[str, int], text: Text,
+    config: "HarvestConfig",
+    facts: Mapping[str, Any],
+    left: Mapping[str, int],
+    text: Text,
     model: Model | RawModel,
-) -> tuple[list[str], Needs]:  # fmt: skip
+) -> tuple[list[str], Needs]:
     """Lines for people on what the rest of a harvest takes; a few batches are measured."""
     sites, config = tuple(facts["sites"]), in_planned_batches(config, facts)
     seconds, share = measured(config, facts, text, model)
@@ -151,9 +154,12 @@ def measured(
     """Seconds a token, the median over a few batches, and the share of positions with a row."""
     batches, rows, sequences, times = _WARM + _MEASURED, 0, 0, []
     groups = text.packed(
-        "train", model, per_group=config.batch_sequences, counts=PackingCounts(),
+        "train",
+        model,
+        per_group=config.batch_sequences,
+        counts=PackingCounts(),
         limit=batches * config.batch_sequences,
-    )  # fmt: skip
+    )
     sites, limits = tuple(facts["sites"]), norm_limits(facts)
     with silent(), Progress("measuring", 0) as progress:
         for group in groups:

@@ -78,9 +78,11 @@ class WindowRows:
             return _means(x, here, torch.from_numpy(counted.any(1)).to(x.device), counted.shape[1])
         if x.shape[:2] != here.shape or counted[:, x.shape[1] :].any():
             raise InputError(
-                "its positions are not those of the sequences", where=site, given=tuple(x.shape),
+                "its positions are not those of the sequences",
+                where=site,
+                given=tuple(x.shape),
                 allowed=f"{counted.shape} and the width",
-            )  # fmt: skip
+            )
         return x.flatten(0, 1).index_select(0, here.flatten().nonzero()[:, 0])
 
 

@@ -114,16 +114,22 @@ class Staging:
             for a in _SEQUENCES
         )
         return WindowData(
-            split=record["split"], tokens=tokens, document=document, keep=keep,
-            described=record["described"], row_token=np.empty(0, np.int64), rows={},
+            split=record["split"],
+            tokens=tokens,
+            document=document,
+            keep=keep,
+            described=record["described"],
+            row_token=np.empty(0, np.int64),
+            rows={},
             order=np.arange(record["rows"]),
             sums={
                 site: SiteSums(count, np.array(total, np.float64), square)
                 for site, (count, total, square) in record["sums"].items()
             },
-            positions=record["positions"], place=record["place"],
+            positions=record["positions"],
+            place=record["place"],
             staged=StagedRows(folder, {array: crcs[array] for array in self._arrays}),
-        )  # fmt: skip
+        )
 
     def _record(self, folder: Path) -> dict[str, Any]:
         record = read_json(folder / _RECORD)

@@ -70,8 +70,9 @@ class Team:
             if not held and time.monotonic() > last_try:
                 raise ArtefactError(
                     f"another process is rank {self.number} of a harvest there; wait until it has "
-                    "ended, or choose another folder", where=str(self._out),
-                )  # fmt: skip
+                    "ended, or choose another folder",
+                    where=str(self._out),
+                )
             time.sleep(_POLL[0])
 
     def _lock(
@@ -86,8 +87,9 @@ class Team:
         except OSError as error:
             raise ArtefactError(
                 f"this file system cannot lock files ({error}), which several processes need; "
-                "choose another folder", where=str(self._out),
-            ) from error  # fmt: skip
+                "choose another folder",
+                where=str(self._out),
+            ) from error
         return True
 
     def claim(self, window: int) -> bool:

@@ -64,11 +64,15 @@ def missing_windows(
             at = len(committed) - 1
             number, first = number + at, committed[at].first_sequence
         groups = Text.of(config, part).packed(
-            split, model, per_group=begun.manifest["sequences_per_window"], counts=counts[split],
+            split,
+            model,
+            per_group=begun.manifest["sequences_per_window"],
+            counts=counts[split],
             limit=part.planned_sequences[split],
-            before=numbers_before(begun, part, split, place), place=place,
+            before=numbers_before(begun, part, split, place),
+            place=place,
             to_end=part.max_tokens is None,
-        )  # fmt: skip
+        )
         for group in groups:
             if at < len(committed):
                 _check_same_text(group, begun, committed[at])
@@ -115,9 +119,16 @@ def compute(
     limits = norm_limits(begun.manifest)
     needed = window.measured or config.storage != "none" or limits
     data = run_window(
-        window.split, window.group, window.first_sequence, model, begun.sites if needed else (),
-        config, window.seed, progress, limits=limits,
-    )  # fmt: skip
+        window.split,
+        window.group,
+        window.first_sequence,
+        model,
+        begun.sites if needed else (),
+        config,
+        window.seed,
+        progress,
+        limits=limits,
+    )
     return data if window.measured else replace(data, sums={})
 
 

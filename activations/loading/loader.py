@@ -134,8 +134,10 @@ class ActivationLoader(Generic[BatchT]):
         if self._rows < (batch_size if drop_last else 1):
             raise InputError(
                 f"the {split} split of {self.sites[0]} has only {self._rows} rows",
-                where="batch_size", given=batch_size, allowed=f"1 to {self._rows}",
-            )  # fmt: skip
+                where="batch_size",
+                given=batch_size,
+                allowed=f"1 to {self._rows}",
+            )
         self.batch_size = batch_size
         self.epochs = epochs
         self._reading = ReadingOrder(store, split, order, mix_chunks=mix_chunks, seed=seed)
@@ -191,9 +193,11 @@ class ActivationLoader(Generic[BatchT]):
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise InputError(
-                    f"the state of another loader: {name} differs", where="load_state_dict",
-                    given=state.get(name), allowed=str(value),
-                )  # fmt: skip
+                    f"the state of another loader: {name} differs",
+                    where="load_state_dict",
+                    given=state.get(name),
+                    allowed=str(value),
+                )
         self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
     def __iter__(self) -> Iterator[BatchT]:
@@ -325,9 +329,11 @@ def _checked_sites(store: ActivationStore, sites: str | Sequence[str]) -> tuple[
         store.d_in(name)
     if not names or len(set(names)) < len(names):
         raise InputError(
-            "name at least one site, and each once", where="sites", given=names,
+            "name at least one site, and each once",
+            where="sites",
+            given=names,
             allowed=store.sites,
-        )  # fmt: skip
+        )
     return names
 
 

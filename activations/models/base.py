@@ -121,8 +121,9 @@ class RawModel(ABC):
             if shape[0] != _PROBED:
                 raise InputError(
                     "this module's activation has not one row a sequence, or a place of it",
-                    where=site, given=f"{shape} of {_PROBED} sequences",
-                )  # fmt: skip
+                    where=site,
+                    given=f"{shape} of {_PROBED} sequences",
+                )
             self._shapes[site] = shape[1], shape[2]
         return self._shapes[site]
 
@@ -228,17 +229,21 @@ def check_places(site: str, places: int, rows: str, context: int) -> None:
     if context != expected:
         raise InputError(
             f"{site} has {places} positions, which with rows = {rows} are {expected} of a sequence",
-            where="context", given=context, allowed=str(expected),
-        )  # fmt: skip
+            where="context",
+            given=context,
+            allowed=str(expected),
+        )
 
 
 def one_device(kind: str, device: str) -> torch.device:
     """The device for a model that is not spread. Raises InputError."""
     if device in SPREAD:
         raise InputError(
-            f"a {kind} model is not spread over devices", where="model.device", given=device,
+            f"a {kind} model is not spread over devices",
+            where="model.device",
+            given=device,
             allowed="cpu, cuda, cuda:N",
-        )  # fmt: skip
+        )
     return device_of(device)
 
 

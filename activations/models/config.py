@@ -37,9 +37,11 @@ class DenoisingConfig(Config):
             check_range("model.diffusion.pixels", self.pixels, low=1)
         if not self.at or list(self.at) != sorted({n for n in self.at if 0 <= n < self.steps}):
             raise InputError(
-                "steps are read in order, each once", where="model.diffusion.at",
-                given=list(self.at), allowed=f"some of 0 to {self.steps - 1}",
-            )  # fmt: skip
+                "steps are read in order, each once",
+                where="model.diffusion.at",
+                given=list(self.at),
+                allowed=f"some of 0 to {self.steps - 1}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +82,11 @@ class ModelConfig(Config):
             )
         if self.dtype not in ("auto", *DTYPES):
             raise InputError(
-                "unknown precision", where="model.dtype", given=self.dtype,
+                "unknown precision",
+                where="model.dtype",
+                given=self.dtype,
                 allowed=("auto", *DTYPES),
-            )  # fmt: skip
+            )
         if self.kind not in KINDS:
             raise InputError(
                 "unknown kind of model", where="model.kind", given=self.kind, allowed=KINDS

@@ -49,9 +49,10 @@ def load_diffusion_model(
         from diffusers.utils import logging  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
-            "diffusers is missing: pip install 'saescope[diffusion]'", where="model.kind",
+            "diffusers is missing: pip install 'saescope[diffusion]'",
+            where="model.kind",
             given="diffusion",
-        ) from error  # fmt: skip
+        ) from error
     files = (*_FILES, "*/*.py") if trusted else _FILES
     folder, commit = folder_of(
         spec, revision, described_by=_INDEX, hub_files=files, nested=True, with_code=trusted
@@ -91,15 +92,18 @@ class DiffusionModel(RawModel):
         denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
         if denoiser is None:
             raise InputError(
-                "this pipeline has neither a unet nor a transformer", where=spec,
+                "this pipeline has neither a unet nor a transformer",
+                where=spec,
                 given=type(pipeline).__name__,
-            )  # fmt: skip
+            )
         order = getattr(pipeline.scheduler, "order", 1)
         if order != 1:
             raise InputError(
-                "this scheduler runs the model several times a step", where=spec,
-                given=type(pipeline.scheduler).__name__, allowed="one of order 1, such as DDIM",
-            )  # fmt: skip
+                "this scheduler runs the model several times a step",
+                where=spec,
+                given=type(pipeline.scheduler).__name__,
+                allowed="one of order 1, such as DDIM",
+            )
         super().__init__(denoiser, spec=spec, folder=folder, revision=revision)
         self._pipeline, self._denoising = pipeline, denoising
 
@@ -191,9 +195,11 @@ class DiffusionModel(RawModel):
             length = len(tokenizer(document.text, verbose=False).input_ids)
             if length > tokenizer.model_max_length:
                 raise InputError(
-                    "a prompt has more tokens than the model reads", where=document.key,
-                    given=length, allowed=f"up to {tokenizer.model_max_length}",
-                )  # fmt: skip
+                    "a prompt has more tokens than the model reads",
+                    where=document.key,
+                    given=length,
+                    allowed=f"up to {tokenizer.model_max_length}",
+                )
 
     def inputs(self, group: Sequences, chosen: NDArray[np.int64]) -> list[Prompt]:
         """Prompts with their seeds and steps."""

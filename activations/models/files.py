@@ -27,14 +27,18 @@ def device_of(device: str) -> torch.device:
         place = torch.device(device)
     except RuntimeError as error:
         raise InputError(
-            "no such device", where="model.device", given=device,
+            "no such device",
+            where="model.device",
+            given=device,
             allowed=f"cpu, cuda, cuda:N, {', '.join(SPREAD)}",
-        ) from error  # fmt: skip
+        ) from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
-            "this machine has no usable CUDA device", where="model.device", given=device,
+            "this machine has no usable CUDA device",
+            where="model.device",
+            given=device,
             allowed="cpu",
-        )  # fmt: skip
+        )
     return place
 
 

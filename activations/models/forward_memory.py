@@ -88,9 +88,11 @@ def check_batch_memory(gib: float, batch_sequences: int) -> None:
     check_range("batch_memory", gib, above=0)
     if batch_sequences != BATCH_SEQUENCES:
         raise InputError(
-            "the size of a batch is given twice", where="batch_memory", given=gib,
+            "the size of a batch is given twice",
+            where="batch_memory",
+            given=gib,
             allowed="batch_memory or batch_sequences",
-        )  # fmt: skip
+        )
 
 
 def fitting_batch(
@@ -104,8 +106,10 @@ def fitting_batch(
     one, three = (pass_bytes(model, sites, n, context) for n in (1, 3))
     if one > budget:
         raise InputError(
-            "not one sequence fits", where="batch_memory", given=gib,
+            "not one sequence fits",
+            where="batch_memory",
+            given=gib,
             allowed=f"at least {one / 2**30:.3g}",
-        )  # fmt: skip
+        )
     each = max(1, (three - one) / 2)
     return min(most, 1 + int((budget - one) / each))

@@ -100,9 +100,11 @@ def load_model(
     )
     if PACKAGED_MODELS.get(spec, kind) != kind:
         raise InputError(
-            f"{spec} is a model of another kind", where="model.kind", given=kind,
+            f"{spec} is a model of another kind",
+            where="model.kind",
+            given=kind,
             allowed=PACKAGED_MODELS[spec],
-        )  # fmt: skip
+        )
     place = device_of(device)
     precision = resolve_dtype(dtype, place)
     if kind != "language":
@@ -199,9 +201,12 @@ class Model:
         # the bridge replaces submodules in place: give it modules of its own, weights shared
         modules = copy.deepcopy(self.hf, {id(tensor): tensor for tensor in tensors})
         return build_bridge_from_module(
-            modules, type(self.hf).__name__, hf_config=modules.config,
-            tokenizer=copy.deepcopy(self.tokenizer), model_name=self.spec,
-        )  # fmt: skip
+            modules,
+            type(self.hf).__name__,
+            hf_config=modules.config,
+            tokenizer=copy.deepcopy(self.tokenizer),
+            model_name=self.spec,
+        )
 
     def sites(self, pattern: str = "*") -> list[str]:
         """Names of the sites that match a pattern (see activations.sites), in the model's order."""
@@ -236,9 +241,10 @@ class Model:
             shapes = shapes_of([target], lambda: self._run(tokens), tokens.shape)
         if shapes[site][:2] != tokens.shape:
             raise InputError(
-                "this module's activation has not one row a token", where=site,
+                "this module's activation has not one row a token",
+                where=site,
                 given=f"{shapes[site]} of 3 sequences of 2 tokens",
-            )  # fmt: skip
+            )
         return shapes[site][2]
 
     def _run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> object:
@@ -318,9 +324,11 @@ class Model:
             )
         if self.n_ctx is not None and tokens.shape[1] > self.n_ctx:
             raise InputError(
-                "more positions than the model has", where=self.spec, given=tokens.shape[1],
+                "more positions than the model has",
+                where=self.spec,
+                given=tokens.shape[1],
                 allowed=f"up to {self.n_ctx}",
-            )  # fmt: skip
+            )
         return tokens.to(self.device, torch.long)
 
     @contextmanager
@@ -453,9 +461,11 @@ class Model:
             raise InputError("the prompt has no tokens", where="generate", given=prompt)
         if self.n_ctx is not None and len(ids) + max_new_tokens > self.n_ctx:
             raise InputError(
-                "prompt and continuation are longer than the model's context", where="generate",
-                given=len(ids) + max_new_tokens, allowed=f"up to {self.n_ctx}",
-            )  # fmt: skip
+                "prompt and continuation are longer than the model's context",
+                where="generate",
+                given=len(ids) + max_new_tokens,
+                allowed=f"up to {self.n_ctx}",
+            )
         choose = _chooser(temperature, as_index(seed, where="seed"))
         past, new = None, ids
         for _ in range(max_new_tokens):

@@ -166,16 +166,20 @@ class TextEncoder(RawModel):
         least = len(self._before) + len(self._after) + 1
         if not least <= context <= self.n_ctx:
             raise InputError(
-                f"no number of tokens for {self.name}", where="context", given=context,
+                f"no number of tokens for {self.name}",
+                where="context",
+                given=context,
                 allowed=f"{least} to {self.n_ctx}, special tokens included",
-            )  # fmt: skip
-        if self.positions(site) not in ((_EXAMPLE_TOKENS,) if rows == "position" else
-                                        (_EXAMPLE_TOKENS, 1)):  # fmt: skip
+            )
+        if self.positions(site) not in (
+            (_EXAMPLE_TOKENS,) if rows == "position" else (_EXAMPLE_TOKENS, 1)
+        ):
             raise InputError(
-                f"has {self.positions(site)} positions for {_EXAMPLE_TOKENS} tokens", where=site,
+                f"has {self.positions(site)} positions for {_EXAMPLE_TOKENS} tokens",
+                where=site,
                 given=f"rows = {rows}",
                 allowed="rows = mean" if self.positions(site) == 1 else "another site",
-            )  # fmt: skip
+            )
 
 
 def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:

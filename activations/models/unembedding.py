@@ -50,5 +50,6 @@ class Head:
         if not error <= _TOLERANCE.get(model.dtype, 0.05):
             raise InputError(
                 "this model's logits are not its final norm and unembedding alone",
-                where=model.spec, given=f"relative difference {error:.3g}",
-            )  # fmt: skip
+                where=model.spec,
+                given=f"relative difference {error:.3g}",
+            )

@@ -55,9 +55,11 @@ class ComputedRows:
         """
         if site not in self._store.sites:
             raise InputError(
-                "this harvest has no such site", where=str(self._store.path), given=site,
+                "this harvest has no such site",
+                where=str(self._store.path),
+                given=site,
                 allowed=self._store.sites,
-            )  # fmt: skip
+            )
         number = self._window_of_chunk[chunk]
         return dealt(
             self._window(number), self._store.windows[number], site, chunk, self._chunk_rows
@@ -70,8 +72,13 @@ class ComputedRows:
         self._kept.pop(split, None)  # its memory is for the next one
         with silent(), Progress(f"window {number}", 0, "tokens") as progress:
             data = recompute(
-                self._store, number, group_of(self._store, number), self._model, self._store.sites,
-                self._config, progress,
-            )  # fmt: skip
+                self._store,
+                number,
+                group_of(self._store, number),
+                self._model,
+                self._store.sites,
+                self._config,
+                progress,
+            )
         self._kept[split] = number, data
         return data

@@ -199,8 +199,9 @@ class Repair:
                 if len(found) != window.sequences or crc not in (None, crc32c(part)):
                     raise ArtefactError(
                         f"the corpus is not the one that was harvested ({array} of window {number} "
-                        "differ)", where=source,
-                    )  # fmt: skip
+                        "differ)",
+                        where=source,
+                    )
 
     def _sequence_values(self, number: int, group: Sequences) -> dict[str, NDArray[Any]]:
         window = self.store.windows[number]
@@ -278,9 +279,15 @@ class Repair:
         total = group.tokens.size if sites else 0
         with Progress(f"window {number}", total, "tokens") as progress:
             return recompute(
-                self.store, number, group, self.model, sites, self.config, progress,
+                self.store,
+                number,
+                group,
+                self.model,
+                sites,
+                self.config,
+                progress,
                 find_kept=find_kept,
-            )  # fmt: skip
+            )
 
     def _compare(self, array: str, window: Window, computed: Any) -> Agreement:
         """Recomputed against stored, for the chunks of a window that are whole."""

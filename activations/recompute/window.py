@@ -85,9 +85,17 @@ def recompute(
     if limits is not None and not find_kept:
         keep, limits = store.read_sequences("keep", number), None
     return run_window(
-        window.split, group, window.first_sequence, model, tuple(sites), config, seed, progress,
-        limits=limits, keep=keep,
-    )  # fmt: skip
+        window.split,
+        group,
+        window.first_sequence,
+        model,
+        tuple(sites),
+        config,
+        seed,
+        progress,
+        limits=limits,
+        keep=keep,
+    )
 
 
 def dealt(

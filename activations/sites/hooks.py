@@ -94,8 +94,9 @@ def _input_of(site: str, args: tuple, kwargs: Mapping[str, Any]) -> tuple[int | 
     if place is None or not isinstance(value, Tensor):
         raise InputError(
             "this module is not called with one tensor first; use the input or output of another",
-            where=site, given=[type(value).__name__ for value in args] + list(kwargs),
-        )  # fmt: skip
+            where=site,
+            given=[type(value).__name__ for value in args] + list(kwargs),
+        )
     return place, value
 
 
@@ -140,9 +141,10 @@ def _hook(target: HookTarget, see: Callable[[Tensor], Tensor | None]) -> list[An
             before = inputs.pop()
             if before.shape != value.shape:
                 raise InputError(
-                    "there is no update where input and output differ in shape", where=target.site,
+                    "there is no update where input and output differ in shape",
+                    where=target.site,
                     given=f"{tuple(before.shape)} and {tuple(value.shape)}",
-                )  # fmt: skip
+                )
             new = see(value - before)
             new = None if new is None else before + new
         return None if new is None else _with_output(output, place, new)
@@ -282,8 +284,9 @@ def shapes_of(
         if len(shapes) > 1:
             raise InputError(
                 f"one forward pass calls this module {len(shapes)} times; choose one that it calls "
-                "once", where=site,
-            )  # fmt: skip
+                "once",
+                where=site,
+            )
     return {site: shapes[0] for site, shapes in found.items()}
 
 
@@ -343,9 +346,11 @@ def splicing(
                 return None
             if new.shape != x.shape:
                 raise InputError(
-                    "an edit must return the shape it was given", where=target.site,
-                    given=tuple(new.shape), allowed=str(tuple(x.shape)),
-                )  # fmt: skip
+                    "an edit must return the shape it was given",
+                    where=target.site,
+                    given=tuple(new.shape),
+                    allowed=str(tuple(x.shape)),
+                )
             return target.write(value, new.to(x.dtype))
 
         return see

@@ -95,9 +95,10 @@ class SiteMap(ModuleSites):
         layers = _submodule(hf, getattr(blocks, "name", None))
         if not isinstance(layers, nn.ModuleList | nn.Sequential):
             raise InputError(
-                "this architecture has no list of transformer blocks", where=name,
+                "this architecture has no list of transformer blocks",
+                where=name,
                 given=type(hf).__name__,
-            )  # fmt: skip
+            )
         self.n_layers = len(layers)
 
     @cached_property

@@ -69,10 +69,12 @@ def full_name(site: str) -> str:
         return f"blocks.{layers}.{_IN_BLOCKS[name]}"
     if colon or name in _IN_BLOCKS:
         raise InputError(
-            "no such short name of a site", where="sites", given=site,
+            "no such short name of a site",
+            where="sites",
+            given=site,
             allowed=f"{', '.join(_IN_BLOCKS)} with layers, such as z:* or z:0,4-12; "
             f"{', '.join(_ALONE)} without; {MODULE_PREFIX}PATH:{'|'.join(SIDES)}",
-        )  # fmt: skip
+        )
     return _ALONE.get(site, site)
 
 
@@ -152,9 +154,11 @@ def select(patterns: Sequence[str], available: Iterable[str], *, where: str) -> 
         beyond = _layer_beyond(pattern, known)
         if not found or beyond:
             raise InputError(
-                f"no site of this model matches{beyond}", where=where, given=pattern,
+                f"no site of this model matches{beyond}",
+                where=where,
+                given=pattern,
                 allowed=_closest(pattern, known),
-            )  # fmt: skip
+            )
         chosen |= found
     return [site for site in known if site in chosen]
 

@@ -108,8 +108,9 @@ def _read_checked(
         kind = "truncated" if size < expected else "damaged"
         raise DamagedError(
             f"{what} is damaged: it has {size:,} bytes and should have {expected:,}",
-            where=str(path), kind=kind,
-        )  # fmt: skip
+            where=str(path),
+            kind=kind,
+        )
     if found != int.from_bytes(last, "little"):
         raise DamagedError(f"{what} is damaged: its checksum does not match", where=str(path))
     if crc is not None and found != crc:

@@ -82,9 +82,14 @@ def create_arrays(path: Path, facts: Mapping[str, Any]) -> None:
 
     def create(name: str, tail: tuple[int, ...], chunk: int, dtype: str, **attributes: Any) -> None:
         group.create_array(
-            name, shape=(0, *tail), chunks=(chunk, *tail), dtype=dtype,
-            fill_value=fill_value(name, dtype), compressors=[Crc32cCodec()], attributes=attributes,
-        )  # fmt: skip
+            name,
+            shape=(0, *tail),
+            chunks=(chunk, *tail),
+            dtype=dtype,
+            fill_value=fill_value(name, dtype),
+            compressors=[Crc32cCodec()],
+            attributes=attributes,
+        )
 
     # as we write it when it is repaired
     write_json(path / METADATA, read_json(path / METADATA))

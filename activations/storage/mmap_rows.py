@@ -34,17 +34,24 @@ class MappedRows:
     """
 
     def __init__(
-        self, name: str, chunks: int, chunk_rows: int, tail: tuple[int, ...], dtype: Any,
+        self,
+        name: str,
+        chunks: int,
+        chunk_rows: int,
+        tail: tuple[int, ...],
+        dtype: Any,
         path_of: Callable[[int], Place],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._name, self._chunk_rows, self._path_of = name, chunk_rows, path_of
         self._row = int(np.prod(tail, dtype=np.int64)) * np.dtype(dtype).itemsize
         self._chunk_bytes = chunk_rows * self._row
         # not to be written to, so that it takes no memory however long it is
         region = mmap.mmap(
-            -1, max(1, chunks * self._chunk_bytes), prot=mmap.PROT_READ,
+            -1,
+            max(1, chunks * self._chunk_bytes),
+            prot=mmap.PROT_READ,
             flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
-        )  # fmt: skip
+        )
         entries = chunks * chunk_rows * int(np.prod(tail, dtype=np.int64))
         self.array = np.frombuffer(region, dtype, entries).reshape(chunks * chunk_rows, *tail)
         self._stays = chunks * self._chunk_bytes <= _memory() // 2
@@ -98,9 +105,7 @@ class MappedRows:
                 raise cut_short(what, path)
             flags = mmap.MAP_SHARED | _MAP_FIXED | (mmap.MAP_POPULATE if self._stays else 0)
             at = self._address(chunk, 0)
-            got = _libc().mmap(
-                at, self._chunk_bytes, mmap.PROT_READ, flags, stream.fileno(), 0
-            )  # fmt: skip
+            got = _libc().mmap(at, self._chunk_bytes, mmap.PROT_READ, flags, stream.fileno(), 0)
             if got != at:
                 raise _error()
         self._files[chunk] = found.st_ino

@@ -294,9 +294,11 @@ class ActivationStore:
         rows = self._rows_of_chunk.get(chunk_index)
         if rows is None:
             raise InputError(
-                "no such committed chunk", where=str(self.path), given=chunk_index,
+                "no such committed chunk",
+                where=str(self.path),
+                given=chunk_index,
                 allowed=f"0 to {max(self._rows_of_chunk, default=-1)}",
-            )  # fmt: skip
+            )
         parts = [torch.from_numpy(self.read_rows(name, chunk_index)[:rows]) for name in arrays]
         row_token = torch.from_numpy(self.read_rows(ROW_TOKEN, chunk_index)[:rows])
         is_bits = parts[0].dtype == torch.uint16
@@ -355,9 +357,13 @@ class ActivationStore:
         if not chunks or not mappable(self._row_path(array, next(iter(chunks))), nbytes):
             return None
         return MappedRows(
-            array, max(chunks) + 1, self._chunk_rows, tail, dtype,
+            array,
+            max(chunks) + 1,
+            self._chunk_rows,
+            tail,
+            dtype,
             lambda chunk: self._row_path(array, chunk),
-        )  # fmt: skip
+        )
 
     def _row_path(self, array: str, chunk: int) -> Place:
         return chunk_path(self._group, array, chunk, 1 + len(self._row_arrays[array].tail))

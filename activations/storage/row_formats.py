@@ -139,9 +139,10 @@ class SiteRows:
         square = float(rounded.flatten().square().sum(dtype=torch.float64))
         if not np.isfinite(square):
             raise InputError(
-                "activations are not finite; try another model.dtype", where=self._site,
+                "activations are not finite; try another model.dtype",
+                where=self._site,
                 given=str(x.dtype).removeprefix("torch."),
-            )  # fmt: skip
+            )
         self._total += total
         self._square += square
         last = self._filled + len(x)

@@ -239,8 +239,11 @@ class HarvestWriter:
         self._written = []
         split = np.full(window.sequences, SPLITS.index(data.split), np.int8)
         parts = {
-            "tokens": data.tokens, "document": data.document, "keep": data.keep, "split": split
-        }  # fmt: skip
+            "tokens": data.tokens,
+            "document": data.document,
+            "keep": data.keep,
+            "split": split,
+        }
         sequences = {name: self._write_sequences(name, window, v) for name, v in parts.items()}
         rows = self._put_rows(data, chunks)
         self._resize(

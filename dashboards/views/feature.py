@@ -29,9 +29,11 @@ def page() -> None:
         if not data.feature.dead:
             st.markdown("##### Activations")
             st.plotly_chart(
-                figures.activation_histogram(data.histogram), config=figures.CONFIG,
-                key="activations", alt="Histogram of the feature's activations",
-            )  # fmt: skip
+                figures.activation_histogram(data.histogram),
+                config=figures.CONFIG,
+                key="activations",
+                alt="Histogram of the feature's activations",
+            )
         _effects(data)
         _relatives(here, data)
     with right:
@@ -73,22 +75,42 @@ def _heading(here: Session, data: FeatureData) -> None:
     with right, st.container(horizontal=True, horizontal_alignment="right", gap="small"):
         st.session_state["feature_number"] = feature.feature
         st.number_input(
-            "Go to feature", min_value=0, max_value=here.store.d_sae - 1, step=1,
-            key="feature_number", on_change=_go_to_given, label_visibility="collapsed", width=130,
-        )  # fmt: skip
+            "Go to feature",
+            min_value=0,
+            max_value=here.store.d_sae - 1,
+            step=1,
+            key="feature_number",
+            on_change=_go_to_given,
+            label_visibility="collapsed",
+            width=130,
+        )
         st.button(
-            "Previous", icon=":material/chevron_left:", on_click=_go, args=(data.previous,),
-            disabled=data.previous is None, help="The previous live feature", shortcut="P",
-        )  # fmt: skip
+            "Previous",
+            icon=":material/chevron_left:",
+            on_click=_go,
+            args=(data.previous,),
+            disabled=data.previous is None,
+            help="The previous live feature",
+            shortcut="P",
+        )
         st.button(
-            "Next", icon=":material/chevron_right:", icon_position="right", on_click=_go,
-            args=(data.next,), disabled=data.next is None, help="The next live feature",
+            "Next",
+            icon=":material/chevron_right:",
+            icon_position="right",
+            on_click=_go,
+            args=(data.next,),
+            disabled=data.next is None,
+            help="The next live feature",
             shortcut="N",
-        )  # fmt: skip
+        )
         st.button(
-            "Random", icon=":material/shuffle:", on_click=_go_to_random, args=(here,),
-            help="A live feature, each with equal chance", shortcut="X",
-        )  # fmt: skip
+            "Random",
+            icon=":material/shuffle:",
+            on_click=_go_to_random,
+            args=(here,),
+            help="A live feature, each with equal chance",
+            shortcut="X",
+        )
     st.caption(" · ".join(_summary(here, feature)))
 
 
@@ -151,20 +173,33 @@ def _label(here: Session, number: int) -> None:
     fields.fill(keys["favourite"], number in here.notes.members())
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.text_input(
-            "Label", key=keys["label"], max_chars=200, disabled=closed, help=reason,
-            placeholder="what does it stand for?", on_change=_save,
+            "Label",
+            key=keys["label"],
+            max_chars=200,
+            disabled=closed,
+            help=reason,
+            placeholder="what does it stand for?",
+            on_change=_save,
             args=(here, number, "label", keys["label"], written.label),
-        )  # fmt: skip
+        )
         st.toggle(
-            "Favourite", key=keys["favourite"], disabled=closed, on_change=_favour,
+            "Favourite",
+            key=keys["favourite"],
+            disabled=closed,
+            on_change=_favour,
             args=(here, number, keys["favourite"]),
-        )  # fmt: skip
+        )
     with st.expander("Note", expanded=bool(written.note), icon=":material/notes:"):
         st.text_area(
-            "Note", key=keys["note"], max_chars=20_000, disabled=closed, height=110,
-            label_visibility="collapsed", on_change=_save,
+            "Note",
+            key=keys["note"],
+            max_chars=20_000,
+            disabled=closed,
+            height=110,
+            label_visibility="collapsed",
+            on_change=_save,
             args=(here, number, "note", keys["note"], written.note),
-        )  # fmt: skip
+        )
 
 
 def _effects(data: FeatureData) -> None:
@@ -221,13 +256,23 @@ def _word(token: str) -> str:
 def _examples(here: Session, data: FeatureData) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         kind = st.segmented_control(
-            "Examples", list(KINDS), format_func=KINDS.__getitem__, default="top", required=True,
-            key="examples_kind", persist_state="session",
-        )  # fmt: skip
+            "Examples",
+            list(KINDS),
+            format_func=KINDS.__getitem__,
+            default="top",
+            required=True,
+            key="examples_kind",
+            persist_state="session",
+        )
         window = st.select_slider(
-            "Tokens on each side", list(WINDOWS), value=16, format_func=WINDOWS.__getitem__,
-            key="examples_window", width=230, persist_state="session",
-        )  # fmt: skip
+            "Tokens on each side",
+            list(WINDOWS),
+            value=16,
+            format_func=WINDOWS.__getitem__,
+            key="examples_window",
+            width=230,
+            persist_state="session",
+        )
         breaks = st.toggle("Line breaks", key="examples_breaks", persist_state="session")
     feature = data.feature
     found = queries.examples(here.store, here.version, feature.feature, kind or "top", window)

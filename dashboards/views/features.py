@@ -38,9 +38,14 @@ def page() -> None:
         return
     first = PAGE_ROWS * (_page_number(columns[2], total, (filters, sort, descending)) - 1)
     frame, _ = queries.table(
-        here.store, here.notes, filters, sort=sort, descending=descending, limit=PAGE_ROWS,
+        here.store,
+        here.notes,
+        filters,
+        sort=sort,
+        descending=descending,
+        limit=PAGE_ROWS,
         offset=first,
-    )  # fmt: skip
+    )
     _draw(here, frame)
     st.caption(
         f"{first + 1:,} to {first + len(frame):,} of {total:,} features. "
@@ -55,29 +60,51 @@ def _page_number(column: DeltaGenerator, total: int, question: tuple[object, ...
         return 1
     with column, st.container(horizontal=True, horizontal_alignment="right"):
         return st.pagination(
-            pages, key=f"table_page_{hash(question)}_{pages}", max_visible_pages=7,
+            pages,
+            key=f"table_page_{hash(question)}_{pages}",
+            max_visible_pages=7,
             persist_state="session",
-        )  # fmt: skip
+        )
 
 
 def _filters(here: Session) -> FeatureFilter:
     columns = st.columns([2.2, 1.3, 2.2, 1, 1], vertical_alignment="bottom")
     text = columns[0].text_input(
-        "Search", key="table_text", type="search", icon=":material/search:", max_chars=200,
-        placeholder="words of a label or note, or a number", persist_state="session",
-    )  # fmt: skip
+        "Search",
+        key="table_text",
+        type="search",
+        icon=":material/search:",
+        max_chars=200,
+        placeholder="words of a label or note, or a number",
+        persist_state="session",
+    )
     state = columns[1].segmented_control(
-        "Show", list(STATES), format_func=STATES.__getitem__, default="live", required=True,
-        key="table_state", persist_state="session",
-    )  # fmt: skip
+        "Show",
+        list(STATES),
+        format_func=STATES.__getitem__,
+        default="live",
+        required=True,
+        key="table_state",
+        persist_state="session",
+    )
     low, high = columns[2].select_slider(
-        "Density", _DENSITIES, value=(0.0, 1.0), format_func=_density, key="table_density",
-        help="Share of the kept positions at which the feature fires.", persist_state="session",
-    )  # fmt: skip
+        "Density",
+        _DENSITIES,
+        value=(0.0, 1.0),
+        format_func=_density,
+        key="table_density",
+        help="Share of the kept positions at which the feature fires.",
+        persist_state="session",
+    )
     weakest = columns[3].number_input(
-        "Strongest from", min_value=0.0, value=None, key="table_low", placeholder="any",
-        help="The feature's strongest activation.", persist_state="session",
-    )  # fmt: skip
+        "Strongest from",
+        min_value=0.0,
+        value=None,
+        key="table_low",
+        placeholder="any",
+        help="The feature's strongest activation.",
+        persist_state="session",
+    )
     strongest = columns[4].number_input(
         "to",
         min_value=0.0,
@@ -127,9 +154,14 @@ def _order(here: Session, left: DeltaGenerator, right: DeltaGenerator) -> tuple[
         persist_state="session",
     )
     order = right.segmented_control(
-        "Order", ["up", "down"], format_func=ORDERS.__getitem__,
-        default="up", required=True, key="table_order", persist_state="session",
-    )  # fmt: skip
+        "Order",
+        ["up", "down"],
+        format_func=ORDERS.__getitem__,
+        default="up",
+        required=True,
+        key="table_order",
+        persist_state="session",
+    )
     return sort or "feature", order == "down"
 
 

@@ -130,9 +130,11 @@ def _densities(here: Session, facts: Overview) -> None:
     densities = queries.densities(here.store, here.version)
     if facts.n_live:
         st.plotly_chart(
-            figures.density_histogram(densities), config=figures.CONFIG, key="densities",
+            figures.density_histogram(densities),
+            config=figures.CONFIG,
+            key="densities",
             alt="Histogram of the features' densities",
-        )  # fmt: skip
+        )
     dense = int((densities > 0.1).sum())
     st.caption(
         f"{facts.n_dead:,} dead features are not shown; {dense:,} fire at more than 10 % of "

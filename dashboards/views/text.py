@@ -36,9 +36,13 @@ def page() -> None:
     here = session.begin("Try your text")
     with st.form("text_form", border=False):
         st.text_area(
-            "Text", value=EXAMPLE, key="text", max_chars=LONGEST, height=110,
+            "Text",
+            value=EXAMPLE,
+            key="text",
+            max_chars=LONGEST,
+            height=110,
             persist_state="session",
-        )  # fmt: skip
+        )
         sent = st.form_submit_button("Show features", type="primary")
     st.caption(LOADED)
     key = f"text_result_{here.name}"
@@ -96,10 +100,15 @@ def _result(here: Session, result: "TextFeatures") -> None:
     left, right = st.columns([6, 7], gap="large")
     with left:
         by = st.segmented_control(
-            "Order by", list(_RANKS), format_func=_RANKS.__getitem__, default="strength",
-            required=True, key="text_order", persist_state="session",
+            "Order by",
+            list(_RANKS),
+            format_func=_RANKS.__getitem__,
+            default="strength",
+            required=True,
+            key="text_order",
+            persist_state="session",
             help="Relative strength: the activation over the strongest one in the store.",
-        )  # fmt: skip
+        )
         by = by or "strength"
         chosen = _table(here, ranked(here, result, by), by)
     with right:

@@ -144,9 +144,11 @@ def centred_rows(
     widths = {store.d_in(site) for site in sites}
     if len(sites) < 2 or len(widths) > 1:
         raise InputError(
-            "needs two sites or more, of one width", where="sites", given=tuple(sites),
+            "needs two sites or more, of one width",
+            where="sites",
+            given=tuple(sites),
             allowed=store.sites,
-        )  # fmt: skip
+        )
 
     def seen(site: str, x: Tensor) -> Tensor:
         return x.double() if lens is None else lens.apply(site, x.double())

@@ -96,9 +96,10 @@ class TunedLens:
         expected = ((len(self.sites), width, width), (len(self.sites), width))
         if (tuple(A.shape), tuple(b.shape)) != expected:
             raise InputError(
-                "A must be [site, d, d] and b [site, d]", where="TunedLens",
+                "A must be [site, d, d] and b [site, d]",
+                where="TunedLens",
                 given=(tuple(A.shape), tuple(b.shape)),
-            )  # fmt: skip
+            )
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
 
     @classmethod
@@ -160,10 +161,16 @@ class TunedLens:
             tensors = {"A": self.A.contiguous(), "b": self.b.contiguous()}
             save_file(tensors, temporary / WEIGHTS)
             write_manifest(
-                temporary, kind=KIND, schema=SCHEMA, config=self.metadata.get("config", {}),
-                parent=self.metadata.get("harvest_hash"), sealed=True, sites=list(self.sites),
-                metadata=self.metadata, files=seals_of(temporary, [WEIGHTS]),
-            )  # fmt: skip
+                temporary,
+                kind=KIND,
+                schema=SCHEMA,
+                config=self.metadata.get("config", {}),
+                parent=self.metadata.get("harvest_hash"),
+                sealed=True,
+                sites=list(self.sites),
+                metadata=self.metadata,
+                files=seals_of(temporary, [WEIGHTS]),
+            )
 
     @classmethod
     def load(cls, folder: str | Path) -> "TunedLens":
@@ -192,9 +199,11 @@ class TunedLens:
         condition = self.condition(site)
         if not condition <= LARGEST_CONDITION:
             raise InputError(
-                "this lens cannot be inverted: I + A is singular or nearly so", where=site,
-                given=f"condition number {condition:.3g}", allowed=f"up to {LARGEST_CONDITION:.0e}",
-            )  # fmt: skip
+                "this lens cannot be inverted: I + A is singular or nearly so",
+                where=site,
+                given=f"condition number {condition:.3g}",
+                allowed=f"up to {LARGEST_CONDITION:.0e}",
+            )
         lu, pivots = torch.linalg.lu_factor(self._matrix(n))
         return lu, pivots
 
@@ -283,14 +292,18 @@ def _check(model: Model, store: ActivationStore, sites: Iterable[str], head: Hea
     if head.site not in store.sites:
         raise InputError(
             "the harvest lacks the last block's residual stream, which gives the targets",
-            where=str(store.path), given=store.sites, allowed=head.site,
-        )  # fmt: skip
+            where=str(store.path),
+            given=store.sites,
+            allowed=head.site,
+        )
     for site in sites:
         if store.d_in(site) != model.d_model:
             raise InputError(
-                "a lens is for residual streams", where=site, given=store.d_in(site),
+                "a lens is for residual streams",
+                where=site,
+                given=store.d_in(site),
                 allowed=str(model.d_model),
-            )  # fmt: skip
+            )
 
 
 @torch.enable_grad()

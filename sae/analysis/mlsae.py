@@ -247,15 +247,18 @@ class _Entries:
     def of(cls, codes: SparseCodes, group: Tensor, row_token: Tensor, n_layers: int) -> "_Entries":
         if len(group) and not 0 <= int(group.min()) <= int(group.max()) < n_layers:
             raise InputError(
-                "layer out of range", where="group", given=sorted(set(group.tolist())),
+                "layer out of range",
+                where="group",
+                given=sorted(set(group.tolist())),
                 allowed=f"0 to {n_layers - 1}",
-            )  # fmt: skip
+            )
         codes = codes.compact()
         if (codes.value < 0).any():
             raise InputError(
-                "negative activations have no law over layers", where="codes",
+                "negative activations have no law over layers",
+                where="codes",
                 given=float(codes.value.min()),
-            )  # fmt: skip
+            )
         known, token = row_token.unique(return_inverse=True)
         if len((token * n_layers + group).unique()) < len(group):
             raise InputError("a token has two rows of one layer", where="row_token")

@@ -60,9 +60,11 @@ class BatchSelectionConfig(AuxKConfig):
         budget = round(self.k * rows)
         if budget < 1:
             raise InputError(
-                "the batch is too small for a single activation", where="sae.k", given=self.k,
+                "the batch is too small for a single activation",
+                where="sae.k",
+                given=self.k,
                 allowed=f"more than {0.5 / rows:g}",
-            )  # fmt: skip
+            )
         return budget
 
 
@@ -97,8 +99,10 @@ class BatchSelectionSAE(AuxKSAE):
         if FEATURES.size > 1 and self.config.auxiliary == "zipf":
             raise InputError(
                 "needs the densities of all features, which processes share out",
-                where="sae.auxiliary", given="zipf", allowed="auxk, or ranks rows",
-            )  # fmt: skip
+                where="sae.auxiliary",
+                given="zipf",
+                allowed="auxk, or ranks rows",
+            )
         shape = self.threshold_shape()
         self.register_buffer("threshold", torch.zeros(shape))
         self.register_buffer("threshold_updates", torch.zeros(shape, dtype=torch.int64))
@@ -221,9 +225,12 @@ class BatchSelectionSAE(AuxKSAE):
             left = kernels.total((residual - e_hat).square())
         else:
             parts = kernels.encode_top_of_batch(
-                centred, encoder, bias, self.k_aux * ROWS.total(len(residual)),
+                centred,
+                encoder,
+                bias,
+                self.k_aux * ROWS.total(len(residual)),
                 taken=(taken.row_ptr, taken.index),
-            )  # fmt: skip
+            )
             left = losses.left_by(SparseCodes(*parts, len(features)), residual, decoder)
         return losses.unpredicted(residual, left, found.batch.target)
 

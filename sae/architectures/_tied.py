@@ -23,9 +23,11 @@ class TiedSAE(AuxKSAE):
         """Create W_dec and b_dec, and b_enc if there is one."""
         if self.d_out != self.d_in:
             raise InputError(
-                "a tied SAE reconstructs what it reads", where="sae", given=f"d_out {self.d_out}",
+                "a tied SAE reconstructs what it reads",
+                where="sae",
+                given=f"d_out {self.d_out}",
                 allowed=f"d_out {self.d_in}",
-            )  # fmt: skip
+            )
         if self.encoder_bias:
             self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         else:

@@ -45,9 +45,11 @@ class TranscodingConfig(AuxKConfig, L1WeightConfig):
         super().__post_init__()
         if self.activation not in get_args(Activation):
             raise InputError(
-                "no such activation", where="sae.activation", given=self.activation,
+                "no such activation",
+                where="sae.activation",
+                given=self.activation,
                 allowed=get_args(Activation),
-            )  # fmt: skip
+            )
         check_range("sae.k", self.k, low=1)
         if self.activation == "topk":
             check_range("sae.k", self.k, low=1, high=self.d_sae)
@@ -104,9 +106,11 @@ class Transcoding(AuxKSAE):
         """
         if self.normaliser.kind == "standardised":
             raise InputError(
-                "an input's own deviation says nothing of the output's", where="normaliser",
-                given="standardised", allowed="none, unit_mean_square, sqrt_d, centred",
-            )  # fmt: skip
+                "an input's own deviation says nothing of the output's",
+                where="normaliser",
+                given="standardised",
+                allowed="none, unit_mean_square, sqrt_d, centred",
+            )
         self.b_dec.copy_(batch.target.mean(0))
         self.b_enc.copy_(-(self.W_enc_T * batch.y.mean(0)).sum(1))
 
@@ -127,8 +131,10 @@ class Transcoding(AuxKSAE):
         if config.activation == "jumprelu":
             raise InputError(
                 "transcoders of this activation are used as they were published, not trained",
-                where="sae.activation", given="jumprelu", allowed="topk, relu",
-            )  # fmt: skip
+                where="sae.activation",
+                given="jumprelu",
+                allowed="topk, relu",
+            )
         codes = self._codes(batch.y)
         found = self.reconstruct(codes, batch)
         loss, terms = found.loss, {"fvu": found.loss.detach()}

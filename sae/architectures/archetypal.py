@@ -50,9 +50,11 @@ class ArchetypalConfig(TopKFields):
         check_range("sae.delta", self.delta, low=0)
         if self.candidates not in ("kmeans", "sample"):
             raise InputError(
-                "no such candidates", where="sae.candidates", given=self.candidates,
+                "no such candidates",
+                where="sae.candidates",
+                given=self.candidates,
                 allowed=("kmeans", "sample"),
-            )  # fmt: skip
+            )
 
 
 @register

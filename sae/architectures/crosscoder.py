@@ -55,17 +55,21 @@ class CrosscoderConfig(AuxKConfig, L1WeightConfig):
         super().__post_init__()
         if self.activation not in get_args(Activation):
             raise InputError(
-                "no such activation", where="sae.activation", given=self.activation,
+                "no such activation",
+                where="sae.activation",
+                given=self.activation,
                 allowed=get_args(Activation),
-            )  # fmt: skip
+            )
         check_range("sae.k", self.k, above=0)
         if self.activation != "relu":
             check_range("sae.k", self.k, above=0, high=self.d_sae)
         if self.activation == "topk" and self.k != round(self.k):
             raise InputError(
-                "must be whole where it is kept of every token", where="sae.k", given=self.k,
+                "must be whole where it is kept of every token",
+                where="sae.k",
+                given=self.k,
                 allowed=f"{round(self.k)}, or activation batchtopk",
-            )  # fmt: skip
+            )
 
     def with_target_l0(self, target: float) -> Self:
         """The same with k at `target`; unchanged where the penalty sets the L0."""
@@ -108,9 +112,11 @@ class Crosscoder(AuxKSAE):
         """
         if self.d_in != self.d_out:
             raise InputError(
-                "a crosscoder writes the sites that it reads", where="d_out", given=self.d_out,
+                "a crosscoder writes the sites that it reads",
+                where="d_out",
+                given=self.d_out,
                 allowed=str(self.d_in),
-            )  # fmt: skip
+            )
         super().make_parameters()
         self._last_bar = 0.0  # the smallest w_i f_i chosen in the last batch
         self.register_buffer("norm_scale", torch.ones(self.d_out))
@@ -132,9 +138,11 @@ class Crosscoder(AuxKSAE):
         widths = [int(width) for width in self.metadata.get("site_widths") or [self.d_in]]
         if sum(widths) != self.d_in:
             raise InputError(
-                "the sites' widths do not add up", where="site_widths", given=widths,
+                "the sites' widths do not add up",
+                where="site_widths",
+                given=widths,
                 allowed=f"{self.d_in} in all",
-            )  # fmt: skip
+            )
         return widths
 
     @property
@@ -170,9 +178,11 @@ class Crosscoder(AuxKSAE):
     def at(self, site: str) -> Self:
         """Raises InputError: a crosscoder cannot be used at one of its sites alone."""
         raise InputError(
-            "a crosscoder reads all its sites at once", where="sae.at", given=site,
+            "a crosscoder reads all its sites at once",
+            where="sae.at",
+            given=site,
             allowed="no single site",
-        )  # fmt: skip
+        )
 
     # ---- codes ------------------------------------------------------------------------------
 

@@ -57,9 +57,11 @@ class CSRConfig(TopKFields):
         check_range("sae.temperature", self.temperature, above=0)
         if self.positives not in ("self", "class"):
             raise InputError(
-                "no such positives", where="sae.positives", given=self.positives,
+                "no such positives",
+                where="sae.positives",
+                given=self.positives,
                 allowed=("self", "class"),
-            )  # fmt: skip
+            )
 
 
 @register
@@ -80,9 +82,11 @@ class CSRSAE(TiedSAE, TopKFamily):
         if config.positives == "class":
             if batch.labels is None:
                 raise InputError(
-                    "needs a class for each row", where="sae.positives", given="class",
+                    "needs a class for each row",
+                    where="sae.positives",
+                    given="class",
                     allowed="self, or data with labels",
-                )  # fmt: skip
+                )
             labels = ROWS.gather(batch.labels)
         whole = codes_of_all(codes)
         logits = similarities(whole, unit=config.unit_codes) / config.temperature

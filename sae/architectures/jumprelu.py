@@ -99,8 +99,12 @@ class JumpReLUSAE(SparseAutoencoder):
     Config: ClassVar[type[SAEConfig]] = JumpReLUConfig
     config: JumpReLUConfig
     by_feature: ClassVar[tuple[str, ...]] = (
-        "W_enc_T", "b_enc", "W_dec", "threshold", "log_threshold",
-    )  # fmt: skip
+        "W_enc_T",
+        "b_enc",
+        "W_dec",
+        "threshold",
+        "log_threshold",
+    )
     penalised: ClassVar[bool] = True
     feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
     full_precision: ClassVar[tuple[str, ...]] = ("threshold", "log_threshold")

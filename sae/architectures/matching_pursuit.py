@@ -67,10 +67,13 @@ class MatchingPursuitConfig(KConfig):
         check_range("sae.residual_threshold", self.residual_threshold, low=0)
         if self.orthogonal and (self.residual_threshold or self.stop_on_duplicate):
             raise InputError(
-                "orthogonal pursuit takes all its steps", where="sae.orthogonal",
-                given={"residual_threshold": self.residual_threshold,
-                       "stop_on_duplicate": self.stop_on_duplicate},
-            )  # fmt: skip
+                "orthogonal pursuit takes all its steps",
+                where="sae.orthogonal",
+                given={
+                    "residual_threshold": self.residual_threshold,
+                    "stop_on_duplicate": self.stop_on_duplicate,
+                },
+            )
 
 
 @register

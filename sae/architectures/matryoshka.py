@@ -55,9 +55,11 @@ class MatryoshkaConfig(BatchSelectionConfig):
         widths = (0, *(self.prefix_widths or (self.d_sae,)))
         if widths[-1] != self.d_sae or any(low >= high for low, high in pairwise(widths)):
             raise InputError(
-                "not increasing widths of prefixes", where="sae.prefix_widths",
-                given=self.prefix_widths, allowed=f"increasing, the last {self.d_sae}",
-            )  # fmt: skip
+                "not increasing widths of prefixes",
+                where="sae.prefix_widths",
+                given=self.prefix_widths,
+                allowed=f"increasing, the last {self.d_sae}",
+            )
         self.weights()
 
     def widths(self) -> list[int]:
@@ -74,9 +76,11 @@ class MatryoshkaConfig(BatchSelectionConfig):
         given = self.prefix_weights if self.prefix_weights is not None else (1.0,) * number
         if len(given) != number or min(given) < 0 or not sum(given):
             raise InputError(
-                "not a weight for each prefix", where="sae.prefix_weights", given=given,
+                "not a weight for each prefix",
+                where="sae.prefix_weights",
+                given=given,
                 allowed=f"{number} numbers, none negative, not all 0",
-            )  # fmt: skip
+            )
         return [weight / sum(given) for weight in given]
 
 
@@ -136,10 +140,12 @@ class MatryoshkaSAE(BatchSelectionSAE):
         sae = BatchTopKSAE(BatchTopKConfig(**shared), self.d_in, self.d_out)
         sae.to(self.W_dec)
         own = self.state_dict()
-        sae.load_state_dict({
-            name: own[name][:width] if value.ndim and len(value) == width else own[name]
-            for name, value in sae.state_dict().items()
-        })  # fmt: skip
+        sae.load_state_dict(
+            {
+                name: own[name][:width] if value.ndim and len(value) == width else own[name]
+                for name, value in sae.state_dict().items()
+            }
+        )
         sae.normaliser, sae.output_normaliser = self.normaliser, self.output_normaliser
         sae.site_normalisers = dict(self.site_normalisers)
         sae.metadata = {**self.metadata, "prefix_of": self.d_sae}

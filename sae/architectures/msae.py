@@ -49,9 +49,11 @@ class MSAEConfig(KConfig):
             raise InputError("levels must rise", where="sae.ks", given=self.ks)
         if self.weighting not in ("uniform", "reverse"):
             raise InputError(
-                "no such weighting", where="sae.weighting", given=self.weighting,
+                "no such weighting",
+                where="sae.weighting",
+                given=self.weighting,
                 allowed=("uniform", "reverse"),
-            )  # fmt: skip
+            )
 
     @property
     def levels(self) -> tuple[int, ...]:

@@ -98,8 +98,10 @@ class ReLUSAE(L1SAE):
         if FEATURES.size > 1 and self.config.resample_at:
             raise InputError(
                 "features cannot be started anew where processes share them out",
-                where="sae.resample_at", given=self.config.resample_at, allowed="(), or ranks rows",
-            )  # fmt: skip
+                where="sae.resample_at",
+                given=self.config.resample_at,
+                allowed="(), or ranks rows",
+            )
         if self.config.anneals:
             self.register_buffer("anneal", torch.tensor([1.0, 0.0]))
 

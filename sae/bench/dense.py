@@ -102,9 +102,11 @@ class DenseStep(nn.Module):
             self.silent[fired.any(0)] = 0
         # what a trainer writes down
         self.found = {
-            "loss": loss.item(), "grad_norm": norm.item(), "l0": float(fired.sum()) / len(x),
+            "loss": loss.item(),
+            "grad_norm": norm.item(),
+            "l0": float(fired.sum()) / len(x),
             "dead": float(dead.sum()),
-        }  # fmt: skip
+        }
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> dict[str, float]:

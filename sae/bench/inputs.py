@@ -70,9 +70,11 @@ class Shape:
         """From BATCHxD_INxD_SAExK; InputError if that is not what it is."""
         if not re.fullmatch(r"\d+(x\d+){3}", text):
             raise InputError(
-                "not a shape", where="shapes", given=text,
+                "not a shape",
+                where="shapes",
+                given=text,
                 allowed="BATCHxD_INxD_SAExK, such as 2048x768x8192x32",
-            )  # fmt: skip
+            )
         return cls(*map(int, text.split("x")))
 
     def __str__(self) -> str:
@@ -128,10 +130,12 @@ class Inputs:
     def load(cls, folder: Path) -> Self:
         """What `save` wrote; ArtefactError if something is missing."""
         try:
-            return cls(**{
-                each.name: torch.from_numpy(np.load(folder / f"{each.name}.npy"))
-                for each in fields(cls)
-            })  # fmt: skip
+            return cls(
+                **{
+                    each.name: torch.from_numpy(np.load(folder / f"{each.name}.npy"))
+                    for each in fields(cls)
+                }
+            )
         except (FileNotFoundError, ValueError) as error:
             raise ArtefactError(f"no inputs here: {error}", where=str(folder)) from None
 

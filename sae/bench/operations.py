@@ -15,8 +15,13 @@ from sae.training.optimisers import Adam
 from saescope.errors import InputError
 
 OPERATIONS = (
-    "encode_topk", "encode_above", "decode", "decode_error", "weight_gradients", "optimiser_step",
-)  # fmt: skip
+    "encode_topk",
+    "encode_above",
+    "decode",
+    "decode_error",
+    "weight_gradients",
+    "optimiser_step",
+)
 """weight_gradients: of both W_enc and W_dec; optimiser_step: projection, clipping, Adam and
 renormalisation of both"""
 

@@ -17,10 +17,34 @@ from saescope.errors import InputError
 from saescope.system import read_whole, system_errors
 
 COLUMNS: tuple[str, ...] = (
-    "date", "kind", "name", "library", "version", "setting", "options", "data", "batch", "d_in",
-    "d_sae", "k", "l0", "dead", "dtype", "device", "threads", "rounds", "median_s", "least_s",
-    "cpu_s", "processor", "instructions", "torch", "python", "saescope", "commit",
-)  # fmt: skip
+    "date",
+    "kind",
+    "name",
+    "library",
+    "version",
+    "setting",
+    "options",
+    "data",
+    "batch",
+    "d_in",
+    "d_sae",
+    "k",
+    "l0",
+    "dead",
+    "dtype",
+    "device",
+    "threads",
+    "rounds",
+    "median_s",
+    "least_s",
+    "cpu_s",
+    "processor",
+    "instructions",
+    "torch",
+    "python",
+    "saescope",
+    "commit",
+)
 """kind: operation or step; name: the operation's, or the architecture's; l0: what was reached;
 cpu_s: processor seconds (median); at threads * median_s the machine was this process' alone"""
 _LARGEST = 256 << 20

@@ -24,14 +24,19 @@ from sae.training.trainer import Trainer, TrainerConfig
 from saescope.errors import InputError
 
 DENSE: dict[str, Products] = {
-    "dense": "torch", "dense+onednn": "onednn", "dense+bf16": "bfloat16",
-    "product": "torch", "product+onednn": "onednn",
-}  # fmt: skip
+    "dense": "torch",
+    "dense+onednn": "onednn",
+    "dense+bf16": "bfloat16",
+    "product": "torch",
+    "product+onednn": "onednn",
+}
 """settings of the baseline, and the encoder's product alone"""
 SCREENS = ("int8", "bf16")
 SETTINGS = (
-    *DENSE, *kernels.BACKENDS, *(f"cpu+{screen}" for screen in SCREENS),
-)  # fmt: skip
+    *DENSE,
+    *kernels.BACKENDS,
+    *(f"cpu+{screen}" for screen in SCREENS),
+)
 """what a step or an operation can run on: the dense baselines, or a backend of kernels; the exact
 float32 product chooses the features, or a screen of it in few bits"""
 _KERNELS, _SCREEN = "SAESCOPE_KERNELS", "SAESCOPE_SCREEN"
@@ -68,8 +73,10 @@ class Setting:
             if found != self.backend:
                 raise InputError(
                     f"these kernels cannot run here, on {like.dtype} on {like.device.type}",
-                    where="settings", given=self.name, allowed=found,
-                )  # fmt: skip
+                    where="settings",
+                    given=self.name,
+                    allowed=found,
+                )
             yield
         finally:
             for name, value in before.items():
@@ -127,14 +134,21 @@ class OurStep:
         device = inputs.x.device
         sae = make_sae(inputs, kind, l0).to(device)
         config = TrainerConfig(
-            batch_size=inputs.x.shape[1], lr=LR, warmup_fraction=0.0,
+            batch_size=inputs.x.shape[1],
+            lr=LR,
+            warmup_fraction=0.0,
             precision="bfloat16" if precision == "bfloat16" else "float32",
-        )  # fmt: skip
+        )
         with setting.active(inputs.x):
             self.trainer = Trainer(
-                sae, _NoBatches(), config, total_steps=_STEPS, held_out=lambda: (),
-                folder=Path(folder), initialise=False,
-            )  # fmt: skip
+                sae,
+                _NoBatches(),
+                config,
+                total_steps=_STEPS,
+                held_out=lambda: (),
+                folder=Path(folder),
+                initialise=False,
+            )
         self.found: dict[str, float] = {}
 
     def mark(self, dead: Tensor) -> None:
@@ -166,9 +180,11 @@ def make_sae(inputs: Inputs, kind: str, l0: float) -> SparseAutoencoder:
     cls = architecture(kind)
     if cls.transcodes or cls.concatenates:
         raise InputError(
-            "reads or writes other rows than its input", where="architectures", given=kind,
+            "reads or writes other rows than its input",
+            where="architectures",
+            given=kind,
             allowed=f"{', '.join(KINDS)} and others of one site",
-        )  # fmt: skip
+        )
     config = cls.Config(d_sae=len(inputs.W_dec)).with_target_l0(l0)
     sae = cls(config, inputs.x.shape[-1])
     sae.normaliser = Normaliser.identity(sae.d_in, inputs.variance)

@@ -111,8 +111,10 @@ def _check_architectures(config: BenchConfig) -> None:
         if name not in KINDS and any(setting in DENSE for setting in config.settings):
             raise InputError(
                 "has no dense step; leave dense out of the settings, or take reference for it",
-                where="architectures", given=name, allowed=KINDS,
-            )  # fmt: skip
+                where="architectures",
+                given=name,
+                allowed=KINDS,
+            )
 
 
 def _of_shape(
@@ -125,8 +127,12 @@ def _of_shape(
         return made.to(config.device)
 
     base = {
-        **facts, **vars(shape), "data": "synthetic", "dtype": config.dtype, "dead": config.dead,
-    }  # fmt: skip
+        **facts,
+        **vars(shape),
+        "data": "synthetic",
+        "dtype": config.dtype,
+        "dead": config.dead,
+    }
     settings = [Setting(name) for name in config.settings]
     if config.what != "steps":
         yield from _operations(config, inputs("topk"), settings, base)
@@ -149,9 +155,12 @@ def _operations(
 
 
 def _steps(
-    config: BenchConfig, inputs: Inputs, kind: str, settings: Sequence[Setting],
+    config: BenchConfig,
+    inputs: Inputs,
+    kind: str,
+    settings: Sequence[Setting],
     base: Mapping[str, Any],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     steppers = {
         each.name: make_stepper(each, inputs, kind, base["k"], precision=config.dtype)
         for each in settings

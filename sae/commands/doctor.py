@@ -63,8 +63,9 @@ def _one(config: DoctorConfig, path: Path, kind: str) -> int:
     if asked:
         raise InputError(
             f"only a harvest can be: this is a {kind}, which is made again from one",
-            where=str(path), given=f"--{asked[0].replace('_', '-')}",
-        )  # fmt: skip
+            where=str(path),
+            given=f"--{asked[0].replace('_', '-')}",
+        )
     return _say(path, kind, examine(path, kind))
 
 

@@ -179,8 +179,9 @@ def _as_trained(sae: SparseAutoencoder) -> Callable[[Rows, Placed], Rows]:
         if len(place.read) > 1:
             raise InputError(
                 "a crosscoder trained without outliers can only be measured without them",
-                where="eval", given=sae.metadata["outliers"],
-            )  # fmt: skip
+                where="eval",
+                given=sae.metadata["outliers"],
+            )
 
         def changed() -> Iterator[Piece]:
             for each in rows():

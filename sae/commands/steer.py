@@ -169,9 +169,7 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
         allow_other_model=config.allow_other_model,
     ):
         steered = generate()
-    described = {
-        "add": add, "clamp": clamp, "scale": scale, "ablate": list(config.ablate) or None
-    }  # fmt: skip
+    described = {"add": add, "clamp": clamp, "scale": scale, "ablate": list(config.ablate) or None}
     edits = ", ".join(f"{name} {value}" for name, value in described.items() if value)
     say(f"untouched: {plain}", lines=True)
     say(f"steered ({edits}): {steered}", lines=True)

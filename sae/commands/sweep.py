@@ -77,9 +77,10 @@ def members(config: SweepConfig) -> dict[str, TrainConfig]:
                 )
             if name in found:
                 raise InputError(
-                    "two members are alike; give them a distinguishing `name`", where=where,
+                    "two members are alike; give them a distinguishing `name`",
+                    where=where,
                     given=name,
-                )  # fmt: skip
+                )
             values = _merged(config.base, {})
             for key, value in chosen.items():
                 if key != "name":

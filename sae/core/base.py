@@ -50,9 +50,11 @@ class SAEConfig(Config):
         if kinds["k"] in (int, "int"):
             if target != round(target):
                 raise InputError(
-                    "k is a whole number here", where="target_l0", given=target,
+                    "k is a whole number here",
+                    where="target_l0",
+                    given=target,
                     allowed=str(round(target)),
-                )  # fmt: skip
+                )
             target = round(target)
         return replace(self, k=target)
 
@@ -107,8 +109,10 @@ class SparseAutoencoder(nn.Module, ABC):
         if FEATURES.size > 1 and not self.by_feature:
             raise InputError(
                 "features of this architecture cannot be shared out among processes",
-                where="ranks", given=kind_of(self.config), allowed="rows",
-            )  # fmt: skip
+                where="ranks",
+                given=kind_of(self.config),
+                allowed="rows",
+            )
         check_range("sae.d_sae", self.config.d_sae, low=FEATURES.size)
         own = FEATURES.share(self.config.d_sae)
         return own.stop - own.start
@@ -256,9 +260,11 @@ class SparseAutoencoder(nn.Module, ABC):
         if isinstance(codes, Tensor):
             if codes.shape[-1] != self.d_sae:
                 raise InputError(
-                    "wrong number of features", where="decode", given=tuple(codes.shape),
+                    "wrong number of features",
+                    where="decode",
+                    given=tuple(codes.shape),
                     allowed=f"[batch, {self.d_sae}]",
-                )  # fmt: skip
+                )
             codes = SparseCodes.from_dense(codes)
         y = None if like is None else self.normaliser.apply(like)
         if not self.normaliser.is_identity:
@@ -277,9 +283,10 @@ class SparseAutoencoder(nn.Module, ABC):
     def _check(self, x: Tensor) -> None:
         if self.site_normalisers:
             raise InputError(
-                "this SAE is of several sites; choose one with sae.at(site)", where="sae",
+                "this SAE is of several sites; choose one with sae.at(site)",
+                where="sae",
                 allowed=self.site_normalisers,
-            )  # fmt: skip
+            )
         if x.ndim != 2 or x.shape[-1] != self.d_in:
             raise InputError(
                 "wrong shape of activations",
@@ -370,9 +377,11 @@ class SparseAutoencoder(nn.Module, ABC):
         if not self.site_normalisers:
             if site != self.metadata.get("site", site):
                 raise InputError(
-                    "this SAE is of another site", where="sae.at", given=site,
+                    "this SAE is of another site",
+                    where="sae.at",
+                    given=site,
                     allowed=str(self.metadata["site"]),
-                )  # fmt: skip
+                )
             return self
         if site not in self.site_normalisers:
             raise InputError(

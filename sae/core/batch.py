@@ -103,9 +103,11 @@ class TrainingBatch:
             return self
         if len(self) < ROWS.size:
             raise InputError(
-                "outliers left fewer rows than there are processes", where="a part of a batch",
-                given=len(self), allowed=f"at least {ROWS.size}; raise trainer.batch_size",
-            )  # fmt: skip
+                "outliers left fewer rows than there are processes",
+                where="a part of a batch",
+                given=len(self),
+                allowed=f"at least {ROWS.size}; raise trainer.batch_size",
+            )
         own = ROWS.share(len(self))
         y = self.y[own]
         target = y if self.target is self.y else self.target[own]

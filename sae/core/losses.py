@@ -77,7 +77,7 @@ def reconstruct(
     if silent is not None:  # what no decoder row has a gradient of, and no reconstruction feels
         slope = 2 * kernels.encode_selected(
             error, W_dec.detach(), None, silent.row_ptr, silent.index
-        )  # fmt: skip
+        )
         squared = squared.index_add(0, silent.rows(), slope * silent.value)
     return Reconstruction(loss=batch.of_squares(squared), batch=batch, error=error)
 
@@ -143,7 +143,7 @@ def left_by(codes: SparseCodes, residual: Tensor, W_dec: Tensor) -> Tensor:
     none = torch.zeros_like(residual[0])
     squared, _ = kernels.decode_error(
         codes.row_ptr, codes.index, codes.value, W_dec, none, residual
-    )  # fmt: skip
+    )
     return kernels.total(squared)
 
 

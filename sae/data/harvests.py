@@ -118,9 +118,11 @@ def open_harvest(
         found = sum(harvest.d_in(choose_site(harvest, name)) for name in names)
         if found != width:
             raise InputError(
-                f"width of {', '.join(names)} differs from the SAE's", where=str(chosen),
-                given=found, allowed=str(width),
-            )  # fmt: skip
+                f"width of {', '.join(names)} differs from the SAE's",
+                where=str(chosen),
+                given=found,
+                allowed=str(width),
+            )
     model = harvest.manifest["model"]
     refuse_other(sae, differing(sae, model), model["spec"], str(chosen), allow_other_model)
     has_bos = harvest.manifest["config"].get("prepend_bos")
@@ -153,8 +155,10 @@ def load_harvested_model(
     if kind != "language":
         raise InputError(
             "this needs a language model, and the harvest is of one of another kind (eval does "
-            "without it with tokens = 0)", where=str(harvest.path), given=kind,
-        )  # fmt: skip
+            "without it with tokens = 0)",
+            where=str(harvest.path),
+            given=kind,
+        )
     model = load_model(
         facts["spec"],
         dtype=dtype,

@@ -56,9 +56,11 @@ class OutlierFilter:
         """Which rows, in the model's units, are no outliers. InputError for a site not fitted."""
         if site not in self.median:
             raise InputError(
-                "no median norm was fitted for this site", where="outliers", given=site,
+                "no median norm was fitted for this site",
+                where="outliers",
+                given=site,
                 allowed=tuple(self.median),
-            )  # fmt: skip
+            )
         return x.norm(dim=1) <= self.multiple * self.median[site]
 
     def to_dict(self) -> dict[str, Any]:

@@ -37,17 +37,21 @@ def placed(sae: SparseAutoencoder, site: str | None = None, *, behind_lens: bool
     if sae.metadata.get("lens") and not behind_lens:
         raise InputError(
             "this SAE was trained behind a tuned lens: its features are not of the model's own "
-            "activations, and it can only be evaluated", where="lens", given=sae.metadata["lens"],
-        )  # fmt: skip
+            "activations, and it can only be evaluated",
+            where="lens",
+            given=sae.metadata["lens"],
+        )
     from activations.sites.names import full_name
 
     site = None if site is None else full_name(site)
     if sae.site_normalisers:
         if site is None:
             raise InputError(
-                "this SAE is of several layers: choose one", where="site", given=None,
+                "this SAE is of several layers: choose one",
+                where="site",
+                given=None,
                 allowed=sae.site_normalisers,
-            )  # fmt: skip
+            )
         return Placed(sae.at(site), (site,), (site,))
     recorded = sae.metadata.get("site")
     if not (sae.transcodes or sae.concatenates):

@@ -35,9 +35,11 @@ class RowLabels:
         whole, sequences = (store.n_sequences, store.context), (store.n_sequences,)
         if tuple(labels.shape) not in (whole, sequences) or labels.is_floating_point():
             raise InputError(
-                "labels must be integers, one a sequence or one a token", where="labels",
-                given=f"{labels.dtype} {tuple(labels.shape)}", allowed=f"{sequences} or {whole}",
-            )  # fmt: skip
+                "labels must be integers, one a sequence or one a token",
+                where="labels",
+                given=f"{labels.dtype} {tuple(labels.shape)}",
+                allowed=f"{sequences} or {whole}",
+            )
         self._tokens_each = 1 if labels.ndim == 2 else store.context
         self._table = labels.flatten()
         wide = self._table.to(torch.int64).numpy()

@@ -80,10 +80,15 @@ class Stream(ABC):
         self._number, self._seed = 0, seed
         self.tokens_per_batch = self._tokens_of(batch_size)
         self._loader = ActivationLoader(
-            store, self.sites, batch_size=self.tokens_per_batch, seed=seed, mix_chunks=mix_chunks,
+            store,
+            self.sites,
+            batch_size=self.tokens_per_batch,
+            seed=seed,
+            mix_chunks=mix_chunks,
             # outliers and transforms are worked out on the CPU
-            order=order, device="cpu" if outliers or transform else device,
-        )  # fmt: skip
+            order=order,
+            device="cpu" if outliers or transform else device,
+        )
 
     @property
     def d_in(self) -> int:
@@ -130,9 +135,11 @@ class Stream(ABC):
             given = limits[0] if name == "outliers" else state.get(name)
             if given != value:
                 raise InputError(
-                    f"the state of another stream: {name} differs", where="load_state_dict",
-                    given=given, allowed=str(value),
-                )  # fmt: skip
+                    f"the state of another stream: {name} differs",
+                    where="load_state_dict",
+                    given=given,
+                    allowed=str(value),
+                )
         self._loader.load_state_dict(state["loader"])
         self._number, self.removed = int(state["number"]), int(state["removed"])
         if found:
@@ -249,9 +256,12 @@ class HeldOut:
         stream = self._stream
         self.removed = 0
         pieces = aligned_rows(
-            stream.store, stream._loader.sites, split="held_out", limit=self._rows,
+            stream.store,
+            stream._loader.sites,
+            split="held_out",
+            limit=self._rows,
             piece=max(1, _HELD_OUT_ROWS // len(stream.sites)),
-        )  # fmt: skip
+        )
         for parts, row_token in pieces:
             batch, removed = stream._finished(parts, row_token, None)
             self.removed += removed

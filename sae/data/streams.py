@@ -119,9 +119,11 @@ class AllLayers(Stream):
         if rows % count:
             raise InputError(
                 "every token gives one row a site, so the batch must be a multiple of the number "
-                "of sites", where="batch_size", given=rows,
+                "of sites",
+                where="batch_size",
+                given=rows,
                 allowed=f"{max(1, rows // count) * count} or {(rows // count + 1) * count}",
-            )  # fmt: skip
+            )
         return rows // count
 
     def _rows(self, tokens: Tokens) -> tuple[RawBatch, Tensor | None]:
@@ -200,9 +202,17 @@ def make_stream(
     if outlier_multiple is not None:
         outliers = OutlierFilter.fit(store, read, outlier_multiple)
     return kind(
-        store, read, batch_size=batch_size, seed=seed, mix_chunks=mix_chunks, labels=labels,
-        outliers=outliers, transform=transform, order=order, device=device,
-    )  # fmt: skip
+        store,
+        read,
+        batch_size=batch_size,
+        seed=seed,
+        mix_chunks=mix_chunks,
+        labels=labels,
+        outliers=outliers,
+        transform=transform,
+        order=order,
+        device=device,
+    )
 
 
 def _kind(
@@ -210,9 +220,10 @@ def _kind(
 ) -> type[Stream]:
     if (target_site is not None) + (mix is not None) + crosscoder > 1:
         raise InputError(
-            "choose one of target_site, mix and crosscoder", where="sites",
+            "choose one of target_site, mix and crosscoder",
+            where="sites",
             given={"target_site": target_site, "mix": mix, "crosscoder": crosscoder},
-        )  # fmt: skip
+        )
     if mix is not None:
         kinds: dict[str, type[Stream]] = {"all": AllLayers, "drawn": DrawnLayer}
         if mix not in kinds:
@@ -222,7 +233,8 @@ def _kind(
         return Concatenated
     if len(sites) != 1:
         raise InputError(
-            "several sites need a mix (all, drawn) or crosscoder, else give one", where="sites",
+            "several sites need a mix (all, drawn) or crosscoder, else give one",
+            where="sites",
             given=sites,
-        )  # fmt: skip
+        )
     return OneSite if target_site is None else Pairs

@@ -90,9 +90,11 @@ def measure_downstream(
     splice = _Splice(model, _names(site), _names(site if target is None else target))
     if len(mean) != sum(splice.widths):
         raise InputError(
-            "a mean of another width than the sites replaced", where="measure_downstream",
-            given=len(mean), allowed=str(sum(splice.widths)),
-        )  # fmt: skip
+            "a mean of another width than the sites replaced",
+            where="measure_downstream",
+            given=len(mean),
+            allowed=str(sum(splice.widths)),
+        )
     replacements: Mapping[str, Replacement] = {
         "sae": sae,
         "zero": lambda x: x.new_zeros(1, len(mean)).expand(len(x), -1),

@@ -73,9 +73,10 @@ def by_frequency(value: Tensor, frequency: Tensor, parts: int = 10) -> list[floa
 
 def cosines(rows: Tensor, others: Tensor) -> Tensor:
     """Cosine of every row [a, d] with every other [b, d]: [a, b]; 0 where a row is 0."""
-    return functional.normalize(rows.detach().double(), dim=1) @ functional.normalize(
-        others.detach().double(), dim=1
-    ).T  # fmt: skip
+    return (
+        functional.normalize(rows.detach().double(), dim=1)
+        @ functional.normalize(others.detach().double(), dim=1).T
+    )
 
 
 def best_assignment(value: Tensor) -> Tensor:

@@ -59,18 +59,23 @@ class Format(ABC):
         if sae.site_normalisers:
             raise InputError(
                 "an SAE of several sites is written one site at a time: sae.at(site)",
-                where=self.name, given=sorted(sae.site_normalisers),
-            )  # fmt: skip
+                where=self.name,
+                given=sorted(sae.site_normalisers),
+            )
         if kind_of(sae.config) not in self.writes:
             raise InputError(
-                "cannot hold this architecture", where=self.name, given=kind_of(sae.config),
+                "cannot hold this architecture",
+                where=self.name,
+                given=kind_of(sae.config),
                 allowed=self.writes,
-            )  # fmt: skip
+            )
         if sae.normaliser.kind == "standardised" and not self.scales_rows:
             raise InputError(
-                "cannot hold an SAE that standardises each vector", where=self.name,
-                given=sae.normaliser.kind, allowed="a normaliser that folds into the weights",
-            )  # fmt: skip
+                "cannot hold an SAE that standardises each vector",
+                where=self.name,
+                given=sae.normaliser.kind,
+                allowed="a normaliser that folds into the weights",
+            )
 
 
 def released_as(folder: Path, released: PurePosixPath | None = None) -> PurePosixPath:

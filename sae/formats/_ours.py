@@ -65,9 +65,10 @@ def _transcoder(sae: Any) -> dict[str, Any]:
 def _pursuit(sae: Any) -> dict[str, Any]:
     if sae.config.orthogonal or not sae.config.repeats:
         raise InputError(
-            "orthogonal pursuit, or one without repeats, has no plain form", where="sae",
+            "orthogonal pursuit, or one without repeats, has no plain form",
+            where="sae",
             given={"orthogonal": sae.config.orthogonal, "repeats": sae.config.repeats},
-        )  # fmt: skip
+        )
     rules = {name: getattr(sae.config, name) for name in STOPPING if hasattr(sae.config, name)}
     return {"activation": "matching_pursuit", "pursuit": {"k": int(sae.config.k), **rules}}
 
@@ -145,9 +146,10 @@ def _stopping(pursuit: dict[str, Any], cls: type[SparseAutoencoder]) -> dict[str
     if unknown:
         raise InputError(
             "matching pursuit that stops a row by a rule which saescope's has not",
-            where="matching_pursuit", given={name: rules[name] for name in unknown},
+            where="matching_pursuit",
+            given={name: rules[name] for name in unknown},
             allowed="a number of steps",
-        )  # fmt: skip
+        )
     return rules
 
 

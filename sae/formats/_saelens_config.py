@@ -25,18 +25,36 @@ from saescope.errors import ArtefactError, InputError
 LAYOUT = "6.54.12"
 """the version of SAELens whose layout is written"""
 TRANSCODERS = (
-    "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder",
-)  # fmt: skip
+    "transcoder",
+    "skip_transcoder",
+    "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+)
 CHECKPOINTS = ("batchtopk", "matryoshka_batchtopk")
 """architectures that SAELens has in training only"""
-READ = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", *TRANSCODERS,
-        *CHECKPOINTS)  # fmt: skip
+READ = (
+    "standard",
+    "gated",
+    "topk",
+    "abstopk",
+    "jumprelu",
+    "matching_pursuit",
+    *TRANSCODERS,
+    *CHECKPOINTS,
+)
 
 _COMMON = {
-    "architecture", "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input",
-    "normalize_activations", "reshape_activations", "metadata",
+    "architecture",
+    "d_in",
+    "d_sae",
+    "dtype",
+    "device",
+    "apply_b_dec_to_input",
+    "normalize_activations",
+    "reshape_activations",
+    "metadata",
     "finetuning_scaling_factor",
-}  # fmt: skip
+}
 _OWN = {
     "topk": {"k", "rescale_acts_by_decoder_norm"},
     "matching_pursuit": {"residual_threshold", "max_iterations", "stop_on_duplicate_support"},
@@ -44,25 +62,54 @@ _OWN = {
 }
 _OWN["abstopk"] = _OWN["batchtopk"] = _OWN["matryoshka_batchtopk"] = _OWN["topk"]
 _TRAINING = {
-    "decoder_init_norm", "l1_coefficient", "lp_norm", "l1_warm_up_steps", "use_sparse_activations",
-    "aux_loss_coefficient", "topk_threshold_lr", "matryoshka_widths", "use_matryoshka_aux_loss",
-    "jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode",
-    "jumprelu_tanh_scale", "jumprelu_ste_to_input", "l0_coefficient", "l0_warm_up_steps",
-    "pre_act_loss_coefficient", "target_l0",
-}  # fmt: skip
+    "decoder_init_norm",
+    "l1_coefficient",
+    "lp_norm",
+    "l1_warm_up_steps",
+    "use_sparse_activations",
+    "aux_loss_coefficient",
+    "topk_threshold_lr",
+    "matryoshka_widths",
+    "use_matryoshka_aux_loss",
+    "jumprelu_init_threshold",
+    "jumprelu_bandwidth",
+    "jumprelu_sparsity_loss_mode",
+    "jumprelu_tanh_scale",
+    "jumprelu_ste_to_input",
+    "l0_coefficient",
+    "l0_warm_up_steps",
+    "pre_act_loss_coefficient",
+    "target_l0",
+}
 """keys of checkpoints that change nothing once trained"""
 _DESCRIBES = (
-    "model_name", "hook_name", "hook_head_index", "context_size", "prepend_bos", "dataset_path",
-    "neuronpedia_id", "hook_name_out", "model_class_name", "seqpos_slice", "hf_hook_name",
-    "exclude_special_tokens", "model_from_pretrained_kwargs", "sae_lens_version",
-    "training_architecture", "hook_layer", "held_out",
-)  # fmt: skip
+    "model_name",
+    "hook_name",
+    "hook_head_index",
+    "context_size",
+    "prepend_bos",
+    "dataset_path",
+    "neuronpedia_id",
+    "hook_name_out",
+    "model_class_name",
+    "seqpos_slice",
+    "hf_hook_name",
+    "exclude_special_tokens",
+    "model_from_pretrained_kwargs",
+    "sae_lens_version",
+    "training_architecture",
+    "hook_layer",
+    "held_out",
+)
 
 RESCALED_SINCE = (6, 14)
 PROCESSED_BEFORE = (3, 19, 3)
 PROCESSING = (
-    "center_writing_weights", "fold_ln", "fold_value_biases", "refactor_factored_attn_matrices",
-)  # fmt: skip
+    "center_writing_weights",
+    "fold_ln",
+    "fold_value_biases",
+    "refactor_factored_attn_matrices",
+)
 """what TransformerLens does to a model's weights that changes activations"""
 
 NOT_FOLDED = (
@@ -124,15 +171,20 @@ def _new(given: Given, metadata: Given, version: tuple[int, ...]) -> SaelensConf
 
 
 def _old(given: Given, metadata: Given, version: tuple[int, ...]) -> SaelensConfig:
-    renamed = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index",
-               "activation_fn_str": "activation_fn"}  # fmt: skip
+    renamed = {
+        "hook_point": "hook_name",
+        "hook_point_head_index": "hook_head_index",
+        "activation_fn_str": "activation_fn",
+    }
     values = {renamed.get(name, name): value for name, value in given.items()}
     activation = values.get("activation_fn") or "relu"
     if activation not in ("relu", "topk"):
         raise InputError(
-            "an activation function that saescope has not", where=given.where, given=activation,
+            "an activation function that saescope has not",
+            where=given.where,
+            given=activation,
             allowed=("relu", "topk"),
-        )  # fmt: skip
+        )
     architecture = values.get("architecture") or "standard"
     if activation == "topk":
         architecture = "topk"
@@ -150,9 +202,11 @@ def _old(given: Given, metadata: Given, version: tuple[int, ...]) -> SaelensConf
 def _architecture(name: object, where: str) -> str:
     if name not in READ:
         raise InputError(
-            "an architecture of SAELens that saescope has not", where=where, given=name,
+            "an architecture of SAELens that saescope has not",
+            where=where,
+            given=name,
             allowed=READ,
-        )  # fmt: skip
+        )
     return str(name)
 
 
@@ -164,20 +218,25 @@ def _config(
     normalisation = given.get("normalize_activations") or "none"
     if normalisation not in ("none", "layer_norm", "expected_average_only_in"):
         raise InputError(
-            "a normalisation of each input that saescope has not", where=where,
-            given=normalisation, allowed=("none", "layer_norm", "expected_average_only_in"),
-        )  # fmt: skip
+            "a normalisation of each input that saescope has not",
+            where=where,
+            given=normalisation,
+            allowed=("none", "layer_norm", "expected_average_only_in"),
+        )
     if transcoder and normalisation != "none":
         raise InputError(
-            "a transcoder whose inputs are normalised", where=where, given=normalisation,
+            "a transcoder whose inputs are normalised",
+            where=where,
+            given=normalisation,
             allowed="none",
-        )  # fmt: skip
+        )
     pre_bias = given.flag("apply_b_dec_to_input", default=not transcoder)
     if transcoder and pre_bias:
         raise InputError(
-            "a transcoder's output bias cannot be subtracted from its input", where=where,
+            "a transcoder's output bias cannot be subtracted from its input",
+            where=where,
             given="apply_b_dec_to_input=true",
-        )  # fmt: skip
+        )
     has_k = architecture in ("topk", "abstopk")
     rescales = architecture in CHECKPOINTS and version >= RESCALED_SINCE
     d_in = given.count("d_in")

@@ -127,14 +127,18 @@ def certify(
 def _check_reference(sae: SparseAutoencoder, reference: Tensor, target: Tensor | None) -> None:
     if reference.ndim != 2 or reference.shape[1] != sae.d_in or len(reference) < 2:
         raise InputError(
-            "wrong shape", where="reference", given=tuple(reference.shape),
+            "wrong shape",
+            where="reference",
+            given=tuple(reference.shape),
             allowed=f"[rows, {sae.d_in}]",
-        )  # fmt: skip
+        )
     if target is not None and target.shape != (len(reference), sae.d_out):
         raise InputError(
-            "wrong shape", where="target", given=tuple(target.shape),
+            "wrong shape",
+            where="target",
+            given=tuple(target.shape),
             allowed=f"[{len(reference)}, {sae.d_out}]",
-        )  # fmt: skip
+        )
 
 
 @torch.no_grad()
@@ -271,7 +275,12 @@ def _ce_recovered(
         raise InputError(f"needs {what} as well", where="model", given=None)
     place = placed(sae)
     found = measure_downstream(
-        model, place.read, lambda x: place.sae(x).x_hat, written.float().mean(0), tokens,
-        model.keep_mask(tokens), target=place.written,
-    )  # fmt: skip
+        model,
+        place.read,
+        lambda x: place.sae(x).x_hat,
+        written.float().mean(0),
+        tokens,
+        model.keep_mask(tokens),
+        target=place.written,
+    )
     return found.recovered_zero

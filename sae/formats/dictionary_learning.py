@@ -128,9 +128,11 @@ def _agreed_k(weights: Weights, stated: int | None) -> int:
     k = weights.take_count("k")
     if stated not in (None, k):
         raise ArtefactError(
-            "k differs between the weights and config.json", where=weights.where, given=stated,
+            "k differs between the weights and config.json",
+            where=weights.where,
+            given=stated,
             allowed=str(k),
-        )  # fmt: skip
+        )
     return k
 
 
@@ -138,29 +140,37 @@ def _kind(weights: Weights, stated: str | None) -> str:
     """The class that the tensors' names are of, which the configuration must agree with."""
     if stated is not None and stated not in _READERS:
         raise InputError(
-            "a dictionary that saescope has not", where=weights.where, given=stated,
+            "a dictionary that saescope has not",
+            where=weights.where,
+            given=stated,
             allowed=_READERS,
-        )  # fmt: skip
+        )
     found = set(weights.left)
     fitting = [
-        name for name, keys in _KEYS.items()
+        name
+        for name, keys in _KEYS.items()
         if keys <= found and found <= keys | _OPTIONAL.get(name, set())
-    ]  # fmt: skip
+    ]
     if not fitting:
         raise ArtefactError(
-            "these tensors are of no dictionary that saescope has", where=weights.where,
-            given=sorted(weights.left)[:20], allowed=_READERS,
-        )  # fmt: skip
+            "these tensors are of no dictionary that saescope has",
+            where=weights.where,
+            given=sorted(weights.left)[:20],
+            allowed=_READERS,
+        )
     if stated is None and len(fitting) > 1:
         raise InputError(
             f"{CONFIG} is missing, and the tensors fit several dictionaries",
-            where=weights.where, given=fitting,
-        )  # fmt: skip
+            where=weights.where,
+            given=fitting,
+        )
     if stated is not None and stated not in fitting:
         raise ArtefactError(
-            "the tensors are not of the dictionary that config.json names", where=weights.where,
-            given=stated, allowed=fitting,
-        )  # fmt: skip
+            "the tensors are not of the dictionary that config.json names",
+            where=weights.where,
+            given=stated,
+            allowed=fitting,
+        )
     return stated or fitting[0]
 
 
@@ -249,8 +259,9 @@ def _one_threshold(weights: Weights, d_sae: int) -> Tensor:
         raise InputError(
             "was saved before dictionary_learning estimated a threshold: which of its features "
             "fire depends on the other rows of a batch, and on one row it has no rule",
-            where=weights.where, given="no threshold",
-        )  # fmt: skip
+            where=weights.where,
+            given="no threshold",
+        )
     return weights.take("threshold", ()).clamp_min(0).expand(d_sae)
 
 
@@ -274,13 +285,18 @@ _KEYS = {
     "AutoEncoder": {*_LINEAR, "bias"},
     "AutoEncoderNew": {*_LINEAR, "decoder.bias"},
     "GatedAutoEncoder": {
-        "encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias",
+        "encoder.weight",
+        "decoder.weight",
+        "decoder_bias",
+        "r_mag",
+        "gate_bias",
+        "mag_bias",
     },
     "AutoEncoderTopK": {*_LINEAR, "b_dec"},
     "BatchTopKSAE": {*_LINEAR, "b_dec"},
     "JumpReluAutoEncoder": _MATRICES,
     "MatryoshkaBatchTopKSAE": {*_MATRICES, "k", "group_sizes"},
-}  # fmt: skip
+}
 _OPTIONAL = {"AutoEncoderTopK": {"k", "threshold"}, "BatchTopKSAE": {"k", "threshold"}}
 _READERS = {
     "AutoEncoder": _read_autoencoder,

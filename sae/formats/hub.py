@@ -46,9 +46,11 @@ class HubFolder:
         revision = _REVISION.fullmatch(after) if at else None
         if len(parts) < 2 or (at and revision is None) or ".." in parts:
             raise InputError(
-                "not a folder on the hub", where="hub", given=name,
+                "not a folder on the hub",
+                where="hub",
+                given=name,
                 allowed="hf://owner/repo[/folder][@revision]",
-            )  # fmt: skip
+            )
         folder = parts[2:]
         if revision and revision[2]:
             folder = [*folder, *(part for part in revision[2].split("/") if part)]

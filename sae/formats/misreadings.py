@@ -82,8 +82,10 @@ def readings(sae: SparseAutoencoder, x: Tensor, claim: Claim | None) -> Iterator
 def _biases(plain: PlainSAE) -> Iterator[Reading]:
     if plain.W_enc is None or plain.transcoder:
         return
-    for sign, wrong in ((1, "b_dec is subtracted from the input and should not be"),
-                        (-1, "b_dec is not subtracted from the input and should be")):  # fmt: skip
+    for sign, wrong in (
+        (1, "b_dec is subtracted from the input and should not be"),
+        (-1, "b_dec is not subtracted from the input and should be"),
+    ):
         yield Reading(wrong=wrong, sae=sae_of(plain.shift_encoder(sign)), of_bias=True)
 
 

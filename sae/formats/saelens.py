@@ -147,10 +147,14 @@ def _plain(config: SaelensConfig, weights: Weights) -> PlainSAE:
 
 
 _ACTIVATIONS = {
-    "standard": "relu", "transcoder": "relu", "skip_transcoder": "relu",
-    "jumprelu_transcoder": "jumprelu", "jumprelu_skip_transcoder": "jumprelu",
-    "batchtopk": "jumprelu", "matryoshka_batchtopk": "jumprelu",
-}  # fmt: skip
+    "standard": "relu",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+    "batchtopk": "jumprelu",
+    "matryoshka_batchtopk": "jumprelu",
+}
 
 
 def _pursuit(config: SaelensConfig) -> dict[str, Any]:
@@ -184,7 +188,7 @@ def _finetuned(config: SaelensConfig, weights: Weights, d_sae: int) -> Tensor | 
                     "has factors for its features and says not to use them "
                     "(finetuning_scaling_factor=false): their meaning is not clear",
                     where=weights.where,
-                )  # fmt: skip
+                )
     return 1.0
 
 
@@ -231,9 +235,10 @@ def _architecture(plain: PlainSAE) -> str:
         return "standard" if plain.activation == "relu" else plain.activation
     if plain.activation not in ("relu", "jumprelu") or plain.standardised:
         raise InputError(
-            "SAELens' transcoders are not of this kind", where="saelens",
+            "SAELens' transcoders are not of this kind",
+            where="saelens",
             given="standardised" if plain.standardised else plain.activation,
             allowed=("relu", "jumprelu"),
-        )  # fmt: skip
+        )
     middle = "" if plain.W_skip is None else "skip_"
     return f"{'' if plain.activation == 'relu' else 'jumprelu_'}{middle}transcoder"

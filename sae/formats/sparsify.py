@@ -25,10 +25,21 @@ from saescope.errors import InputError
 CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"
 _KNOWN = {
-    "activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk",
-    "skip_connection", "transcode", "d_in", "signed",
-    "embed_skip", "gram_lookup", "lookup_max_order", "gram_table_hash",
-}  # fmt: skip
+    "activation",
+    "expansion_factor",
+    "normalize_decoder",
+    "num_latents",
+    "k",
+    "multi_topk",
+    "skip_connection",
+    "transcode",
+    "d_in",
+    "signed",
+    "embed_skip",
+    "gram_lookup",
+    "lookup_max_order",
+    "gram_table_hash",
+}
 _EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
 _HOOKPOINT = re.compile(r"(?:layers|h)\.(\d{1,3})(?:\.(mlp|self_attn|attention|attn))?")
 
@@ -86,9 +97,11 @@ class Sparsify(Format):
         plain = plain_of(sae)
         if plain.activation not in ("topk", "abstopk"):
             raise InputError(
-                "cannot hold this activation", where=self.name, given=plain.activation,
+                "cannot hold this activation",
+                where=self.name,
+                given=plain.activation,
                 allowed=("topk", "abstopk"),
-            )  # fmt: skip
+            )
         t = plain.with_pre_bias(not plain.transcoder).tensors()
         tensors = {
             "encoder.weight": t["W_enc"].T.contiguous(),
@@ -128,9 +141,11 @@ def _config(path: Path) -> Given:
             )
     if given.get("activation", "topk") != "topk":
         raise InputError(
-            "an activation function that saescope has not", where=str(path),
-            given=given["activation"], allowed="topk",
-        )  # fmt: skip
+            "an activation function that saescope has not",
+            where=str(path),
+            given=given["activation"],
+            allowed="topk",
+        )
     return given
 
 

@@ -95,8 +95,9 @@ def index(config: IndexConfig) -> Path:
     if sae.signed:
         raise InputError(
             "a feature store holds activations above zero, and this SAE has negative ones",
-            where=config.run, given=kind_of(sae.config),
-        )  # fmt: skip
+            where=config.run,
+            given=kind_of(sae.config),
+        )
     model, texts = None, [""]
     if knows_model(harvest):
         trusted = config.trust_remote_code

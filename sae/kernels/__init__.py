@@ -167,8 +167,15 @@ def encode_top_of_batch(
 
     def select(x: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         codes = selection.top_of_batch(
-            chosen, x, W, b, n, weight=weight, hint=hint, taken=taken  # type: ignore[arg-type]
-        )  # fmt: skip
+            chosen,
+            x,
+            W,
+            b,
+            n,
+            weight=weight,
+            hint=hint,
+            taken=taken,  # type: ignore[arg-type]
+        )
         return codes.row_ptr, codes.index, codes.value
 
     return _encode(x, W_enc_T, b_enc, select, rectify=False, chosen=chosen)

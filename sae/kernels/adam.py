@@ -62,9 +62,13 @@ def adam_(
     kept = (param, exp_avg, exp_avg_sq)
     w, m, v = (each.contiguous() for each in kept)
     corrected = {
-        "beta1": beta1, "beta2": beta2, "eps": eps, "step_size": lr / (1 - beta1**step),
-        "root_correction": (1 - beta2**step) ** -0.5, "scale": scale,
-    }  # fmt: skip
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": eps,
+        "step_size": lr / (1 - beta1**step),
+        "root_correction": (1 - beta2**step) ** -0.5,
+        "scale": scale,
+    }
     backend = kernels.backend(param)
     own = getattr(kernels.module(backend), "adam_", None)
     if backend == "cpu":
@@ -73,9 +77,18 @@ def adam_(
         own(w, grad, m, v, unit_rows, **corrected)
     else:
         _adam_in_torch(
-            w, grad.contiguous(), m, v, unit_rows, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-            step=step, scale=scale,
-        )  # fmt: skip
+            w,
+            grad.contiguous(),
+            m,
+            v,
+            unit_rows,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            step=step,
+            scale=scale,
+        )
     for stored, changed in zip(kept, (w, m, v), strict=True):
         if stored is not changed:  # was not contiguous
             stored.copy_(changed)
@@ -90,13 +103,32 @@ def _square_in_cpp(param: Tensor, grad: Tensor, unit_rows: bool) -> Tensor:
 
 
 def _adam_in_cpp(
-    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, unit_rows: bool, *,
-    beta1: float, beta2: float, eps: float, step_size: float, root_correction: float, scale: float,
-) -> None:  # fmt: skip
+    param: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    unit_rows: bool,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step_size: float,
+    root_correction: float,
+    scale: float,
+) -> None:
     _library().saescope_adam(
-        *map(cpp_library.pointer, (param, grad, m, v)), param.numel(), _width(param), unit_rows,
-        beta1, beta2, eps, step_size, root_correction, scale, torch.get_num_threads(),
-    )  # fmt: skip
+        *map(cpp_library.pointer, (param, grad, m, v)),
+        param.numel(),
+        _width(param),
+        unit_rows,
+        beta1,
+        beta2,
+        eps,
+        step_size,
+        root_correction,
+        scale,
+        torch.get_num_threads(),
+    )
 
 
 def _width(param: Tensor) -> int:
@@ -111,8 +143,12 @@ def _library() -> ctypes.CDLL:
     library.saescope_gradient_square.argtypes = [*pointers[:2], *sizes, threads]
     library.saescope_gradient_square.restype = ctypes.c_double
     library.saescope_adam.argtypes = [
-        *pointers, *sizes, ctypes.c_int, *[ctypes.c_double] * 6, threads,
-    ]  # fmt: skip
+        *pointers,
+        *sizes,
+        ctypes.c_int,
+        *[ctypes.c_double] * 6,
+        threads,
+    ]
     library.saescope_adam.restype = None
     return library
 
@@ -128,19 +164,40 @@ def _square_in_torch(param: Tensor, grad: Tensor, unit_rows: bool) -> Tensor:
 
 
 def _adam_in_torch(
-    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, unit_rows: bool, *,
-    lr: float, beta1: float, beta2: float, eps: float, step: int, scale: float,
-) -> None:  # fmt: skip
+    param: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    unit_rows: bool,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    scale: float,
+) -> None:
     for scratch, w, g, mean, square in _pieces(param, grad, m, v):
         if unit_rows:
             g = _projected(w, g, scratch).mul_(scale)
         elif scale != 1:
             g = torch.mul(g, scale, out=scratch)
         adam(
-            [w], [g], [mean], [square], [], [torch.tensor(step - 1.0, device=w.device)],
-            lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0, amsgrad=False,
-            maximize=False, fused=True,
-        )  # fmt: skip
+            [w],
+            [g],
+            [mean],
+            [square],
+            [],
+            [torch.tensor(step - 1.0, device=w.device)],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=0.0,
+            amsgrad=False,
+            maximize=False,
+            fused=True,
+        )
         if unit_rows:
             norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
             w.div_(torch.where(norm > torch.finfo(w.dtype).tiny, norm, 1.0))

@@ -55,9 +55,15 @@ class Encode(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, shift: Tensor | None,
-        select: Selection, rectify: bool, backend: Backend,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        shift: Tensor | None,
+        select: Selection,
+        rectify: bool,
+        backend: Backend,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         row_ptr, index, value = select(x, W, b)
         if rectify:
             value = value.relu()
@@ -122,9 +128,15 @@ class DecodeError(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, row_ptr: Tensor, index: Tensor, value: Tensor, W: Tensor, b: Tensor,
-        target: Tensor, backend: Backend,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        row_ptr: Tensor,
+        index: Tensor,
+        value: Tensor,
+        W: Tensor,
+        b: Tensor,
+        target: Tensor,
+        backend: Backend,
+    ) -> tuple[Tensor, Tensor]:
         if _dense(backend, index, row_ptr, len(W)):
             error = fixed_order_sums.product(_scatter(row_ptr, index, value, len(W)), W)
             error = error.to(value.dtype) + b - target

@@ -82,9 +82,19 @@ def topk(
     for start, pre in _chunks(x, W):
         part = slice(start, start + len(pre))
         _call(
-            "top_of_rows", pre, b, len(pre), width, k, signed, groups, index[part], value[part],
-            work, threads,
-        )  # fmt: skip
+            "top_of_rows",
+            pre,
+            b,
+            len(pre),
+            width,
+            k,
+            signed,
+            groups,
+            index[part],
+            value[part],
+            work,
+            threads,
+        )
     return index, value
 
 
@@ -159,9 +169,20 @@ def decode_error(
     b, target = _shaped("b", b, d), _shaped("target", target, batch, d)
     error, squared, dots = torch.empty(batch, d), torch.empty(batch), torch.empty(len(index))
     _call(
-        "decode_error", row_ptr, index, value, W.contiguous(), b, target, batch, d, error, squared,
-        dots, _threads(len(index) * d),
-    )  # fmt: skip
+        "decode_error",
+        row_ptr,
+        index,
+        value,
+        W.contiguous(),
+        b,
+        target,
+        batch,
+        d,
+        error,
+        squared,
+        dots,
+        _threads(len(index) * d),
+    )
     return error, squared, dots
 
 

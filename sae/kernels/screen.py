@@ -65,14 +65,27 @@ class _Job(ctypes.Structure):
     """`screen::Job` of screen.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in (
-            "x", "W", "b", "threshold", "scores", "row_bounds", "feature_bounds", "row_ptr",
-            "index", "value", "entries", "upper",
-        )),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "x",
+                "W",
+                "b",
+                "threshold",
+                "scores",
+                "row_bounds",
+                "feature_bounds",
+                "row_ptr",
+                "index",
+                "value",
+                "entries",
+                "upper",
+            )
+        ),
         *((name, ctypes.c_int64) for name in ("rows", "d", "features", "k", "candidates")),
         *((name, ctypes.c_double) for name in ("limit", "deviations")),
         *((name, ctypes.c_int32) for name in ("by_magnitude", "half", "threads", "status")),
-    )  # fmt: skip
+    )
 
 
 _DONE = 0
@@ -227,25 +240,42 @@ class _Call:
     def _bounds(self, rows: Tensor, rounded: Tensor | None, weights: bool) -> Tensor | None:
         out = torch.empty(len(rows), 2)
         fit = self.library.screen_bounds(
-            cpp_library.pointer(rows), cpp_library.pointer(rounded), *rows.shape, int(weights),
-            cpp_library.pointer(out), self.threads,
-        )  # fmt: skip
+            cpp_library.pointer(rows),
+            cpp_library.pointer(rounded),
+            *rows.shape,
+            int(weights),
+            cpp_library.pointer(out),
+            self.threads,
+        )
         return out if fit else None
 
     def _run(
         self, function: str, x: Tensor, more: dict[str, Tensor | None], *, half: bool = False
     ) -> Found | None:
         job = _Job(
-            rows=len(x), d=x.shape[1], features=len(self.W), k=self.k, limit=self.limit,
-            deviations=_DEVIATIONS, by_magnitude=self.signed, half=half, threads=self.threads,
-        )  # fmt: skip
+            rows=len(x),
+            d=x.shape[1],
+            features=len(self.W),
+            k=self.k,
+            limit=self.limit,
+            deviations=_DEVIATIONS,
+            by_magnitude=self.signed,
+            half=half,
+            threads=self.threads,
+        )
         size = (len(x), self.k) if self.bars is None else (0,)
         index, value = torch.empty(size, dtype=torch.int64), torch.empty(size)
         row_ptr = None if self.bars is None else torch.empty(len(x) + 1, dtype=torch.int64)
         tensors = {
-            "x": x, "W": self.W, "b": self.b, "threshold": self.bars, "index": index,
-            "value": value, "row_ptr": row_ptr, **more,
-        }  # fmt: skip
+            "x": x,
+            "W": self.W,
+            "b": self.b,
+            "threshold": self.bars,
+            "index": index,
+            "value": value,
+            "row_ptr": row_ptr,
+            **more,
+        }
         for name, tensor in tensors.items():
             setattr(job, name, cpp_library.pointer(tensor))
         getattr(self.library, function)(ctypes.byref(job))
@@ -334,7 +364,12 @@ def _library() -> ctypes.CDLL | None:
     library.screen_take.argtypes = [ctypes.c_void_p] * 3
     library.screen_take.restype = None
     library.screen_bounds.argtypes = [
-        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int,
-        ctypes.c_void_p, ctypes.c_int,
-    ]  # fmt: skip
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_int,
+    ]
     return library

@@ -88,9 +88,14 @@ def decode(row_ptr: Tensor, index: Tensor, value: Tensor, W: Tensor) -> Tensor:
 def entry_dots(row_ptr: Tensor, index: Tensor, rows: Tensor, W: Tensor) -> Tensor:
     """The dot product of an entry's row and its feature's row of W."""
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        rows.contiguous(), W, index, row_ptr[:-1].contiguous(),
-        row_of_entry(row_ptr, len(index)), _SUM, -1,
-    )  # fmt: skip
+        rows.contiguous(),
+        W,
+        index,
+        row_ptr[:-1].contiguous(),
+        row_of_entry(row_ptr, len(index)),
+        _SUM,
+        -1,
+    )
 
 
 def decode_error(

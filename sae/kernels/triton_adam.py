@@ -37,10 +37,24 @@ def _square(param, grad, out, width, size, UNIT: tl.constexpr, WIDTH: tl.constex
 
 @triton.jit
 def _adam(
-    param, grad, exp_avg, exp_avg_sq, width, size,
-    keep1, new1, keep2, new2, eps, step_size, root_correction, scale, tiny,
-    UNIT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    width,
+    size,
+    keep1,
+    new1,
+    keep2,
+    new2,
+    eps,
+    step_size,
+    root_correction,
+    scale,
+    tiny,
+    UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     where, inside, w, g = _load(param, grad, width, size, UNIT, WIDTH)  # type: ignore[misc]
     g *= scale
     m = tl.load(exp_avg + where, mask=inside, other=0.0).to(tl.float32)
@@ -67,19 +81,43 @@ def gradient_square(param: Tensor, grad: Tensor, unit_rows: bool) -> Tensor:
 
 
 def adam_(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, unit_rows: bool, *,
-    beta1: float, beta2: float, eps: float, step_size: float, root_correction: float, scale: float,
-) -> None:  # fmt: skip
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    unit_rows: bool,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step_size: float,
+    root_correction: float,
+    scale: float,
+) -> None:
     """One step of Adam in place on contiguous tensors.
 
     With unit_rows the gradient is projected first, and the rows are put to norm 1 afterwards.
     """
     programs, shape = _shape(param, unit_rows)
     launch(
-        _adam, (programs,), param, param, grad.contiguous(), exp_avg, exp_avg_sq, keep1=beta1,
-        new1=1 - beta1, keep2=beta2, new2=1 - beta2, eps=eps, step_size=step_size,
-        root_correction=root_correction, scale=scale, tiny=torch.finfo(param.dtype).tiny, **shape,
-    )  # fmt: skip
+        _adam,
+        (programs,),
+        param,
+        param,
+        grad.contiguous(),
+        exp_avg,
+        exp_avg_sq,
+        keep1=beta1,
+        new1=1 - beta1,
+        keep2=beta2,
+        new2=1 - beta2,
+        eps=eps,
+        step_size=step_size,
+        root_correction=root_correction,
+        scale=scale,
+        tiny=torch.finfo(param.dtype).tiny,
+        **shape,
+    )
 
 
 def _shape(param: Tensor, unit_rows: bool) -> tuple[int, dict[str, int | bool]]:
@@ -87,6 +125,9 @@ def _shape(param: Tensor, unit_rows: bool) -> tuple[int, dict[str, int | bool]]:
     width = param.shape[-1] if unit_rows else _STRETCH
     lanes = max(16, power_of_2(width))
     return blocks(param.numel(), width), {
-        "width": width, "size": param.numel(), "UNIT": unit_rows, "WIDTH": lanes,
+        "width": width,
+        "size": param.numel(),
+        "UNIT": unit_rows,
+        "WIDTH": lanes,
         "num_warps": min(max(1, lanes // 256), 32 if lanes > 8192 else 16),
-    }  # fmt: skip
+    }

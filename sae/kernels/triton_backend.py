@@ -20,10 +20,15 @@ DENSE = 1 / 64
 multiplications in that time, but holds the codes as a dense matrix."""
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WHERE = {
-    "above": "select", "adam_": "adam", "decode": "decode", "decode_error": "decode",
-    "entry_dots": "decode", "gradient_square": "adam", "topk": "select",
+    "above": "select",
+    "adam_": "adam",
+    "decode": "decode",
+    "decode_error": "decode",
+    "entry_dots": "decode",
+    "gradient_square": "adam",
+    "topk": "select",
     "weight_gradient": "gradient",
-}  # fmt: skip
+}
 """which file the other functions are in; Triton is imported when the first is used"""
 
 

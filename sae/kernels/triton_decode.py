@@ -20,9 +20,7 @@ _PARTIAL = 2**26
 
 
 @triton.jit
-def _decode(
-    row_ptr, index, value, W, out, d, ENTRIES: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+def _decode(row_ptr, index, value, W, out, d, ENTRIES: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < d
@@ -42,9 +40,20 @@ def _decode(
 
 @triton.jit
 def _decode_error(
-    row_ptr, index, value, W, b, target, error, squares, dots, entries, d,
-    ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    row_ptr,
+    index,
+    value,
+    W,
+    b,
+    target,
+    error,
+    squares,
+    dots,
+    entries,
+    d,
+    ENTRIES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Of one row and some columns: the error, its squared norm, and its dots with W's rows."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1).to(tl.int64)
@@ -90,7 +99,7 @@ def _decode_error(
 @triton.jit
 def _entry_dots(
     row_ptr, index, rows, W, dots, entries, d, span, ENTRIES: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+):
     """Of one row and `span` columns (a multiple of WIDTH)."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1).to(tl.int64)

@@ -22,9 +22,19 @@ _MOST_WIDTH = 512
 
 @triton.jit
 def _sum_runs(
-    feature, row, value, rows, out, pieces, piece_feature, entries, d,
-    CHUNK: tl.constexpr, WIDTH: tl.constexpr, ATOMIC: tl.constexpr,
-):  # fmt: skip
+    feature,
+    row,
+    value,
+    rows,
+    out,
+    pieces,
+    piece_feature,
+    entries,
+    d,
+    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ATOMIC: tl.constexpr,
+):
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < d
@@ -110,9 +120,22 @@ def sum_by_feature(
     row = row_of_entry(row_ptr, len(index))[order]
     size = {"WIDTH": width, "num_warps": 2}
     launch(
-        _sum_runs, (chunks, columns), rows, feature, row, value[order], rows.contiguous(), out,
-        pieces, piece_feature, len(index), d, CHUNK=_CHUNK, ATOMIC=atomic, **size,
-    )  # fmt: skip
+        _sum_runs,
+        (chunks, columns),
+        rows,
+        feature,
+        row,
+        value[order],
+        rows.contiguous(),
+        out,
+        pieces,
+        piece_feature,
+        len(index),
+        d,
+        CHUNK=_CHUNK,
+        ATOMIC=atomic,
+        **size,
+    )
     if not atomic:
         grid = (2 * chunks, columns)
         launch(_sum_pieces, grid, rows, pieces, piece_feature, out, 2 * chunks, d, **size)

@@ -53,10 +53,18 @@ def _kth(keys, k, MASK: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _candidates(
-    pre, found, found_index, counts, k, d_sae,
-    MASK: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr, LANES: tl.constexpr,
+    pre,
+    found,
+    found_index,
+    counts,
+    k,
+    d_sae,
+    MASK: tl.constexpr,
+    BITS: tl.constexpr,
+    SIGNED: tl.constexpr,
+    LANES: tl.constexpr,
     CAPACITY: tl.constexpr,
-):  # fmt: skip
+):
     """Of one row: what reaches the k-th largest of the maxima of LANES groups, and how many do."""
     row = tl.program_id(0).to(tl.int64)
     pre += row * d_sae
@@ -94,7 +102,7 @@ def _load(found, pre, position, narrow, inside):
 @triton.jit
 def _count_above(
     found, pre, narrow, number, bar, MASK: tl.constexpr, SIGNED: tl.constexpr, LANES: tl.constexpr
-):  # fmt: skip
+):
     above = tl.full([], 0, tl.int32)
     for first in range(0, number, LANES):
         position = first + tl.arange(0, LANES)
@@ -106,10 +114,20 @@ def _count_above(
 
 @triton.jit
 def _choose(
-    pre, found, found_index, counts, index, values, k, d_sae,
-    MASK: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr, LANES: tl.constexpr,
+    pre,
+    found,
+    found_index,
+    counts,
+    index,
+    values,
+    k,
+    d_sae,
+    MASK: tl.constexpr,
+    BITS: tl.constexpr,
+    SIGNED: tl.constexpr,
+    LANES: tl.constexpr,
     CAPACITY: tl.constexpr,
-):  # fmt: skip
+):
     """Of one row: the k largest of its candidates; of equals, those that come first."""
     row = tl.program_id(0).to(tl.int64)
     pre += row * d_sae

@@ -171,8 +171,10 @@ def place_of(
     if where is not None and sae.concatenates:
         raise InputError(
             "a crosscoder's features are known only after the last of its sites, so none of them "
-            "can be changed", where=where, allowed="SAEs of one site, transcoders",
-        )  # fmt: skip
+            "can be changed",
+            where=where,
+            allowed="SAEs of one site, transcoders",
+        )
     place = placed(sae, site)
     warn_of_model(
         sae,
@@ -185,9 +187,11 @@ def place_of(
         found = sum(model.d_in(name) for name in names)
         if found != width:
             raise InputError(
-                "width differs from the SAE's", where=", ".join(names), given=found,
+                "width differs from the SAE's",
+                where=", ".join(names),
+                given=found,
                 allowed=str(width),
-            )  # fmt: skip
+            )
     check_trained_on(model, sae, where=where or "SAE", allow_other_model=allow_other_model)
     return place._replace(read=read, written=written)
 

@@ -51,9 +51,11 @@ def features_of_text(
         raise InputError("the text is empty", where="features_of_text", given=text)
     if model.n_ctx is not None and len(ids) > model.n_ctx:
         raise InputError(
-            "the text is longer than the model's context", where="features_of_text",
-            given=f"{len(ids)} tokens", allowed=f"up to {model.n_ctx}",
-        )  # fmt: skip
+            "the text is longer than the model's context",
+            where="features_of_text",
+            given=f"{len(ids)} tokens",
+            allowed=f"up to {model.n_ctx}",
+        )
     place = place_of(model, sae, site, allow_other_model=allow_other_model)
     tokens = torch.tensor([ids])
     captured = model.capture(tokens, place.read)

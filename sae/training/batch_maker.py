@@ -45,8 +45,10 @@ class BatchMaker:
             if sae.output_normaliser is not None:
                 raise InputError(
                     "a transcoder reads another site than it writes: nothing to hide",
-                    where="objective.visible_fraction", given=config.visible_fraction, allowed="1",
-                )  # fmt: skip
+                    where="objective.visible_fraction",
+                    given=config.visible_fraction,
+                    allowed="1",
+                )
             check_range("objective: visible coordinates", self._n_visible, low=1, below=sae.d_in)
 
     def make(self, raw: RawBatch, generator: torch.Generator) -> TrainingBatch:

@@ -93,9 +93,11 @@ def state_of(folder: Path) -> dict[str, Any]:
     schema = state.get("schema") if isinstance(state, dict) else None
     if type(schema) is not int or not 1 <= schema <= SCHEMA:
         raise ArtefactError(
-            "checkpoint of another version", where=str(path), given=schema,
+            "checkpoint of another version",
+            where=str(path),
+            given=schema,
             allowed=f"1 to {SCHEMA}",
-        )  # fmt: skip
+        )
     check_seal(state, must=schema >= SEALED_SINCE, where=str(path))
     return state
 

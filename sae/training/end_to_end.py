@@ -73,8 +73,9 @@ class SequenceRows(RawBatch):
         """Raises InputError: part of a sequence cannot go through a model."""
         raise InputError(
             "end-to-end training takes whole batches; bound the memory by sequences_at_once",
-            where="end_to_end", given=rows,
-        )  # fmt: skip
+            where="end_to_end",
+            given=rows,
+        )
 
 
 class EndToEndLoss(NamedTuple):
@@ -103,9 +104,11 @@ class EndToEnd:
         self.later_sites = _later_sites(model, self.site) if config.downstream_weight else []
         if config.downstream_weight and not self.later_sites:
             raise InputError(
-                "no layer follows this site", where="end_to_end.downstream_weight",
-                given=config.downstream_weight, allowed="0",
-            )  # fmt: skip
+                "no layer follows this site",
+                where="end_to_end.downstream_weight",
+                given=config.downstream_weight,
+                allowed="0",
+            )
 
     def capture(self, tokens: Tensor, keep: Tensor) -> tuple[Tensor, Sequences]:
         """The rows x float32 [rows, d_in] of kept positions, and what `loss` needs of them."""
@@ -126,9 +129,11 @@ class EndToEnd:
         """
         if len(x_hat) != int(sequences.keep.sum()):
             raise InputError(
-                "one row a kept position is needed", where="EndToEnd.loss", given=len(x_hat),
+                "one row a kept position is needed",
+                where="EndToEnd.loss",
+                given=len(x_hat),
                 allowed=str(int(sequences.keep.sum())),
-            )  # fmt: skip
+            )
         terms: dict[str, Tensor] = {}
         loss = _ThroughModel.apply(x_hat, lambda leaf: self._in_parts(sequences, leaf, terms))
         return EndToEndLoss(loss, terms)  # type: ignore[arg-type]
@@ -202,8 +207,9 @@ class EndToEnd:
         if any(odd) or batch.target is not batch.y:
             raise InputError(
                 "end-to-end training is of one site that is read and reconstructed, without "
-                "tilt or hidden coordinates", where="end_to_end",
-            )  # fmt: skip
+                "tilt or hidden coordinates",
+                where="end_to_end",
+            )
         return EndToEndBatch(
             **vars(batch),
             objective=self,
@@ -261,9 +267,11 @@ def _later_sites(model: Model, site: str) -> list[str]:
     layer = re.match(r"blocks\.(\d+)\.", site)
     if layer is None and site != "hook_embed":
         raise InputError(
-            "which layers follow this site is not known", where="end_to_end.downstream_weight",
-            given=site, allowed="sites of blocks",
-        )  # fmt: skip
+            "which layers follow this site is not known",
+            where="end_to_end.downstream_weight",
+            given=site,
+            allowed="sites of blocks",
+        )
     first = int(layer.group(1)) if layer else 0
     after = [f"blocks.{n}.hook_resid_post" for n in range(first, model.n_layers)]
     return [each for each in after if each != site]
@@ -299,9 +307,11 @@ class EndToEndStream(OneSite):
         )
         if self.sequences_per_batch > len(self._train):
             raise InputError(
-                "fewer training sequences than one batch", where="batch_size", given=batch_size,
+                "fewer training sequences than one batch",
+                where="batch_size",
+                given=batch_size,
                 allowed=f"up to {store.n_rows('train')}",
-            )  # fmt: skip
+            )
         self._epoch = self._batch = 0
 
     @property
@@ -359,9 +369,11 @@ class EndToEndStream(OneSite):
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise InputError(
-                    f"the state of another stream: {name} differs", where="load_state_dict",
-                    given=state.get(name), allowed=str(value),
-                )  # fmt: skip
+                    f"the state of another stream: {name} differs",
+                    where="load_state_dict",
+                    given=state.get(name),
+                    allowed=str(value),
+                )
         self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
         self.removed = int(state["removed"])
         if state["outliers"]:

@@ -165,9 +165,11 @@ class L0Controller:
         for name in ("target", "total_steps", "first_step"):
             if state.get(name) != getattr(self, name):
                 raise InputError(
-                    f"the state of another controller: {name} differs", where="load_state_dict",
-                    given=state.get(name), allowed=str(getattr(self, name)),
-                )  # fmt: skip
+                    f"the state of another controller: {name} differs",
+                    where="load_state_dict",
+                    given=state.get(name),
+                    allowed=str(getattr(self, name)),
+                )
         self.penalty = float(state["penalty"])
         for name in _STATE:
             setattr(self, name, state[name])

@@ -41,9 +41,11 @@ class Numerics:
         """choices within the backend, by what is chosen"""
         if self._asked not in ("auto", self.kernels):
             raise InputError(
-                "these kernels cannot be used here", where="trainer.kernels", given=self._asked,
+                "these kernels cannot be used here",
+                where="trainer.kernels",
+                given=self._asked,
                 allowed=("auto", *self._usable),
-            )  # fmt: skip
+            )
         self._choose()
 
     def _choose(self) -> None:
@@ -67,9 +69,11 @@ class Numerics:
     def state_dict(self) -> dict[str, Any]:
         """What computes the run; JSON-able."""
         return {
-            "kernels": self.kernels, **self.kept, "deterministic": self.deterministic,
+            "kernels": self.kernels,
+            **self.kept,
+            "deterministic": self.deterministic,
             "threads": torch.get_num_threads(),
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], *, where: str) -> None:
         """Keep to what a checkpoint was computed with, if nothing else is asked for.
@@ -106,8 +110,9 @@ class Numerics:
                 f"was trained with {what} {before!r}, which this machine does not have, so it "
                 "cannot go on bit for bit; to go on with other kernels, name them by "
                 "trainer.kernels or SAESCOPE_KERNELS",
-                where=where, allowed=[each for each in self._usable if each != before],
-            )  # fmt: skip
+                where=where,
+                allowed=[each for each in self._usable if each != before],
+            )
 
 
 def _screens() -> list[str]:

@@ -114,10 +114,18 @@ class Adam(torch.optim.Optimizer):
                     state[name] = torch.zeros_like(parameter)
             state["step"] += 1
             fused.adam_(
-                parameter, gradient, state["exp_avg"], state["exp_avg_sq"],
-                lr=group["lr"], beta1=group["beta1"], beta2=group["beta2"], eps=group["eps"],
-                step=int(state["step"]), scale=scale, unit_rows=parameter in self.unit_rows,
-            )  # fmt: skip
+                parameter,
+                gradient,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                lr=group["lr"],
+                beta1=group["beta1"],
+                beta2=group["beta2"],
+                eps=group["eps"],
+                step=int(state["step"]),
+                scale=scale,
+                unit_rows=parameter in self.unit_rows,
+            )
 
 
 class Signum(torch.optim.Optimizer):

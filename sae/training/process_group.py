@@ -43,10 +43,11 @@ def device(kind: Literal["cpu", "cuda"]) -> torch.device:
     rank, cards = torchrun(), torch.cuda.device_count()
     if rank.local_size > cards:
         raise InputError(
-            "not a card for each process", where="device",
+            "not a card for each process",
+            where="device",
             given=f"{kind}, {rank.local_size} processes",
             allowed="cpu" + (f", or up to {cards} processes" if cards else ""),
-        )  # fmt: skip
+        )
     return torch.device("cuda", rank.local)
 
 
@@ -89,8 +90,11 @@ def _join(kind: str) -> Store:
     store.set_timeout(_TIMEOUT)
     dist.init_process_group(
         "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl",
-        store=PrefixStore("group", store), rank=rank, world_size=size, timeout=_TIMEOUT,
-    )  # fmt: skip
+        store=PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=_TIMEOUT,
+    )
     return PrefixStore("saescope", store)
 
 
@@ -106,8 +110,9 @@ def _leave(notes: Store, error: BaseException) -> None:
     if isinstance(error, RuntimeError) and _is_of_network(error):
         raise SaescopeError(
             "another process ended without a word (killed, or out of memory?); run the same "
-            "command again to go on", where=f"rank {own}",
-        ) from error  # fmt: skip
+            "command again to go on",
+            where=f"rank {own}",
+        ) from error
 
 
 def _is_of_network(error: RuntimeError) -> bool:
@@ -133,10 +138,13 @@ def check_batch(size: int, parts: int) -> None:
     each = -(-size // parts)
     if size - (size - 1) // each * each < ROWS.size:
         raise InputError(
-            "fewer rows than processes", where="trainer.batch_size", given=size,
-            allowed=f"at least {ROWS.size} in each of {parts} parts" if parts > 1 else
-            f"at least {ROWS.size}",
-        )  # fmt: skip
+            "fewer rows than processes",
+            where="trainer.batch_size",
+            given=size,
+            allowed=f"at least {ROWS.size} in each of {parts} parts"
+            if parts > 1
+            else f"at least {ROWS.size}",
+        )
 
 
 def check_alike(what: str, value: Any) -> None:

@@ -100,10 +100,13 @@ class Run:
             "trainer": to_dict(self.trainer_config),
         }
         self._lens = TunedLens.load(config.lens) if config.lens else None
-        self.tag = sha256_json({
-            "config": _identity(self.settings), "harvest": harvest.hash,
-            **({"lens": self._lens.hash} if self._lens else {}),
-        })  # fmt: skip
+        self.tag = sha256_json(
+            {
+                "config": _identity(self.settings),
+                "harvest": harvest.hash,
+                **({"lens": self._lens.hash} if self._lens else {}),
+            }
+        )
         if before is not None:
             self._check_same_run(before)
         shared, key = {} if streams is None else streams, self.stream_key()
@@ -115,10 +118,11 @@ class Run:
         )
         if self.total_steps < 1:
             raise InputError(
-                "fewer training rows than one batch", where="trainer.batch_size",
+                "fewer training rows than one batch",
+                where="trainer.batch_size",
                 given=config.trainer.batch_size,
                 allowed=f"up to {int(config.passes * harvest.n_rows('train'))}",
-            )  # fmt: skip
+            )
 
     def _order(self, before: Mapping[str, Any] | None) -> Order | None:
         """The order of the batches; a run that was begun (its manifest) goes on in its own.
@@ -150,13 +154,23 @@ class Run:
     def stream_key(self) -> str:
         """Equal for runs that can share a stream."""
         config = self.config
-        return sha256_json([
-            self.sites, config.target_site, config.mix, self.cls.concatenates,
-            config.trainer.batch_size, self._data_seed, config.outliers, self._labels,
-            self._lens and self._lens.hash, config.mix_chunks, self._reading_order,
-            config.objective,
-            to_dict(config.end_to_end),
-        ])  # fmt: skip
+        return sha256_json(
+            [
+                self.sites,
+                config.target_site,
+                config.mix,
+                self.cls.concatenates,
+                config.trainer.batch_size,
+                self._data_seed,
+                config.outliers,
+                self._labels,
+                self._lens and self._lens.hash,
+                config.mix_chunks,
+                self._reading_order,
+                config.objective,
+                to_dict(config.end_to_end),
+            ]
+        )
 
     def make_stream(self) -> Stream:
         """The run's batches, from their beginning."""
@@ -166,9 +180,12 @@ class Run:
             if config.outliers is not None:
                 outliers = OutlierFilter.fit(self.harvest, self.sites, config.outliers)
             return EndToEndStream(
-                self.harvest, self._end_to_end(), batch_size=config.trainer.batch_size,
-                seed=self._data_seed, outliers=outliers,
-            )  # fmt: skip
+                self.harvest,
+                self._end_to_end(),
+                batch_size=config.trainer.batch_size,
+                seed=self._data_seed,
+                outliers=outliers,
+            )
         return make_stream(
             self.harvest,
             self.sites,
@@ -195,15 +212,19 @@ class Run:
             )
         if config.order is not None:
             raise InputError(
-                "end-to-end training reads whole sequences, in an order of its own", where="order",
-                given=config.order, allowed="leave it out",
-            )  # fmt: skip
+                "end-to-end training reads whole sequences, in an order of its own",
+                where="order",
+                given=config.order,
+                allowed="leave it out",
+            )
         process_group.refuse_several("end-to-end training", where="objective")
         if config.device != "cpu":
             raise InputError(
-                "end-to-end training goes through the model on the CPU", where="device",
-                given=config.device, allowed="cpu",
-            )  # fmt: skip
+                "end-to-end training goes through the model on the CPU",
+                where="device",
+                given=config.device,
+                allowed="cpu",
+            )
         model = load_harvested_model(self.harvest, self.harvest.manifest["model"]["dtype"])
         return EndToEnd(model, site, config.end_to_end)
 
@@ -241,10 +262,17 @@ class Run:
             )
         if process_group.first() and not (self.folder / MANIFEST).exists():
             write_manifest(
-                self.folder, kind="run", schema=RUN_SCHEMA, config=self.settings,
-                parent=self.harvest.hash, sealed=True, tag=trainer.tag, site=self.sites[0],
-                processes=distributed.size(), numerics=trainer.numerics.state_dict(),
-            )  # fmt: skip
+                self.folder,
+                kind="run",
+                schema=RUN_SCHEMA,
+                config=self.settings,
+                parent=self.harvest.hash,
+                sealed=True,
+                tag=trainer.tag,
+                site=self.sites[0],
+                processes=distributed.size(),
+                numerics=trainer.numerics.state_dict(),
+            )
 
     @cached_property
     def trainer(self) -> Trainer:
@@ -337,8 +365,9 @@ class Run:
         sae, last = self.trainer.release(), self.trainer.last_held_out
         if self.stream.outliers is not None:
             sae.metadata["outliers"] = {
-                **self.stream.outliers.to_dict(), "rows_left_out": self.stream.removed,
-            }  # fmt: skip
+                **self.stream.outliers.to_dict(),
+                "rows_left_out": self.stream.removed,
+            }
         sharded_checkpoint.release(sae, self.folder / SAE_FOLDER)
         say(
             f"{self.folder}: {kind_of(sae.config)}, d_in {sae.d_in}, d_sae {sae.config.d_sae}; on "
@@ -391,18 +420,22 @@ def _sites(
     """The sites that are read, checked against the architecture."""
     kind = kind_of(config.sae)
     if cls.transcodes != (config.target_site is not None):
-        what = "a transcoder needs the site to reconstruct" if cls.transcodes else (
-            f"{kind} reconstructs what it reads"
-        )  # fmt: skip
+        what = (
+            "a transcoder needs the site to reconstruct"
+            if cls.transcodes
+            else (f"{kind} reconstructs what it reads")
+        )
         raise InputError(what, where="target_site", given=config.target_site)
     several = cls.concatenates or config.mix is not None
     if cls.concatenates and config.mix is not None:
         raise InputError("a crosscoder reads all sites at once", where="mix", given=config.mix)
     if (cls.transcodes or not several) and config.sites:
         raise InputError(
-            "several sites need a crosscoder, or mix", where="sites", given=config.sites,
+            "several sites need a crosscoder, or mix",
+            where="sites",
+            given=config.sites,
             allowed="mix = all, drawn",
-        )  # fmt: skip
+        )
     if several and config.site is not None:
         raise InputError("several sites are read here: give sites", where="site", given=config.site)
     names: tuple[str | None, ...] = (config.site,)
@@ -421,10 +454,11 @@ def _go_on_from(sae: SparseAutoencoder, path: str) -> None:
     width = sae.config.d_sae
     if not same or (given.d_in, given.d_out, given.d_sae) != (sae.d_in, sae.d_out, width):
         raise InputError(
-            "of another architecture or size", where="start_from",
+            "of another architecture or size",
+            where="start_from",
             given=f"{kind_of(given.config)} {given.d_in} x {given.d_sae}",
             allowed=f"{kind_of(sae.config)} {sae.d_in} x {width}",
-        )  # fmt: skip
+        )
     with distributed.alone():
         ready = given.unfold(sae.normaliser, sae.output_normaliser).state_dict()
     sae.load_state_dict(sharded_checkpoint.own_rows(ready, sharded_checkpoint.has_rows(sae)))

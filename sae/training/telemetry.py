@@ -61,8 +61,9 @@ class MetricsLog:
                 raise DamagedError(
                     "lines that were there when the checkpoint was taken are missing; put the file "
                     "back, or move it away: the run then goes on without what it says",
-                    where=str(path), kind="truncated",
-                )  # fmt: skip
+                    where=str(path),
+                    kind="truncated",
+                )
             say(f"{path}: is missing; measurements up to step {resume_step:,} are lost")
         write_bytes(path, data)
 
@@ -171,8 +172,10 @@ def _module(kind: str) -> Any:
     except ImportError as error:
         raise InputError(
             f"the package {_PACKAGES[kind]} is not installed (pip install {_PACKAGES[kind]})",
-            where="telemetry", given=kind, allowed="none, or what is installed",
-        ) from error  # fmt: skip
+            where="telemetry",
+            given=kind,
+            allowed="none, or what is installed",
+        ) from error
 
 
 def sinks(

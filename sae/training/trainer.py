@@ -82,9 +82,14 @@ class Trainer:
         self.folder, self.tag = folder, tag
         self.lr = config.lr or base_lr(sae.config.d_sae, config.optimiser) * config.lr_multiplier
         self.optimiser = make_optimiser(
-            config.optimiser, sae.parameters(), lr=self.lr, beta1=config.beta1, beta2=config.beta2,
-            eps=config.eps, unit_rows=sae.unit_rows,
-        )  # fmt: skip
+            config.optimiser,
+            sae.parameters(),
+            lr=self.lr,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            unit_rows=sae.unit_rows,
+        )
         self.numerics = Numerics(
             config.kernels, deterministic=config.deterministic, like=sae.b_dec, d_in=sae.d_in
         )
@@ -114,9 +119,13 @@ class Trainer:
         self.log: MetricsLog | None = None
         if folder is not None and process_group.first():
             extra = sinks(
-                config.telemetry, folder, folder.name, to_dict(config), tag=tag,
+                config.telemetry,
+                folder,
+                folder.name,
+                to_dict(config),
+                tag=tag,
                 resume_step=self.step,
-            )  # fmt: skip
+            )
             self.log = MetricsLog(
                 folder / METRICS, resume_step=self.step, sinks=extra, sealed=logged
             )
@@ -178,9 +187,12 @@ class Trainer:
         # here every gradient is that of the whole batch
         lr = self.lr * self._lr_factor()
         norm = update(
-            sae, self.optimiser, lr=lr, clip=config.grad_clip,
+            sae,
+            self.optimiser,
+            lr=lr,
+            clip=config.grad_clip,
             what=f"step {self.step} (loss {terms['loss']:.4g})",
-        )  # fmt: skip
+        )
         known, tokens = self.tokens >= self.dead_after, raw.tokens
         self.tokens += tokens
         self.tokens_since_fired += tokens
@@ -205,9 +217,11 @@ class Trainer:
         config, steps = self.config, self.total_steps
         decay = config.decay_fraction if decays(config.optimiser) else 0
         return lr_factor(
-            self.step, steps, warmup=round(config.warmup_fraction * steps),
+            self.step,
+            steps,
+            warmup=round(config.warmup_fraction * steps),
             decay=round(decay * steps),
-        )  # fmt: skip
+        )
 
     def _backward(
         self, raw: RawBatch, state: TrainingState
@@ -255,9 +269,10 @@ class Trainer:
             held_out = measure(self.sae.eval(), self.held_out)
         self.last_held_out = held_out
         values = {
-            "tokens": self.tokens, "kernels": self.numerics.kernels,
+            "tokens": self.tokens,
+            "kernels": self.numerics.kernels,
             "train": terms,
-        }  # fmt: skip
+        }
         if self.log is not None:
             self.log.append(self.step, **values, held_out=held_out)
         dead = "not yet known" if terms["dead"] is None else f"{terms['dead']:,}"
