@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saescope.paths import place
+from saescope.paths import as_path
 
 if TYPE_CHECKING:
     from activations import HarvestConfig
@@ -76,7 +76,7 @@ def work_left(
     from sae.formats.load import SAE_FOLDER
     from sae.indexing.build import STORE_FILE
 
-    harvest = begun(harvesting, place(harvesting.out))
+    harvest = begun(harvesting, as_path(harvesting.out))
     planned = harvesting.max_tokens or 0
     there = 0 if harvest is None else planned if harvest.complete else harvest.n_tokens
     tokens, product, seconds = float(planned - there), 0.0, _LOADING
@@ -101,7 +101,7 @@ def measured_here(harvesting: "HarvestConfig") -> Machine:
     from activations.harvesting.plan import measured
     from activations.models.matmul_precision import PRODUCT, seconds_of_product
 
-    store = begun(harvesting, place(harvesting.out))
+    store = begun(harvesting, as_path(harvesting.out))
     model = model_of(harvesting, store)
     facts = planned_facts(harvesting, model) if store is None else store.manifest
     seconds, _ = measured(harvesting, facts, Text.of(harvesting), model)

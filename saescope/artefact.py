@@ -20,7 +20,7 @@ from typing import Any
 
 from saescope.errors import ArtefactError
 from saescope.leftovers import preparing, remove_leftovers, settle
-from saescope.paths import Place, exists, local, place, put
+from saescope.paths import AnyPath, as_path, exists, local, put
 from saescope.replacing import Kind, check_replaceable, put_in_place
 from saescope.system import read_whole, system_errors
 
@@ -48,7 +48,7 @@ class DamagedError(ArtefactError):
         self.what, self.where, self.kind = what, where, kind
 
 
-def fsync_path(path: Place) -> None:
+def fsync_path(path: AnyPath) -> None:
     """Flush a file, or a folder's entries, to the disk; an object is stored once it is written."""
     if not isinstance(path, Path):
         return
@@ -99,7 +99,7 @@ def _parents_of(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def new_folder(path: Place, last: str) -> Iterator[Path]:
+def new_folder(path: AnyPath, last: str) -> Iterator[Path]:
     """Yield an empty local folder to fill; on success it appears at `path`, on failure it goes.
 
     In an object store its files appear one after another, the one with the name `last` behind all
@@ -117,12 +117,12 @@ def new_folder(path: Place, last: str) -> Iterator[Path]:
             put(path.joinpath(*file.relative_to(folder).parts), file.read_bytes())
 
 
-def write_bytes(path: str | Place, data: bytes) -> None:
+def write_bytes(path: str | AnyPath, data: bytes) -> None:
     """Write a whole file atomically, in the place of the one that is there.
 
     For files of ours inside an artefact; a file that a user names is for `atomic_path`.
     """
-    target = place(path)
+    target = as_path(path)
     if not isinstance(target, Path):
         put(target, data)
         return
@@ -135,7 +135,7 @@ def write_bytes(path: str | Place, data: bytes) -> None:
         fsync_path(target.parent)
 
 
-def write_json(path: str | Place, value: Any) -> None:
+def write_json(path: str | AnyPath, value: Any) -> None:
     """Write JSON atomically, indented, keys in the order given."""
     write_bytes(path, _as_json(value))
 
@@ -174,13 +174,13 @@ def append_bytes(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
-def read_json(path: str | Place, *, largest: int = _LARGEST_JSON) -> Any:
+def read_json(path: str | AnyPath, *, largest: int = _LARGEST_JSON) -> Any:
     """Read JSON; ArtefactError if the file is missing, cannot be read, or is not JSON.
 
     Neither are NaN and Infinity, more than `largest` bytes, deep nesting and endless integers.
     """
     where = str(path)
-    at = place(path)
+    at = as_path(path)
     if isinstance(at, Path):
         settle(at.parent)
     try:
@@ -251,7 +251,7 @@ def git_commit() -> str | None:
 
 
 def write_manifest(
-    folder: str | Place,
+    folder: str | AnyPath,
     *,
     kind: str,
     schema: int,
@@ -276,7 +276,7 @@ def write_manifest(
     }
     if sealed:
         manifest[SEAL] = sha256_json(manifest)
-    write_json(place(folder) / MANIFEST, manifest)
+    write_json(as_path(folder) / MANIFEST, manifest)
     return manifest
 
 
@@ -293,13 +293,13 @@ def check_schema(found: object, *, supported: int, where: str) -> None:
 
 
 def read_manifest(
-    folder: str | Place, *, kind: str, schema: int, sealed_since: int | None = None
+    folder: str | AnyPath, *, kind: str, schema: int, sealed_since: int | None = None
 ) -> dict:
     """Read and check `manifest.json`, which is sealed from schema `sealed_since` on.
 
     Raises ArtefactError if it is missing, damaged, of another kind, or of a newer schema.
     """
-    path = place(folder) / MANIFEST
+    path = as_path(folder) / MANIFEST
     if not exists(path):
         raise ArtefactError(f"no {kind} here ({MANIFEST} is missing)", where=str(folder))
     manifest = read_json(path)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from saescope.exchange import rename_new
-from saescope.paths import Place, remove
+from saescope.paths import AnyPath, remove
 
 REPLACED = "replaced"
 """what was at NAME, moved aside where two names cannot be exchanged in one step"""
@@ -50,7 +50,7 @@ def _made(target: Path) -> tuple[Path, int | None]:
     return Path(folder), _locked(Path(folder), surely=False)
 
 
-def is_leftover(path: Place) -> bool:
+def is_leftover(path: AnyPath) -> bool:
     """Whether this is a folder that a process was preparing something in when it was killed.
 
     Not one that another process has a lock on, one with anything unknown in it, or with the only
@@ -70,7 +70,7 @@ def leftovers(folder: Path) -> Iterator[Path]:
                 names.remove(name)
 
 
-def remove_leftovers(path: Place) -> None:
+def remove_leftovers(path: AnyPath) -> None:
     """Remove what was left beside a path when processes that wrote it were killed."""
     if not isinstance(path, Path) or not path.parent.is_dir():
         return

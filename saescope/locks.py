@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from saescope.artefact import write_bytes
 from saescope.assets import cache_dir
 from saescope.errors import ArtefactError, InputError
-from saescope.paths import Place, exists, place, put, read_bytes, remove
+from saescope.paths import AnyPath, as_path, exists, put, read_bytes, remove
 from saescope.system import system_errors
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def locked(path: str | Place, work: str) -> Iterator[None]:
+def locked(path: str | AnyPath, work: str) -> Iterator[None]:
     """Keep other processes from writing this artefact; the operating system lets go of the lock.
 
     The lock is on `.NAME.lock` beside the artefact, and ends with the process that holds it however
     that ends. `work` says what is being done, for the message that others get.
     Raises ArtefactError at once if another process, or another part of this one, is at work there.
     """
-    artefact = place(path)
+    artefact = as_path(path)
     if isinstance(artefact, Path):
         artefact = Path(os.path.realpath(artefact))
         file, beyond = artefact.parent / f".{artefact.name}.lock", nullcontext()

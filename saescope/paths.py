@@ -1,10 +1,11 @@
-"""Where a thing lies: in a folder of this machine, or in an object store, by a URL.
+"""Paths of files and folders, on this machine or in an object store.
 
-A plain path is a `pathlib.Path`; a URL (s3://bucket/name, gs://..., memory://...) a `UPath`, which
-is put together and taken apart as a `Path` is. What lies there is read and written by the functions
-here alone: an object store has no folders, only objects whose names begin alike; it writes an
-object whole or not at all, and has nothing to flush, to append to, or to rename. Nothing is taken
-from a cache of names, since other processes write there too.
+A local path is a `pathlib.Path`; a URL (s3://bucket/name, gs://..., memory://...) is a `UPath`,
+which has the same methods for joining and splitting. What is in an object store is read and
+written by the functions here alone, because an object store differs from a file system: it has no
+folders, only objects whose names share a prefix; it writes an object whole or not at all; nothing
+can be flushed, appended to, or renamed. Listings are never cached, since other processes write
+there too.
 """
 
 import os
@@ -20,9 +21,9 @@ from saescope.errors import ArtefactError, InputError
 if TYPE_CHECKING:
     from upath import UPath
 
-    Place: TypeAlias = Path | UPath
+    AnyPath: TypeAlias = Path | UPath
 else:
-    Place = Path  # UPath is imported where it is needed: it takes its time
+    AnyPath = Path  # UPath is imported where it is needed: it takes its time
 Listing = Callable[[tuple[str, ...]], list[tuple[str, bool]]]
 """Of a folder, given by its parts: what is directly in it, (name, whether that is a folder)."""
 
@@ -32,7 +33,7 @@ _LOCAL = ("file", "local")
 _GIVEN = "a folder, or a URL such as s3://bucket/name, gs://bucket/name"
 
 
-def is_remote(path: "str | Place") -> bool:
+def is_remote(path: "str | AnyPath") -> bool:
     """Whether this is in an object store, not in a file system of this machine.
 
     >>> is_remote("s3://bucket/name"), is_remote("data/name")
@@ -44,12 +45,12 @@ def is_remote(path: "str | Place") -> bool:
     return not isinstance(path, Path)
 
 
-def place(path: "str | Place") -> Place:
-    """The place that a user names by a path, in which ~ is the user's home, or by a URL.
+def as_path(path: "str | AnyPath") -> AnyPath:
+    """The path that a user gives as text: local, where ~ is the user's home, or a URL.
 
     Raises InputError for a URL of an unknown kind, or of one whose package is not installed.
 
-    >>> place("data/name").name, place("memory://some/name").name
+    >>> as_path("data/name").name, as_path("memory://some/name").name
     ('name', 'name')
     """
     if not isinstance(path, str):
@@ -89,7 +90,7 @@ def _at_home(path: Path) -> Path:
 
 
 @contextmanager
-def _reaching(path: Place) -> Iterator[None]:
+def _reaching(path: AnyPath) -> Iterator[None]:
     """Make one error of all that can go wrong on the way to an object store.
 
     That an object is, or is not, there is an answer: FileExistsError and FileNotFoundError stay.
@@ -102,36 +103,36 @@ def _reaching(path: Place) -> Iterator[None]:
         raise _unreachable(path, error) from error
 
 
-def _unreachable(path: "str | Place", error: Exception) -> ArtefactError:
+def _unreachable(path: "str | AnyPath", error: Exception) -> ArtefactError:
     reason = str(error) or type(error).__name__
     return ArtefactError(f"cannot be reached: {reason}", where=str(path))
 
 
-def below(path: Place, folder: Place) -> tuple[str, ...]:
+def below(path: AnyPath, folder: AnyPath) -> tuple[str, ...]:
     """The parts of a path that come after those of the folder it is in."""
     return tuple(path.parts[len(folder.parts) :])
 
 
-def local(path: "str | Place", why: str = "must be on this machine") -> Path:
-    """A place that must be a folder of this machine, for a reason that is told.
+def local(path: "str | AnyPath", why: str = "must be on this machine") -> Path:
+    """A path that must be on this machine; `why` is what the error says otherwise.
 
     Raises InputError if it is in an object store.
     """
-    found = place(path)
+    found = as_path(path)
     if not isinstance(found, Path):
         raise InputError(why, where=str(found), given="an object store", allowed="a local folder")
     return found
 
 
-def if_local(path: "str | Place") -> Path | None:
-    """A place on this machine; None for one that is elsewhere, as any other URL is."""
+def if_local(path: "str | AnyPath") -> Path | None:
+    """The path on this machine; None for a URL."""
     if isinstance(path, str) and path.startswith("hf://"):
         return None
-    found = place(path)
+    found = as_path(path)
     return found if isinstance(found, Path) else None
 
 
-def exists(path: Place) -> bool:
+def exists(path: AnyPath) -> bool:
     """Whether a file or an object is there, or a local folder."""
     if isinstance(path, Path):
         return path.exists()
@@ -142,7 +143,7 @@ def exists(path: Place) -> bool:
         return False
 
 
-def read_bytes(path: Place, start: int | None = None, end: int | None = None) -> bytes:
+def read_bytes(path: AnyPath, start: int | None = None, end: int | None = None) -> bytes:
     """Content of a file or an object, or its bytes from `start` to `end`.
 
     Raises OSError for a file, FileNotFoundError or ArtefactError for an object.
@@ -178,12 +179,12 @@ def objects(folder: "UPath") -> "list[UPath]":
     return [folder.joinpath(*name.split("/")) for name in names if name]
 
 
-def occupied(folder: Place) -> bool:
+def occupied(folder: AnyPath) -> bool:
     """Whether something is there: a file, a folder even if it is empty, an object or objects."""
     return exists(folder) or (not isinstance(folder, Path) and bool(objects(folder)))
 
 
-def remove(path: Place) -> None:
+def remove(path: AnyPath) -> None:
     """Remove a file, an object or a folder if it is there."""
     if not isinstance(path, Path):
         for each in [path] if exists(path) else objects(path):
@@ -195,8 +196,8 @@ def remove(path: Place) -> None:
         path.unlink(missing_ok=True)
 
 
-def move(path: Place, to: Place) -> None:
-    """Give a file, an object or a folder another place in the same file system or store."""
+def move(path: AnyPath, to: AnyPath) -> None:
+    """Give a file, an object or a folder another path in the same file system or store."""
     if isinstance(path, Path) or isinstance(to, Path):
         to.parent.mkdir(parents=True, exist_ok=True)
         local(path).rename(local(to))
@@ -208,7 +209,7 @@ def move(path: Place, to: Place) -> None:
             each.fs.rm_file(each.path)
 
 
-def cut(path: Place, size: int, more: bytes = b"") -> None:
+def cut(path: AnyPath, size: int, more: bytes = b"") -> None:
     """Leave the first `size` bytes of a file or an object, and put others behind them.
 
     A file is flushed to the disk, and made if it is not there; an object is written anew.
@@ -225,7 +226,7 @@ def cut(path: Place, size: int, more: bytes = b"") -> None:
         os.fsync(stream.fileno())
 
 
-def listing(folder: Place) -> Listing:
+def listing(folder: AnyPath) -> Listing:
     """What is in a folder and those inside, by name; of an object store, as it is now."""
     if isinstance(folder, Path):
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from saescope.errors import ArtefactError, SaescopeError
-from saescope.paths import Place, read_bytes
+from saescope.paths import AnyPath, read_bytes
 
 _AGAIN = "and run the same command again: it goes on from what was committed"
 _FULL = {
@@ -95,7 +95,7 @@ def check_readable(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_whole(path: Place, *, largest: int) -> bytes:
+def read_whole(path: AnyPath, *, largest: int) -> bytes:
     """The bytes of a plain file, or of an object, that has no more than `largest`.
 
     Raises FileNotFoundError if there is none; ArtefactError for what is no plain file (a folder, a

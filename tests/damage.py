@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from activations import ActivationStore
-from saescope.paths import Place, listing, local, read_bytes
+from saescope.paths import AnyPath, listing, local, read_bytes
 
 GROUP = "activations.zarr"
 SITES = ("blocks.1.hook_resid_post", "blocks.0.attn.hook_z", "blocks.0.hook_resid_post")
@@ -24,7 +24,7 @@ class Damage:
     paths: tuple[str, ...]
 
 
-def files_of(folder: Place) -> dict[str, bytes]:
+def files_of(folder: AnyPath) -> dict[str, bytes]:
     """Every file or object in a folder, by its name there."""
     entries = listing(folder)
 
@@ -35,7 +35,7 @@ def files_of(folder: Place) -> dict[str, bytes]:
     return {"/".join(parts): read_bytes(folder.joinpath(*parts)) for parts in walk(())}
 
 
-def content(folder: Place) -> dict[str, Any]:
+def content(folder: AnyPath) -> dict[str, Any]:
     """Everything a store holds, but what tells when, where and with which versions it was made."""
     found: dict[str, Any] = {**files_of(folder)}
     manifest = json.loads(found["manifest.json"])
@@ -45,7 +45,7 @@ def content(folder: Place) -> dict[str, Any]:
     return found
 
 
-def assert_same_content(one: Place, other: Place) -> None:
+def assert_same_content(one: AnyPath, other: AnyPath) -> None:
     first, second = content(one), content(other)
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
@@ -133,7 +133,7 @@ def restore(folder: Path, whole: Path, damage: Damage) -> None:
         shutil.copyfile(whole / name, folder / name)
 
 
-def as_schema_1(path: Place) -> None:
+def as_schema_1(path: AnyPath) -> None:
     """Make a store what the first schema was: windows in the manifest, nothing sealed."""
     folder = local(path)
     windows = [vars(window) for window in ActivationStore.open(folder).windows]

@@ -15,7 +15,7 @@ from activations.storage.reader import ActivationStore
 from activations.storage.writer import HarvestWriter
 from saescope.config import to_dict
 from saescope.errors import InputError
-from saescope.paths import Place, place
+from saescope.paths import AnyPath, as_path
 from saescope.progress import say
 from saescope.ranks import here
 from saescope.system import system_errors
@@ -37,7 +37,7 @@ def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationSt
     >>> more = CorpusConfig(source="news/*.jsonl")  # doctest: +SKIP
     >>> append(dataclasses.replace(config, corpus=more, max_tokens=None))  # doctest: +SKIP
     """
-    out = place(config.out)
+    out = as_path(config.out)
     if here().number > 0:
         return assist(config, lambda: _begun(config, out))
     with window_locks.leading(out) as team:
@@ -58,7 +58,7 @@ def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationSt
         return fill(config, model, writer, team)
 
 
-def _begun(config: HarvestConfig, out: Place) -> ActivationStore | None:
+def _begun(config: HarvestConfig, out: AnyPath) -> ActivationStore | None:
     """The harvest once rank 0 has begun to append this text, or if it is there."""
     store = ActivationStore.open(out)
     there = is_there(config, store)

@@ -26,7 +26,7 @@ from saescope.artefact import MANIFEST, remove_leftovers
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index
 from saescope.locks import locked
-from saescope.paths import Place, exists, place
+from saescope.paths import AnyPath, as_path, exists
 from saescope.progress import Progress, say
 
 NO_MODEL = "none"
@@ -35,7 +35,7 @@ _READ = 16384
 
 
 def bring(
-    path: str | Path | Place,
+    path: str | Path | AnyPath,
     arrays: Mapping[str, Any],
     *,
     tokens: Any = None,
@@ -77,7 +77,7 @@ def bring(
         chunk_rows=as_index(chunk_rows, where="chunk_rows", low=1),
         window_chunks=as_index(window_chunks, where="window_chunks", low=1),
     )
-    out = place(str(path) if isinstance(path, Path) else path)
+    out = as_path(str(path) if isinstance(path, Path) else path)
     with locked(out, "harvest"):
         store = _begun(out, facts)
         if store is not None and store.complete:
@@ -185,7 +185,7 @@ def _facts(
     }
 
 
-def _begun(out: Place, facts: Mapping[str, Any]) -> ActivationStore | None:
+def _begun(out: AnyPath, facts: Mapping[str, Any]) -> ActivationStore | None:
     """The store that is there, if any; it must be of these rows, stored in this way."""
     if not exists(out / MANIFEST):
         if holds_another(out):

@@ -11,7 +11,7 @@ from activations.harvesting.pipeline import HarvestConfig, begun, harvest, model
 from activations.harvesting.plan import describe, free_bytes, refuse_too_much
 from activations.harvesting.segments import parts
 from activations.storage.reader import ActivationStore
-from saescope.paths import place
+from saescope.paths import as_path
 from saescope.progress import say
 from saescope.ranks import here
 
@@ -63,7 +63,7 @@ def run(command: HarvestCommand | BringCommand) -> ActivationStore | None:
 
 def _say_plan(config: HarvestConfig, *, appends: bool, ignore_space: bool) -> None:
     """Print what a harvest would take. InputError if it does not fit on the disk."""
-    out = place(config.out)
+    out = as_path(config.out)
     store = ActivationStore.open(out) if appends else begun(config, out)
     if store is not None and (is_there(config, store) if appends else store.complete):
         say(f"{out}: complete already, {store.n_rows():,} rows")

@@ -41,7 +41,7 @@ from saescope.artefact import MANIFEST
 from saescope.config import Config, to_dict
 from saescope.errors import InputError, check_range
 from saescope.leftovers import remove_leftovers
-from saescope.paths import Place, exists, place
+from saescope.paths import AnyPath, as_path, exists
 from saescope.progress import Progress, as_size, say, silent
 from saescope.ranks import here
 from saescope.system import system_errors
@@ -188,7 +188,7 @@ def harvest(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationS
     >>> store.n_rows("train"), store.d_in("blocks.9.hook_resid_post")  # doctest: +SKIP
     (1031337, 576)
     """
-    out = place(config.out)
+    out = as_path(config.out)
     if here().number > 0:
         return assist(config, lambda: begun(config, out))
     store = begun(config, out)
@@ -203,7 +203,7 @@ def harvest(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationS
 
 def _go_on(
     config: HarvestConfig,
-    out: Place,
+    out: AnyPath,
     store: ActivationStore | None,
     team: window_locks.Team | None,
     *,
@@ -342,7 +342,7 @@ def assist(config: HarvestConfig, find: Callable[[], ActivationStore | None]) ->
         raise SystemExit(130) from None  # rank 0 says what there is to say
 
 
-def begun(config: HarvestConfig, out: Place) -> ActivationStore | None:
+def begun(config: HarvestConfig, out: AnyPath) -> ActivationStore | None:
     """The harvest that `out` already holds, if any; it must be of this configuration."""
     if not exists(out / MANIFEST):
         if holds_another(out):

@@ -20,7 +20,7 @@ from activations.models.forward_memory import in_planned_batches
 from activations.models.language import Model
 from activations.storage.layout import SPLITS, array_names, row_arrays
 from saescope.errors import InputError
-from saescope.paths import Place, place
+from saescope.paths import AnyPath, as_path
 from saescope.progress import Progress, as_size, duration, silent
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _per_sequence(facts: Mapping[str, Any]) -> int:
     return int(facts.get("rows_per_sequence", facts["config"]["context"] - 1))
 
 
-def free_bytes(out: Place) -> int | None:
+def free_bytes(out: AnyPath) -> int | None:
     """Free space on the disk where a folder is, or will be; None in an object store, as it has no
     such limit."""
     if not isinstance(out, Path):
@@ -78,7 +78,7 @@ def check_space(
     planned: Mapping[str, int],
     text: Text,
     model: Model | RawModel,
-    out: Place,
+    out: AnyPath,
 ) -> None:
     """Raise InputError if sequences of a text cannot fit on the disk of `out`."""
     free = free_bytes(out)
@@ -90,7 +90,7 @@ def check_space(
     refuse_too_much(needs(facts, planned, _share(group, model, facts)), free, out)
 
 
-def refuse_too_much(needed: Needs, free: int | None, out: Place) -> None:
+def refuse_too_much(needed: Needs, free: int | None, out: AnyPath) -> None:
     """Raise InputError if this is more than there is."""
     if free is not None and needed.size > free:
         raise InputError(
@@ -134,7 +134,7 @@ def describe(
             for split in SPLITS
         ),
         f"rows     about {needed.rows:,}, {share:.1%} of {_per_sequence(facts):,} a sequence",
-        f"disk     {as_size(needed.size)}; {_room(free_bytes(place(config.out)))}",
+        f"disk     {as_size(needed.size)}; {_room(free_bytes(as_path(config.out)))}",
         # one window is filled while another is written, a chunk at a time
         f"memory   about {as_size(peak + 2 * window + facts['chunk_rows'] * width)}; "
         f"{held / 1e9:.0f} GB in this machine",

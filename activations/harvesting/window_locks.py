@@ -27,7 +27,7 @@ from activations.storage.writer import HarvestWriter, WindowData
 from saescope import ranks
 from saescope.errors import ArtefactError
 from saescope.locks import locked
-from saescope.paths import Place, local, remove
+from saescope.paths import AnyPath, local, remove
 from saescope.progress import Progress
 from saescope.system import system_errors
 
@@ -147,7 +147,7 @@ def member(out: Path) -> Iterator[Team]:
 
 
 @contextmanager
-def leading(out: Place) -> Iterator[Team | None]:
+def leading(out: AnyPath) -> Iterator[Team | None]:
     """Hold a store's lock, to harvest; with the other ranks if there are, or were, any.
 
     Raises InputError for several ranks and an object store; ArtefactError as `locked` and `Team`.
@@ -165,7 +165,7 @@ def leading(out: Place) -> Iterator[Team | None]:
             yield None
 
 
-def shared_folder(out: str | Place) -> Path:
+def shared_folder(out: str | AnyPath) -> Path:
     """The folder that several ranks harvest to. Raises InputError for an object store."""
     return local(out, "several processes harvest one store only in a folder that they share")
 

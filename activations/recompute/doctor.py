@@ -11,7 +11,7 @@ from saescope.artefact import MANIFEST, DamagedError, read_manifest, write_bytes
 from saescope.config import Config
 from saescope.errors import ArtefactError, InputError
 from saescope.locks import locked
-from saescope.paths import Place, exists, move, occupied, place
+from saescope.paths import AnyPath, as_path, exists, move, occupied
 from saescope.progress import Progress, say
 from saescope.system import system_errors
 
@@ -56,7 +56,7 @@ def doctor(config: DoctorConfig) -> int:
     data/smollm2-135m-wikipedia: 132 files of 7 windows checked, all well
     0
     """
-    folder = place(config.path)
+    folder = as_path(config.path)
     changes = config.repair or config.set_aside or config.upgrade
     if not exists(folder / MANIFEST):
         raise ArtefactError(f"no harvest here ({MANIFEST} is missing)", where=config.path)
@@ -114,11 +114,11 @@ def _repaired(
     return store, _examined(store) if repair.done else report
 
 
-def _with_rebuilt_ledger(folder: Place, error: DamagedError) -> ActivationStore:
+def _with_rebuilt_ledger(folder: AnyPath, error: DamagedError) -> ActivationStore:
     """The store once its ledger is as it was; the error again if it is not the ledger's."""
     from activations.recompute.repair import rebuild_ledger
 
-    if place(error.where).name != LEDGER:
+    if as_path(error.where).name != LEDGER:
         raise ArtefactError(f"{error.what}; this cannot be repaired", where=error.where)
     manifest = read_manifest(folder, kind=KIND, schema=SCHEMA, sealed_since=LEDGER_SINCE)
     content = rebuild_ledger(folder, manifest)

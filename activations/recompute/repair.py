@@ -43,7 +43,7 @@ from activations.storage.verify import Fault, Report, descriptions
 from activations.storage.writer import HarvestWriter, WindowData, filled_up, write_documents
 from saescope.artefact import DamagedError, library_versions, read_json, write_json
 from saescope.errors import ArtefactError, SaescopeError
-from saescope.paths import Place, cut
+from saescope.paths import AnyPath, cut
 from saescope.progress import Progress, say
 from saescope.system import system_errors
 
@@ -327,7 +327,7 @@ class Repair:
         HarvestWriter(self.store).correct(correction_line(place, crc, why))
 
 
-def rebuild_ledger(folder: Place, manifest: Mapping[str, Any]) -> bytes:
+def rebuild_ledger(folder: AnyPath, manifest: Mapping[str, Any]) -> bytes:
     """The content of a store's damaged ledger, from its other files.
 
     It is right for certain, as its sha256 is in the manifest. Raises ArtefactError if that does not
@@ -346,7 +346,7 @@ def rebuild_ledger(folder: Place, manifest: Mapping[str, Any]) -> bytes:
     return content
 
 
-def _windows(folder: Place, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _windows(folder: AnyPath, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The windows of a store by its arrays `split` and `keep`."""
     count = read_json(folder / GROUP / "tokens" / METADATA)["shape"][0]
     per_window, chunk_rows = manifest["sequences_per_window"], manifest["chunk_rows"]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saescope.artefact import DamagedError, write_bytes
-from saescope.paths import Place, read_bytes
+from saescope.paths import AnyPath, read_bytes
 
 _PIECE = 256 << 10
 """Bytes read at once: their checksum is taken while they are in the processor's cache."""
@@ -33,12 +33,12 @@ def _flat_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
     return ordered.reshape(-1).view(np.uint8)
 
 
-def chunk_path(group: Place, array: str, chunk: int, ndim: int) -> Place:
+def chunk_path(group: AnyPath, array: str, chunk: int, ndim: int) -> AnyPath:
     """Where a chunk of whole rows of an array with `ndim` dimensions is."""
     return group.joinpath(array, "c", str(chunk), *["0"] * (ndim - 1))
 
 
-def write_chunk(path: Place, values: NDArray[Any], *, replaces: bool = False) -> int:
+def write_chunk(path: AnyPath, values: NDArray[Any], *, replaces: bool = False) -> int:
     """Write a chunk and return its crc32c.
 
     One that replaces another does so at once, flushed to the disk; a new one is for the caller to
@@ -59,7 +59,7 @@ def write_chunk(path: Place, values: NDArray[Any], *, replaces: bool = False) ->
 
 
 def read_chunk(
-    path: Place,
+    path: AnyPath,
     what: str,
     dtype: Any,
     shape: tuple[int, ...],
@@ -78,7 +78,7 @@ def read_chunk(
     return values
 
 
-def check_chunk(path: Place, what: str, nbytes: int, crc: int | None) -> None:
+def check_chunk(path: AnyPath, what: str, nbytes: int, crc: int | None) -> None:
     """Read a chunk of so many bytes as `read_chunk` does, but keep none of it. Raises DamagedError.
 
     Half as much memory is written to, in half the time.
@@ -89,7 +89,7 @@ def check_chunk(path: Place, what: str, nbytes: int, crc: int | None) -> None:
 
 
 def _read_checked(
-    path: Place, what: str, pieces: Iterable[NDArray[np.uint8]], nbytes: int, crc: int | None
+    path: AnyPath, what: str, pieces: Iterable[NDArray[np.uint8]], nbytes: int, crc: int | None
 ) -> None:
     """Fill one piece after another from a chunk that should have so many bytes of values."""
     found = 0
@@ -117,12 +117,12 @@ def _read_checked(
         raise not_the_one(what, path)
 
 
-def _opened(path: Place) -> FileIO | BytesIO:
+def _opened(path: AnyPath) -> FileIO | BytesIO:
     """A file, or the whole content of an object."""
     return path.open("rb", buffering=0) if isinstance(path, Path) else BytesIO(read_bytes(path))
 
 
-def read_part(path: Place, what: str, first: int, out: NDArray[Any]) -> None:
+def read_part(path: AnyPath, what: str, first: int, out: NDArray[Any]) -> None:
     """Put consecutive entries of a chunk from number `first` on into `out`, unchecked.
 
     Raises DamagedError if they are not there.
@@ -144,12 +144,12 @@ def read_part(path: Place, what: str, first: int, out: NDArray[Any]) -> None:
         raise cut_short(what, path)
 
 
-def cut_short(what: str, path: Place) -> DamagedError:
+def cut_short(what: str, path: AnyPath) -> DamagedError:
     """The error of a file that ends before it should."""
     return DamagedError(f"{what} is damaged: cut short", where=str(path), kind="truncated")
 
 
-def unreadable(what: str, path: Place, error: OSError) -> DamagedError:
+def unreadable(what: str, path: AnyPath, error: OSError) -> DamagedError:
     """The error of a file that the system does not give."""
     if isinstance(error, FileNotFoundError):
         return DamagedError(f"{what} is missing", where=str(path), kind="missing")
@@ -165,7 +165,7 @@ def _fill(stream: FileIO | BytesIO, data: NDArray[np.uint8]) -> int:
     return len(left)
 
 
-def not_the_one(what: str, path: Place) -> DamagedError:
+def not_the_one(what: str, path: AnyPath) -> DamagedError:
     """The error of a file that is whole, but in the place of another."""
     message = f"{what} is damaged: it is whole, but not the one that was committed here"
     return DamagedError(message, where=str(path), kind="swapped")

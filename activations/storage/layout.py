@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from activations.storage.row_formats import FILLS, SCALE, RowArray, StorageKind, site_arrays
 from saescope.artefact import read_json, write_json
-from saescope.paths import Place
+from saescope.paths import AnyPath
 
 GROUP, DOCUMENTS, METADATA = "activations.zarr", "documents.parquet", "zarr.json"
 PENDING = "pending"
@@ -112,7 +112,7 @@ def _attributes(name: str, array: RowArray) -> dict[str, str]:
     return {"scale_of": array.site}
 
 
-def described_arrays(group: Place, facts: Mapping[str, Any]) -> dict[str, Any]:
+def described_arrays(group: AnyPath, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Zarr's description of each array of a group, as if it were empty; "" is the group's own."""
     found = {name: read_json(group / name / METADATA) for name in array_names(facts)}
     empty = {name: with_length(described, 0) for name, described in found.items()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saescope.artefact import DamagedError
-from saescope.paths import Place, cut, read_bytes
+from saescope.paths import AnyPath, cut, read_bytes
 
 LEDGER = "windows.jsonl"
 LEDGER_SINCE = 2
@@ -100,7 +100,7 @@ class Ledger:
     _digest: Any = field(default_factory=hashlib.sha256)
 
     @classmethod
-    def of(cls, folder: Place, manifest: Mapping[str, Any]) -> "Ledger":
+    def of(cls, folder: AnyPath, manifest: Mapping[str, Any]) -> "Ledger":
         """The ledger of a store. Raises DamagedError if it is not the one the manifest means."""
         if manifest["schema"] < LEDGER_SINCE:
             return cls([Window(**window) for window in manifest["windows"]])
@@ -171,7 +171,7 @@ class Ledger:
         self.size += len(line)
         self._digest.update(line)
 
-    def append(self, folder: Place, line: bytes) -> None:
+    def append(self, folder: AnyPath, line: bytes) -> None:
         """Write a line after those that count, flush it to the disk and take it into account.
 
         It is committed once the manifest is written that counts it.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from activations.storage.chunk_files import cut_short, unreadable
-from saescope.paths import Place
+from saescope.paths import AnyPath
 
 
 class MappedRows:
@@ -40,7 +40,7 @@ class MappedRows:
         chunk_rows: int,
         tail: tuple[int, ...],
         dtype: Any,
-        path_of: Callable[[int], Place],
+        path_of: Callable[[int], AnyPath],
     ) -> None:
         self._name, self._chunk_rows, self._path_of = name, chunk_rows, path_of
         self._row = int(np.prod(tail, dtype=np.int64)) * np.dtype(dtype).itemsize
@@ -111,7 +111,7 @@ class MappedRows:
         self._files[chunk] = found.st_ino
 
 
-def mappable(path: Place, nbytes: int) -> bool:
+def mappable(path: AnyPath, nbytes: int) -> bool:
     """Whether files like this one, of so many bytes, can be mapped one behind the other."""
     if sys.platform != "linux" or not isinstance(path, Path) or nbytes % mmap.PAGESIZE:
         return False

@@ -64,7 +64,7 @@ from activations.storage.verify import examine
 from saescope.artefact import DamagedError, read_manifest, sha256_json
 from saescope.errors import ArtefactError, InputError
 from saescope.integers import as_index
-from saescope.paths import Place, exists, place, read_bytes
+from saescope.paths import AnyPath, as_path, exists, read_bytes
 
 if TYPE_CHECKING:
     from activations.recompute.computed_rows import ComputedRows
@@ -93,7 +93,7 @@ class ActivationStore:
     (torch.Size([16384, 576]), torch.bfloat16)
     """
 
-    def __init__(self, path: Place, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: AnyPath, manifest: dict[str, Any]) -> None:
         self.path, self._group = path, path / GROUP
         self.manifest = manifest
         self.ledger = Ledger.of(path, manifest)
@@ -101,27 +101,27 @@ class ActivationStore:
         self._chunk_rows = int(manifest["chunk_rows"])
 
     @classmethod
-    def open(cls, path: str | Place) -> "ActivationStore":
+    def open(cls, path: str | AnyPath) -> "ActivationStore":
         """Open a store to read it, complete or not, by its folder or its URL.
 
         Raises ArtefactError if there is none, it is damaged or cannot be reached, or a newer
         saescope wrote it; InputError for a URL that cannot be used.
         """
-        folder = place(path)
+        folder = as_path(path)
         store = cls.read(folder)
         if not exists(folder / GROUP / METADATA):
             raise ArtefactError(f"{GROUP} is missing or damaged", where=str(folder))
         return store
 
     @classmethod
-    def read(cls, folder: Place) -> "ActivationStore":
+    def read(cls, folder: AnyPath) -> "ActivationStore":
         """What manifest and ledger say, whatever is left of the rest."""
         manifest = read_manifest(folder, kind=KIND, schema=SCHEMA, sealed_since=LEDGER_SINCE)
         return cls(folder, manifest)
 
     @classmethod
     def from_arrays(
-        cls, path: "str | Path | Place", arrays: Mapping[str, Any], **options: Any
+        cls, path: "str | Path | AnyPath", arrays: Mapping[str, Any], **options: Any
     ) -> "ActivationStore":
         """A store of activations that you have: {site: rows [n, d_in]}, the same rows at all sites.
 
@@ -365,7 +365,7 @@ class ActivationStore:
             lambda chunk: self._row_path(array, chunk),
         )
 
-    def _row_path(self, array: str, chunk: int) -> Place:
+    def _row_path(self, array: str, chunk: int) -> AnyPath:
         return chunk_path(self._group, array, chunk, 1 + len(self._row_arrays[array].tail))
 
     def read_sequences(self, array: str, window: int) -> NDArray[Any]:
@@ -393,7 +393,7 @@ class ActivationStore:
         path = self.sequence_chunk_path(array, chunk)
         return read_chunk(path, f"chunk {chunk} of {array}", SEQUENCE_ARRAYS[array], shape, None)
 
-    def sequence_chunk_path(self, array: str, chunk: int) -> Place:
+    def sequence_chunk_path(self, array: str, chunk: int) -> AnyPath:
         """File of a chunk of an array [sequence, ...]."""
         return chunk_path(self.path / GROUP, array, chunk, 1 if array == "split" else 2)
 

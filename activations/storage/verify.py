@@ -22,7 +22,7 @@ from activations.storage.layout import (
 from activations.storage.ledger import LEDGER, LEDGER_SINCE
 from saescope.artefact import MANIFEST, DamagedError, read_json
 from saescope.leftovers import is_leftover
-from saescope.paths import Place, below, exists, listing, objects, read_bytes
+from saescope.paths import AnyPath, below, exists, listing, objects, read_bytes
 
 if TYPE_CHECKING:
     from activations.storage.reader import ActivationStore
@@ -68,7 +68,9 @@ def examine(store: "ActivationStore", advance: Callable[[int], None] = lambda _:
     """
     report = Report()
 
-    def check(path: Place, array: str | None, chunk: int | None, *reads: Callable[[], Any]) -> None:
+    def check(
+        path: AnyPath, array: str | None, chunk: int | None, *reads: Callable[[], Any]
+    ) -> None:
         report.checked += 1
         advance(1)
         try:
@@ -133,7 +135,7 @@ def n_sequence_chunks(store: "ActivationStore") -> int:
 
 def _files(
     store: "ActivationStore",
-) -> Iterator[tuple[Place, str | None, int | None, list[Callable[[], Any]]]]:
+) -> Iterator[tuple[AnyPath, str | None, int | None, list[Callable[[], Any]]]]:
     """Every file that should be there: (path, array, chunk, how to read and check it)."""
     group = store.path / GROUP
     for name, described in descriptions(store).items():
@@ -180,7 +182,7 @@ def descriptions(store: "ActivationStore") -> dict[str, dict[str, Any]]:
     return found
 
 
-def _check_description(store: "ActivationStore", path: Place, expected: dict[str, Any]) -> None:
+def _check_description(store: "ActivationStore", path: AnyPath, expected: dict[str, Any]) -> None:
     if not exists(path):
         raise DamagedError("Zarr's description is missing", where=str(path), kind="missing")
     found = read_json(path)
@@ -199,12 +201,12 @@ def _check_description(store: "ActivationStore", path: Place, expected: dict[str
             raise DamagedError(what, where=str(path))
 
 
-def is_partial(path: Place) -> bool:
+def is_partial(path: AnyPath) -> bool:
     """Whether this is what a process that was killed while writing left behind."""
     return path.suffix == ".partial" or is_leftover(path)
 
 
-def is_uncommitted(store: "ActivationStore", path: Place) -> bool:
+def is_uncommitted(store: "ActivationStore", path: AnyPath) -> bool:
     """Whether a file has the name of a chunk, or list, of a window that is not committed."""
     parts = below(path, store.path)
     if len(parts) == 2 and parts[0] == DOCUMENTS:
@@ -221,7 +223,7 @@ def _n_chunks(store: "ActivationStore", array: str) -> int:
     return lengths(store)[array] // int(store.manifest["chunk_rows"])
 
 
-def strangers(store: "ActivationStore") -> Iterator[Place]:
+def strangers(store: "ActivationStore") -> Iterator[AnyPath]:
     """Files and folders that no part of a store has; of a strange folder not what is inside."""
     counts = {name: _n_chunks(store, name) for name in array_names(store.manifest)}
 
@@ -251,7 +253,7 @@ def strangers(store: "ActivationStore") -> Iterator[Place]:
 
     entries = listing(store.path)
 
-    def walk(parts: tuple[str, ...]) -> Iterator[Place]:
+    def walk(parts: tuple[str, ...]) -> Iterator[AnyPath]:
         for name, is_folder in entries(parts):
             inside = (*parts, name)
             if not belongs(inside, is_folder):
@@ -262,7 +264,7 @@ def strangers(store: "ActivationStore") -> Iterator[Place]:
     return walk(())
 
 
-def left_by_creation(folder: Place) -> list[Place]:
+def left_by_creation(folder: AnyPath) -> list[AnyPath]:
     """What an interrupted creation left in an object store; a folder on disk appears at once."""
     if isinstance(folder, Path):
         return []
@@ -273,14 +275,14 @@ def _begins(parts: tuple[str, ...]) -> bool:
     return parts == (LEDGER,) or (parts[0] == GROUP and parts[-1] == METADATA)
 
 
-def holds_another(folder: Place) -> bool:
+def holds_another(folder: AnyPath) -> bool:
     """Whether something is where a store is to be, besides what a creation left."""
     if isinstance(folder, Path):
         return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     return exists(folder) or len(objects(folder)) > len(left_by_creation(folder))
 
 
-def _origin(store: "ActivationStore", path: Place) -> str:
+def _origin(store: "ActivationStore", path: AnyPath) -> str:
     """Where the content of a swapped chunk belongs, if it is one of this store."""
     crc = int.from_bytes(read_bytes(path)[-4:], "little")
     for array in row_arrays(store.manifest):

@@ -39,7 +39,7 @@ from saescope.artefact import (
     write_json,
     write_manifest,
 )
-from saescope.paths import Place, below, cut, move, remove
+from saescope.paths import AnyPath, below, cut, move, remove
 from saescope.system import system_errors
 
 _WRITTEN_ANEW = (
@@ -111,10 +111,10 @@ class HarvestWriter:
         last = store.windows[-1] if store.windows else Window(SPLITS[0], 0, 0, 0, 0)
         self._chunks = last.first_chunk + len(last.chunks(self._chunk_rows))
         self._sequences = last.first_sequence + last.sequences
-        self._written: list[Place] = []
+        self._written: list[AnyPath] = []
 
     @classmethod
-    def create(cls, path: Place, facts: dict[str, Any]) -> "HarvestWriter":
+    def create(cls, path: AnyPath, facts: dict[str, Any]) -> "HarvestWriter":
         """Make an empty store; it is there once its manifest is, which comes with all else or last.
 
         In an object store, what an interruption left of an earlier attempt goes first.
@@ -293,7 +293,7 @@ class HarvestWriter:
             write_chunk(path, whole, replaces=piece.start > 0)
         return found
 
-    def _flush(self, written: list[Place]) -> None:
+    def _flush(self, written: list[AnyPath]) -> None:
         """Force chunk files, and the folders that name them, to the disk."""
         root = self.path / GROUP
         if not isinstance(root, Path):
@@ -337,7 +337,7 @@ def filled_up(array: str, values: NDArray[Any], length: int) -> NDArray[Any]:
 
 
 def write_documents(
-    folder: Place,
+    folder: AnyPath,
     window: int,
     split: str,
     described: Sequence[tuple[Any, ...]],
@@ -361,7 +361,7 @@ def _made(store: ActivationStore) -> dict[str, Any]:
     return {name: store.manifest[name] for name in ("created", "versions", "commit")}
 
 
-def _write_manifest(folder: Place, facts: dict[str, Any], ledger: Ledger) -> None:
+def _write_manifest(folder: AnyPath, facts: dict[str, Any], ledger: Ledger) -> None:
     write_manifest(
         folder, kind=KIND, schema=SCHEMA, parent=None, sealed=True, ledger=ledger.committed, **facts
     )

@@ -13,7 +13,7 @@ from activations.recompute import doctor as harvests
 from sae.commands.examination import Examination, examine, kind_of_artefact
 from saescope.errors import ArtefactError, InputError
 from saescope.leftovers import leftovers, remove_leftover
-from saescope.paths import Place, place
+from saescope.paths import AnyPath, as_path
 from saescope.progress import say
 
 _DEEPEST = 4
@@ -43,7 +43,7 @@ def doctor(config: DoctorConfig) -> int:
     runs/smollm2-135m-topk: run, 6 files checked: all well
     0
     """
-    path = place(config.path)
+    path = as_path(config.path)
     if not isinstance(path, Path):
         return _harvest(config, path)
     if not path.exists():
@@ -69,7 +69,7 @@ def _one(config: DoctorConfig, path: Path, kind: str) -> int:
     return _say(path, kind, examine(path, kind))
 
 
-def _harvest(config: DoctorConfig, path: Place) -> int:
+def _harvest(config: DoctorConfig, path: AnyPath) -> int:
     names = [field.name for field in dataclasses.fields(harvests.DoctorConfig)]
     own = {name: getattr(config, name) for name in names}
     return harvests.doctor(harvests.DoctorConfig(**{**own, "path": str(path)}))

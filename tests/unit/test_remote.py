@@ -31,7 +31,7 @@ from saescope import artefact
 from saescope.__main__ import main
 from saescope.errors import ArtefactError, InputError
 from saescope.locks import locked
-from saescope.paths import is_remote, local, place
+from saescope.paths import as_path, is_remote, local
 from tests.damage import GROUP, assert_same_content, files_of
 from tests.interrupt import Interrupt, Killed
 from tests.tiny import make_tiny_corpus, make_tiny_model
@@ -217,7 +217,7 @@ def test_an_interruption_before_the_manifest_leaves_a_place_to_begin_anew(
         Interrupt(patch, artefact, "put", 9, Killed())
         with pytest.raises(Killed):
             harvest(other)
-    assert files_of(place(other.out))
+    assert files_of(as_path(other.out))
     assert_same_content(harvest(make("memory://bucket/new")).path, on_disk.path)
 
 
@@ -225,7 +225,7 @@ def test_what_is_there_is_not_written_over(make: Make) -> None:
     fsspec.filesystem("memory").pipe_file("/bucket/new/notes.txt", b"mine")
     with pytest.raises(InputError, match="holds no harvest"):
         harvest(make("memory://bucket/new"))
-    assert files_of(place("memory://bucket/new")) == {"notes.txt": b"mine"}
+    assert files_of(as_path("memory://bucket/new")) == {"notes.txt": b"mine"}
 
 
 def test_grows_as_a_local_one(root: Path, make: Make, tmp_path: Path) -> None:
@@ -288,14 +288,14 @@ def test_damage_is_found_named_and_repaired(
     with pytest.raises(ArtefactError, match="chunk"):
         list(ActivationLoader(ActivationStore.open(there), SITE, batch_size=50, epochs=1))
     assert main(["doctor", there, "--repair", "--set-aside"]) == 0
-    assert_same_content(place(there), on_disk.path)
+    assert_same_content(as_path(there), on_disk.path)
     assert disk.cat_file(f"{there}.set-aside-1/strange/file") == b"?"
 
 
 def test_a_lost_ledger_is_rebuilt(there: str, on_disk: ActivationStore) -> None:
     fsspec.filesystem("memory").rm_file(f"{there}/windows.jsonl")
     assert main(["doctor", there, "--repair"]) == 0
-    assert_same_content(place(there), on_disk.path)
+    assert_same_content(as_path(there), on_disk.path)
 
 
 def test_a_second_writer_is_refused_in_one_process(make: Make) -> None:
@@ -388,7 +388,7 @@ def test_an_unknown_kind_of_storage_is_refused(make: Make, tmp_path: Path) -> No
             harvest(make(url))
         with pytest.raises(InputError, match="no such kind of storage"):
             ActivationStore.open(url)
-    assert place(f"file://{tmp_path}/x") == tmp_path / "x"
+    assert as_path(f"file://{tmp_path}/x") == tmp_path / "x"
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +414,7 @@ def test_a_store_that_cannot_be_reached_is_not_taken_as_damaged(
 
 
 def test_what_is_remote_and_what_must_be_local(there: str) -> None:
-    assert [is_remote(x) for x in (there, place(there), "data/x", Path("x"), "file:///x")] == [
+    assert [is_remote(x) for x in (there, as_path(there), "data/x", Path("x"), "file:///x")] == [
         True, True, False, False, False
     ]  # fmt: skip
     with pytest.raises(InputError, match="several processes need"):

@@ -21,7 +21,7 @@ from saescope import artefact
 from saescope.__main__ import main
 from saescope.errors import ArtefactError, InputError
 from saescope.locks import locked
-from saescope.paths import exists, listing, place, put, remove
+from saescope.paths import as_path, exists, listing, put, remove
 from tests.damage import GROUP, assert_same_content
 from tests.interrupt import Interrupt, Killed
 from tests.tiny import make_tiny_corpus, make_tiny_model
@@ -77,18 +77,18 @@ def test_harvest_resume_read_doctor(
         Interrupt(patch, artefact, "put", 30, Killed())
         with pytest.raises(Killed):
             harvest(config)
-    assert not exists(place("s3://bucket/folder/.name.lock"))
+    assert not exists(as_path("s3://bucket/folder/.name.lock"))
     store = harvest(config)
     assert_same_content(store.path, on_disk.path)
     assert store.verify() == on_disk.verify()
-    assert listing(place("s3://bucket/folder"))(()) == [("name", True)]
+    assert listing(as_path("s3://bucket/folder"))(()) == [("name", True)]
     one, other = (
         ActivationLoader(each, SITE, batch_size=50, epochs=1) for each in (store, on_disk)
     )
     assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
     for name in (f"{GROUP}/{SITE}/c/1/0", "documents.parquet/part-000000.parquet"):
-        remove(place(f"{url}/{name}"))
+        remove(as_path(f"{url}/{name}"))
     content = bytearray((root / "out" / GROUP / SITE / "c" / "2" / "0").read_bytes())
     content[7] ^= 1
     artefact.write_bytes(f"{url}/{GROUP}/{SITE}/c/2/0", bytes(content))
@@ -102,7 +102,7 @@ def test_harvest_resume_read_doctor(
 
 
 def test_only_one_writer_is_let_in(root: Path) -> None:
-    url, lock = "s3://bucket/other", place("s3://bucket/.other.lock")
+    url, lock = "s3://bucket/other", as_path("s3://bucket/.other.lock")
     with locked(url, "test"):
         with pytest.raises(ArtefactError, match="in use by test, process"):
             harvest(config_of(root, url))
