@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sae.indexing.build import STORE_FILE
 from saescope.progress import say
 from store import FeatureStore
+from store.database import STORE_FILE
 from store.results import Example
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,7 +27,6 @@ from benchmarks.running import run
 from dashboards.demo_command import FULL, QUICK, Size
 from sae.bench.rows import processor
 from sae.formats.hub import evaluation_file
-from sae.indexing.build import STORE_FILE
 from sae.training.trainer import METRICS
 from saescope.artefact import git_commit, write_bytes
 from saescope.config import Config, read_toml
@@ -35,6 +34,7 @@ from saescope.errors import ArtefactError, InputError
 from saescope.examples import examples
 from saescope.progress import say
 from store import FeatureStore
+from store.database import STORE_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saescope.paths import as_path
+from store.database import STORE_FILE
 
 if TYPE_CHECKING:
     from activations import HarvestConfig
@@ -74,7 +75,6 @@ def work_left(
     from activations.harvesting.pipeline import begun
     from sae.formats.hub import evaluation_file
     from sae.formats.load import SAE_FOLDER
-    from sae.indexing.build import STORE_FILE
 
     harvest = begun(harvesting, as_path(harvesting.out))
     planned = harvesting.max_tokens or 0

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from saescope.errors import ArtefactError
-from store.database import FILE_NAME
+from store.database import STORE_FILE
 
 PLACE_VARIABLE = "SAESCOPE_STORE"
 NAMED_VARIABLE = "SAESCOPE_NAMED"
@@ -20,10 +20,10 @@ def find_stores(place: str | Path) -> dict[str, Path]:
     """
     root = Path(place).expanduser().resolve()
     if root.is_file():
-        return {root.parent.name if root.name == FILE_NAME else root.stem: root}
-    if (root / FILE_NAME).is_file():
-        return {root.name: root / FILE_NAME}
-    found = {file.parent.name: file for file in sorted(root.glob(f"*/{FILE_NAME}"))}
+        return {root.parent.name if root.name == STORE_FILE else root.stem: root}
+    if (root / STORE_FILE).is_file():
+        return {root.name: root / STORE_FILE}
+    found = {file.parent.name: file for file in sorted(root.glob(f"*/{STORE_FILE}"))}
     if not found:
         raise ArtefactError(
             "no feature store here; `saescope index RUN --out FOLDER` makes one", where=str(place)

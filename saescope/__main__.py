@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import NoReturn
 
-from saescope import config, memory, progress, ranks
+from saescope import config, memory, progress
 from saescope.errors import SaescopeError
+from saescope.process_rank import this_rank
 from saescope.standins import stand_ins
 from saescope.system import system_errors
 from saescope.terminal import complain, mute
@@ -250,7 +251,7 @@ def _one_voice() -> Iterator[None]:
 
     For what all of them do alike; each goes on, or exits with the same code.
     """
-    if ranks.here().number == 0:
+    if this_rank().number == 0:
         yield
         return
     try:

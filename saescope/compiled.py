@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from saescope.assets import cache_dir
+from saescope.cache import cache_dir
 from saescope.errors import ArtefactError
 from saescope.seals import seal_of
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saescope.artefact import write_bytes
-from saescope.assets import cache_dir
+from saescope.cache import cache_dir
 from saescope.errors import ArtefactError, InputError
 from saescope.paths import AnyPath, as_path, exists, put, read_bytes, remove
 from saescope.system import system_errors

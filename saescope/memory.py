@@ -1,6 +1,7 @@
-"""How the process keeps memory, set once by the command line."""
+"""The machine's memory, and how this process gives freed memory back."""
 
 import ctypes
+import os
 import sys
 
 # names and numbers of glibc's malloc.h
@@ -22,3 +23,8 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, 64 << 20)
+
+
+def physical_memory() -> int:
+    """Bytes of memory in this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -6,10 +6,12 @@ Libraries in Rust give its number in their message only, torch and NumPy sometim
 import errno
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import overload
 
 from saescope.errors import ArtefactError, SaescopeError
 from saescope.paths import AnyPath, read_bytes
@@ -82,6 +84,22 @@ def reserve(path: Path, size: int) -> None:
             stream.write(_ZEROS[:left])
         stream.flush()
         os.fsync(stream.fileno())
+
+
+@overload
+def free_bytes(path: Path) -> int: ...
+@overload
+def free_bytes(path: AnyPath) -> int | None: ...
+def free_bytes(path: AnyPath) -> int | None:
+    """Free bytes on the disk of a file or folder, which need not be there yet.
+
+    None in an object store, which has no such limit.
+    """
+    if not isinstance(path, Path):
+        return None
+    absolute = path.absolute()
+    existing = next(p for p in (absolute, *absolute.parents) if p.exists())
+    return shutil.disk_usage(existing).free
 
 
 def check_readable(path: Path) -> None:

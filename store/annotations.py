@@ -15,7 +15,7 @@ from saescope.errors import ArtefactError, InputError
 from saescope.integers import as_index, as_indices
 from store import annotation_file
 from store.annotation_file import LONGEST_LABEL, LONGEST_NOTE
-from store.database import FILE_NAME
+from store.database import STORE_FILE
 
 FAVOURITES = "favourites"
 _LARGEST = 2**31 - 1
@@ -46,7 +46,7 @@ def annotations_file(store_path: str | Path) -> Path:
     'features.annotations.sqlite'
     """
     path = Path(store_path)
-    file = path / FILE_NAME if path.is_dir() else path
+    file = path / STORE_FILE if path.is_dir() else path
     return file.with_name(f"{file.stem}.annotations.sqlite")
 
 

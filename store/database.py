@@ -22,7 +22,7 @@ from saescope.errors import ArtefactError
 
 KIND = "feature store"
 SCHEMA = 2
-FILE_NAME = "features.duckdb"
+STORE_FILE = "features.duckdb"
 _ODD = "?\\"
 
 
@@ -98,7 +98,7 @@ def _is_utf8(text: str) -> bool:
 def store_file(path: str | Path) -> Path:
     """The store's file for a path of it or of its folder; ArtefactError if there is none."""
     given = Path(path)
-    file = given / FILE_NAME if given.is_dir() else given
+    file = given / STORE_FILE if given.is_dir() else given
     if not file.is_file():
         raise ArtefactError(
             "no feature store here; `saescope index RUN` makes one", where=str(path)

@@ -16,8 +16,8 @@ from activations.storage.writer import HarvestWriter
 from saescope.config import to_dict
 from saescope.errors import InputError
 from saescope.paths import AnyPath, as_path
+from saescope.process_rank import this_rank
 from saescope.progress import say
-from saescope.ranks import here
 from saescope.system import system_errors
 
 
@@ -38,7 +38,7 @@ def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationSt
     >>> append(dataclasses.replace(config, corpus=more, max_tokens=None))  # doctest: +SKIP
     """
     out = as_path(config.out)
-    if here().number > 0:
+    if this_rank().number > 0:
         return assist(config, lambda: _begun(config, out))
     with window_locks.leading(out) as team:
         store = ActivationStore.open(out)

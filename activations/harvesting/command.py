@@ -8,12 +8,13 @@ from activations.harvesting.append import append, is_there, planned_part
 from activations.harvesting.bring_command import BringCommand, run_bring
 from activations.harvesting.corpus_reader import Text
 from activations.harvesting.pipeline import HarvestConfig, begun, harvest, model_of, planned_facts
-from activations.harvesting.plan import describe, free_bytes, refuse_too_much
+from activations.harvesting.plan import describe, refuse_too_much
 from activations.harvesting.segments import parts
 from activations.storage.reader import ActivationStore
 from saescope.paths import as_path
+from saescope.process_rank import this_rank
 from saescope.progress import say
-from saescope.ranks import here
+from saescope.system import free_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def run(command: HarvestCommand | BringCommand) -> ActivationStore | None:
         values["model"] = replace(command.model, trust_remote_code=True)
     config = HarvestConfig(**values)
     if command.plan:
-        if here().number == 0:
+        if this_rank().number == 0:
             _say_plan(config, appends=command.append, ignore_space=command.ignore_space)
         return None
     work = append if command.append else harvest

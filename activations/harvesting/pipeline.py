@@ -42,8 +42,8 @@ from saescope.config import Config, to_dict
 from saescope.errors import InputError, check_range
 from saescope.leftovers import remove_leftovers
 from saescope.paths import AnyPath, as_path, exists
+from saescope.process_rank import this_rank
 from saescope.progress import Progress, as_size, say, silent
-from saescope.ranks import here
 from saescope.system import system_errors
 
 _WINDOW_BYTES = 512 << 20
@@ -189,7 +189,7 @@ def harvest(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationS
     (1031337, 576)
     """
     out = as_path(config.out)
-    if here().number > 0:
+    if this_rank().number > 0:
         return assist(config, lambda: begun(config, out))
     store = begun(config, out)
     if store is None or not store.complete:

@@ -1,13 +1,10 @@
 """What a harvest will take, said before anything is written: rows, disk, memory, time."""
 
-import os
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from activations.corpora.packing import PackingCounts, Sequences
@@ -20,8 +17,10 @@ from activations.models.forward_memory import in_planned_batches
 from activations.models.language import Model
 from activations.storage.layout import SPLITS, array_names, row_arrays
 from saescope.errors import InputError
+from saescope.memory import physical_memory
 from saescope.paths import AnyPath, as_path
 from saescope.progress import Progress, as_size, duration, silent
+from saescope.system import free_bytes
 
 if TYPE_CHECKING:
     from activations.harvesting.pipeline import HarvestConfig
@@ -62,15 +61,6 @@ def needs(facts: Mapping[str, Any], planned: Mapping[str, int], share: float = 1
 def _per_sequence(facts: Mapping[str, Any]) -> int:
     """The most rows of a sequence; harvests from before this was said had one model and kind."""
     return int(facts.get("rows_per_sequence", facts["config"]["context"] - 1))
-
-
-def free_bytes(out: AnyPath) -> int | None:
-    """Free space on the disk where a folder is, or will be; None in an object store, as it has no
-    such limit."""
-    if not isinstance(out, Path):
-        return None
-    here = out.absolute()
-    return shutil.disk_usage(next(p for p in (here, *here.parents) if p.exists())).free
 
 
 def check_space(
@@ -123,7 +113,6 @@ def describe(
     window = facts["sequences_per_window"] * _per_sequence(facts) * width
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
-    held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     most = " at most" if config.max_tokens is not None else ""
     lines = [
         f"{config.out}: {model.name} ({model.dtype_name}, {model.device.type}), "
@@ -137,7 +126,7 @@ def describe(
         f"disk     {as_size(needed.size)}; {_room(free_bytes(as_path(config.out)))}",
         # one window is filled while another is written, a chunk at a time
         f"memory   about {as_size(peak + 2 * window + facts['chunk_rows'] * width)}; "
-        f"{held / 1e9:.0f} GB in this machine",
+        f"{physical_memory() / 1e9:.0f} GB in this machine",
         f"time     {duration(tokens * seconds)}, from {_MEASURED} batches of "
         f"{config.batch_sequences} sequences ({1 / seconds:,.0f} tokens/s)",
     ]

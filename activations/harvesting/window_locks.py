@@ -24,10 +24,10 @@ from activations.harvesting.staging import Staging
 from activations.harvesting.windows import MissingWindow
 from activations.storage.layout import PENDING
 from activations.storage.writer import HarvestWriter, WindowData
-from saescope import ranks
 from saescope.errors import ArtefactError
 from saescope.locks import locked
 from saescope.paths import AnyPath, local, remove
+from saescope.process_rank import this_rank
 from saescope.progress import Progress
 from saescope.system import system_errors
 
@@ -139,7 +139,7 @@ def ranks_file(out: Path) -> Path:
 @contextmanager
 def member(out: Path) -> Iterator[Team]:
     """This process as a rank of the harvest there. Raises ArtefactError as `Team` does."""
-    team = Team(out, ranks.here().number)
+    team = Team(out, this_rank().number)
     try:
         yield team
     finally:
@@ -152,7 +152,7 @@ def leading(out: AnyPath) -> Iterator[Team | None]:
 
     Raises InputError for several ranks and an object store; ArtefactError as `locked` and `Team`.
     """
-    several = ranks.here().size > 1
+    several = this_rank().size > 1
     if several:
         out = shared_folder(out)
     with locked(out, "harvest"):
@@ -172,7 +172,7 @@ def shared_folder(out: str | AnyPath) -> Path:
 
 def own_device(device: str) -> str:
     """The device of this rank: of several on a machine each takes a card, if any, in turn."""
-    here = ranks.here()
+    here = this_rank()
     if here.local_size > 1 and device in ("cuda", "auto") and torch.cuda.device_count() > 0:
         return f"cuda:{here.local % torch.cuda.device_count()}"
     return device

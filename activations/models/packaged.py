@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from saescope.artefact import DamagedError, atomic_path, check_seal, read_json
-from saescope.assets import ASSETS, cache_dir, extract_member, wheel
+from saescope.assets import ASSETS, extract_member, wheel
+from saescope.cache import cache_dir
 from saescope.errors import ArtefactError
 from saescope.progress import say
 from saescope.replacing import Kind

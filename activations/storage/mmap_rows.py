@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from activations.storage.chunk_files import cut_short, unreadable
+from saescope.memory import physical_memory
 from saescope.paths import AnyPath
 
 
@@ -54,7 +55,7 @@ class MappedRows:
         )
         entries = chunks * chunk_rows * int(np.prod(tail, dtype=np.int64))
         self.array = np.frombuffer(region, dtype, entries).reshape(chunks * chunk_rows, *tail)
-        self._stays = chunks * self._chunk_bytes <= _memory() // 2
+        self._stays = chunks * self._chunk_bytes <= physical_memory() // 2
         self._files: dict[int, int] = {}
         """which file a mapped chunk is, by its inode"""
 
@@ -145,11 +146,6 @@ def _advise(address: int, nbytes: int, advice: int) -> bool:
 def _error() -> OSError:
     number = ctypes.get_errno()
     return OSError(number, os.strerror(number))
-
-
-def _memory() -> int:
-    """Bytes of the machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @functools.cache

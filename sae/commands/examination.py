@@ -23,7 +23,7 @@ from saescope.errors import ArtefactError, SaescopeError
 from saescope.leftovers import is_leftover
 from saescope.seals import FILES, SEAL, check_file, seal_of_bytes
 from store.annotations import annotations_file
-from store.database import FILE_NAME
+from store.database import STORE_FILE
 from store.examination import examine_annotations, examine_store
 
 _BESIDE_WEIGHTS = ("README.md", EVALUATION_FILE)
@@ -76,7 +76,7 @@ def kind_of_artefact(path: Path) -> str | None:
             return "annotations"
         return "store" if path.suffix == ".duckdb" else None
     names = {member.name for member in path.iterdir()} if path.is_dir() else set()
-    if FILE_NAME in names:
+    if STORE_FILE in names:
         return "store"
     if SEALS in names:
         return "packaged model"
@@ -215,7 +215,7 @@ def _sweep(found: Examination, folder: Path) -> None:
 
 
 def _store(found: Examination, path: Path) -> None:
-    file = path / FILE_NAME if path.is_dir() else path
+    file = path / STORE_FILE if path.is_dir() else path
     found.checked += 1
     for what in examine_store(file):
         found.fault(file, "damaged", what)
@@ -223,7 +223,7 @@ def _store(found: Examination, path: Path) -> None:
     if path.is_dir():
         notes = annotations_file(file).name
         journals = [f"{notes}{end}" for end in ("-journal", "-wal", "-shm")]
-        found.strangers(path, [FILE_NAME, notes, *journals])
+        found.strangers(path, [STORE_FILE, notes, *journals])
 
 
 def _annotations(found: Examination, path: Path) -> None:

@@ -8,12 +8,12 @@ from activations.models.names import hub_name
 from activations.models.packaged import PACKAGED_MODELS
 from sae.core.base import SparseAutoencoder
 from sae.formats.load import load
-from sae.indexing.build import STORE_FILE
 from sae.steering.steer import steer
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 from saescope.progress import say
 from store import FeatureFilter, FeatureStore
+from store.database import STORE_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

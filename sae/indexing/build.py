@@ -30,8 +30,8 @@ from saescope.replacing import check_apart, check_replaceable
 from saescope.system import system_errors
 from store import StoreWriter
 from store.checking import STORE
+from store.database import STORE_FILE
 
-STORE_FILE = "features.duckdb"
 LARGEST_LOGIT = "largest_logit_effect"
 _SEQUENCES = 4096
 _FEATURES = 512

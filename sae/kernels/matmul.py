@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sae.kernels import cpp_library
-from saescope.assets import cache_dir
+from saescope.cache import cache_dir
 
 _DEFAULT, _ONEDNN = "default", "onednn"
 _ROWS, _WIDTH, _FEATURES = 256, 768, 2048

@@ -1,7 +1,6 @@
 """What a training run will take, said before anything starts: steps, memory, disk, time."""
 
 import dataclasses
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ from sae.training.run import Run
 from sae.training.trainer import Trainer
 from saescope.artefact import sha256_json
 from saescope.config import to_dict
+from saescope.progress import duration
+from saescope.system import free_bytes
 
 _WARM, _MEASURED = 2, 5
 _CHUNK_ROWS = 16384
@@ -60,24 +61,24 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
             f"{run.folder}: {kind_of(run.sae_config)}, {sae.d_in} -> {sae.d_sae} "
             f"({parameters / 1e6:.1f} M parameters), {run.total_steps:,} steps of "
             f"{trainer.batch_size:,} rows ({run.total_steps * run.stream.tokens_per_batch:,} "
-            f"tokens); {1000 * step.seconds:.0f} ms a step, {_duration(took)}"
+            f"tokens); {1000 * step.seconds:.0f} ms a step, {duration(took)}"
         )
         if _computes(run):
             lines.append(
-                f"    of it {_duration(_windows(run) * step.window)} in the model, which computes "
-                f"{_windows(run):,.0f} windows of the harvest, {_duration(step.window)} each"
+                f"    of it {duration(_windows(run) * step.window)} in the model, which computes "
+                f"{_windows(run):,.0f} windows of the harvest, {duration(step.window)} each"
             )
     buffers = max((_stream_bytes(run) for run in runs), default=0)
     needed = sum(sorted(memory)[-at_once:]) + buffers
     folder = runs[0].folder if runs else Path()
-    free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists()))
+    free = free_bytes(folder)
     lines += [
         f"memory   about {needed / 1e9:.2f} GB beside the libraries' 0.6 GB",
-        f"disk     {total_disk / 1e9:.2f} GB in checkpoints, SAEs; {free.free / 1e9:.0f} GB free",
-        f"time     {_duration(total_time)}, from {_MEASURED} steps at the start; penalised "
+        f"disk     {total_disk / 1e9:.2f} GB in checkpoints, SAEs; {free / 1e9:.0f} GB free",
+        f"time     {duration(total_time)}, from {_MEASURED} steps at the start; penalised "
         "architectures grow faster as they grow sparser",
     ]
-    if total_disk > free.free:
+    if total_disk > free:
         lines.append("this does not fit on the disk")
     return lines
 
@@ -130,9 +131,3 @@ def _stream_bytes(run: Run) -> int:
     facts = run.harvest.manifest
     rows = int(facts["chunk_rows"]) * int(facts["window_chunks"])
     return group + 2 * rows * sum(run.harvest.d_in(site) * 2 for site in run.harvest.sites)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -23,7 +23,7 @@ from sae.distributed import FEATURES, ROWS, Split
 from sae.training.optimisers import _SHARED as SHARED
 from saescope import progress
 from saescope.errors import InputError, SaescopeError
-from saescope.ranks import torchrun
+from saescope.process_rank import torchrun_rank
 
 _TIMEOUT = timedelta(minutes=30)
 """longest wait for the other ranks: rank 0 writes checkpoints of many GB meanwhile"""
@@ -40,7 +40,7 @@ def device(kind: Literal["cpu", "cuda"]) -> torch.device:
     """
     if kind == "cpu":
         return torch.device("cpu")
-    rank, cards = torchrun(), torch.cuda.device_count()
+    rank, cards = torchrun_rank(), torch.cuda.device_count()
     if rank.local_size > cards:
         raise InputError(
             "not a card for each process",
@@ -64,10 +64,10 @@ def session(split: Split = "rows", kind: Literal["cpu", "cuda"] = "cpu") -> Iter
         try:
             torch.cuda.set_device(device(kind))
         except InputError:  # what all processes of this machine find, the first says
-            if torchrun().local == 0:
+            if torchrun_rank().local == 0:
                 raise
             raise SystemExit(2) from None
-    if torchrun().size == 1 or distributed.size() > 1:
+    if torchrun_rank().size == 1 or distributed.size() > 1:
         yield
         return
     notes = _join(kind)
@@ -126,7 +126,7 @@ def first() -> bool:
 
 def refuse_several(what: str, *, where: str) -> None:
     """Raise InputError if there are several processes."""
-    number = torchrun().size
+    number = torchrun_rank().size
     if number > 1:
         raise InputError(
             f"{what} runs in one process", where=where, given=f"{number} processes", allowed="1"

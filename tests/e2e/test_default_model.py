@@ -14,7 +14,7 @@ import pytest
 import activations
 import sae
 import store
-from sae.indexing.build import STORE_FILE
+from store.database import STORE_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = "blocks.2.hook_resid_post"

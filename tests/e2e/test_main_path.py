@@ -10,9 +10,10 @@ import activations
 import sae
 import store
 from sae.formats.hub import EVALUATION_FILE
-from sae.indexing.build import STORE_FILE, direct_logits
+from sae.indexing.build import direct_logits
 from saescope.__main__ import main
 from saescope.errors import ArtefactError
+from store.database import STORE_FILE
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
 SITE = "blocks.1.hook_resid_post"

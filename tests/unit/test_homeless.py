@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from saescope import compiled
-from saescope.assets import cache_dir
+from saescope.cache import cache_dir
 from saescope.errors import ArtefactError
 
 

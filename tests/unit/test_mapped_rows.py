@@ -33,7 +33,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A machine with enough memory for everything, or one that has little."""
     if request.param != "all stays":
-        monkeypatch.setattr(mmap_rows, "_memory", lambda: 1 << 20)
+        monkeypatch.setattr(mmap_rows, "physical_memory", lambda: 1 << 20)
     if request.param == "an old kernel":
         monkeypatch.setattr(mmap_rows, "_MADV_POPULATE_READ", 9999)
     return request.param

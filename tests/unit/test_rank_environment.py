@@ -5,29 +5,29 @@ import torch
 
 from activations.harvesting import window_locks
 from saescope.errors import InputError
-from saescope.ranks import Rank, here, torchrun
+from saescope.process_rank import Rank, this_rank, torchrun_rank
 
 
 def test_the_environment_tells_the_rank() -> None:
-    assert here({}) == torchrun({}) == Rank()
+    assert this_rank({}) == torchrun_rank({}) == Rank()
     of_torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert here(of_torchrun) == torchrun(of_torchrun) == Rank(5, 8, 1, 4)
+    assert this_rank(of_torchrun) == torchrun_rank(of_torchrun) == Rank(5, 8, 1, 4)
     # a plain process in a job's shell: it is alone
     shell = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
-    assert here(shell) == Rank()
+    assert this_rank(shell) == Rank()
     srun = {
         **shell, "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
         "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "11", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
     }  # fmt: skip
-    assert here(srun) == Rank(9, 11, 1, 3)
-    assert here({**srun, "SLURM_NODEID": "1"}).local_size == 4
-    assert torchrun(srun) == Rank()
-    assert here({**srun, **of_torchrun}) == Rank(5, 8, 1, 4)  # torchrun, started by an srun
-    assert here({**srun, "WORLD_SIZE": "1"}) == Rank()  # to be alone all the same
+    assert this_rank(srun) == Rank(9, 11, 1, 3)
+    assert this_rank({**srun, "SLURM_NODEID": "1"}).local_size == 4
+    assert torchrun_rank(srun) == Rank()
+    assert this_rank({**srun, **of_torchrun}) == Rank(5, 8, 1, 4)  # torchrun, started by an srun
+    assert this_rank({**srun, "WORLD_SIZE": "1"}) == Rank()  # to be alone all the same
     with pytest.raises(InputError, match=r"\$RANK.*is no number.*three"):
-        here({"WORLD_SIZE": "4", "RANK": "three"})
+        this_rank({"WORLD_SIZE": "4", "RANK": "three"})
     with pytest.raises(InputError, match=r"number that its group does not have.*4.*0 to 3"):
-        here({"WORLD_SIZE": "4", "RANK": "4"})
+        this_rank({"WORLD_SIZE": "4", "RANK": "4"})
 
 
 def test_each_rank_of_a_machine_takes_a_card(monkeypatch: pytest.MonkeyPatch) -> None:

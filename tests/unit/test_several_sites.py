@@ -17,10 +17,11 @@ from sae.core.normaliser import Normaliser
 from sae.evaluation.downstream import measure_downstream
 from sae.formats.hub import EVALUATION_FILE
 from sae.formats.load import load
-from sae.indexing.build import STORE_FILE, direct_logits
+from sae.indexing.build import direct_logits
 from saescope.__main__ import main
 from saescope.errors import InputError
 from store import FeatureStore
+from store.database import STORE_FILE
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
 EARLY, LATE, OUT = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.1.hook_mlp_out"

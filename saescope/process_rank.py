@@ -1,4 +1,4 @@
-"""Which of several processes this one is: as torchrun tells it, or SLURM's srun."""
+"""The rank of this process, as torchrun or SLURM's srun say it in environment variables."""
 
 import os
 import re
@@ -18,18 +18,18 @@ class Rank:
     local_size: int = 1
 
 
-def here(environment: Mapping[str, str] = os.environ) -> Rank:
-    """This process, by torchrun's variables or else by those of an srun; alone without either.
+def this_rank(environment: Mapping[str, str] = os.environ) -> Rank:
+    """The rank by torchrun's variables, else by srun's; rank 0 of 1 without either.
 
     SLURM_NTASKS does not count: it is what a job may start, and is set for a plain process in the
     job's shell too. What srun has started has SLURM_STEP_NUM_TASKS. Raises InputError for variables
     that make no sense.
 
-    >>> here({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})
+    >>> this_rank({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})
     Rank(number=0, size=1, local=0, local_size=1)
     """
     if "WORLD_SIZE" in environment or "SLURM_STEP_NUM_TASKS" not in environment:
-        return torchrun(environment)
+        return torchrun_rank(environment)
     return _checked(
         Rank(
             number=_read(environment, "SLURM_PROCID", 0),
@@ -40,10 +40,10 @@ def here(environment: Mapping[str, str] = os.environ) -> Rank:
     )
 
 
-def torchrun(environment: Mapping[str, str] = os.environ) -> Rank:
-    """This process, by torchrun's variables alone.
+def torchrun_rank(environment: Mapping[str, str] = os.environ) -> Rank:
+    """The rank by torchrun's variables alone; rank 0 of 1 without them.
 
-    >>> torchrun({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"})
+    >>> torchrun_rank({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"})
     Rank(number=5, size=8, local=1, local_size=4)
     """
     if "WORLD_SIZE" not in environment:
