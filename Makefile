@@ -15,7 +15,7 @@ PORT ?= 8501
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup harvest train-sae eval index steer explore demo check check-native test test-models torture bench bench-peers bench-data clean
+.PHONY: help setup harvest train-sae eval index steer explore demo docs check check-native test test-models torture bench bench-peers bench-data clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -54,6 +54,10 @@ explore: $(STAMP) ## Open the feature explorer on stores/.
 demo: $(STAMP) ## Text, activations, an SAE, its features, a steered model; QUICK=1: a small one.
 	@$(SAESCOPE) demo --port $(PORT) $(if $(QUICK),--quick)
 
+docs: $(STAMP) ## The documentation as a site, in build/site; a broken link fails.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html"
+
 check: $(STAMP) ## Style, types, import rule.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
@@ -76,11 +80,11 @@ bench: $(STAMP) ## Time operations and training steps on this machine (some 5 mi
 	@OMP_WAIT_POLICY=passive $(SAESCOPE) bench --rounds 3 --out benchmarks/results/bench.csv \
 		--shapes 2048x768x8192x32 4096x576x16384x64 4096x768x32768x64
 
-bench-peers: $(STAMP) ## Time other libraries' training steps beside ours; writes docs/performance.md (some 20 minutes).
+bench-peers: $(STAMP) ## Time other libraries' training steps beside ours; writes docs/reports/performance.md (some 20 minutes).
 	@$(BIN)/python -m benchmarks.steps
 	@$(BIN)/python -m benchmarks.performance
 
-bench-data: $(STAMP) ## Time harvesting and reading beside other libraries; writes docs/performance.md (some 40 minutes).
+bench-data: $(STAMP) ## Time harvesting and reading beside other libraries; writes docs/reports/performance.md (some 40 minutes).
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.loader
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.harvest
 	@$(BIN)/python -m benchmarks.performance

@@ -1,9 +1,10 @@
-"""Write docs/demo_features.md: random live features of a store, with their top examples.
+"""Write docs/reports/demo_features.md: random live features of a store, with their top examples.
 
     python benchmarks/demo_features.py stores/smollm2-135m-topk --features 20 --seed 0
 
 The features are drawn before anything of them is looked at. The verdicts on their themes are
-people's: they are read from docs/demo_themes.toml (feature id = "theme", "" where none is evident).
+people's: they are read from docs/reports/demo_themes.toml (feature id = "theme", "" where none is
+evident).
 """
 
 import argparse
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    themes_file = ROOT / "docs" / "demo_themes.toml"
+    themes_file = ROOT / "docs" / "reports" / "demo_themes.toml"
     themes = tomllib.loads(themes_file.read_text()) if themes_file.exists() else {}
     with FeatureStore.open(arguments.store / STORE_FILE) as store:
         chosen = drawn(store, arguments.features, arguments.seed)
@@ -72,7 +73,7 @@ def main() -> None:
                 "",
                 *map(line, store.examples(feature, "top", window=10)[: arguments.examples]),
             ]
-    target = ROOT / "docs" / "demo_features.md"
+    target = ROOT / "docs" / "reports" / "demo_features.md"
     target.write_text("\n".join(parts) + "\n", encoding="utf-8")
     say(f"{target.relative_to(ROOT)}: {evident} of {len(chosen)} judged to have a theme")
 

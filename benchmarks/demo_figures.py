@@ -5,7 +5,7 @@
     python -m benchmarks.demo_figures    # only the README, from what is recorded
 
 The demo runs in a new folder, which is kept: from its store benchmarks/demo_features.py writes
-docs/demo_features.md, whose verdicts are people's.
+docs/reports/demo_features.md, whose verdicts are people's.
 """
 
 import csv

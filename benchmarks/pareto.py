@@ -4,7 +4,7 @@
     python -m benchmarks.pareto --sweep runs/pareto
 
 Rows are added to the results as members are finished; run again, it goes on. The chart and the
-table in docs/pareto.md are made from the rows.
+table in docs/reports/pareto.md are made from the rows.
 """
 
 import csv
@@ -50,7 +50,7 @@ class ParetoConfig(Config):
     """Folder of the sweep."""
     results: str = "benchmarks/results/pareto.csv"
     """File that rows are added to."""
-    docs: str = "docs"
+    docs: str = "docs/reports"
     """Folder of pareto.md and images/pareto_*.png."""
     tokens: int = 4096
     """Held-out tokens that the model is run on for delta CE."""
@@ -146,7 +146,7 @@ def summarise(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
 
 
 def write_docs(config: ParetoConfig) -> None:
-    """docs/pareto.md and its chart, from the rows."""
+    """docs/reports/pareto.md and its chart, from the rows."""
     rows = read_rows(Path(config.results))
     summary, docs = summarise(rows), Path(config.docs)
     for measure, label in (("fvu", "FVU"), ("delta_ce", "delta CE (nats)")):

@@ -1,4 +1,4 @@
-"""The page docs/performance.md and its charts, from the rows of the results' files.
+"""The page docs/reports/performance.md and its charts, from the rows of the results' files.
 
 python -m benchmarks.performance
 """
@@ -52,7 +52,7 @@ class PerformanceConfig(Config):
     """Rows of `python -m benchmarks.harvest`."""
     loader: str = "benchmarks/results/loader.csv"
     """Rows of `python -m benchmarks.loader`."""
-    docs: str = "docs"
+    docs: str = "docs/reports"
     """Folder of performance.md and images/performance_*.png."""
 
 
@@ -200,8 +200,8 @@ def _machine(row: Row) -> str:
         f"Measured on {row['date']}: {row['processor']} ({row['instructions']}), "
         f"{row['threads']} threads, torch {row['torch']}, Python {row['python']}, "
         f"saescope {row['saescope']} at {row['commit'][:12]}. Written by "
-        "`python -m benchmarks.performance` from [steps.csv](../benchmarks/results/steps.csv) "
-        "and [bench.csv](../benchmarks/results/bench.csv), which `make bench-peers` and "
+        "`python -m benchmarks.performance` from [steps.csv](../../benchmarks/results/steps.csv) "
+        "and [bench.csv](../../benchmarks/results/bench.csv), which `make bench-peers` and "
         "`make bench` add to. Ratios are of this machine; the shapes are batch x d_in x d_sae x k."
     )
 

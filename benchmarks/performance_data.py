@@ -1,4 +1,4 @@
-"""The part of docs/performance.md on harvesting and reading, from harvest.csv and loader.csv."""
+"""What docs/reports/performance.md says of harvesting and reading, from the rows of the two."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

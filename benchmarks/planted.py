@@ -1,4 +1,4 @@
-"""What every architecture finds of planted dictionaries: results/planted*.csv, docs/recovery.md.
+"""What every architecture finds of planted dictionaries: planted*.csv, docs/reports/recovery.md.
 
     OMP_NUM_THREADS=1 python -m benchmarks.planted
 
@@ -41,7 +41,7 @@ from saescope.errors import InputError, check_range
 from saescope.progress import say
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "recovery.md"
+PAGE = ROOT / "docs" / "reports" / "recovery.md"
 KEY = (
     "kind", "data", "seed", "d_in", "true", "active", "d_sae", "target_l0", "steps", "batch", "lr",
     "options",

@@ -1,4 +1,4 @@
-"""The page docs/recovery.md, made of the rows of results/planted.csv and planted_masking.csv."""
+"""The page docs/reports/recovery.md, made of the rows of planted.csv and planted_masking.csv."""
 
 from statistics import mean, stdev
 

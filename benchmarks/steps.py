@@ -1,7 +1,7 @@
 """Whole training steps of every library on the very same tensors, in turn: rows of steps.csv.
 
     python -m benchmarks.steps
-    python -m benchmarks.performance      (the page docs/performance.md, from the rows)
+    python -m benchmarks.performance      (the page docs/reports/performance.md, from the rows)
 
 A process for each library and setting, in the library's own environment; while one steps, the
 others sleep. At small shapes all hold their tensors throughout and step one after the other, round

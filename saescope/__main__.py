@@ -92,7 +92,7 @@ COMMANDS = {
         ),
         notes=(
             "",
-            "In several processes, to the same result (docs/training.md):",
+            "In several processes, to the same result (docs/how-to/several-processes.md):",
             "  torchrun --nproc-per-node 4 -m saescope train configs/train/topk.toml",
         ),
         resumes=True,

@@ -1,6 +1,6 @@
 """Every causal architecture of transformers, tiny and random: which sites are read, do they add?
 
-    python -m tests.sweep_architectures            # writes the table of docs/models.md
+    python -m tests.sweep_architectures            # writes the table of docs/reports/models.md
 
 A model's own sums and logits are the reference: blocks' outputs as transformers gives them
 (`output_hidden_states`), and the logits, to which the last norm and the unembedding must lead.
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-TABLE = Path("docs/models.md")
+TABLE = Path("docs/reports/models.md")
 _BEGIN, _END = "<!-- table: begin -->", "<!-- table: end -->"
 _UNKNOWN = "TransformerLens has no adapter for"
 _MOST_PARAMETERS = 5_000_000
@@ -242,7 +242,7 @@ def sweep(names: dict[str, str]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """The table of docs/models.md."""
+    """The table of docs/reports/models.md."""
     lines = [
         "| architecture | sites of every block | of some | sums | not there, and why |",
         "|---|---|---|---|---|",

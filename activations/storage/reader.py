@@ -19,7 +19,7 @@ A store is a folder, on disk or in an object store (`saescope.paths`):
 
 Rows of all sites share one order. A window of rows is of one split, fills whole chunks (the last
 may be part empty) and is shuffled before it is cut into them, so a chunk is a fair sample of it.
-docs/harvests.md says what is checked when.
+docs/reference/harvests.md says what is checked when.
 """
 
 from collections.abc import Mapping

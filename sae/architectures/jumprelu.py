@@ -71,7 +71,7 @@ class JumpReLUConfig(SAEConfig):
     pre_act_coefficient: float = 3e-6
     """Weight of the penalty that lifts the pre-activations of dead features; 0 turns it off. The
     published 3e-6 is for long runs: in one of 341 steps at L0 16 on the default harvest 41% of the
-    features were dead at the end, with 3e-3 2%, for 1% more FVU (docs/pareto.md)."""
+    features were dead at the end, with 3e-3 2%, for 1% more FVU (docs/reports/pareto.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

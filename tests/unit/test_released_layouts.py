@@ -1,7 +1,7 @@
 """One folder in the exact layout of each family's releases, under innocent and misleading parents.
 
-Features and reconstructions are computed here from the family's own formula; docs/formats.md lists
-where each layout is from.
+Features and reconstructions are computed here from the family's own formula;
+docs/reference/formats.md lists where each layout is from.
 """
 
 import json
