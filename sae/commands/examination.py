@@ -15,7 +15,7 @@ from sae.evaluation.written import EVALUATION_FILE, read_evaluation
 from sae.formats import recognise
 from sae.formats.load import SAE_FOLDER, load
 from sae.training import checkpoint
-from sae.training.run import read_run
+from sae.training.run_folder import read_run
 from sae.training.telemetry import read_metrics
 from sae.training.trainer import CHECKPOINT, METRICS
 from saescope.artefact import MANIFEST, DamagedError, read_json, read_manifest

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from activations import ActivationStore
-from sae.commands.train import TrainConfig
 from sae.data.harvests import open_complete
 from sae.data.streams import Stream
 from sae.training import process_group
+from sae.training.config import TrainConfig
 from sae.training.estimate import describe
 from sae.training.run import Run
 from saescope.artefact import SEAL, DamagedError, check_schema, check_seal, read_json

@@ -9,7 +9,7 @@ from torch import Tensor
 from activations import ActivationStore, Model, load_model
 from activations.loading.loader import aligned_rows
 from activations.storage.reader import Chunk
-from sae.core.base import SparseAutoencoder
+from sae.core.base import SparseAutoencoder, kind_of
 from sae.data.model_expectations import warn_of_model
 from sae.data.placement import Placed, placed
 from sae.data.provenance import differing, refuse_other
@@ -46,6 +46,49 @@ def choose_site(harvest: ActivationStore, site: str | None) -> str:
         what = "not in the harvest" if site else "must be chosen: the harvest has several"
         raise InputError(what, where="site", given=site, allowed=harvest.sites)
     return site
+
+
+def choose_sites(
+    harvest: ActivationStore,
+    cls: type[SparseAutoencoder],
+    *,
+    site: str | None,
+    sites: Sequence[str],
+    target_site: str | None,
+    mix: str | None,
+) -> tuple[str, ...]:
+    """The sites that an SAE of an architecture is to read: the one chosen, or several.
+
+    Several are read by a crosscoder, or by one SAE of several layers (`mix`); all of the harvest's
+    if none are named.
+
+    Raises InputError for sites that the harvest has not, or that the architecture cannot read.
+    """
+    if cls.transcodes != (target_site is not None):
+        what = (
+            "a transcoder needs the site to reconstruct"
+            if cls.transcodes
+            else f"{kind_of(cls.Config())} reconstructs what it reads"
+        )
+        raise InputError(what, where="target_site", given=target_site)
+    several = cls.concatenates or mix is not None
+    if cls.concatenates and mix is not None:
+        raise InputError("a crosscoder reads all sites at once", where="mix", given=mix)
+    if (cls.transcodes or not several) and sites:
+        raise InputError(
+            "several sites need a crosscoder, or mix",
+            where="sites",
+            given=sites,
+            allowed="mix = all, drawn",
+        )
+    if several and site is not None:
+        raise InputError("several sites are read here: give sites", where="site", given=site)
+    names: Sequence[str | None] = (site,)
+    if several:
+        names = sites or harvest.sites
+    if target_site is not None:
+        choose_site(harvest, target_site)
+    return tuple(choose_site(harvest, name) for name in names)
 
 
 def held_out_rows(

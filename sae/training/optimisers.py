@@ -276,16 +276,22 @@ def averaged(
                 parameter.copy_(bits)
 
 
+def feature_rows(sae: SparseAutoencoder) -> list[nn.Parameter]:
+    """The parameters that have one row a feature: those whose first dimension is d_sae."""
+    return [
+        each
+        for name, each in sae.named_parameters()
+        if name not in _SHARED and each.ndim and each.shape[0] == sae.d_sae
+    ]
+
+
 @torch.no_grad()
 def clear_rows(optimiser: torch.optim.Optimizer, sae: SparseAutoencoder, features: Tensor) -> None:
     """Forget what the optimiser has gathered of some features, int64 [n], started anew.
 
-    Moments of their rows become 0; schedule-free points become the parameter's own new rows. A
-    feature's rows are those of every parameter whose first dimension is d_sae.
+    Moments of their rows become 0; schedule-free points become the parameter's own new rows.
     """
-    for name, parameter in sae.named_parameters():
-        if name in _SHARED or parameter.ndim == 0 or parameter.shape[0] != sae.d_sae:
-            continue
+    for parameter in feature_rows(sae):
         state = optimiser.state.get(parameter, {})
         for moment in _MOMENTS:
             if moment in state:

@@ -1,4 +1,4 @@
-"""Training in several processes: joining those that torchrun started, and adding up gradients.
+"""Training in several processes: joining those that torchrun started.
 
     torchrun --nproc-per-node 4 -m saescope train CONFIG.toml
 
@@ -6,30 +6,24 @@ Every rank reads the same stream, so the state of one is the state of all, and t
 each batch. Only rank 0 writes and speaks.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from sae import distributed
-from sae.core.base import SparseAutoencoder
-from sae.distributed import FEATURES, ROWS, Split
-from sae.training.optimisers import _SHARED as SHARED
+from sae.distributed import ROWS, Split
 from saescope import progress
 from saescope.errors import InputError, SaescopeError
 from saescope.process_rank import torchrun_rank
 
 _TIMEOUT = timedelta(minutes=30)
 """longest wait for the other ranks: rank 0 writes checkpoints of many GB meanwhile"""
-_FEW = 0.25
-"""a smaller part of the dictionary's rows is worth picking out before it is added up (measured
-between processes of one machine; a slower network than its memory gains from more)"""
 _FAILED = "failed"
 
 
@@ -164,69 +158,3 @@ def together(act: Callable[[], None]) -> None:
     for each in distributed.everyones(None if error is None else str(error)):
         if each is not None:
             raise error or SaescopeError(each)
-
-
-def feature_rows(sae: SparseAutoencoder) -> dict[str, nn.Parameter]:
-    """Parameters that have one row a feature, by name."""
-    return {
-        name: each
-        for name, each in sae.named_parameters()
-        if name not in SHARED and each.ndim and each.shape[0] == sae.d_sae
-    }
-
-
-def of_all_features(
-    sae: SparseAutoencoder, squares: Mapping[nn.Parameter, Tensor]
-) -> Mapping[nn.Parameter, Tensor]:
-    """Squared norms of parameters' gradients over all ranks' features, from this rank's."""
-    if FEATURES.size == 1:
-        return squares
-    own = {each for name, each in sae.named_parameters() if name in sae.by_feature}
-    return {
-        each: FEATURES.sum(square) if each in own else square for each, square in squares.items()
-    }
-
-
-@torch.no_grad()
-def add_up_gradients(sae: SparseAutoencoder, counts: Tensor) -> None:
-    """Make every rank's gradients the sum over the ranks that share the batch's rows.
-
-    Where few features fired, only the rows that some rank's gradient touches are sent: a dictionary
-    much wider than batch * k then costs what is used of it. Exact either way.
-
-    Args: counts int64 [d_sae], how often each feature fired in the whole batch.
-    """
-    if ROWS.size == 1:
-        return
-    parameters = list(sae.parameters())
-    given = [each.grad is not None for each in parameters]
-    used = ROWS.max(torch.tensor(given, dtype=torch.uint8)).tolist()
-    touched = _touched(sae) if int((counts > 0).sum()) < _FEW * sae.d_sae else None
-    by_feature = {id(each) for each in feature_rows(sae).values()}
-    sent: list[tuple[Any, Tensor, Tensor | None]] = []
-    for parameter, wanted in zip(parameters, used, strict=True):
-        if not wanted:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        gradient, rows = parameter.grad, None
-        if touched is not None and id(parameter) in by_feature:
-            rows = gradient.index_select(0, touched)
-        work = dist.all_reduce(gradient if rows is None else rows, async_op=True)
-        sent.append((work, gradient, rows))
-    for work, gradient, rows in sent:
-        work.wait()
-        if rows is not None and touched is not None:
-            gradient.index_copy_(0, touched, rows)
-
-
-def _touched(sae: SparseAutoencoder) -> Tensor | None:
-    """Features whose rows some rank's gradient is not 0 on, int64; None if they are too many."""
-    flags = torch.zeros(sae.d_sae, dtype=torch.uint8, device=sae.b_dec.device)
-    for parameter in feature_rows(sae).values():
-        if parameter.grad is not None:
-            # the sum of magnitudes, which nothing but zeros makes 0: not squares, which underflow
-            rows = parameter.grad.flatten(1) if parameter.ndim > 1 else parameter.grad[:, None]
-            flags |= torch.linalg.vector_norm(rows, 1, dim=1) != 0
-    found = ROWS.max(flags).nonzero()[:, 0]
-    return found if len(found) < _FEW * sae.d_sae else None

@@ -1,14 +1,14 @@
 """Training on rows that are in memory: `sae.train(x, "topk", d_sae=4096, k=32)`.
 
 Some rows, drawn by the seed, are held out; the others are shuffled anew in each pass. Rows of one
-text may so be on both sides: `ActivationStore.from_arrays` holds out whole documents instead.
+text may then be on both sides: `ActivationStore.from_arrays` holds out whole documents instead.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,17 +21,10 @@ from sae.core.base import SAEConfig, SparseAutoencoder, kind_of
 from sae.core.batch import RawBatch
 from sae.core.normaliser import Normaliser, NormaliserKind
 from sae.formats.load import SAE_FOLDER, load
-from sae.training import process_group, sharded_checkpoint
-from sae.training.run import RUN_SCHEMA
+from sae.training import process_group, run_folder, sharded_checkpoint
 from sae.training.trainer import Trainer
 from sae.training.trainer_config import TrainerConfig
-from saescope.artefact import (
-    MANIFEST,
-    git_commit,
-    read_manifest,
-    sha256_json,
-    write_manifest,
-)
+from saescope.artefact import MANIFEST, git_commit, sha256_json
 from saescope.config import from_dict, to_dict
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index
@@ -64,32 +57,15 @@ def train_rows(
     check_range("passes", passes, above=0)
     check_range("held_out_fraction", held_out_fraction, above=0, below=1)
     seed = as_index(seed, where="seed", low=0)
-    rows = as_rows(x, where="x")
-    targets = None if target is None else as_rows(target, where="target")
-    if targets is not None and len(targets) != len(rows):
-        raise InputError(
-            "another number of rows than x",
-            where="target",
-            given=len(targets),
-            allowed=str(len(rows)),
-        )
+    data = _Data.of(x, target)
     sae_config, trainer = _configured(config, trainer, settings)
-    split = _Split(len(rows), held_out_fraction, seed)
+    split = _Split(len(data.rows), held_out_fraction, seed)
     if "batch_size" not in settings and trainer.batch_size > len(split.train):
         trainer = dataclasses.replace(trainer, batch_size=len(split.train))
-    batches = _Batches(rows, targets, split.train, batch_size=trainer.batch_size, seed=seed)
-    steps = int(passes * len(split.train) / trainer.batch_size)
-    if steps < 1:
-        raise InputError(
-            "fewer training rows than one batch",
-            where="batch_size",
-            given=trainer.batch_size,
-            allowed=f"up to {int(passes * len(split.train))}",
-        )
+    steps = _steps(passes, split, trainer)
     folder = None if out is None else local(str(out))
-    given = {
-        "rows": rows.facts(),
-        "target": targets and targets.facts(),
+    resolved = {
+        **data.facts(),
         "sae": to_dict(sae_config),
         "trainer": to_dict(trainer),
         "passes": passes,
@@ -97,13 +73,13 @@ def train_rows(
         "normaliser": normaliser,
         "seed": seed,
     }
-    tag = sha256_json(given)
+    tag = sha256_json(resolved)
     if folder is not None and _is_trained(folder, tag):
         say(f"{folder}: already trained")
         return load(folder)
-    sae = _untrained(sae_config, rows, targets, split, normaliser, seed)
+    sae = _untrained(sae_config, data, split, normaliser, seed)
     sae.metadata = {
-        "rows": given["rows"],
+        "rows": resolved["rows"],
         "tokens_trained": steps * trainer.batch_size,
         "normaliser": normaliser,
         "seed": seed,
@@ -112,31 +88,48 @@ def train_rows(
     with nullcontext() if folder is None else locked(folder, "training"):
         made = Trainer(
             sae,
-            batches,
+            _Batches(data, split.train, batch_size=trainer.batch_size, seed=seed),
             trainer,
             total_steps=steps,
-            held_out=_HeldOut(rows, targets, split.held),
+            held_out=_HeldOut(data, split.held),
             folder=folder,
             tag=tag,
             seed=seed,
         )
-        if folder is not None and not (folder / MANIFEST).exists():
-            write_manifest(
-                folder,
-                kind="run",
-                schema=RUN_SCHEMA,
-                config=given,
-                parent=given["rows"]["sha256"],
-                tag=tag,
-                site=None,
-                processes=1,
-                numerics=made.numerics.state_dict(),
-            )
-        made.run()
-        sae = made.release()
-        if folder is not None:
-            sharded_checkpoint.release(sae, folder / SAE_FOLDER)
+        return _run(made, folder, resolved)
+
+
+def _run(trainer: Trainer, folder: Path | None, resolved: dict[str, Any]) -> SparseAutoencoder:
+    """Train to the end; the SAE, which is also written if there is a folder."""
+    if folder is None:
+        trainer.run()
+        return trainer.release()
+    run_folder.write(
+        folder,
+        resolved,
+        parent=resolved["rows"]["sha256"],
+        tag=trainer.tag,
+        site=None,
+        numerics=trainer.numerics.state_dict(),
+    )
+    trainer.run()
+    sae = trainer.release()
+    sharded_checkpoint.release(sae, folder / SAE_FOLDER)
     return sae
+
+
+def _steps(passes: float, split: "_Split", trainer: TrainerConfig) -> int:
+    """Steps of so many passes; InputError if there is not one."""
+    rows = int(passes * len(split.train))
+    steps = int(passes * len(split.train) / trainer.batch_size)
+    if steps < 1:
+        raise InputError(
+            "fewer training rows than one batch",
+            where="batch_size",
+            given=trainer.batch_size,
+            allowed=f"up to {rows}",
+        )
+    return steps
 
 
 def _configured(
@@ -144,7 +137,7 @@ def _configured(
     trainer: TrainerConfig | None,
     settings: Mapping[str, Any],
 ) -> tuple[SAEConfig, TrainerConfig]:
-    """The architecture's and the trainer's configuration, with the settings in their places."""
+    """The configurations of the architecture and of the trainer, with the settings put in."""
     if isinstance(config, str):
         config = {"kind": config}
     if isinstance(config, Mapping):
@@ -178,6 +171,36 @@ def _configured(
     return config, trainer
 
 
+class _Data(NamedTuple):
+    """Rows, and what a transcoder is to make of each."""
+
+    rows: RowsInMemory
+    targets: RowsInMemory | None
+
+    @classmethod
+    def of(cls, x: Tensor | NDArray[Any], target: Tensor | NDArray[Any] | None) -> Self:
+        """Checked; InputError if they are not finite matrices of as many rows."""
+        rows = as_rows(x, where="x")
+        targets = None if target is None else as_rows(target, where="target")
+        if targets is not None and len(targets) != len(rows):
+            raise InputError(
+                "another number of rows than x",
+                where="target",
+                given=len(targets),
+                allowed=str(len(rows)),
+            )
+        return cls(rows, targets)
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies them."""
+        return {"rows": self.rows.facts(), "target": self.targets and self.targets.facts()}
+
+    def batch(self, index: NDArray[np.int64]) -> RawBatch:
+        """The rows at these indices."""
+        target = None if self.targets is None else self.targets.take(index)
+        return RawBatch(self.rows.take(index), target)
+
+
 class _Split:
     """Which rows are trained on, and which are held out: int64, each in ascending order."""
 
@@ -192,28 +215,30 @@ class _Split:
 
 
 class _Batches:
-    """Endless batches of some rows, in another order in each pass, with an exact state."""
+    """Endless batches of the rows at some indices, in another order in each pass.
+
+    Its state resumes exactly.
+    """
 
     def __init__(
         self,
-        rows: RowsInMemory,
-        targets: RowsInMemory | None,
-        numbers: NDArray[np.int64],
+        data: _Data,
+        index: NDArray[np.int64],
         *,
         batch_size: int,
         seed: int,
     ) -> None:
-        self._rows, self._targets, self._numbers = rows, targets, numbers
+        self._data, self._index = data, index
         self._size, self._seed, self._next = batch_size, seed, 0
 
     def __iter__(self) -> Iterator[RawBatch]:
-        per_pass = max(1, len(self._numbers) // self._size)
+        per_pass = max(1, len(self._index) // self._size)
         while True:
             number, first = divmod(self._next, per_pass)
-            order = np.random.default_rng((self._seed, 1, number)).permutation(self._numbers)
+            order = np.random.default_rng((self._seed, 1, number)).permutation(self._index)
             for start in range(first * self._size, per_pass * self._size, self._size):
                 self._next += 1
-                yield _batch(self._rows, self._targets, order[start : start + self._size])
+                yield self._data.batch(order[start : start + self._size])
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands."""
@@ -227,30 +252,18 @@ class _Batches:
 class _HeldOut:
     """Fresh iterators over the first held-out rows."""
 
-    def __init__(
-        self, rows: RowsInMemory, targets: RowsInMemory | None, numbers: NDArray[np.int64]
-    ) -> None:
-        self._rows, self._targets, self._numbers = rows, targets, numbers[:_MEASURED_ROWS]
+    def __init__(self, data: _Data, index: NDArray[np.int64]) -> None:
+        self._data, self._index = data, index[:_MEASURED_ROWS]
 
     def __call__(self) -> Iterator[RawBatch]:
-        yield _batch(self._rows, self._targets, self._numbers)
-
-
-def _batch(
-    rows: RowsInMemory, targets: RowsInMemory | None, numbers: NDArray[np.int64]
-) -> RawBatch:
-    return RawBatch(rows.take(numbers), None if targets is None else targets.take(numbers))
+        yield self._data.batch(self._index)
 
 
 def _untrained(
-    config: SAEConfig,
-    rows: RowsInMemory,
-    targets: RowsInMemory | None,
-    split: _Split,
-    kind: NormaliserKind,
-    seed: int,
+    config: SAEConfig, data: _Data, split: _Split, kind: NormaliserKind, seed: int
 ) -> SparseAutoencoder:
     """The SAE to train, with its normalisers, where the rows are."""
+    rows, targets = data
     cls = architecture(kind_of(config))
     if cls.concatenates:
         raise InputError(
@@ -275,15 +288,15 @@ def _untrained(
     return sae.to(rows.device)
 
 
-def _fitted(rows: RowsInMemory, numbers: NDArray[np.int64], kind: NormaliserKind) -> Normaliser:
+def _fitted(rows: RowsInMemory, index: NDArray[np.int64], kind: NormaliserKind) -> Normaliser:
     total = torch.zeros(rows.d_in, dtype=torch.float64)
     square = 0.0
-    for start in range(0, len(numbers), _BLOCK):
-        x = rows.take(numbers[start : start + _BLOCK])
+    for start in range(0, len(index), _BLOCK):
+        x = rows.take(index[start : start + _BLOCK])
         total += x.sum(0, dtype=torch.float64).cpu()
         square += float(x.double().square().sum())
-    sample = rows.take(numbers[:: -(-len(numbers) // _SAMPLE_ROWS)])
-    mean, mean_square = total / len(numbers), square / len(numbers)
+    sample = rows.take(index[:: -(-len(index) // _SAMPLE_ROWS)])
+    mean, mean_square = total / len(index), square / len(index)
     return Normaliser.fit(kind, mean=mean, mean_square=mean_square, sample=sample.cpu())
 
 
@@ -291,6 +304,6 @@ def _is_trained(folder: Path, tag: str) -> bool:
     """Whether this very run is finished there. InputError if another run is there."""
     if not (folder / MANIFEST).exists():
         return False
-    if read_manifest(folder, kind="run", schema=RUN_SCHEMA)["tag"] != tag:
+    if run_folder.read_run(folder)["tag"] != tag:
         raise InputError("holds another run; choose another out, or remove it", where=str(folder))
     return (folder / SAE_FOLDER).exists()

@@ -1,14 +1,11 @@
 """One run: from its configuration to a trainer over a harvest, and to the SAE it releases."""
 
-from __future__ import annotations
-
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -20,40 +17,26 @@ from sae.architectures import architecture
 from sae.core.base import SparseAutoencoder, kind_of
 from sae.core.gradients import check_trainable
 from sae.core.normaliser import Normaliser
-from sae.data.harvests import check_held_out, choose_site, load_harvested_model
+from sae.data.harvests import check_held_out, choose_sites, load_harvested_model
 from sae.data.outliers import OutlierFilter
 from sae.data.streams import Stream, make_stream
 from sae.formats.load import SAE_FOLDER, load
-from sae.training import process_group, sharded_checkpoint
+from sae.training import process_group, run_folder, sharded_checkpoint
+from sae.training.config import TrainConfig
 from sae.training.end_to_end import EndToEnd, EndToEndStream
-from sae.training.trainer import METRICS, Trainer
+from sae.training.trainer import Trainer
 from sae.training.trainer_config import TrainerConfig
-from saescope.artefact import MANIFEST, git_commit, read_manifest, sha256_json, write_manifest
+from saescope.artefact import git_commit, sha256_json
 from saescope.config import to_dict
 from saescope.errors import InputError
-from saescope.leftovers import is_leftover, leftovers, remove_leftover
+from saescope.leftovers import leftovers, remove_leftover
 from saescope.locks import locked
 from saescope.paths import if_local, local
 from saescope.progress import say
 from saescope.replacing import check_apart
 
-if TYPE_CHECKING:
-    from sae.commands.train import TrainConfig
-
-RUN_SCHEMA = 2
-SEALED_SINCE = 2
-_NOT_IDENTITY = ("harvest", "out", "plan", "lens")
-"""settings that may differ between a run and its continuation"""
-_HOW = ("kernels", "deterministic")
-"""the same of the trainer's; checkpoints have what was used"""
 _SAMPLE_ROWS = 16384
-_SINKS = ("wandb", "tensorboard")
-"""folders that measurements may go to before the manifest is written"""
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """A run's manifest; ArtefactError if it is missing, damaged or newer."""
-    return read_manifest(folder, kind="run", schema=RUN_SCHEMA, sealed_since=SEALED_SINCE)
+"""rows of a site that a normaliser is fitted on where moments do not suffice"""
 
 
 class Run:
@@ -83,12 +66,15 @@ class Run:
         self.cls = architecture(kind_of(config.sae))
         if harvest.storage == "none":
             process_group.refuse_several("training straight from the model", where="harvest")
-        self.sites = _sites(config, harvest, self.cls)
-        before = None
-        if (self.folder / MANIFEST).exists():
-            before = read_run(self.folder)
-        else:
-            _check_free(self.folder)
+        self.sites = choose_sites(
+            harvest,
+            self.cls,
+            site=config.site,
+            sites=config.sites,
+            target_site=config.target_site,
+            mix=config.mix,
+        )
+        before = run_folder.read_if_begun(self.folder)
         check_apart(self.folder, if_local(harvest.path))
         order = self._order(before)
         self.trainer_config = self._trainer_config(before)
@@ -102,13 +88,13 @@ class Run:
         self._lens = TunedLens.load(config.lens) if config.lens else None
         self.tag = sha256_json(
             {
-                "config": _identity(self.settings),
+                "config": run_folder.identity(self.settings),
                 "harvest": harvest.hash,
                 **({"lens": self._lens.hash} if self._lens else {}),
             }
         )
-        if before is not None:
-            self._check_same_run(before)
+        if before is not None and before["tag"] != self.tag:
+            raise run_folder.another_run(self.folder, before["config"], self.settings)
         shared, key = {} if streams is None else streams, self.stream_key()
         if key not in shared:
             shared[key] = self.make_stream()
@@ -260,17 +246,13 @@ class Run:
                 f"trainer.dead_after_tokens {trainer.dead_after:,} is all of the run's {tokens:,} "
                 "tokens or more: no feature will count as dead, and nothing (AuxK) revives any"
             )
-        if process_group.first() and not (self.folder / MANIFEST).exists():
-            write_manifest(
+        if process_group.first():
+            run_folder.write(
                 self.folder,
-                kind="run",
-                schema=RUN_SCHEMA,
-                config=self.settings,
+                self.settings,
                 parent=self.harvest.hash,
-                sealed=True,
                 tag=trainer.tag,
                 site=self.sites[0],
-                processes=distributed.size(),
                 numerics=trainer.numerics.state_dict(),
             )
 
@@ -375,75 +357,6 @@ class Run:
             f"cosine {last['cosine']:.4f}"
         )
         return sae
-
-    def _check_same_run(self, manifest: Mapping[str, Any]) -> None:
-        if manifest["tag"] == self.tag:
-            return
-        before = _identity(manifest["config"])
-        differing = [
-            name for name, value in _identity(self.settings).items() if before.get(name) != value
-        ]
-        raise InputError(
-            f"holds another run (differs in: {', '.join(differing) or 'the harvest'}); choose "
-            "another out, or remove it",
-            where=str(self.folder),
-        )
-
-
-def _check_free(folder: Path) -> None:
-    """Raise InputError if a folder holds anything but what an interrupted start left of a run."""
-    if folder.is_dir():
-        found = [path for path in folder.iterdir() if not is_leftover(path)]
-        begun = {METRICS, *_SINKS}
-        if not all(p.name in begun and (p.is_dir() or not p.stat().st_size) for p in found):
-            raise InputError(
-                "exists and holds no run; choose another folder, or one in it", where=str(folder)
-            )
-    elif os.path.lexists(folder):
-        raise InputError("is no folder; choose another name", where=str(folder))
-
-
-def _identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make a run another run."""
-    identity = {**settings, **dict.fromkeys(_NOT_IDENTITY)}
-    identity["trainer"] = {k: v for k, v in settings["trainer"].items() if k not in _HOW}
-    for name in ("ranks", "device"):  # they change nothing; older runs have none
-        identity.pop(name, None)
-    if identity.get("order") is None:  # older runs have none
-        identity.pop("order", None)
-    return identity
-
-
-def _sites(
-    config: TrainConfig, harvest: ActivationStore, cls: type[SparseAutoencoder]
-) -> tuple[str, ...]:
-    """The sites that are read, checked against the architecture."""
-    kind = kind_of(config.sae)
-    if cls.transcodes != (config.target_site is not None):
-        what = (
-            "a transcoder needs the site to reconstruct"
-            if cls.transcodes
-            else (f"{kind} reconstructs what it reads")
-        )
-        raise InputError(what, where="target_site", given=config.target_site)
-    several = cls.concatenates or config.mix is not None
-    if cls.concatenates and config.mix is not None:
-        raise InputError("a crosscoder reads all sites at once", where="mix", given=config.mix)
-    if (cls.transcodes or not several) and config.sites:
-        raise InputError(
-            "several sites need a crosscoder, or mix",
-            where="sites",
-            given=config.sites,
-            allowed="mix = all, drawn",
-        )
-    if several and config.site is not None:
-        raise InputError("several sites are read here: give sites", where="site", given=config.site)
-    names: tuple[str | None, ...] = (config.site,)
-    if several:
-        names = config.sites or tuple(harvest.sites)
-    if config.target_site is not None:
-        choose_site(harvest, config.target_site)
-    return tuple(choose_site(harvest, name) for name in names)
 
 
 def _go_on_from(sae: SparseAutoencoder, path: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sae.core.base import SparseAutoencoder
 from sae.kernels import adam as fused
-from sae.training import process_group
+from sae.training import gradient_sums
 from sae.training.optimisers import Adam
 from saescope.errors import SaescopeError
 
@@ -32,14 +32,14 @@ def update(
     for group in optimiser.param_groups:
         group["lr"] = lr
     if isinstance(optimiser, Adam):
-        norm = _norm(process_group.of_all_features(sae, optimiser.gradient_squares()), what)
+        norm = _norm(gradient_sums.of_all_features(sae, optimiser.gradient_squares()), what)
         optimiser.step(scale=_scale(norm, clip))
         sae.constrain()
         return norm
     sae.before_step()
     gradients = {each: each.grad for each in sae.parameters() if each.grad is not None}
     squares = {each: fused.gradient_square(each, grad, False) for each, grad in gradients.items()}
-    norm = _norm(process_group.of_all_features(sae, squares), what)
+    norm = _norm(gradient_sums.of_all_features(sae, squares), what)
     scale = _scale(norm, clip)
     for gradient in gradients.values():
         gradient.mul_(scale)

@@ -13,7 +13,7 @@ from sae.core.finite import check_finite
 from sae.core.gradients import check_trainable
 from sae.distributed import FEATURES, ROWS
 from sae.kernels import gradient_buffers
-from sae.training import checkpoint, process_group, sharded_checkpoint
+from sae.training import checkpoint, gradient_sums, process_group, sharded_checkpoint
 from sae.training.batch_maker import BatchMaker
 from sae.training.held_out import HeldOutRows, measure, normalised_rows
 from sae.training.l0_controller import L0Controller, reached, warmup_fraction
@@ -81,26 +81,12 @@ class Trainer:
         self.initialise = initialise
         self.folder, self.tag = folder, tag
         self.lr = config.lr or base_lr(sae.config.d_sae, config.optimiser) * config.lr_multiplier
-        self.optimiser = make_optimiser(
-            config.optimiser,
-            sae.parameters(),
-            lr=self.lr,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            eps=config.eps,
-            unit_rows=sae.unit_rows,
-        )
+        self.optimiser = _optimiser(sae, config, self.lr)
         self.numerics = Numerics(
             config.kernels, deterministic=config.deterministic, like=sae.b_dec, d_in=sae.d_in
         )
         self.maker = BatchMaker(sae, config.objective)
-        self.controller = None
-        if config.target_l0 is not None and sae.penalised:
-            self.controller = L0Controller(
-                config.target_l0,
-                total_steps=total_steps,
-                warmup_fraction=warmup_fraction(sae.config),
-            )
+        self.controller = _controller(sae, config, total_steps)
         self.generator = torch.Generator().manual_seed(seed)
         self.step = 0
         self.last_held_out: dict[str, Any] = {}
@@ -108,27 +94,29 @@ class Trainer:
         """tokens trained on"""
         self.dead_after = config.dead_after(total_steps * config.batch_size)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.b_dec.device)
+        self.log = self._open_folder()
+
+    def _open_folder(self) -> MetricsLog | None:
+        """Go on from the folder's checkpoint if it has one; the log, in the process that writes."""
+        config, folder, logged = self.config, self.folder, None
         if folder is None and config.telemetry != "none":
             raise InputError("needs a folder", where="trainer.telemetry", given=config.telemetry)
-        logged = None
         if folder is not None:
             settle(folder / CHECKPOINT)
-        if folder is not None and (folder / CHECKPOINT).exists():
-            logged = self._restore(folder).get("metrics")
+            if (folder / CHECKPOINT).exists():
+                logged = self._restore(folder).get("metrics")
         process_group.check_alike("their step or kernels", (self.step, self.numerics.kernels))
-        self.log: MetricsLog | None = None
-        if folder is not None and process_group.first():
-            extra = sinks(
-                config.telemetry,
-                folder,
-                folder.name,
-                to_dict(config),
-                tag=tag,
-                resume_step=self.step,
-            )
-            self.log = MetricsLog(
-                folder / METRICS, resume_step=self.step, sinks=extra, sealed=logged
-            )
+        if folder is None or not process_group.first():
+            return None
+        extra = sinks(
+            config.telemetry,
+            folder,
+            folder.name,
+            to_dict(config),
+            tag=self.tag,
+            resume_step=self.step,
+        )
+        return MetricsLog(folder / METRICS, resume_step=self.step, sinks=extra, sealed=logged)
 
     @property
     def finished(self) -> bool:
@@ -183,7 +171,7 @@ class Trainer:
         gradient_buffers.give(each.grad for each in sae.parameters() if each.grad is not None)
         self.optimiser.zero_grad(set_to_none=True)
         terms, counts, rows = self._backward(raw, state)
-        process_group.add_up_gradients(sae, counts)
+        gradient_sums.add_up_gradients(sae, counts)
         # here every gradient is that of the whole batch
         lr = self.lr * self._lr_factor()
         norm = update(
@@ -365,3 +353,26 @@ def _check_first_rows(sae: SparseAutoencoder, config: TrainerConfig) -> None:
             given=f"{first} in the first of {config.accumulate} parts",
             allowed=f"at least {sae.first_rows} in each part",
         )
+
+
+def _optimiser(sae: SparseAutoencoder, config: TrainerConfig, lr: float) -> torch.optim.Optimizer:
+    return make_optimiser(
+        config.optimiser,
+        sae.parameters(),
+        lr=lr,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        eps=config.eps,
+        unit_rows=sae.unit_rows,
+    )
+
+
+def _controller(
+    sae: SparseAutoencoder, config: TrainerConfig, total_steps: int
+) -> L0Controller | None:
+    """What moves the penalty towards the L0 asked for, where there are both."""
+    if config.target_l0 is None or not sae.penalised:
+        return None
+    return L0Controller(
+        config.target_l0, total_steps=total_steps, warmup_fraction=warmup_fraction(sae.config)
+    )

@@ -10,7 +10,8 @@ import sae
 from activations import load_model
 from sae.analysis.lens import LensConfig, train_lens
 from sae.commands.evaluate import EvaluateConfig, evaluate
-from sae.commands.train import TrainConfig, train
+from sae.commands.train import train
+from sae.training.config import TrainConfig
 from saescope.config import from_dict
 from saescope.errors import InputError
 from tests.tiny import make_tiny_harvest, make_tiny_model

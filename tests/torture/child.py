@@ -27,7 +27,7 @@ _CONTEXT.set_forkserver_preload(
         *(
             "sae.commands.train",
             "sae.commands.evaluate",
-            "sae.indexing.build",
+            "sae.commands.index",
             "sae.commands.convert",
         ),
     ]

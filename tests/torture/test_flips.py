@@ -22,7 +22,7 @@ from sae.analysis.lens import TunedLens
 from sae.commands.examination import examine
 from sae.evaluation.written import EVALUATION_FILE, read_evaluation
 from sae.training import checkpoint
-from sae.training.run import read_run
+from sae.training.run_folder import read_run
 from sae.training.telemetry import read_metrics
 from saescope import compiled
 from saescope.errors import ArtefactError

@@ -15,11 +15,11 @@ import sae as saescope_sae
 from activations import Model, load_model
 from activations.models.names import hub_name
 from sae.commands.evaluate import EvaluateConfig, evaluate
+from sae.commands.index import IndexConfig, index
 from sae.commands.steer import SteerConfig, steer_text
 from sae.data.model_expectations import changes_of
 from sae.formats import hub
 from sae.formats.load import load
-from sae.indexing.build import IndexConfig, index
 from saescope.errors import InputError
 from store import FeatureStore
 from tests.tiny import D_MODEL, make_tiny_harvest, make_tiny_model

@@ -15,7 +15,8 @@ from activations.loading.epoch_order import ReadingOrder
 from activations.recompute.computed_rows import ComputedRows
 from activations.storage.verify import examine
 from activations.storage.writer import HarvestWriter
-from sae.commands.train import TrainConfig, train
+from sae.commands.train import train
+from sae.training.config import TrainConfig
 from sae.training.run import Run
 from sae.training.trainer import Trainer
 from saescope.__main__ import main

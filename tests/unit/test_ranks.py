@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sae import distributed
-from sae.commands.train import TrainConfig, train
+from sae.commands.train import train
 from sae.core.batch import TrainingBatch
 from sae.distributed import ALL, FEATURES, ROWS
 from sae.training import process_group, sharded_checkpoint
+from sae.training.config import TrainConfig
 from saescope.config import from_dict
 from saescope.errors import ArtefactError, InputError
 from tests import ranks_worker as worker

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from activations import ActivationStore
-from sae.commands.train import TrainConfig
+from sae.training.config import TrainConfig
 from sae.training.run import Run
 from saescope.artefact import SEAL
 from saescope.config import from_dict

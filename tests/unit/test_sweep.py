@@ -8,10 +8,11 @@ import torch
 
 from sae.commands import sweep
 from sae.commands.sweep import SweepConfig, members
-from sae.commands.train import TrainConfig, train
+from sae.commands.train import train
 from sae.data.outliers import OutlierFilter
 from sae.formats.load import load
 from sae.training import estimate, run
+from sae.training.config import TrainConfig
 from sae.training.telemetry import read_metrics
 from sae.training.trainer import Trainer
 from saescope.config import from_dict

@@ -1,6 +1,7 @@
 """Training on rows in memory: one call, whatever has the rows, with nothing left on the disk."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 import sae
 from sae.architectures.topk import TopKConfig
+from sae.commands.examination import examine
 from sae.evaluation.reconstruction import measure_reconstruction
 from sae.training.trainer import Trainer
 from saescope.errors import InputError
@@ -92,6 +94,18 @@ def test_nothing_is_written_but_to_out(tmp_path: Path, monkeypatch: pytest.Monke
     loaded = sae.load(tmp_path / "run")
     assert same(loaded, trained)
     assert loaded.metadata["held_out"] == trained.metadata["held_out"]
+
+
+def test_its_folder_is_found_undamaged_of_this_version_and_of_older_ones(tmp_path: Path) -> None:
+    sae.train(X, "topk", k=3, out=tmp_path / "run", **{**SETTINGS, "passes": 1})
+    assert examine(tmp_path / "run", "run").faults == []
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "site": "another"}))
+    assert [file for file, *_ in examine(tmp_path / "run", "run").faults] == ["manifest.json"]
+    del manifest["sha256"]  # older versions sealed no manifest of a run on rows
+    path.write_text(json.dumps(manifest))
+    assert examine(tmp_path / "run", "run").faults == []
 
 
 def test_an_interrupted_run_goes_on_with_the_same_bits(

@@ -1,0 +1,117 @@
+"""What a training run is told: the fields of a training file.
+
+How to train, whatever the architecture, is its `[trainer]` (trainer_config); the architecture and
+its size are its `[sae]`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, ClassVar, Literal, Self
+
+from sae.architectures import architecture
+from sae.architectures.topk import TopKConfig
+from sae.core.base import SAEConfig
+from sae.core.normaliser import NormaliserKind
+from sae.training.end_to_end import EndToEndConfig
+from sae.training.trainer_config import TrainerConfig
+from saescope.config import Config
+from saescope.errors import check_range
+
+_MOST_PASSES = 1e9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """Train one SAE on a harvest."""
+
+    SELECTORS: ClassVar[tuple[str, ...]] = ("sae.kind",)
+
+    harvest: str
+    """Folder of a finished harvest, or its URL; of one with storage none, activations come straight
+    from the model."""
+    out: str
+    """Folder of the run to write."""
+    site: str | None = None
+    """TransformerLens name of the site; may be left out if the harvest has only one."""
+    sites: tuple[str, ...] = ()
+    """Several sites, for a crosscoder, or for one SAE of several layers (see mix)."""
+    target_site: str | None = None
+    """The site that a transcoder reconstructs."""
+    mix: Literal["all", "drawn"] | None = None
+    """How several layers feed one SAE: all (each token gives a row a layer, MLSAE) or drawn (each
+    token gives the row of one layer drawn uniformly, Group-SAE)."""
+    objective: Literal["reconstruction", "end_to_end"] = "reconstruction"
+    """What the reconstruction is judged by: its error, or what putting it in the activation's place
+    does to the model's predictions (Braun et al. 2024)."""
+    end_to_end: EndToEndConfig = dataclasses.field(default_factory=EndToEndConfig)
+    """What counts in end-to-end training besides the predictions."""
+    passes: float = 3.0
+    """Passes over the harvest's training tokens."""
+    seed: int = 0
+    """Seed of the initial weights and of all else that is random but the order of the batches."""
+    data_seed: int | None = None
+    """Seed of the order of the batches; `seed` if not given."""
+    normaliser: NormaliserKind = "unit_mean_square"
+    """Scale to train at: none, unit_mean_square (E||x||^2 = 1), sqrt_d (E||x|| = sqrt(d_in)),
+    centred (mean removed, E||x||^2 = 1) or standardised (each vector by its own mean and
+    deviation)."""
+    outliers: float | None = None
+    """Rows whose norm exceeds so many times the median are left out, and counted."""
+    lens: str | None = None
+    """Folder of a tuned lens that activations go through before the SAE sees them."""
+    mix_chunks: int = 4
+    """Chunks of the harvest whose rows are shuffled together; twice so many of every site are in
+    memory (19 MB each at width 576)."""
+    order: Literal["chunks", "spread", "windows"] | None = None
+    """How the harvest is gone through: spread (as many rows as mix_chunks chunks have, from all
+    over the harvest, are shuffled together; nearest to independent draws), chunks (the rows of so
+    many chunks, drawn at random) or windows (one window of the harvest after another: the order of
+    training straight from the model, where it is the only one; else the default is spread). A run
+    that was begun goes on in its own."""
+    start_from: str | None = None
+    """An SAE to go on from (fine-tuning); its architecture and size must be those given here."""
+    evaluation_rows: int = 8192
+    """Held-out rows measured during training."""
+    calibration_rows: int = 16384
+    """Held-out rows that inference thresholds are set on at the end."""
+    ranks: Literal["rows", "features"] = "rows"
+    """What the processes of torchrun share: the rows of each batch, or, for a dictionary that
+    outgrows one card, its features (topk, abstopk, batchtopk, mutual_choice, relu, gated,
+    jumprelu). The result is the same but for rounding."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the SAE is trained; cuda: each process has a card of its own."""
+    plan: bool = False
+    """Only say what it would take (steps, memory, disk, time), and write nothing."""
+    sae: SAEConfig = dataclasses.field(default_factory=TopKConfig)
+    """The architecture and its size."""
+    trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
+    """The optimiser and its schedule."""
+
+    def __post_init__(self) -> None:
+        check_range("passes", self.passes, above=0, high=_MOST_PASSES)
+        for name in ("evaluation_rows", "calibration_rows", "mix_chunks"):
+            check_range(name, getattr(self, name), low=1)
+        if self.outliers is not None:
+            check_range("outliers", self.outliers, above=1)
+
+    @classmethod
+    def specialise(cls, values: Mapping[str, Any]) -> type[Self]:
+        """The same with the chosen architecture's own configuration."""
+        table = values.get("sae", {})
+        kind = table.get("kind", "topk") if isinstance(table, Mapping) else "topk"
+        return _specialised(kind if isinstance(kind, str) else "topk")  # type: ignore[return-value]
+
+
+@cache
+def _specialised(kind: str) -> type[TrainConfig]:
+    concrete = architecture(kind).Config
+    made = dataclasses.make_dataclass(
+        "TrainConfig",
+        [("sae", concrete, dataclasses.field(default_factory=concrete))],
+        bases=(TrainConfig,),
+        frozen=True,
+        kw_only=True,
+    )
+    made.__doc__ = TrainConfig.__doc__
+    return made

@@ -1,0 +1,108 @@
+"""The folder of a run: its manifest, and whether a configuration is that of the run in it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae import distributed
+from sae.training.trainer import METRICS
+from saescope.artefact import MANIFEST, check_seal, read_manifest, write_manifest
+from saescope.errors import InputError
+from saescope.leftovers import is_leftover
+
+_SCHEMA = 2
+_SEALED_SINCE = 2
+_MAY_DIFFER = ("harvest", "out", "plan", "lens")
+"""settings that may differ between a run and its continuation; what is in the harvest and in the
+lens counts by its hash"""
+_TRAINER_MAY_DIFFER = ("kernels", "deterministic")
+"""the same of the trainer's; what was used is in the checkpoints"""
+_SINKS = ("wandb", "tensorboard")
+"""folders that measurements may go to before the manifest is written"""
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A run's manifest; ArtefactError if it is missing, damaged or newer."""
+    found = read_manifest(folder, kind="run", schema=_SCHEMA)
+    # older versions sealed no manifest of a run on rows in memory, whatever its schema
+    sealed = found["schema"] >= _SEALED_SINCE and "rows" not in found["config"]
+    check_seal(found, must=sealed, where=str(folder / MANIFEST))
+    return found
+
+
+def read_if_begun(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the run in a folder; None if there is none yet.
+
+    Raises InputError if the folder holds anything but what an interrupted start left of a run,
+    ArtefactError if the manifest is damaged or newer.
+    """
+    if (folder / MANIFEST).exists():
+        return read_run(folder)
+    if folder.is_dir():
+        found = [path for path in folder.iterdir() if not is_leftover(path)]
+        early = {METRICS, *_SINKS}
+        if not all(p.name in early and (p.is_dir() or not p.stat().st_size) for p in found):
+            raise InputError(
+                "exists and holds no run; choose another folder, or one in it", where=str(folder)
+            )
+    elif os.path.lexists(folder):
+        raise InputError("is no folder; choose another name", where=str(folder))
+    return None
+
+
+def write(
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    parent: str,
+    tag: str,
+    site: str | None,
+    numerics: Mapping[str, Any],
+) -> None:
+    """Write the manifest of a run, unless it is there.
+
+    Args:
+        settings: the resolved configuration.
+        parent: hash of what it is trained on.
+        tag: hash of what makes it this run and no other.
+        site: the first that it reads, where it reads a harvest.
+        numerics: the kernels and precision that it began with.
+    """
+    if (folder / MANIFEST).exists():
+        return
+    write_manifest(
+        folder,
+        kind="run",
+        schema=_SCHEMA,
+        config=dict(settings),
+        parent=parent,
+        sealed=True,
+        tag=tag,
+        site=site,
+        processes=distributed.size(),
+        numerics=numerics,
+    )
+
+
+def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make a run another run."""
+    kept = {**settings, **dict.fromkeys(_MAY_DIFFER)}
+    trainer = settings["trainer"].items()
+    kept["trainer"] = {key: value for key, value in trainer if key not in _TRAINER_MAY_DIFFER}
+    for name in ("ranks", "device"):  # they change nothing; older runs have none
+        kept.pop(name, None)
+    if kept.get("order") is None:  # older runs have none
+        kept.pop("order", None)
+    return kept
+
+
+def another_run(folder: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> InputError:
+    """The error that a folder holds a run of other settings; it names those that differ."""
+    old = identity(before)
+    differing = [name for name, value in identity(settings).items() if old.get(name) != value]
+    return InputError(
+        f"holds another run (differs in: {', '.join(differing) or 'the harvest'}); choose "
+        "another out, or remove it",
+        where=str(folder),
+    )
