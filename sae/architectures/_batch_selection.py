@@ -5,10 +5,8 @@ one by one: at inference a feature fires where it passes a threshold learnt in t
 average of the smallest selected value, or the one `calibrate` found on held-out rows.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -17,19 +15,18 @@ from torch.nn import functional
 
 from sae import kernels
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
+from sae.architectures._thresholds import calibrated_threshold, running_mean_, smallest_of
+from sae.architectures._zipf import zipf_densities
 from sae.core import losses
-from sae.core.base import SparseAutoencoder, TrainingOutput, TrainingState, kind_of
+from sae.core.base import TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.core.losses import Reconstruction
-from sae.distributed import ALL, FEATURES, ROWS
+from sae.distributed import FEATURES, ROWS
 from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError, check_range
-from saescope.progress import say
 
 _REFIT_EVERY = 25
 """steps between fits of the Zipf law, whose cost is then not felt"""
-_CALIBRATION_ROWS = 2048
-"""rows encoded at a time by `calibrate`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,154 +248,3 @@ class BatchSelectionSAE(AuxKSAE):
         smallest = smallest_of(codes.value)
         if smallest.isfinite():
             running_mean_(self.threshold, smallest, self.threshold_updates, self.config.ema_decay)
-
-
-def smallest_of(values: Tensor) -> Tensor:
-    """The smallest of all ranks' values [entries], without gradient; inf if there is none."""
-    none = values.new_full((1,), torch.inf)
-    return ALL.min(torch.cat([values.detach(), none]).min())
-
-
-def running_mean_(mean: Tensor, value: Tensor, updates: Tensor, decay: float) -> None:
-    """Move a running average in place, and count it; the first update sets it (no bias).
-
-    With t updates the mean is sum_s decay^(t-s) v_s / sum_s decay^(t-s).
-    """
-    updates += 1
-    weight = (1 - decay) / (1 - decay ** updates.to(torch.float64))
-    mean += (weight * (value - mean)).to(mean.dtype)
-
-
-def calibrated_threshold(
-    sae: SparseAutoencoder,
-    rows: Callable[[], Iterable[Tensor]],
-    weight: Tensor | None,
-    k: float,
-) -> float:
-    """The threshold that pre-activations, times weight [d_sae], pass k times a row on average.
-
-    0, and a word for people, if fewer are positive: all of these then pass. rows gives fresh
-    iterators of y [n, d_in] at the normaliser's scale. Raises InputError without rows.
-    """
-    hint = 0.0
-    seen = positive = 0
-
-    def largest(part: Tensor, n: int) -> Tensor:
-        nonlocal hint, seen, positive
-        own = part[ROWS.share(len(part))]
-        _, index, value = kernels.encode_top_of_batch(
-            sae.encoder_input(own), sae.W_enc_T, sae.b_enc, n, weight=weight, hint=hint
-        )
-        score = ALL.gather(value if weight is None else value * weight[index])
-        hint = float(score.min()) if len(score) == n else 0.0
-        seen, positive = seen + len(part), positive + len(score)
-        return score
-
-    def chunks() -> Iterator[tuple[int, Callable[[int], Tensor]]]:
-        nonlocal seen, positive
-        seen = positive = 0
-        for y in rows():
-            for part in y.split(_CALIBRATION_ROWS):
-                yield len(part), partial(largest, part)
-
-    threshold = threshold_for_l0(chunks, k)
-    if not threshold and positive < round(k * seen):
-        say(
-            f"{kind_of(sae.config)}: an L0 of {k:g} cannot be reached by thresholds: "
-            f"{positive / seen:.1f} pre-activations a row are above 0, and all of them now count"
-        )
-    return threshold
-
-
-def threshold_for_l0(
-    chunks: Callable[[], Iterable[tuple[int, Callable[[int], Tensor]]]], k: float
-) -> float:
-    """The threshold >= 0 above which lie k scores a row: exactly round(k rows), but for ties.
-
-    chunks gives fresh iterators of (number of rows, what gives the n largest positive scores of
-    those rows). The largest of each are kept, and the threshold read off their order, half way
-    between two: one pass, unless rows differ so much from chunk to chunk that too few were kept. 0
-    if fewer are positive. Raises InputError without rows.
-    """
-    spare = 2.0
-    while True:
-        rows, bar, parts = 0, 0.0, []
-        for number, largest in chunks():
-            rows += number
-            wanted = math.ceil(spare * k * number) + 1
-            value = largest(wanted)
-            if len(value) == wanted:  # perhaps more; above the bar is all kept
-                bar = max(bar, float(value.min()))
-            parts.append(value.float())
-        if not rows:
-            raise InputError("no rows to calibrate on", where="calibrate", given=0)
-        values = torch.cat(parts).sort(descending=True).values
-        count = max(1, round(k * rows))
-        if len(values) > count and float(values[count]) >= bar:
-            upper, lower = values[count - 1 : count + 1].double().tolist()
-            middle = float(torch.tensor((upper + lower) / 2, dtype=torch.float32))
-            return middle if middle < upper else lower
-        if len(values) <= count and not bar:
-            return 0.0
-        spare *= 4
-
-
-def fit_zipf(densities: Tensor) -> tuple[float, float]:
-    """(alpha, beta) of the Zipf-Mandelbrot law density ~ 1 / (rank + beta)^alpha.
-
-    Least squares in log density over densities [n], in any order, each weighted by itself: to
-    second order that minimises the divergence of the law from how activations are shared out, and a
-    tail of features that hardly fire does not bend it. alpha >= 0, and beta from 0 to 10 n. For a
-    given beta it is a straight line; beta is found by search. Raises InputError if none is
-    positive.
-
-    >>> alpha, beta = fit_zipf(1 / (torch.arange(1, 101) + 4.0) ** 1.5)
-    >>> round(alpha, 3), round(beta, 3)
-    (1.5, 4.0)
-    """
-    density = densities.to(torch.float64).reshape(-1)
-    density = density[density > 0].sort(descending=True).values
-    n = len(density)
-    if n == 0:
-        raise InputError("no feature fires", where="fit_zipf", given=0)
-    weight = (density / density.sum())[:, None]
-    wanted = density.log()[:, None]
-    wanted = wanted - (weight * wanted).sum(0)
-    ranks = torch.arange(1, n + 1, dtype=torch.float64, device=density.device)[:, None]
-
-    def lines(betas: Tensor) -> tuple[Tensor, Tensor]:
-        x = (ranks + betas).log()
-        x -= (weight * x).sum(0)
-        slope = (weight * x * wanted).sum(0) / (weight * x.square()).sum(0).clamp_min(1e-300)
-        return slope, (weight * (wanted - slope * x).square()).sum(0)
-
-    low, high = math.log(1e-3), math.log(10.0 * n)
-    grid, best = ranks.new_zeros(1), 0
-    for _ in range(9):  # each round is 8 times finer
-        grid = torch.linspace(low, high, 17, dtype=torch.float64, device=ranks.device)
-        best = int(lines(grid.exp())[1].argmin())
-        low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, 16)])
-    betas = torch.stack([torch.zeros_like(grid[best]), grid[best].exp()])
-    slope, error = lines(betas)
-    chosen = int(error.argmin())
-    return max(0.0, -float(slope[chosen])), float(betas[chosen])
-
-
-def zipf_densities(densities: Tensor) -> Tensor:
-    """What the law fitted to densities [n] gives each of them by its rank, float32 [n].
-
-    Uniform 1 / n if none is positive.
-    """
-    n = len(densities)
-    exact = densities.to(torch.float64)
-    if not exact.any():
-        return torch.full((n,), 1 / n, device=densities.device)
-    alpha, beta = fit_zipf(exact)
-    order = exact.argsort(descending=True, stable=True)
-    ranks = torch.arange(1, n + 1, dtype=torch.float64, device=densities.device)
-    log_law = -alpha * (ranks + beta).log()
-    ranked = exact[order]
-    misfit = torch.where(ranked > 0, ranked * (ranked.log() - log_law), 0.0)
-    law = torch.empty_like(ranks)
-    law[order] = (log_law + misfit.sum() / ranked.sum()).exp()
-    return law.float()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae import kernels
 from sae.architectures import register
-from sae.architectures._topk import TopKFamily, TopKFields
+from sae.architectures.topk import TopKFields, TopKSAE
 from sae.core.base import SAEConfig
 
 
@@ -28,12 +28,11 @@ class AbsTopKConfig(TopKFields):
 
 
 @register
-class AbsTopKSAE(TopKFamily):
+class AbsTopKSAE(TopKSAE):
     """Keeps the k pre-activations of largest magnitude of each token, signs and all."""
 
     Config: ClassVar[type[SAEConfig]] = AbsTopKConfig
-    config: AbsTopKConfig
-    by_feature: ClassVar[tuple[str, ...]] = ("W_enc_T", "b_enc", "W_dec")
+    config: AbsTopKConfig  # type: ignore[assignment]
 
     signed: ClassVar[bool] = True
     signed_auxk: ClassVar[bool] = True

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.architectures import register
-from sae.architectures._topk import TopKFamily, TopKFields
+from sae.architectures.topk import TopKFields, TopKSAE
 from sae.core.base import SAEConfig, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.kernels.fixed_order_sums import product
@@ -58,11 +58,12 @@ class ArchetypalConfig(TopKFields):
 
 
 @register
-class ArchetypalSAE(TopKFamily):
+class ArchetypalSAE(TopKSAE):
     """TopK whose decoder rows are mixtures of data points, up to a small relaxation."""
 
     Config: ClassVar[type[SAEConfig]] = ArchetypalConfig
-    config: ArchetypalConfig
+    config: ArchetypalConfig  # type: ignore[assignment]
+    by_feature: ClassVar[tuple[str, ...]] = ()
 
     unit_decoder: ClassVar[bool] = False
     first_rows: ClassVar[int] = 2

@@ -21,12 +21,8 @@ from torch import Tensor
 from sae import kernels
 from sae.architectures import register
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
-from sae.architectures._batch_selection import (
-    calibrated_threshold,
-    running_mean_,
-    smallest_of,
-)
 from sae.architectures._l1 import L1WeightConfig
+from sae.architectures._thresholds import calibrated_threshold, running_mean_, smallest_of
 from sae.core.base import SAEConfig, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.distributed import ROWS

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from sae import kernels
 from sae.architectures import register
 from sae.architectures._tied import TiedSAE
-from sae.architectures._topk import TopKFamily, TopKFields
+from sae.architectures.topk import TopKFields, TopKSAE
 from sae.core.base import SAEConfig
 from sae.core.batch import TrainingBatch
 from sae.distributed import ROWS
@@ -65,13 +65,14 @@ class CSRConfig(TopKFields):
 
 
 @register
-class CSRSAE(TiedSAE, TopKFamily):
+class CSRSAE(TiedSAE, TopKSAE):  # type: ignore[misc]
     """One unit-norm dictionary that encodes and decodes, with codes spread over the sphere."""
 
     Config: ClassVar[type[SAEConfig]] = CSRConfig
-    config: CSRConfig
+    config: CSRConfig  # type: ignore[assignment]
+    by_feature: ClassVar[tuple[str, ...]] = ()
 
-    def more_loss(
+    def add_own_loss(
         self, loss: Tensor, terms: dict[str, Tensor], codes: SparseCodes, batch: TrainingBatch
     ) -> Tensor:
         """The loss with the contrastive term added."""

@@ -17,13 +17,9 @@ from torch import Tensor
 
 from sae import kernels
 from sae.architectures import register
-from sae.architectures._batch_selection import (
-    BatchSelectionConfig,
-    BatchSelectionSAE,
-    running_mean_,
-    smallest_of,
-    zipf_densities,
-)
+from sae.architectures._batch_selection import BatchSelectionConfig, BatchSelectionSAE
+from sae.architectures._thresholds import running_mean_, smallest_of
+from sae.architectures._zipf import zipf_densities
 from sae.core.base import SAEConfig, TrainingState
 from sae.distributed import ROWS
 from sae.kernels.codes import SparseCodes

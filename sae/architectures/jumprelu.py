@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from sae import kernels
 from sae.architectures import register
-from sae.architectures._batch_selection import calibrated_threshold
 from sae.architectures._ste import jump_relu, step
+from sae.architectures._thresholds import calibrated_threshold
 from sae.core import losses
 from sae.core.base import SAEConfig, SparseAutoencoder, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch

@@ -27,8 +27,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sae.architectures import register
+from sae.architectures._auxk import AuxKConfig
 from sae.architectures._tied import TiedSAE
-from sae.architectures._topk import KConfig
 from sae.core.base import SAEConfig, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.kernels.codes import SparseCodes
@@ -45,9 +45,11 @@ with what is left by rounding alone"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchingPursuitConfig(KConfig):
-    """Configuration of the matching-pursuit architecture; k is the number of steps."""
+class MatchingPursuitConfig(AuxKConfig):
+    """Configuration of the matching-pursuit architecture."""
 
+    k: int = 32
+    """Steps a token, each of which chooses a feature (so L0 is at most k)."""
     kind: Literal["matching_pursuit"] = "matching_pursuit"
     """Name of the architecture."""
     repeats: bool = True
@@ -64,6 +66,7 @@ class MatchingPursuitConfig(KConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_k("k", self.k)
         check_range("sae.residual_threshold", self.residual_threshold, low=0)
         if self.orthogonal and (self.residual_threshold or self.stop_on_duplicate):
             raise InputError(

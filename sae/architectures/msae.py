@@ -20,9 +20,8 @@ from torch import Tensor
 
 from sae import kernels
 from sae.architectures import register
-from sae.architectures._auxk import AuxKSAE
+from sae.architectures._auxk import AuxKConfig, AuxKSAE
 from sae.architectures._nested import nested
-from sae.architectures._topk import KConfig
 from sae.core.base import SAEConfig, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.kernels.codes import SparseCodes
@@ -30,9 +29,11 @@ from saescope.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class MSAEConfig(KConfig):
-    """Configuration of the nested TopK architecture; k is the level used after training."""
+class MSAEConfig(AuxKConfig):
+    """Configuration of the nested TopK architecture."""
 
+    k: int = 32
+    """Features kept a token (L0): the level used after training."""
     kind: Literal["msae"] = "msae"
     """Name of the architecture."""
     ks: tuple[int, ...] = ()
@@ -43,6 +44,7 @@ class MSAEConfig(KConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_k("k", self.k)
         for level in self.ks:
             self.check_k("ks", level)
         if any(low >= high for low, high in zip(self.ks, self.ks[1:], strict=False)):

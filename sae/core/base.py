@@ -6,10 +6,8 @@ the two agree: f = f_y / s and x_hat = f W_dec + (m + b_dec / s). A released SAE
 weights are in the model's units themselves.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,47 +17,19 @@ from torch import Tensor, nn
 from sae import kernels
 from sae.core import losses
 from sae.core.batch import TrainingBatch
+from sae.core.config import SAEConfig, kind_of
 from sae.core.finite import check_rows
-from sae.core.normaliser import Normaliser
 from sae.core.outputs import SAEOutput, TrainingOutput, TrainingState
+from sae.core.scaled import ScaledModule
+from sae.core.serialisation import SavedSAE, write_saved
 from sae.distributed import FEATURES, normal_rows_
 from sae.kernels.codes import SparseCodes
-from saescope.config import Config
+from saescope.config import to_dict
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index
 
 
-@dataclass(frozen=True, kw_only=True)
-class SAEConfig(Config):
-    """What every architecture's configuration has; each adds its own fields and its `kind`."""
-
-    d_sae: int = 8192
-    """Width of the dictionary (number of features)."""
-
-    def __post_init__(self) -> None:
-        check_range("sae.d_sae", self.d_sae, low=1)
-
-    def with_target_l0(self, target: float) -> Self:
-        """The same configuration for a mean L0 of `target`: sets k, where there is one.
-
-        Raises InputError if k cannot be that.
-        """
-        kinds = {each.name: each.type for each in fields(self)}
-        if "k" not in kinds:
-            return self
-        if kinds["k"] in (int, "int"):
-            if target != round(target):
-                raise InputError(
-                    "k is a whole number here",
-                    where="target_l0",
-                    given=target,
-                    allowed=str(round(target)),
-                )
-            target = round(target)
-        return replace(self, k=target)
-
-
-class SparseAutoencoder(nn.Module, ABC):
+class SparseAutoencoder(ScaledModule, ABC):
     """A sparse autoencoder; a subclass is one architecture in one file of `sae/architectures/`.
 
     W_enc_T and W_dec are both kept one feature a row, [d_sae, d_in] and [d_sae, d_out], as the
@@ -71,8 +41,6 @@ class SparseAutoencoder(nn.Module, ABC):
     """sparsity comes from a penalty: the trainer can steer L0 through `TrainingState.penalty`"""
     signed: ClassVar[bool] = False
     """activations may be negative"""
-    pre_bias: ClassVar[bool] = True
-    """the encoder sees y - b_dec; otherwise y"""
     batch_level: ClassVar[bool] = False
     """training selects over the whole batch, inference by stored thresholds"""
     transcodes: ClassVar[bool] = False
@@ -86,21 +54,14 @@ class SparseAutoencoder(nn.Module, ABC):
     by_feature: ClassVar[tuple[str, ...]] = ()
     """parameters and buffers with a row a feature; where they are named, ranks may share the
     features out: each then has an SAE of its own features, whose `d_sae` counts those"""
-    feature_units: ClassVar[tuple[str, ...]] = ("b_enc",)
-    """parameters and buffers that are in the units of activations"""
     full_precision: ClassVar[tuple[str, ...]] = ()
     """parameters and buffers that do not go below float32 when the module is cast"""
 
     def __init__(self, config: SAEConfig, d_in: int, d_out: int | None = None) -> None:
-        super().__init__()
+        d_in = as_index(d_in, where="d_in", low=1)
+        super().__init__(d_in, d_in if d_out is None else as_index(d_out, where="d_out", low=1))
         self.config = config
-        self.d_in = as_index(d_in, where="d_in", low=1)
-        self.d_out = self.d_in if d_out is None else as_index(d_out, where="d_out", low=1)
         self.d_sae = self._own_features()
-        self.normaliser = Normaliser.identity(self.d_in)
-        self.output_normaliser: Normaliser | None = None
-        self.site_normalisers: dict[str, Normaliser] = {}
-        self.metadata: dict[str, Any] = {}
         self.make_parameters()
         self.reset_parameters()
 
@@ -140,11 +101,6 @@ class SparseAutoencoder(nn.Module, ABC):
     def W_enc(self) -> Tensor:
         """Encoder weights [d_in, d_sae] (a view of W_enc_T)."""
         return self.W_enc_T.T
-
-    @property
-    def normaliser_out(self) -> Normaliser:
-        """The normaliser of what is reconstructed."""
-        return self.normaliser if self.output_normaliser is None else self.output_normaliser
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -310,89 +266,6 @@ class SparseAutoencoder(nn.Module, ABC):
             along = (gradient * self.W_dec).sum(1, keepdim=True)
             gradient.addcmul_(self.W_dec, along, value=-1)
 
-    # ---- units ------------------------------------------------------------------------------
-
-    def clone(self) -> Self:
-        """An independent SAE with the same weights, normaliser and metadata."""
-        return copy.deepcopy(self)
-
-    @torch.no_grad()
-    def fold(self) -> Self:
-        """An equal SAE whose weights are in the model's units: no mean and no scale is left.
-
-        Same features and reconstructions, up to rounding. Only a per-vector scale
-        ("standardised") cannot be folded, and stays. With y = (x - m) s, features divided by s_f:
-        W_enc' = s W_enc / s_f, W_dec' = W_dec s_f / s, b_enc' = b_enc / s_f, b_dec' = m + b_dec / s
-        (Gemma Scope, Lieberum et al. 2024, section 3, with a mean and a scale a site added).
-        """
-        folded = self.clone()
-        inside, outside = self.normaliser, self.normaliser_out
-        if inside.kind == "standardised" or self.site_normalisers:
-            return folded  # of several sites each has its own scale: see `at`
-        unit = inside.feature_scale
-        for name in self.feature_units:
-            if hasattr(folded, name):
-                getattr(folded, name).div_(unit)
-        if "W_enc_T" in folded._parameters:
-            folded.W_enc_T.mul_(inside.scale / unit)
-            if not self.pre_bias:
-                folded.b_enc.sub_(folded.W_enc_T @ inside.mean)
-        folded.W_dec.mul_(unit / outside.scale)
-        folded.b_dec.copy_(outside.invert(self.b_dec))
-        folded.fold_parameters(unit)
-        variance = outside.variance / float(outside.scale.square().mean())
-        folded.normaliser = Normaliser.identity(self.d_in, variance)
-        folded.output_normaliser = None
-        if self.output_normaliser is not None:
-            folded.output_normaliser = Normaliser.identity(self.d_out, variance)
-        return folded
-
-    def fold_parameters(self, feature_scale: float) -> None:
-        """What folding has to do beyond dividing `feature_units` (called on the folded copy)."""
-        del feature_scale
-
-    def unfold(self, inside: Normaliser, outside: Normaliser | None = None) -> Self:
-        """The inverse of `fold`: an equal SAE that works at the scale of the given normalisers.
-
-        Raises InputError for an SAE that is not folded.
-        """
-        if not self.normaliser.is_identity or self.site_normalisers:
-            raise InputError("is not folded", where="sae.unfold", given=self.normaliser.kind)
-        if inside.kind == "standardised":
-            raise InputError("has no scale to unfold to", where="sae.unfold", given=inside.kind)
-        ready = self.clone()
-        # x = (y - m') s' with s' = 1 / s, m' = -m s: seen from y, the model's units are a scale
-        ready.normaliser = _inverse(inside)
-        if self.output_normaliser is not None and outside is not None:
-            ready.output_normaliser = _inverse(outside)
-        ready = ready.fold()
-        ready.normaliser, ready.output_normaliser = inside, outside
-        return ready
-
-    def at(self, site: str) -> Self:
-        """This SAE for one site, folded; several-layer SAEs have a normaliser for each.
-
-        Raises InputError for a site it was not trained on.
-        """
-        if not self.site_normalisers:
-            if site != self.metadata.get("site", site):
-                raise InputError(
-                    "this SAE is of another site",
-                    where="sae.at",
-                    given=site,
-                    allowed=str(self.metadata["site"]),
-                )
-            return self
-        if site not in self.site_normalisers:
-            raise InputError(
-                "not a site of this SAE", where="sae.at", given=site, allowed=self.site_normalisers
-            )
-        own = self.clone()
-        own.normaliser, own.site_normalisers = self.site_normalisers[site], {}
-        own.output_normaliser = None
-        own.metadata["site"] = site
-        return own.fold()
-
     # ---- on disk ----------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, replace: bool = False, **more: Any) -> None:
@@ -401,16 +274,16 @@ class SparseAutoencoder(nn.Module, ABC):
         Keyword arguments are put into config.json beside `metadata` (measured metrics, say). With
         `replace` an SAE that is there is replaced; InputError for anything else that is.
         """
-        from sae.core.serialisation import write_sae  # it imports this module
+        write_saved(self.saved(), Path(folder).expanduser(), more, replace=replace)
 
-        write_sae(self, Path(folder).expanduser(), more, replace=replace)
-
-
-def _inverse(normaliser: Normaliser) -> Normaliser:
-    mean, scale = -normaliser.mean * normaliser.scale, 1 / normaliser.scale
-    return Normaliser("centred", mean, scale, normaliser.variance)
-
-
-def kind_of(config: SAEConfig) -> str:
-    """The name an architecture's configuration carries."""
-    return str(config.kind)  # type: ignore[attr-defined]
+    def saved(self) -> SavedSAE:
+        """What a folder of this SAE holds; its tensors are these, not copies."""
+        return SavedSAE(
+            architecture=kind_of(self.config),
+            config=to_dict(self.config),
+            d_in=self.d_in,
+            d_out=self.d_out,
+            tensors=self.state_dict(),
+            normalisers=self.normalisers,
+            metadata=self.metadata,
+        )

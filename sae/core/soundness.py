@@ -9,7 +9,6 @@ from sae.core.base import SparseAutoencoder
 from sae.core.normaliser import Normaliser
 from saescope.errors import ArtefactError
 
-_OUTPUT = "output"
 _UNBOUNDED = "threshold"
 """what has this in its name may be infinite: a feature that always fires (the logarithm of a
 threshold of 0), or one that never does"""
@@ -25,14 +24,8 @@ def check_sound(sae: SparseAutoencoder, *, where: str) -> None:
         what = _wrong(value, infinite=_UNBOUNDED in name)
         if what is not None:
             raise ArtefactError(f"{name} has {what}", where=where, allowed="numbers")
-    for name, each in normalisers_of(sae).items():
+    for name, each in sae.normalisers.items():
         _check_normaliser(each, f"of {name}" if name else "", where)
-
-
-def normalisers_of(sae: SparseAutoencoder) -> dict[str, Normaliser]:
-    """All of an SAE's normalisers: "" is the input's, "output" the output's, the rest a site's."""
-    found = {"": sae.normaliser, **sae.site_normalisers}
-    return found if sae.output_normaliser is None else {**found, _OUTPUT: sae.output_normaliser}
 
 
 def _wrong(value: Tensor, *, infinite: bool) -> str | None:

@@ -8,11 +8,12 @@ import torch
 from sae.architectures import list_architectures
 from sae.core.base import SparseAutoencoder
 from sae.core.normaliser import Normaliser
-from sae.core.serialisation import CONFIG_FILE, WEIGHTS_FILE, read_sae
+from sae.core.serialisation import CONFIG_FILE, WEIGHTS_FILE, damage_named, read_saved
 from sae.formats import register
 from sae.formats._claim import Claim
 from sae.formats._format import Format
 from saescope.artefact import read_json
+from saescope.config import from_dict
 from saescope.errors import ArtefactError, InputError
 
 
@@ -52,7 +53,7 @@ class SaescopeFormat(Format):
     ) -> SparseAutoencoder:
         """The SAE as it was saved."""
         del released
-        sae = read_sae(folder, list_architectures())
+        sae = _read(folder)
         if input_scale is None:
             return sae
         if not sae.normaliser.is_identity:
@@ -72,3 +73,25 @@ class SaescopeFormat(Format):
         """What it measured at the end of its training, or what it was converted with."""
         measured = sae.metadata.get("held_out") or sae.metadata.get("claimed")
         return Claim.from_metrics(measured, f"its {CONFIG_FILE}")
+
+
+def _read(folder: Path) -> SparseAutoencoder:
+    """The SAE in a folder, in evaluation mode.
+
+    Raises ArtefactError if files are missing, damaged, of a newer schema or of an architecture
+    that is not known here.
+    """
+    saved, known, path = read_saved(folder), list_architectures(), folder / CONFIG_FILE
+    if saved.architecture not in known:
+        raise ArtefactError(
+            "unknown architecture", where=str(path), given=saved.architecture, allowed=known
+        )
+    cls = known[saved.architecture]
+    with damage_named(folder):
+        config = from_dict(cls.Config, saved.config, where=str(path))
+        saved.check_sizes(config.d_sae, folder)
+        sae = cls(config, saved.d_in, saved.d_out)
+        sae.normalisers, sae.metadata = saved.normalisers, saved.metadata
+        saved.check_types(sae.state_dict(), folder)
+        sae.load_state_dict(saved.tensors)
+    return sae.eval()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae import distributed
 from sae.core.base import SparseAutoencoder
-from sae.core.serialisation import write_sae
+from sae.core.serialisation import write_saved
 from sae.distributed import FEATURES
 from sae.training import checkpoint, process_group
 from saescope.artefact import atomic_path, fsync_path
@@ -211,7 +211,9 @@ def release(sae: SparseAutoencoder, folder: Path) -> None:
         if process_group.first():
             sae.save(folder)
     elif process_group.first():
-        write_sae(sae, folder, {}, save=lambda tensors, path: save_whole(tensors, path, splits))
+        write_saved(
+            sae.saved(), folder, {}, save=lambda tensors, path: save_whole(tensors, path, splits)
+        )
     else:
         save_whole(sae.state_dict(), None, splits)
 

@@ -5,13 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae.architectures._batch_selection import (
-    BatchSelectionSAE,
-    fit_zipf,
-    running_mean_,
-    threshold_for_l0,
-    zipf_densities,
-)
+from sae.architectures._batch_selection import BatchSelectionSAE
+from sae.architectures._thresholds import running_mean_, threshold_for_l0
+from sae.architectures._zipf import fit_zipf, zipf_densities
 from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
 from sae.architectures.mutual_choice import MutualChoiceConfig, MutualChoiceSAE
 from sae.core.base import TrainingState

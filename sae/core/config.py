@@ -1,0 +1,53 @@
+"""What every architecture's configuration has."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+from saescope.config import Config
+from saescope.errors import InputError, check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig(Config):
+    """What every architecture's configuration has; each adds its own fields and its `kind`."""
+
+    d_sae: int = 8192
+    """Width of the dictionary (number of features)."""
+
+    def __post_init__(self) -> None:
+        check_range("sae.d_sae", self.d_sae, low=1)
+
+    def check_k(self, name: str, value: int) -> None:
+        """Raise InputError unless a row can have `value` features; name is the field's."""
+        check_range(f"sae.{name}", value, low=1)
+        if value > self.d_sae:
+            raise InputError(
+                f"{name} exceeds the dictionary",
+                where=f"sae.{name}",
+                given=value,
+                allowed=f"1 to {self.d_sae}",
+            )
+
+    def with_target_l0(self, target: float) -> Self:
+        """The same configuration for a mean L0 of `target`: sets k, where there is one.
+
+        Raises InputError if k cannot be that.
+        """
+        kinds = {each.name: each.type for each in fields(self)}
+        if "k" not in kinds:
+            return self
+        if kinds["k"] in (int, "int"):
+            if target != round(target):
+                raise InputError(
+                    "k is a whole number here",
+                    where="target_l0",
+                    given=target,
+                    allowed=str(round(target)),
+                )
+            target = round(target)
+        return replace(self, k=target)
+
+
+def kind_of(config: SAEConfig) -> str:
+    """The name an architecture's configuration carries."""
+    return str(config.kind)  # type: ignore[attr-defined]
