@@ -11,8 +11,8 @@ from sae.core.base import SparseAutoencoder as SparseAutoencoder
 from sae.formats._claim import Claim as Claim
 from sae.formats.certificate import Certificate as Certificate
 from sae.formats.certificate import certify as certify
-from sae.formats.hub import upload as upload
 from sae.formats.load import load as load
+from sae.formats.upload import upload as upload
 from sae.kernels.codes import SparseCodes as SparseCodes
 from sae.steering.steer import splice as splice
 from sae.steering.steer import steer as steer

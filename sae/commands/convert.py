@@ -11,8 +11,9 @@ from sae.core.base import SparseAutoencoder, kind_of
 from sae.formats import format_named, formats
 from sae.formats._claim import Claim
 from sae.formats.certificate import Measured, certify
-from sae.formats.hub import evaluation_of, upload
+from sae.formats.hub import evaluation_of
 from sae.formats.load import load, named_sites
+from sae.formats.upload import upload
 from saescope.artefact import atomic_path
 from saescope.config import Config
 from saescope.errors import InputError, check_range

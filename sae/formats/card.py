@@ -23,48 +23,22 @@ _NAMES = {
 def model_card(
     sae: SparseAutoencoder,
     *,
-    place: str,
+    address: str,
     to: str,
     license: str | None = None,
     metrics: dict[str, Any] | None = None,
 ) -> str:
     """README.md with YAML front matter as the hub reads it.
 
-    Args: place is where it will be, hf://owner/repo/...; to is the format; metrics is what
+    Args: address is where it will be, hf://owner/repo/...; to is the format; metrics is what
     `saescope eval` returned, with its protocol.
     """
-    from huggingface_hub import EvalResult, ModelCardData
-
-    measured = _measured(metrics)
-    protocol = (metrics or {}).get("protocol", {})
-    model = sae.metadata.get("model_spec") or sae.metadata.get("model")
-    site = sae.metadata.get("site")
-    data = ModelCardData(
-        base_model=model if model and str(model).count("/") == 1 else None,
-        library_name="saelens" if to == "saelens" else "saescope",
-        license=license,
-        tags=["sparse-autoencoder", "mechanistic-interpretability", kind_of(sae.config)],
-        model_name=place.rpartition("/")[2] if measured else None,
-        eval_results=[
-            EvalResult(
-                task_type="feature-extraction",
-                dataset_type="activations",
-                dataset_name=f"{protocol.get('split', 'held-out')} activations of {site}",
-                dataset_revision=protocol.get("harvest"),
-                metric_type=name,
-                metric_name=_NAMES[name],
-                metric_value=value,
-            )
-            for name, value in measured.items()
-        ]
-        or None,
-    )
     lines = [
         "---",
-        data.to_yaml().strip(),
+        _front_matter(sae, address=address, to=to, license=license, metrics=metrics),
         "---",
         "",
-        f"# {kind_of(sae.config)} sparse autoencoder of {model or 'a model'}",
+        f"# {kind_of(sae.config)} sparse autoencoder of {_model(sae) or 'a model'}",
         "",
         *_sites(sae),
         f"- d_in {sae.d_in}, d_sae {sae.d_sae}",
@@ -72,14 +46,14 @@ def model_card(
         "",
         "## Measured",
         "",
-        *_measured_lines(measured, metrics),
+        *_measured_lines(_measured(metrics), metrics),
         "",
         "## Load",
         "",
         "```python",
         "import sae",
         "",
-        f'autoencoder = sae.load("{place}")',
+        f'autoencoder = sae.load("{address}")',
         "```",
         "",
         "## Configuration",
@@ -90,6 +64,50 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _front_matter(
+    sae: SparseAutoencoder,
+    *,
+    address: str,
+    to: str,
+    license: str | None,
+    metrics: dict[str, Any] | None,
+) -> str:
+    """The YAML that the hub shows and searches by: base model, tags, licence, each metric."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    measured = _measured(metrics)
+    protocol = (metrics or {}).get("protocol", {})
+    model = _model(sae)
+    data = ModelCardData(
+        base_model=model if model and model.count("/") == 1 else None,
+        library_name="saelens" if to == "saelens" else "saescope",
+        license=license,
+        tags=["sparse-autoencoder", "mechanistic-interpretability", kind_of(sae.config)],
+        model_name=address.rpartition("/")[2] if measured else None,
+        eval_results=[
+            EvalResult(
+                task_type="feature-extraction",
+                dataset_type="activations",
+                dataset_name=(
+                    f"{protocol.get('split', 'held-out')} activations of {sae.metadata.get('site')}"
+                ),
+                dataset_revision=protocol.get("harvest"),
+                metric_type=name,
+                metric_name=_NAMES[name],
+                metric_value=value,
+            )
+            for name, value in measured.items()
+        ]
+        or None,
+    )
+    return data.to_yaml().strip()
+
+
+def _model(sae: SparseAutoencoder) -> str | None:
+    model = sae.metadata.get("model_spec") or sae.metadata.get("model")
+    return str(model) if model else None
 
 
 def _sites(sae: SparseAutoencoder) -> list[str]:

@@ -68,24 +68,7 @@ def load(
     if reference is None and (claimed is not None or model is not None or target is not None):
         raise InputError("needs reference activations", where="load", given="no reference")
     name = str(path)
-    place = HubFolder.parse(name) if name.startswith(SCHEME) else None
-    try:
-        here, commit = fetch(place) if place else (local(path), None)
-        folder, found = find(here, name)
-    except (OSError, ValueError) as error:  # names that no file can have
-        if isinstance(error, InputError):
-            raise
-        raise ArtefactError(f"no SAE here: {error}", where=name[:200]) from error
-    released = PurePosixPath(place.repo, place.folder) if place else None
-    sae = found.read(folder, input_scale=input_scale, released=released).eval()
-    sae = named_sites(sae, site, target_site)
-    warn_at_load(sae)
-    check_sound(sae, where=name)
-    stated = found.claim(folder, sae)
-    if place:
-        sae.metadata["source"] = str(replace(place, revision=commit or place.revision))
-    if found.name != "saescope" and stated is not None:
-        sae.metadata["claimed"] = stated.stated()
+    sae, stated = _read(name, input_scale=input_scale, site=site, target_site=target_site)
     if reference is not None:
         from sae.formats.certificate import certify
 
@@ -97,15 +80,40 @@ def load(
     return sae
 
 
+def _read(
+    name: str, *, input_scale: float | None, site: str | None, target_site: str | None
+) -> tuple[SparseAutoencoder, Claim | None]:
+    """The SAE at a path or on the hub, nothing measured, and what its files claim."""
+    hub = HubFolder.parse(name) if name.startswith(SCHEME) else None
+    try:
+        here, commit = fetch(hub) if hub else (local(name), None)
+        folder, found = find(here, name)
+    except (OSError, ValueError) as error:  # names that no file can have
+        if isinstance(error, InputError):
+            raise
+        raise ArtefactError(f"no SAE here: {error}", where=name[:200]) from error
+    released = PurePosixPath(hub.repo, hub.folder) if hub else None
+    sae = found.read(folder, input_scale=input_scale, released=released).eval()
+    sae = named_sites(sae, site, target_site)
+    warn_at_load(sae)
+    check_sound(sae, where=name)
+    stated = found.claim(folder, sae)
+    if hub:
+        sae.metadata["source"] = str(replace(hub, revision=commit or hub.revision))
+    if found.name != "saescope" and stated is not None:
+        sae.metadata["claimed"] = stated.stated()
+    return sae, stated
+
+
 def find(folder: Path, name: str) -> tuple[Path, Format]:
     """The folder with the SAE's files, and their format.
 
     Raises ArtefactError if there is none, or if it is a run that is not finished.
     """
     own = format_named("saescope")
-    for place in (folder, folder / SAE_FOLDER):
-        if own.recognise(place):
-            return place, own
+    for candidate in (folder, folder / SAE_FOLDER):
+        if own.recognise(candidate):
+            return candidate, own
     if (folder / MANIFEST).exists():
         raise ArtefactError("this run is not finished; train it to the end", where=name)
     if not folder.is_dir():

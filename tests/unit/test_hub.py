@@ -17,8 +17,9 @@ from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.commands.convert import ConvertConfig
 from sae.core.base import SparseAutoencoder
 from sae.formats import format_named
-from sae.formats.hub import HubFolder, upload
+from sae.formats.hub import HubFolder
 from sae.formats.load import load
+from sae.formats.upload import upload
 from saescope.__main__ import main
 from saescope.errors import ArtefactError, InputError
 
