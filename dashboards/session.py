@@ -6,14 +6,10 @@ from dataclasses import dataclass
 import streamlit as st
 
 from dashboards import find_stores, queries
+from dashboards.pages import page_at
 from dashboards.parameters import choose_feature, choose_sae
 from dashboards.tokens import plain
 from store import Annotations, FeatureStore
-
-OVERVIEW = "views/overview.py"
-FEATURES = "views/features.py"
-FEATURE = "views/feature.py"
-TEXT = "views/text.py"
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class Session:
     version: queries.Version
 
 
-def begin(title: str, parameters: Collection[str] = ()) -> Session:
+def begin_page(title: str, parameters: Collection[str] = ()) -> Session:
     """Write the page's heading and the choice of SAE; open the chosen one's store.
 
     parameters: what else the page reads from its address; all others are dropped from it.
@@ -78,8 +74,9 @@ def current_feature(session: Session) -> int:
 def link(session: Session, feature: int, text: str, help: str | None = None) -> None:
     """A link to a feature's page; text is shown as it is."""
     st.page_link(
-        FEATURE,
+        page_at("feature"),
         label=plain(text),
+        icon="",  # not the page's own
         help=help,
         query_params={"sae": session.name, "feature": str(feature)},
     )
@@ -87,4 +84,4 @@ def link(session: Session, feature: int, text: str, help: str | None = None) -> 
 
 def open_feature(session: Session, feature: int) -> None:
     """Go to a feature's page."""
-    st.switch_page(FEATURE, query_params={"sae": session.name, "feature": str(feature)})
+    st.switch_page(page_at("feature"), query_params={"sae": session.name, "feature": str(feature)})

@@ -1,1 +1,1 @@
-"""One file, one page of the explorer."""
+"""One file, one page of the explorer; `dashboards.pages` says what a file declares."""

@@ -1,43 +1,40 @@
-"""One feature: examples, activations, effects on the logits, relatives, label and note."""
+"""One feature: its heading, and below it the panels of dashboards/panels/ in two columns."""
 
 import streamlit as st
 
-from dashboards import fields, figures, queries, session
-from dashboards.amounts import amount, span
+from dashboards import figures, queries
+from dashboards.amounts import amount
+from dashboards.pages import Page, find_panels
 from dashboards.queries import FeatureData
-from dashboards.session import Session
-from dashboards.tokens import effects_html, examples_html, plain, plain_visible
-from saescope.errors import SaescopeError
-from store.annotations import ChangedError
+from dashboards.session import Session, begin_page, current_feature
+from dashboards.tokens import plain
 from store.results import Feature
-from store.summaries import BINS, INTERVALS
 
-WINDOWS: dict[int | None, str] = {4: "4", 8: "8", 16: "16", 32: "32", None: "all"}
-KINDS = {"top": "Strongest", "interval": "By interval"}
+PAGE = Page(title="Feature", icon=":material/search:", order=30, url="feature")
 
 
-def page() -> None:
+def render() -> None:
     """Draw the page."""
     _follow()
-    here = session.begin("", ("feature",))
-    number = session.current_feature(here)
-    data = queries.feature(here.store, here.version, number)
-    _heading(here, data)
+    session = begin_page("", ("feature",))
+    number = current_feature(session)
+    data = queries.feature(session.store, session.version, number)
+    _heading(session, data)
     left, right = st.columns([5, 9], gap="large")
     with left:
-        _label(here, number)
-        if not data.feature.dead:
-            st.markdown("##### Activations")
-            st.plotly_chart(
-                figures.activation_histogram(data.histogram),
-                config=figures.CONFIG,
-                key="activations",
-                alt="Histogram of the feature's activations",
-            )
-        _effects(data)
-        _relatives(here, data)
+        _panels(session, data, "left")
     with right:
-        _examples(here, data)
+        _panels(session, data, "right")
+
+
+def _panels(session: Session, data: FeatureData, column: str) -> None:
+    for found in find_panels(column):
+        panel = found.declared
+        if not panel.applies(data):
+            continue
+        if panel.heading:
+            st.markdown(f"##### {panel.title}", help=panel.help)
+        found.draw(session, data)
 
 
 def _follow() -> None:
@@ -59,16 +56,16 @@ def _go_to_given() -> None:
     st.session_state["go_by_number"] = st.session_state["feature_number"]
 
 
-def _go_to_random(here: Session) -> None:
-    number = here.store.random_live()
+def _go_to_random(session: Session) -> None:
+    number = session.store.random_live()
     if number is not None:
         _go(number)
 
 
-def _heading(here: Session, data: FeatureData) -> None:
+def _heading(session: Session, data: FeatureData) -> None:
     feature = data.feature
     left, right = st.columns([4, 5], vertical_alignment="center")
-    label = here.notes.get(feature.feature).label
+    label = session.notes.get(feature.feature).label
     with left:
         title = f"## Feature {feature.feature}"
         st.markdown(f"{title} · {plain(label)}" if label else title)
@@ -77,7 +74,7 @@ def _heading(here: Session, data: FeatureData) -> None:
         st.number_input(
             "Go to feature",
             min_value=0,
-            max_value=here.store.d_sae - 1,
+            max_value=session.store.d_sae - 1,
             step=1,
             key="feature_number",
             on_change=_go_to_given,
@@ -107,192 +104,21 @@ def _heading(here: Session, data: FeatureData) -> None:
             "Random",
             icon=":material/shuffle:",
             on_click=_go_to_random,
-            args=(here,),
+            args=(session,),
             help="A live feature, each with equal chance",
             shortcut="X",
         )
-    st.caption(" · ".join(_summary(here, feature)))
+    st.caption(" · ".join(_summary(session, feature)))
 
 
-def _summary(here: Session, feature: Feature) -> list[str]:
-    place = plain(here.name)
+def _summary(session: Session, feature: Feature) -> list[str]:
+    name = plain(session.name)
     if feature.dead:
-        return [place, "never fires in this store"]
+        return [name, "never fires in this store"]
     return [
-        place,
+        name,
         f"fires at {figures.percent(feature.density)} of positions ({feature.n_active:,})",
         f"in {feature.n_documents:,} documents",
         f"strongest {amount(feature.max)}",
         f"mean {amount(feature.mean)} ± {amount(feature.std)} where it fires",
     ]
-
-
-def _save(here: Session, number: int, kind: str, key: str, seen: str) -> None:
-    """Save what was typed, unless somebody has changed what the reader saw."""
-    text = fields.typed(key)
-    if text is None:
-        return
-    write = here.notes.set_label if kind == "label" else here.notes.set_note
-    try:
-        write(number, text, seen=seen)
-    except ChangedError as error:
-        fields.forget(key)  # the same text is the reader's own the next time
-        st.session_state["save_problem"] = (
-            f"The {kind} was changed elsewhere meanwhile, to “{error.found}”; yours, “{text}”, is "
-            "not saved. Type it again to put it there all the same."
-        )
-    except SaescopeError as error:
-        st.session_state["save_problem"] = str(error)
-    else:
-        st.toast(f"{kind.capitalize()} saved", icon=":material/check:")
-
-
-def _favour(here: Session, number: int, key: str) -> None:
-    chosen = fields.typed(key)
-    if chosen is None:
-        return
-    try:
-        if chosen:
-            here.notes.add_to_list(number)
-        else:
-            here.notes.remove_from_list(number)
-    except SaescopeError as error:
-        st.session_state["save_problem"] = str(error)
-
-
-def _label(here: Session, number: int) -> None:
-    problem = st.session_state.pop("save_problem", None)
-    if problem:
-        st.error(plain(problem))
-    written = here.notes.get(number)
-    closed = here.notes.read_only
-    reason = "The store's folder is read-only, so labels cannot be saved." if closed else None
-    keys = {kind: f"{kind}_{here.name}_{number}" for kind in ("label", "note", "favourite")}
-    fields.fill(keys["label"], written.label)
-    fields.fill(keys["note"], written.note)
-    fields.fill(keys["favourite"], number in here.notes.members())
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        st.text_input(
-            "Label",
-            key=keys["label"],
-            max_chars=200,
-            disabled=closed,
-            help=reason,
-            placeholder="what does it stand for?",
-            on_change=_save,
-            args=(here, number, "label", keys["label"], written.label),
-        )
-        st.toggle(
-            "Favourite",
-            key=keys["favourite"],
-            disabled=closed,
-            on_change=_favour,
-            args=(here, number, keys["favourite"]),
-        )
-    with st.expander("Note", expanded=bool(written.note), icon=":material/notes:"):
-        st.text_area(
-            "Note",
-            key=keys["note"],
-            max_chars=20_000,
-            disabled=closed,
-            height=110,
-            label_visibility="collapsed",
-            on_change=_save,
-            args=(here, number, "note", keys["note"], written.note),
-        )
-
-
-def _effects(data: FeatureData) -> None:
-    st.markdown(
-        "##### Effect on the next token",
-        help="Tokens whose logit the feature's decoder direction raises and lowers most, directly "
-        "through the unembedding; what later layers make of it is not counted.",
-    )
-    if not data.logits.top and not data.logits.bottom:
-        st.caption("Not computed for this store.")
-        return
-    st.html(
-        effects_html(
-            [(e.token, e.value) for e in data.logits.top],
-            [(e.token, e.value) for e in data.logits.bottom],
-        )
-    )
-
-
-def _relatives(here: Session, data: FeatureData) -> None:
-    near = {n.feature: f"cosine {n.cosine:+.2f}" for n in data.neighbours}
-    together = {
-        c.feature: f"r {c.correlation:.2f} · PMI {c.pmi:.1f} · in {figures.percent(c.share)}"
-        for c in data.coactivating
-    }
-    labels = here.notes.labels([*near, *together])
-    tokens = here.store.top_tokens([*near, *together], 3)
-    blocks = (
-        ("Nearest decoder directions", near, "Cosine of the two decoder directions."),
-        (
-            "Fires together with",
-            together,
-            "Counted over all positions. r: Pearson's correlation of whether the two fire. PMI: "
-            "pointwise mutual information, in nats. The share is of this feature's positions.",
-        ),
-    )
-    with st.container(key="relatives"):
-        for title, rows, text in blocks:
-            st.markdown(f"##### {title}", help=text)
-            if not rows:
-                st.caption("None more than by chance." if rows is together else "None.")
-            for number, value in rows.items():
-                words = labels.get(number) or " ".join(map(_word, tokens[number]))
-                with st.container(horizontal=True, horizontal_alignment="distribute"):
-                    session.link(here, number, f"{number}  {words}"[:60])
-                    st.caption(value, width="content")
-
-
-def _word(token: str) -> str:
-    return plain_visible(token).strip()
-
-
-@st.fragment
-def _examples(here: Session, data: FeatureData) -> None:
-    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
-        kind = st.segmented_control(
-            "Examples",
-            list(KINDS),
-            format_func=KINDS.__getitem__,
-            default="top",
-            required=True,
-            key="examples_kind",
-            persist_state="session",
-        )
-        window = st.select_slider(
-            "Tokens on each side",
-            list(WINDOWS),
-            value=16,
-            format_func=WINDOWS.__getitem__,
-            key="examples_window",
-            width=230,
-            persist_state="session",
-        )
-        breaks = st.toggle("Line breaks", key="examples_breaks", persist_state="session")
-    feature = data.feature
-    found = queries.examples(here.store, here.version, feature.feature, kind or "top", window)
-    if not found:
-        st.info("This feature never fires in this store.", icon=":material/visibility_off:")
-        return
-    if kind != "interval":
-        st.html(examples_html(found, feature.max, line_breaks=breaks))
-        return
-    sizes = data.histogram.counts.reshape(INTERVALS, BINS // INTERVALS).sum(axis=1)
-    width = feature.max / INTERVALS
-    for interval in range(INTERVALS - 1, -1, -1):
-        count = int(sizes[interval])
-        st.markdown(
-            f"**{span(interval * width, (interval + 1) * width)}** · {count:,} positions "
-            f"({figures.percent(count / feature.n_active)})"
-        )
-        mine = [example for example in found if example.interval == interval]
-        if mine:
-            st.html(examples_html(mine, feature.max, line_breaks=breaks))
-
-
-page()

@@ -7,10 +7,13 @@ import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from dashboards import queries, session
+from dashboards import queries
 from dashboards.amounts import COLUMN
-from dashboards.session import Session
+from dashboards.pages import Page
+from dashboards.session import Session, begin_page, open_feature
 from store import FeatureFilter
+
+PAGE = Page(title="Features", icon=":material/table_rows:", order=20, url="features")
 
 PAGE_ROWS = 50
 STATES = {"all": "All", "live": "Live", "dead": "Dead"}
@@ -26,27 +29,27 @@ _DENSITIES = [0.0, *(10.0**e * m for e in range(-6, 0) for m in (1, 3)), 1.0]
 COLUMNS = ("feature", "label", "tokens", "density", "max", "mean", "n_active", "n_documents")
 
 
-def page() -> None:
+def render() -> None:
     """Draw the page."""
-    here = session.begin("Features")
-    filters = _filters(here)
+    session = begin_page("Features")
+    filters = _filters(session)
     columns = st.columns([1.5, 1.7, 4.4], vertical_alignment="bottom")
-    sort, descending = _order(here, columns[0], columns[1])
-    total = here.store.features(filters, limit=1).total
+    sort, descending = _order(session, columns[0], columns[1])
+    total = session.store.features(filters, limit=1).total
     if not total:
         st.info("No feature fits these filters.", icon=":material/filter_alt_off:")
         return
     first = PAGE_ROWS * (_page_number(columns[2], total, (filters, sort, descending)) - 1)
     frame, _ = queries.table(
-        here.store,
-        here.notes,
+        session.store,
+        session.notes,
         filters,
         sort=sort,
         descending=descending,
         limit=PAGE_ROWS,
         offset=first,
     )
-    _draw(here, frame)
+    _draw(session, frame)
     st.caption(
         f"{first + 1:,} to {first + len(frame):,} of {total:,} features. "
         "Click a row to open the feature, the head of a column to sort all of them by it."
@@ -67,7 +70,7 @@ def _page_number(column: DeltaGenerator, total: int, question: tuple[object, ...
         )
 
 
-def _filters(here: Session) -> FeatureFilter:
+def _filters(session: Session) -> FeatureFilter:
     columns = st.columns([2.2, 1.3, 2.2, 1, 1], vertical_alignment="bottom")
     text = columns[0].text_input(
         "Search",
@@ -114,7 +117,7 @@ def _filters(here: Session) -> FeatureFilter:
         persist_state="session",
     )
     return FeatureFilter(
-        ids=_search(here, text or ""),
+        ids=_search(session, text or ""),
         density_min=low or None,
         density_max=high if high < 1 else None,
         activation_min=weakest,
@@ -127,25 +130,25 @@ def _density(value: float) -> str:
     return f"{100 * value:.4f}".rstrip("0").rstrip(".") + " %"
 
 
-def _search(here: Session, text: str) -> tuple[int, ...] | None:
+def _search(session: Session, text: str) -> tuple[int, ...] | None:
     words = text.strip()
     if not words:
         return None
-    found = here.notes.search(words)
+    found = session.notes.search(words)
     if words.isascii() and words.isdigit() and len(words) < 10:
         found = [int(words), *found]
     return tuple(found)
 
 
-def _sorts(here: Session) -> dict[str, str]:
+def _sorts(session: Session) -> dict[str, str]:
     """What features can be sorted by, and its name for readers."""
-    more = {name: name.replace("_", " ") for name in here.store.columns if name not in SORTS}
+    more = {name: name.replace("_", " ") for name in session.store.columns if name not in SORTS}
     more.pop("n_active", None)
     return {**SORTS, **more}
 
 
-def _order(here: Session, left: DeltaGenerator, right: DeltaGenerator) -> tuple[str, bool]:
-    names = _sorts(here)
+def _order(session: Session, left: DeltaGenerator, right: DeltaGenerator) -> tuple[str, bool]:
+    names = _sorts(session)
     sort = left.selectbox(
         "Sort by",
         list(names),
@@ -182,7 +185,7 @@ def _sort_by_head(key: str, sortable: Collection[str]) -> None:
         st.session_state["table_order"] = "down" if down else "up"
 
 
-def _draw(here: Session, frame: pd.DataFrame) -> None:
+def _draw(session: Session, frame: pd.DataFrame) -> None:
     shown = frame[[name for name in COLUMNS if name in frame]].assign(
         density=100 * frame["density"]
     )
@@ -194,7 +197,7 @@ def _draw(here: Session, frame: pd.DataFrame) -> None:
         key=key,
         hide_index=True,
         height=35 * min(len(shown) + 1, 15) + 3,
-        on_select=functools.partial(_sort_by_head, key, _sorts(here)),
+        on_select=functools.partial(_sort_by_head, key, _sorts(session)),
         selection_mode=["single-cell", "single-column"],
         column_config={
             "feature": number("feature", width=80, format="%d"),
@@ -214,7 +217,4 @@ def _draw(here: Session, frame: pd.DataFrame) -> None:
     if event.selection.cells:
         # a new key, so that nothing is selected when the reader comes back
         st.session_state["table_opened"] = st.session_state.get("table_opened", 0) + 1
-        session.open_feature(here, int(frame["feature"].iloc[event.selection.cells[0][0]]))
-
-
-page()
+        open_feature(session, int(frame["feature"].iloc[event.selection.cells[0][0]]))

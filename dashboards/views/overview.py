@@ -6,10 +6,13 @@ from typing import Any
 
 import streamlit as st
 
-from dashboards import figures, queries, session
-from dashboards.session import Session
+from dashboards import figures, queries
+from dashboards.pages import Page, page_at
+from dashboards.session import Session, begin_page, link, open_feature
 from dashboards.tokens import facts_html, plain
 from store.results import Overview
+
+PAGE = Page(title="Overview", icon=":material/dashboard:", order=10, url="overview")
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,10 @@ _FACTS = {
 }
 
 
-def page() -> None:
+def render() -> None:
     """Draw the page."""
-    here = session.begin("")
-    facts = queries.overview(here.store, here.version)
+    session = begin_page("")
+    facts = queries.overview(session.store, session.version)
     st.markdown(f"## {plain(facts.name)}")
     parts = [part for part in (facts.model, facts.site, facts.architecture) if part]
     st.caption(" · ".join(plain(part) for part in parts))
@@ -91,11 +94,11 @@ def page() -> None:
     left, right = st.columns([3, 2], gap="large")
     with left:
         st.markdown("##### How often features fire")
-        _densities(here, facts)
+        _densities(session, facts)
     with right:
         st.markdown("##### Where it comes from")
-        st.html(facts_html(_facts(here.store.meta, facts)))
-    _links(here)
+        st.html(facts_html(_facts(session.store.meta, facts)))
+    _links(session)
 
 
 def _metrics(facts: Overview) -> None:
@@ -126,8 +129,8 @@ def _metrics(facts: Overview) -> None:
         st.caption("No metrics were recorded: `saescope eval` measures them, indexing keeps them.")
 
 
-def _densities(here: Session, facts: Overview) -> None:
-    densities = queries.densities(here.store, here.version)
+def _densities(session: Session, facts: Overview) -> None:
+    densities = queries.densities(session.store, session.version)
     if facts.n_live:
         st.plotly_chart(
             figures.density_histogram(densities),
@@ -164,25 +167,28 @@ def _facts(meta: Mapping[str, Any], facts: Overview) -> list[tuple[str, str]]:
     return rows
 
 
-def _links(here: Session) -> None:
+def _links(session: Session) -> None:
     st.markdown("##### Look around")
-    query = {"sae": here.name}
+    query = {"sae": session.name}
     columns = st.columns([1, 1, 1, 3], vertical_alignment="center")
     with columns[0]:
         st.page_link(
-            session.FEATURES, label="All features", icon=":material/table_rows:", query_params=query
+            page_at("features"),
+            label="All features",
+            icon=":material/table_rows:",
+            query_params=query,
         )
     with columns[1]:
         if st.button("Random feature", icon=":material/shuffle:", type="tertiary"):
-            number = here.store.random_live()
+            number = session.store.random_live()
             if number is not None:
-                session.open_feature(here, number)
+                open_feature(session, number)
     with columns[2]:
         st.page_link(
-            session.TEXT, label="Try your text", icon=":material/edit_note:", query_params=query
+            page_at("text"), label="Try your text", icon=":material/edit_note:", query_params=query
         )
-    labels = here.notes.labels()
-    favourites = here.notes.members()
+    labels = session.notes.labels()
+    favourites = session.notes.members()
     if not labels and not favourites:
         return
     st.markdown("##### Labelled and favourite features")
@@ -192,7 +198,4 @@ def _links(here: Session) -> None:
         for index, number in enumerate(numbers):
             star = "★ " if number in favourites else ""
             with columns[index % 4]:
-                session.link(here, number, f"{star}{number}  {labels.get(number, '')}")
-
-
-page()
+                link(session, number, f"{star}{number}  {labels.get(number, '')}")

@@ -8,14 +8,17 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from dashboards import model_cache, queries, session
+from dashboards import model_cache, queries
 from dashboards.amounts import COLUMN
-from dashboards.session import Session
+from dashboards.pages import Page
+from dashboards.session import Session, begin_page, link
 from dashboards.tokens import per_token_html, plain, plain_visible, text_html
 from saescope.errors import SaescopeError
 
 if TYPE_CHECKING:
     from sae import TextFeatures
+
+PAGE = Page(title="Try your text", icon=":material/edit_note:", order=40, url="text")
 
 EXAMPLE = "The old harbour lay quiet under the snow until the first ferry of the year came in."
 LONGEST = 4000
@@ -31,9 +34,9 @@ _RANKS = {
 }
 
 
-def page() -> None:
+def render() -> None:
     """Draw the page."""
-    here = session.begin("Try your text")
+    session = begin_page("Try your text")
     with st.form("text_form", border=False):
         st.text_area(
             "Text",
@@ -45,45 +48,45 @@ def page() -> None:
         )
         sent = st.form_submit_button("Show features", type="primary")
     st.caption(LOADED)
-    key = f"text_result_{here.name}"
+    key = f"text_result_{session.name}"
     if sent:
-        _analyse(here, key)
+        _analyse(session, key)
     kept = st.session_state.get(key)
     if kept is None:
         st.caption("The first text takes a while, because the model has to be loaded.")
         return
     version, result = kept
-    if version != here.version:
+    if version != session.version:
         st.info("The store has changed since; show the features again.")
         return
     if not len(result.feature):
         st.info("No feature fires on this text.", icon=":material/visibility_off:")
         return
-    _result(here, result)
+    _result(session, result)
 
 
-def _analyse(here: Session, key: str) -> None:
+def _analyse(session: Session, key: str) -> None:
     text = st.session_state["text"] or ""
     if not text.strip():
         st.session_state.pop(key, None)
         st.warning("Type some text first.", icon=":material/edit:")
         return
     try:
-        st.session_state[key] = (here.version, model_cache.features_of_text(here.store, text))
+        st.session_state[key] = (session.version, model_cache.features_of_text(session.store, text))
     except SaescopeError as error:
         st.session_state.pop(key, None)
         st.error(plain(error), icon=":material/error:")
 
 
-def _strengths(here: Session, result: "TextFeatures") -> dict[int, float]:
-    """Each feature's strongest activation in the store: what its activations here are held to."""
-    return queries.max_activations(here.store, np.unique(result.feature).tolist())
+def _strengths(session: Session, result: "TextFeatures") -> dict[int, float]:
+    """Each feature's strongest activation in the store: the scale of those here."""
+    return queries.max_activations(session.store, np.unique(result.feature).tolist())
 
 
-def ranked(here: Session, result: "TextFeatures", by: str) -> pd.DataFrame:
+def ranked(session: Session, result: "TextFeatures", by: str) -> pd.DataFrame:
     """The text's features, best first: activation, strength (activation / strongest in the store),
     tokens, and the token where it is strongest."""
-    strongest = _strengths(here, result)
+    strongest = _strengths(session, result)
     frame = pd.DataFrame(
         {"feature": result.feature, "activation": result.activation, "position": result.position}
     )
@@ -96,7 +99,7 @@ def ranked(here: Session, result: "TextFeatures", by: str) -> pd.DataFrame:
     return best.sort_values([by, "feature"], ascending=[False, True]).reset_index(drop=True)
 
 
-def _result(here: Session, result: "TextFeatures") -> None:
+def _result(session: Session, result: "TextFeatures") -> None:
     left, right = st.columns([6, 7], gap="large")
     with left:
         by = st.segmented_control(
@@ -110,11 +113,11 @@ def _result(here: Session, result: "TextFeatures") -> None:
             help="Relative strength: the activation over the strongest one in the store.",
         )
         by = by or "strength"
-        chosen = _table(here, ranked(here, result, by), by)
+        chosen = _table(session, ranked(session, result, by), by)
     with right:
-        _highlight(here, result, chosen)
+        _highlight(session, result, chosen)
     st.markdown("##### Strongest features of each token", help="Links open in a new tab.")
-    st.html(per_token_html(_per_token(here, result), here.name))
+    st.html(per_token_html(_per_token(session, result), session.name))
 
 
 def _choose(key: str, chosen: str, features: Sequence[int]) -> None:
@@ -124,11 +127,11 @@ def _choose(key: str, chosen: str, features: Sequence[int]) -> None:
         st.session_state[chosen] = features[rows[0]]
 
 
-def _table(here: Session, frame: pd.DataFrame, by: str) -> int:
+def _table(session: Session, frame: pd.DataFrame, by: str) -> int:
     """Draw the table of features; the one that is chosen, the first if none is."""
     features = [int(number) for number in frame["feature"]]
-    key, chosen = f"text_features_{by}", f"text_chosen_{here.name}"
-    labels = here.notes.labels(frame["feature"].tolist())
+    key, chosen = f"text_features_{by}", f"text_chosen_{session.name}"
+    labels = session.notes.labels(frame["feature"].tolist())
     shown = frame.assign(
         label=[labels.get(int(f), "") for f in frame["feature"]],
         strength=100 * np.minimum(frame["strength"], 9.99),
@@ -153,22 +156,22 @@ def _table(here: Session, frame: pd.DataFrame, by: str) -> int:
     return kept if kept in features else features[0]
 
 
-def _highlight(here: Session, result: "TextFeatures", feature: int) -> None:
+def _highlight(session: Session, result: "TextFeatures", feature: int) -> None:
     mine = result.feature == feature
     activations = np.zeros(len(result.tokens), dtype=np.float64)
     activations[result.position[mine]] = result.activation[mine]
-    label = here.notes.get(feature).label
+    label = session.notes.get(feature).label
     st.markdown(f"##### Feature {feature}{' · ' + plain(label) if label else ''}")
-    scale = max(_strengths(here, result).get(feature, 0.0), float(activations.max()))
+    scale = max(_strengths(session, result).get(feature, 0.0), float(activations.max()))
     st.html(text_html(result.tokens, activations.tolist(), scale, result.keep))
-    session.link(here, feature, f"Open feature {feature}")
+    link(session, feature, f"Open feature {feature}")
 
 
 def _per_token(
-    here: Session, result: "TextFeatures"
+    session: Session, result: "TextFeatures"
 ) -> list[tuple[int, str, list[tuple[int, str, float, float]]]]:
-    strongest = _strengths(here, result)
-    labels = here.notes.labels(list(strongest))
+    strongest = _strengths(session, result)
+    labels = session.notes.labels(list(strongest))
     rows = []
     for place, text in enumerate(result.tokens):
         at = np.flatnonzero(result.position == place)
@@ -180,6 +183,3 @@ def _per_token(
         entries.sort(key=lambda entry: (-entry[3], entry[0]))
         rows.append((place, text, entries[:PER_TOKEN]))
     return rows
-
-
-page()

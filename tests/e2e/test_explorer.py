@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
 
 import dashboards
 from dashboards import find_stores, launch, model_cache
@@ -21,9 +22,7 @@ from store import Annotations, FeatureStore
 from tests.tiny_store import CONTEXT, D_SAE, DEAD, EVERYWHERE, RARE, make_tiny_store
 
 APP = str(Path(dashboards.__file__).parent / "app.py")
-OVERVIEW, FEATURES, FEATURE, TEXT = (
-    f"views/{name}.py" for name in ("overview", "features", "feature", "text")
-)
+OVERVIEW, FEATURES, FEATURE, TEXT = "overview", "features", "feature", "text"
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,8 @@ def open_page(page: str = OVERVIEW, **parameters: str) -> AppTest:
         app.query_params[name] = value
     app.run()
     if page != OVERVIEW:
-        app.switch_page(page)
+        # AppTest.switch_page knows only pages that are scripts
+        app._page_hash = calc_hash(page)
         for name, value in parameters.items():
             app.query_params[name] = value
         app.run()
@@ -422,6 +422,7 @@ def test_first_page_needs_no_model_libraries(folder: Path) -> None:
     script = """
 import sys
 from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
 app = AppTest.from_file(sys.argv[1], default_timeout=60)
 app.run()
 assert not app.exception and len(app.metric) == 5

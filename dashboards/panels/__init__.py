@@ -1,0 +1,1 @@
+"""One file, one panel of the feature page; `dashboards.pages` says what a file declares."""

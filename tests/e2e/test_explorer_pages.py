@@ -1,0 +1,141 @@
+"""A page or a panel of the explorer is one file, found by what it declares."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from dashboards import pages
+from dashboards.pages import Page, Panel, find_pages, find_panels, page_at
+from saescope.errors import InputError
+from tests.e2e.test_explorer import FEATURE, folder, made, open_page, shown
+from tests.tiny_store import DEAD
+
+__all__ = ["folder", "made"]  # fixtures
+
+Write = Callable[[str, str, str], Path]
+
+PAGE = """
+import streamlit as st
+from dashboards.pages import Page
+from dashboards.session import begin_page, link
+
+PAGE = Page(title="Longest labels", icon=":material/label:", order=25, url="longest-labels")
+
+def render():
+    session = begin_page("Longest labels")
+    st.caption(f"a page of {session.name}")
+    link(session, 5, "the fifth")
+"""
+PANEL = """
+import streamlit as st
+from dashboards.pages import Panel
+
+PANEL = Panel(
+    title="Dead for how long", order=15, help="why", applies=lambda data: data.feature.dead
+)
+
+def panel(session, data):
+    st.caption(f"{session.name} {data.feature.feature}: for ever")
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
+    """Write a file into a folder that also belongs to the package of pages, or of panels."""
+    written: list[str] = []
+
+    def into(package: str, name: str, text: str) -> Path:
+        more = tmp_path / package.rpartition(".")[2]
+        more.mkdir(exist_ok=True)
+        module = importlib.import_module(package)
+        if str(more) not in module.__path__:
+            monkeypatch.setattr(module, "__path__", [*module.__path__, str(more)])
+        (more / f"{name}.py").write_text(text)
+        importlib.invalidate_caches()
+        written.append(f"{package}.{name}")
+        return more / f"{name}.py"
+
+    yield into
+    for name in written:
+        sys.modules.pop(name, None)
+
+
+def navigation(app: AppTest) -> list[str]:
+    """Titles of the pages in the navigation, in order."""
+    return [str(page.get("page_name")) for page in app._registered_pages.values()]
+
+
+def test_the_explorers_own_pages_and_panels() -> None:
+    found = [(p.declared.title, p.declared.icon, p.declared.url) for p in find_pages()]
+    assert found == [
+        ("Overview", ":material/dashboard:", "overview"),
+        ("Features", ":material/table_rows:", "features"),
+        ("Feature", ":material/search:", "feature"),
+        ("Try your text", ":material/edit_note:", "text"),
+    ]
+    assert [p.declared.title for p in find_panels("left")] == [
+        *("Label", "Activations", "Effect on the next token", "Related features"),
+    ]
+    assert [p.declared.title for p in find_panels("right")] == ["Examples"]
+
+
+def test_a_page_is_added_by_its_file(folder: Path, write: Write) -> None:
+    assert navigation(open_page()) == ["Overview", "Features", "Feature", "Try your text"]
+    write(pages.VIEWS, "longest_labels", PAGE)
+    write(pages.VIEWS, "_helper", "")
+    app = open_page("longest-labels")
+    assert navigation(app)[1:4] == ["Features", "Longest labels", "Feature"]
+    assert app.markdown[0].value == "## Longest labels"
+    assert "a page of tiny" in shown(app)
+    assert [(x.proto.page, x.proto.icon) for x in app.get("page_link")] == [("feature", "")]
+
+
+def test_a_panel_is_added_by_its_file(folder: Path, write: Write) -> None:
+    write(pages.PANELS, "dead_for", PANEL)
+    app = open_page(FEATURE, feature=str(DEAD[0]))
+    (heading,) = [m for m in app.markdown if m.value == "##### Dead for how long"]
+    assert heading.help == "why"
+    titles = [m.value for m in app.markdown if m.value.startswith("#####")]
+    assert titles.index("##### Dead for how long") < titles.index("##### Effect on the next token")
+    assert f"tiny {DEAD[0]}: for ever" in shown(app)
+    assert "Dead for how long" not in shown(open_page(FEATURE, feature="5")), "it does not apply"
+
+
+@pytest.mark.parametrize("text", ["", "PAGE = 'Mine'\ndef render(): ...", PAGE.partition("def")[0]])
+def test_a_page_without_a_declaration_is_one_clear_error(
+    folder: Path, write: Write, text: str
+) -> None:
+    file = write(pages.VIEWS, "undeclared", text)
+    app = AppTest.from_file(str(Path(pages.__file__).parent / "app.py"), default_timeout=60).run()
+    (error,) = app.error
+    said = error.value.replace("\\", "")
+    assert f"{file}: is no page of the explorer: it has no PAGE or no function render" in said
+    assert "PAGE = Page(...) and def render(...)" in said
+    assert not app.exception
+
+
+def test_a_panel_without_a_declaration_is_one_clear_error(folder: Path, write: Write) -> None:
+    file = write(pages.PANELS, "undeclared", "PANEL = None")
+    (error,) = open_page(FEATURE, feature="5").error
+    assert f"{file}: is no panel of the explorer" in error.value.replace("\\", "")
+
+
+def test_two_pages_cannot_have_one_url(write: Write) -> None:
+    file = write(pages.VIEWS, "another", PAGE.replace("longest-labels", "text"))
+    with pytest.raises(InputError, match=r"has the URL of .*\.py \(given: 'text'\)") as caught:
+        find_pages()
+    assert str(file) in str(caught.value)
+
+
+def test_wrong_declarations() -> None:
+    for url in ("", "a/b", "A", "a b", "../a"):
+        with pytest.raises(InputError, match="cannot be a page's URL"):
+            Page(title="x", icon="", order=1, url=url)
+    with pytest.raises(InputError, match=r"no such column \(given: 'middle'; allowed: left, right"):
+        Panel(title="x", order=1, column="middle")
+    with pytest.raises(InputError, match=r"no page has this URL \(given: 'gone'; allowed: overv"):
+        page_at("gone")
