@@ -19,7 +19,7 @@ from torch.nn import functional
 from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from sae.core.normaliser import Normaliser
 from sae.evaluation.recovery import measure_recovery
-from sae.training.batch_maker import ObjectiveConfig
+from sae.training.batch_maker import LossConfig
 from sae.training.trainer import Trainer, TrainerConfig
 
 Start = Literal["truth", "samples"]
@@ -104,7 +104,7 @@ def distance(
             lr=size.lr,
             evaluate_every=size.steps,
             checkpoint_every=size.steps,
-            objective=ObjectiveConfig(visible_fraction=size.visible if masked else 1.0),
+            loss=LossConfig(visible_fraction=size.visible if masked else 1.0),
         ),
         total_steps=size.steps,
         held_out=lambda: iter([held_out]),

@@ -1,14 +1,15 @@
 """Configuration: frozen dataclasses, read from TOML, checked strictly, overridden by options.
 
 Every field has a docstring, which is its help text; unknown keys are errors that name their path.
+A field that was renamed is read under its old name, too (renamed_fields).
 """
 
 import json
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
-from functools import cache, wraps
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
@@ -16,6 +17,12 @@ from saescope.errors import ArtefactError, InputError, SaescopeError
 from saescope.examples import how_to_get
 from saescope.integers import as_index, as_indices
 from saescope.paths import local
+from saescope.renamed_fields import (
+    field_types,
+    saved_name,
+    with_current_names,
+    with_current_options,
+)
 from saescope.system import read_whole, system_errors
 from saescope.terminal import complain, harmless_errors
 
@@ -64,7 +71,7 @@ def _use_pythons_numbers(config: Config) -> None:
 
     Raises InputError for a whole number's field that has something else.
     """
-    hints = _field_types(type(config))
+    hints = field_types(type(config))
     for field in fields(config):  # type: ignore[arg-type]
         given: Any = getattr(config, field.name)
         kind = hints[field.name]
@@ -81,19 +88,23 @@ def _use_pythons_numbers(config: Config) -> None:
         object.__setattr__(config, field.name, found)
 
 
-@cache
-def _field_types(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
 def to_dict(config: object) -> Any:
-    """A configuration as JSON-able values: nested dicts, lists, strings, numbers, None."""
+    """A configuration as it is saved: nested dicts, lists, strings, numbers, None.
+
+    Fields have the names that they had first, whatever they are called now.
+    """
+    return _plain(config, saved_name)
+
+
+def _plain(config: object, name_of: Callable[[Field[Any]], str]) -> Any:
     if is_dataclass(config) and not isinstance(config, type):
-        return {field.name: to_dict(getattr(config, field.name)) for field in fields(config)}
+        return {
+            name_of(field): _plain(getattr(config, field.name), name_of) for field in fields(config)
+        }
     if isinstance(config, tuple | list):
-        return [to_dict(item) for item in config]
+        return [_plain(item, name_of) for item in config]
     if isinstance(config, Mapping):
-        return {str(key): to_dict(value) for key, value in config.items()}
+        return {str(key): _plain(value, name_of) for key, value in config.items()}
     if isinstance(config, Path):
         return str(config)
     return config
@@ -108,6 +119,7 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> Conf
     from pydantic import TypeAdapter, ValidationError
 
     _check_plain(values, where)
+    values = with_current_names(cls.specialise(values), values, where)
     try:
         # JSON mode: strict types, yet lists become tuples and nested tables become dataclasses
         text = json.dumps(values)
@@ -236,6 +248,8 @@ def parse(
     for name in cls.SELECTORS:
         _select(values, name, words)
     concrete: Any = cls.specialise(values)
+    values = with_current_names(concrete, values, where)
+    words = with_current_options(concrete, words)
     for name in _required(concrete):
         _select(values, name, words)
     options: dict[str, Any] = {}
@@ -251,7 +265,7 @@ def parse(
             description=description,
             **options,
         )
-    return from_dict(cls, to_dict(chosen), where)
+    return from_dict(cls, _plain(chosen, lambda field: field.name), where)
 
 
 def _unfinished(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
@@ -296,8 +310,8 @@ def _select(values: dict[str, Any], selector: str, words: list[str]) -> None:
         chosen = inline or words[index + 1]
         *path, last = selector.split(".")
         here = values
-        for part in path:
-            here = here.setdefault(part, {})
+        for table in path:
+            here = here.setdefault(table, {})
         here[last] = chosen
         del words[index : index + (1 if inline else 2)]
         return

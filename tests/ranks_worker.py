@@ -16,7 +16,7 @@ from sae.core.batch import RawBatch
 from sae.distributed import FEATURES
 from sae.kernels import global_topk, reference_backend, selection
 from sae.training import process_group
-from sae.training.batch_maker import ObjectiveConfig
+from sae.training.batch_maker import LossConfig
 from sae.training.trainer import Trainer, TrainerConfig
 from saescope.errors import InputError
 
@@ -54,8 +54,8 @@ CASES: dict[str, dict[str, Any]] = {
     "transcoder": {"kind": "transcoder", "target": True},
     "transcoder_relu": {"kind": "transcoder", "sae": {"activation": "relu"}, "target": True},
     "skip_transcoder": {"kind": "skip_transcoder", "target": True},
-    "tilted": {"kind": "topk", "trainer": {"objective": {"tilt": 2.0}}},
-    "masked": {"kind": "topk", "trainer": {"objective": {"visible_fraction": 0.75}}},
+    "tilted": {"kind": "topk", "trainer": {"loss": {"tilt": 2.0}}},
+    "masked": {"kind": "topk", "trainer": {"loss": {"visible_fraction": 0.75}}},
     "in_parts": {"kind": "batchtopk", "trainer": {"accumulate": 2}},
     "signum": {"kind": "topk", "trainer": {"optimiser": "signum"}},
     "schedule_free": {"kind": "topk", "trainer": {"optimiser": "schedule_free_adam"}},
@@ -110,8 +110,8 @@ def make(name: str, folder: Path) -> Trainer:
     options = {"d_sae": D_SAE, **({"k": 3} if "k" in known else {}), **case.get("sae", {})}
     sae = cls(cls.Config(**options), D_IN).to(getattr(torch, case.get("dtype", "float64")))
     settings = dict(case.get("trainer", {}))
-    if "objective" in settings:
-        settings["objective"] = ObjectiveConfig(**settings["objective"])
+    if "loss" in settings:
+        settings["loss"] = LossConfig(**settings["loss"])
     held_out = torch.randn(41, D_IN, generator=torch.Generator().manual_seed(99))
     return Trainer(
         sae,

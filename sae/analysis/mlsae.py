@@ -176,7 +176,7 @@ def layer_use(
     `seed` decides the null's shuffles. Raises InputError for batches without groups or tokens, and
     as `LayerUse.add`.
 
-    >>> stream = make_stream(store, layers, mix="all", batch_size=4096)  # doctest: +SKIP
+    >>> stream = make_stream(store, layers, mix_layers="all", batch_size=4096)  # doctest: +SKIP
     >>> use = layer_use(sae, stream.held_out(10_000)(), len(layers))  # doctest: +SKIP
     >>> use.summary().variances.ratio  # doctest: +SKIP
     """

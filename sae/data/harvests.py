@@ -55,12 +55,12 @@ def choose_sites(
     site: str | None,
     sites: Sequence[str],
     target_site: str | None,
-    mix: str | None,
+    mix_layers: str | None,
 ) -> tuple[str, ...]:
     """The sites that an SAE of an architecture is to read: the one chosen, or several.
 
-    Several are read by a crosscoder, or by one SAE of several layers (`mix`); all of the harvest's
-    if none are named.
+    Several are read by a crosscoder, or by one SAE of several layers (`mix_layers`): those named in
+    `sites`, or all of the harvest's.
 
     Raises InputError for sites that the harvest has not, or that the architecture cannot read.
     """
@@ -71,15 +71,17 @@ def choose_sites(
             else f"{kind_of(cls.Config())} reconstructs what it reads"
         )
         raise InputError(what, where="target_site", given=target_site)
-    several = cls.concatenates or mix is not None
-    if cls.concatenates and mix is not None:
-        raise InputError("a crosscoder reads all sites at once", where="mix", given=mix)
+    several = cls.concatenates or mix_layers is not None
+    if cls.concatenates and mix_layers is not None:
+        raise InputError(
+            "a crosscoder reads all sites at once", where="mix_layers", given=mix_layers
+        )
     if (cls.transcodes or not several) and sites:
         raise InputError(
-            "several sites need a crosscoder, or mix",
+            "several sites need a crosscoder, or mix_layers",
             where="sites",
             given=sites,
-            allowed="mix = all, drawn",
+            allowed="mix_layers = all, drawn",
         )
     if several and site is not None:
         raise InputError("several sites are read here: give sites", where="site", given=site)

@@ -38,7 +38,7 @@ __all__ = [
     "make_stream",
 ]
 
-Mix = Literal["all", "drawn"]
+MixLayers = Literal["all", "drawn"]
 
 
 class OneSite(Stream):
@@ -177,7 +177,7 @@ def make_stream(
     batch_size: int,
     seed: int = 0,
     target_site: str | None = None,
-    mix: Mix | None = None,
+    mix_layers: MixLayers | None = None,
     crosscoder: bool = False,
     outlier_multiple: float | None = None,
     labels: Labels | None = None,
@@ -192,11 +192,11 @@ def make_stream(
 
     Raises InputError if the sites and options do not go together, or as the classes do.
 
-    >>> make_stream(store, layers, mix="all", batch_size=4096)  # doctest: +SKIP
+    >>> make_stream(store, layers, mix_layers="all", batch_size=4096)  # doctest: +SKIP
     >>> make_stream(store, mlp_in, target_site=mlp_out, batch_size=4096)  # doctest: +SKIP
     """
     names = (sites,) if isinstance(sites, str) else tuple(sites)
-    kind = _kind(names, target_site, mix, crosscoder)
+    kind = _kind(names, target_site, mix_layers, crosscoder)
     read = (*names, target_site) if target_site is not None else names
     outliers = None
     if outlier_multiple is not None:
@@ -216,24 +216,29 @@ def make_stream(
 
 
 def _kind(
-    sites: tuple[str, ...], target_site: str | None, mix: Mix | None, crosscoder: bool
+    sites: tuple[str, ...], target_site: str | None, mix_layers: MixLayers | None, crosscoder: bool
 ) -> type[Stream]:
-    if (target_site is not None) + (mix is not None) + crosscoder > 1:
+    if (target_site is not None) + (mix_layers is not None) + crosscoder > 1:
         raise InputError(
-            "choose one of target_site, mix and crosscoder",
+            "choose one of target_site, mix_layers and crosscoder",
             where="sites",
-            given={"target_site": target_site, "mix": mix, "crosscoder": crosscoder},
+            given={"target_site": target_site, "mix_layers": mix_layers, "crosscoder": crosscoder},
         )
-    if mix is not None:
+    if mix_layers is not None:
         kinds: dict[str, type[Stream]] = {"all": AllLayers, "drawn": DrawnLayer}
-        if mix not in kinds:
-            raise InputError("no such mix of layers", where="mix", given=mix, allowed=tuple(kinds))
-        return kinds[mix]
+        if mix_layers not in kinds:
+            raise InputError(
+                "no such way to mix layers",
+                where="mix_layers",
+                given=mix_layers,
+                allowed=tuple(kinds),
+            )
+        return kinds[mix_layers]
     if crosscoder:
         return Concatenated
     if len(sites) != 1:
         raise InputError(
-            "several sites need a mix (all, drawn) or crosscoder, else give one",
+            "several sites need mix_layers (all, drawn) or crosscoder, else give one",
             where="sites",
             given=sites,
         )

@@ -1,6 +1,7 @@
-"""What a run asks of any architecture beyond its own loss: tilt, hidden coordinates, layers' units.
+"""Training batches: the rows that a stream gives, as an architecture's loss takes them.
 
-Turns the rows a stream gives into the batch an architecture's objective takes.
+Rows are brought to the normaliser's scale (of several layers, each to its own); the changes to the
+loss that any architecture can take, tilt and hidden coordinates, are put in.
 """
 
 from dataclasses import dataclass
@@ -15,19 +16,19 @@ from saescope.errors import InputError, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig(Config):
+class LossConfig(Config):
     """Changes to the reconstruction loss that every architecture can take."""
 
     tilt: float = 0.0
     """t of the tilted empirical risk (1/t) log mean exp(t l), with l a row's error in units of the
     data's variance; 0 is the plain mean, larger cares more for the worst rows (SSAE)."""
     visible_fraction: float = 1.0
-    """Part of the coordinates that the encoder sees, drawn anew each batch; below 1 the loss is on
-    the hidden ones (masked reconstruction, Chidambaram et al. 2023)."""
+    """Fraction of the coordinates that the encoder sees, drawn anew each batch; below 1 the loss is
+    on the hidden ones (masked reconstruction, Chidambaram et al. 2023)."""
 
     def __post_init__(self) -> None:
-        check_range("objective.tilt", self.tilt, low=0)
-        check_range("objective.visible_fraction", self.visible_fraction, above=0, high=1)
+        check_range("trainer.loss.tilt", self.tilt, low=0)
+        check_range("trainer.loss.visible_fraction", self.visible_fraction, above=0, high=1)
 
 
 class BatchMaker:
@@ -36,7 +37,7 @@ class BatchMaker:
     Raises InputError if masking is asked of a transcoder, or of too narrow activations.
     """
 
-    def __init__(self, sae: SparseAutoencoder, config: ObjectiveConfig) -> None:
+    def __init__(self, sae: SparseAutoencoder, config: LossConfig) -> None:
         self.sae, self.config = sae, config
         self._sites = list(sae.site_normalisers.values())
         self._variances = torch.tensor([site.variance for site in self._sites])
@@ -45,11 +46,11 @@ class BatchMaker:
             if sae.output_normaliser is not None:
                 raise InputError(
                     "a transcoder reads another site than it writes: nothing to hide",
-                    where="objective.visible_fraction",
+                    where="trainer.loss.visible_fraction",
                     given=config.visible_fraction,
                     allowed="1",
                 )
-            check_range("objective: visible coordinates", self._n_visible, low=1, below=sae.d_in)
+            check_range("trainer.loss: visible coordinates", self._n_visible, low=1, below=sae.d_in)
 
     def make(self, raw: RawBatch, generator: torch.Generator) -> TrainingBatch:
         """Rows in the model's units to a batch at the normaliser's scale."""

@@ -17,6 +17,7 @@ from sae.training.end_to_end import EndToEndConfig
 from sae.training.trainer_config import TrainerConfig
 from saescope.config import Config
 from saescope.errors import check_range
+from saescope.renamed_fields import WAS
 
 _MOST_PASSES = 1e9
 
@@ -35,12 +36,14 @@ class TrainConfig(Config):
     site: str | None = None
     """TransformerLens name of the site; may be left out if the harvest has only one."""
     sites: tuple[str, ...] = ()
-    """Several sites, for a crosscoder, or for one SAE of several layers (see mix)."""
+    """Several sites, for a crosscoder, or for one SAE of several layers (see mix_layers)."""
     target_site: str | None = None
     """The site that a transcoder reconstructs."""
-    mix: Literal["all", "drawn"] | None = None
-    """How several layers feed one SAE: all (each token gives a row a layer, MLSAE) or drawn (each
-    token gives the row of one layer drawn uniformly, Group-SAE)."""
+    mix_layers: Literal["all", "drawn"] | None = dataclasses.field(
+        default=None, metadata={WAS: "mix"}
+    )
+    """Train one SAE on the rows of several layers: all (each token gives a row of every layer,
+    MLSAE) or drawn (each token gives the row of one layer drawn uniformly, Group-SAE)."""
     objective: Literal["reconstruction", "end_to_end"] = "reconstruction"
     """What the reconstruction is judged by: its error, or what putting it in the activation's place
     does to the model's predictions (Braun et al. 2024)."""

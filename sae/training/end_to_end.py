@@ -93,8 +93,8 @@ class EndToEnd:
     Raises InputError for an unknown site, or if downstream errors are asked for where no layer
     follows.
 
-    >>> objective = EndToEnd(model, site, EndToEndConfig())  # doctest: +SKIP
-    >>> batch = objective.batch(sae, rows, maker.make(rows, generator))  # doctest: +SKIP
+    >>> end_to_end = EndToEnd(model, site, EndToEndConfig())  # doctest: +SKIP
+    >>> batch = end_to_end.batch(sae, rows, maker.make(rows, generator))  # doctest: +SKIP
     >>> output = batch.finish(sae.training_output(batch, state))  # doctest: +SKIP
     """
 
@@ -212,7 +212,7 @@ class EndToEnd:
             )
         return EndToEndBatch(
             **vars(batch),
-            objective=self,
+            end_to_end=self,
             sequences=raw.sequences,
             restore=lambda y_hat: sae.normaliser_out.invert(y_hat, like=raw.x),
         )
@@ -239,7 +239,7 @@ class _ThroughModel(torch.autograd.Function):
 class EndToEndBatch(TrainingBatch):
     """A training batch whose reconstruction loss is the end-to-end loss."""
 
-    objective: EndToEnd
+    end_to_end: EndToEnd
     sequences: Sequences
     restore: Callable[[Tensor], Tensor]
     """from the normaliser's scale to the model's units"""
@@ -247,10 +247,10 @@ class EndToEndBatch(TrainingBatch):
 
     def reconstruction(self, y_hat: Tensor) -> Tensor:
         """KL + v downstream errors + w FVU of y_hat [batch, d_out]."""
-        found = self.objective.loss(self.sequences, self.restore(y_hat))
+        found = self.end_to_end.loss(self.sequences, self.restore(y_hat))
         fvu = super().reconstruction(y_hat)
         self._seen.append((y_hat, {"fvu": fvu.detach(), **found.terms}))
-        weight = self.objective.config.reconstruction_weight
+        weight = self.end_to_end.config.reconstruction_weight
         return found.loss + weight * fvu if weight else found.loss
 
     def finish(self, output: TrainingOutput) -> TrainingOutput:
@@ -292,15 +292,15 @@ class EndToEndStream(OneSite):
     def __init__(
         self,
         store: ActivationStore,
-        objective: EndToEnd,
+        end_to_end: EndToEnd,
         *,
         batch_size: int,
         seed: int = 0,
         outliers: OutlierFilter | None = None,
     ) -> None:
-        site = objective.site
+        site = end_to_end.site
         super().__init__(store, [site], batch_size=batch_size, seed=seed, outliers=outliers)
-        self.objective = objective
+        self.end_to_end = end_to_end
         self._train = np.flatnonzero(store.split == 0)
         self.sequences_per_batch = max(
             1, round(batch_size * len(self._train) / store.n_rows("train"))
@@ -339,10 +339,10 @@ class EndToEndStream(OneSite):
     def _sequence_rows(self, chosen: Sequence[int]) -> tuple[SequenceRows, int]:
         tokens = torch.from_numpy(self.store.tokens[chosen]).long()
         keep = torch.from_numpy(self.store.keep[chosen])
-        x, sequences = self.objective.capture(tokens, keep)
+        x, sequences = self.end_to_end.capture(tokens, keep)
         removed = 0
         if self.outliers is not None:
-            whole = self.outliers.keep(self.objective.site, x)
+            whole = self.outliers.keep(self.end_to_end.site, x)
             removed = int((~whole).sum())
             keep = keep.clone()
             keep[keep.clone()] = whole.cpu()
@@ -383,8 +383,8 @@ class EndToEndStream(OneSite):
         return {
             **super()._identity(),
             "harvest": self.store.hash,
-            "weights": self.objective.model.weights_hash,
-            "site": self.objective.site,
+            "weights": self.end_to_end.model.weights_hash,
+            "site": self.end_to_end.site,
             "seed": self._seed,
             "sequences_per_batch": self.sequences_per_batch,
         }

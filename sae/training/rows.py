@@ -31,6 +31,7 @@ from saescope.integers import as_index
 from saescope.locks import locked
 from saescope.paths import local
 from saescope.progress import say
+from saescope.renamed_fields import with_current_names
 
 _BLOCK = 65_536
 """rows looked at together"""
@@ -153,6 +154,7 @@ def _configured(
             "which is of a harvest, sae.train(config) alone",
         )
     trainer = trainer or TrainerConfig()
+    settings = with_current_names(TrainerConfig, settings, "train")
     own = {field.name for field in dataclasses.fields(config)} - {"kind"}
     others = {field.name for field in dataclasses.fields(trainer)}
     unknown = sorted(set(settings) - own - others)

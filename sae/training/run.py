@@ -72,7 +72,7 @@ class Run:
             site=config.site,
             sites=config.sites,
             target_site=config.target_site,
-            mix=config.mix,
+            mix_layers=config.mix_layers,
         )
         before = run_folder.read_if_begun(self.folder)
         check_apart(self.folder, if_local(harvest.path))
@@ -144,7 +144,7 @@ class Run:
             [
                 self.sites,
                 config.target_site,
-                config.mix,
+                config.mix_layers,
                 self.cls.concatenates,
                 config.trainer.batch_size,
                 self._data_seed,
@@ -178,7 +178,7 @@ class Run:
             batch_size=config.trainer.batch_size,
             seed=self._data_seed,
             target_site=config.target_site,
-            mix=config.mix,
+            mix_layers=config.mix_layers,
             crosscoder=self.cls.concatenates,
             outlier_multiple=config.outliers,
             labels=self._labels,
@@ -266,7 +266,7 @@ class Run:
         config, with_loss = self.config, None
         sae = self.make_sae().to(process_group.device(config.device))
         if isinstance(self.stream, EndToEndStream):
-            with_loss = partial(self.stream.objective.batch, sae)
+            with_loss = partial(self.stream.end_to_end.batch, sae)
         return Trainer(
             sae,
             self.stream,
@@ -289,7 +289,7 @@ class Run:
             d_out = self.harvest.d_in(config.target_site) if config.target_site else None
             sae = self.cls(self.sae_config, stream.d_in, d_out)
         fits = {site: self._fit(site) for site in (*self.sites, config.target_site) if site}
-        if config.mix is not None:
+        if config.mix_layers is not None:
             sae.site_normalisers = {site: fits[site] for site in self.sites}
         elif self.cls.concatenates:
             sae.normaliser = Normaliser.side_by_side([fits[site] for site in self.sites])

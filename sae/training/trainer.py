@@ -85,7 +85,7 @@ class Trainer:
         self.numerics = Numerics(
             config.kernels, deterministic=config.deterministic, like=sae.b_dec, d_in=sae.d_in
         )
-        self.maker = BatchMaker(sae, config.objective)
+        self.maker = BatchMaker(sae, config.loss)
         self.controller = _controller(sae, config, total_steps)
         self.generator = torch.Generator().manual_seed(seed)
         self.step = 0

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sae.training.batch_maker import ObjectiveConfig
+from sae.training.batch_maker import LossConfig
 from sae.training.numerics import KernelsKind
 from sae.training.optimisers import OptimiserKind
 from sae.training.telemetry import SinkKind, check_sink
 from saescope.config import Config
 from saescope.errors import check_range
+from saescope.renamed_fields import WAS
 
 _DEAD_AFTER = 10_000_000
 """tokens (Gao et al. 2024), or of a run that is not much longer"""
@@ -64,7 +65,7 @@ class TrainerConfig(Config):
     nothing is chosen by measuring: a run repeats bit for bit on machines of one kind. Slower."""
     telemetry: SinkKind = "none"
     """Where metrics go besides metrics.jsonl: none, wandb or tensorboard (if installed)."""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    loss: LossConfig = field(default_factory=LossConfig, metadata={WAS: "objective"})
     """Changes to the reconstruction loss that every architecture can take."""
 
     def __post_init__(self) -> None:

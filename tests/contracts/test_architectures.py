@@ -11,7 +11,7 @@ from sae.core.base import SparseAutoencoder, TrainingState
 from sae.core.batch import RawBatch, TrainingBatch
 from sae.core.normaliser import Normaliser
 from sae.formats.load import load
-from sae.training.batch_maker import BatchMaker, ObjectiveConfig
+from sae.training.batch_maker import BatchMaker, LossConfig
 from saescope.config import from_dict, to_dict
 from saescope.errors import ArtefactError, InputError
 
@@ -73,7 +73,7 @@ def targets(x: torch.Tensor) -> torch.Tensor:
 
 def batch_of(sae: SparseAutoencoder, x: torch.Tensor) -> TrainingBatch:
     raw = RawBatch(x, targets(x) if sae.transcodes else None)
-    return BatchMaker(sae, ObjectiveConfig()).make(raw, torch.Generator())
+    return BatchMaker(sae, LossConfig()).make(raw, torch.Generator())
 
 
 def state_of(sae: SparseAutoencoder) -> TrainingState:

@@ -43,11 +43,11 @@ def run(work: Path, name: str, **settings: Any) -> Path:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "one layer": {"site": SITES[1]},
-    "all layers": {"sites": SITES[:2], "mix": "all", "normaliser": "standardised"},
-    "drawn layers": {"sites": SITES[:2], "mix": "drawn"},
+    "all layers": {"sites": SITES[:2], "mix_layers": "all", "normaliser": "standardised"},
+    "drawn layers": {"sites": SITES[:2], "mix_layers": "drawn"},
     "outliers": {"site": SITES[1], "outliers": 1.2},
-    "tilted": {"site": SITES[1], "trainer": {"objective": {"tilt": 5.0}}},
-    "masked": {"site": SITES[1], "trainer": {"objective": {"visible_fraction": 0.8}}},
+    "tilted": {"site": SITES[1], "trainer": {"loss": {"tilt": 5.0}}},
+    "masked": {"site": SITES[1], "trainer": {"loss": {"visible_fraction": 0.8}}},
     "transcoder": {"site": SITES[0], "target_site": OUTPUT, "sae": {"kind": "transcoder"}},
     "crosscoder": {"sites": SITES, "sae": {"kind": "crosscoder", "activation": "topk"}},
     "same document": {"site": SITES[1], "sae": {"kind": "csr", "positives": "class"}},
@@ -66,11 +66,11 @@ def test_trains_and_is_measured(work: Path, name: str) -> None:
     found = evaluate(EvaluateConfig(run=str(folder), tokens=150))
     limit = {"end to end": 3.0, "masked": 1.5}.get(name, 1.0)
     assert found["reconstruction"]["fvu"] < limit
-    assert (found["downstream"] is None) == (VARIANTS[name].get("mix") is not None)
+    assert (found["downstream"] is None) == (VARIANTS[name].get("mix_layers") is not None)
     if name == "outliers":
         assert trained.metadata["outliers"]["rows_left_out"] > 0
         assert found["protocol"]["outliers"]["multiple"] == 1.2
-    if VARIANTS[name].get("mix"):
+    if VARIANTS[name].get("mix_layers"):
         own = evaluate(EvaluateConfig(run=str(folder), tokens=150, site=SITES[0], replace=True))
         assert own["protocol"]["site"] == SITES[0]
         assert own["downstream"] is not None
@@ -117,9 +117,12 @@ def test_going_on_from_a_released_sae(work: Path) -> None:
     [
         ({"site": SITES[0], "sae": {"kind": "transcoder"}}, "needs the site to reconstruct"),
         ({"site": SITES[0], "target_site": OUTPUT}, "reconstructs what it reads"),
-        ({"sites": SITES}, "several sites need a crosscoder, or mix"),
-        ({"sites": SITES, "mix": "all", "sae": {"kind": "crosscoder"}}, "reads all sites at once"),
-        ({"site": SITES[0], "sites": SITES, "mix": "all"}, "give sites"),
+        ({"sites": SITES}, "several sites need a crosscoder, or mix_layers"),
+        (
+            {"sites": SITES, "mix_layers": "all", "sae": {"kind": "crosscoder"}},
+            "reads all sites at once",
+        ),
+        ({"site": SITES[0], "sites": SITES, "mix_layers": "all"}, "give sites"),
         ({"site": "blocks.9.hook_resid_post"}, "not in the harvest"),
         ({"site": SITES[1], "trainer": {"target_l0": 2.5}}, "k is a whole number"),
         ({"site": SITES[1], "trainer": {"telemetry": "tensorboard"}}, "tensorboard"),

@@ -9,7 +9,7 @@ from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.core.base import SparseAutoencoder, TrainingState
 from sae.core.batch import RawBatch, TrainingBatch
 from sae.core.normaliser import Normaliser
-from sae.training.batch_maker import BatchMaker, ObjectiveConfig
+from sae.training.batch_maker import BatchMaker, LossConfig
 from saescope.errors import InputError
 
 Y = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]])
@@ -67,7 +67,7 @@ def several_layers() -> SparseAutoencoder:
 
 def test_each_layer_has_its_own_units() -> None:
     raw = RawBatch(torch.tensor([[2.0, 0.0], [20.0, 0.0]]), group=torch.tensor([0, 1]))
-    batch = BatchMaker(several_layers(), ObjectiveConfig()).make(raw, torch.Generator())
+    batch = BatchMaker(several_layers(), LossConfig()).make(raw, torch.Generator())
     torch.testing.assert_close(batch.y, torch.tensor([[2.0, 0.0], [2.0, 0.0]]))
     torch.testing.assert_close(batch.per_row(torch.zeros(2, 2)), torch.tensor([4.0, 4.0]))
 
@@ -87,7 +87,7 @@ def test_several_layers_are_told_apart_at_inference() -> None:
 
 def test_masks_are_of_the_runs_own_randomness() -> None:
     sae = TopKSAE(TopKConfig(d_sae=4, k=2), 10)
-    maker = BatchMaker(sae, ObjectiveConfig(visible_fraction=0.7))
+    maker = BatchMaker(sae, LossConfig(visible_fraction=0.7))
     one, two = (maker.make(RawBatch(torch.randn(3, 10)), torch.Generator()).visible for _ in "ab")
     assert one is not None
     assert two is not None
@@ -102,9 +102,9 @@ def test_masks_are_of_the_runs_own_randomness() -> None:
 
 
 def test_wrong_objectives() -> None:
-    with pytest.raises(InputError, match=r"objective\.tilt"):
-        ObjectiveConfig(tilt=-1.0)
+    with pytest.raises(InputError, match=r"trainer\.loss\.tilt"):
+        LossConfig(tilt=-1.0)
     with pytest.raises(InputError, match="visible_fraction"):
-        ObjectiveConfig(visible_fraction=0.0)
+        LossConfig(visible_fraction=0.0)
     with pytest.raises(InputError, match="visible coordinates"):
-        BatchMaker(TopKSAE(TopKConfig(d_sae=4, k=2), 3), ObjectiveConfig(visible_fraction=0.99))
+        BatchMaker(TopKSAE(TopKConfig(d_sae=4, k=2), 3), LossConfig(visible_fraction=0.99))

@@ -186,7 +186,7 @@ def steps(sae: SparseAutoencoder, stream: EndToEndStream, count: int) -> Iterato
         plain = TrainingBatch.of(y, variance=sae.normaliser.variance)
         if step == 0:
             sae.start(plain)
-        batch = stream.objective.batch(sae, raw, plain)
+        batch = stream.end_to_end.batch(sae, raw, plain)
         dead = torch.zeros(sae.d_sae, dtype=torch.bool)
         state = TrainingState(step=step, total_steps=count, dead=dead)
         output = batch.finish(sae.training_output(batch, state))

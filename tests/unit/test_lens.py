@@ -165,8 +165,8 @@ def test_save_and_load(tmp_path: Path, trained: TunedLens) -> None:
 
 
 def test_a_stream_behind_a_lens(trained: TunedLens, store: ActivationStore) -> None:
-    plain = make_stream(store, SITES, mix="all", batch_size=30)
-    seen = make_stream(store, SITES, mix="all", batch_size=30, transform=trained)
+    plain = make_stream(store, SITES, mix_layers="all", batch_size=30)
+    seen = make_stream(store, SITES, mix_layers="all", batch_size=30, transform=trained)
     raw, through = next(iter(plain)), next(iter(seen))
     assert raw.group is not None
     for number, site in enumerate(SITES):

@@ -158,7 +158,7 @@ def test_layer_use_of_an_sae(tmp_path: Path) -> None:
         def encode_sparse(self, x: Tensor) -> SparseCodes:
             return SparseCodes.from_dense(x)
 
-    stream = make_stream(store, sites, mix="all", batch_size=12)
+    stream = make_stream(store, sites, mix_layers="all", batch_size=12)
     use = layer_use(Copy(), stream.held_out(7)(), 3)
     assert use.tokens == 7
     assert torch.equal(use.totals, torch.tensor([7.0, 14, 21]).double()[:, None].expand(3, 4))

@@ -87,8 +87,8 @@ def every_kind(store: ActivationStore, **options: Any) -> list[Stream]:
         make_stream(store, A, **settings),
         make_stream(store, B, target_site=WIDE, **settings),
         make_stream(store, [C, WIDE], crosscoder=True, **settings),
-        make_stream(store, LAYERS, mix="all", **settings),
-        make_stream(store, LAYERS, mix="drawn", **settings),
+        make_stream(store, LAYERS, mix_layers="all", **settings),
+        make_stream(store, LAYERS, mix_layers="drawn", **settings),
     ]
 
 
@@ -126,7 +126,7 @@ def test_pairs_and_concatenated_hold_the_same_token_at_each_site(store: Activati
 
 def test_all_layers_gives_every_token_once_at_every_layer(store: ActivationStore) -> None:
     at = {site: stored(store, site) for site in LAYERS}
-    stream = make_stream(store, LAYERS, mix="all", batch_size=30)
+    stream = make_stream(store, LAYERS, mix_layers="all", batch_size=30)
     seen: list[tuple[int, int]] = []
     for batch in first_batches(stream, stream.batches_per_epoch):
         assert len(batch) == 30
@@ -139,12 +139,12 @@ def test_all_layers_gives_every_token_once_at_every_layer(store: ActivationStore
 
 def test_all_layers_wants_whole_tokens(store: ActivationStore) -> None:
     with pytest.raises(InputError, match=r"multiple of the number of sites.*allowed: 30 or 33"):
-        make_stream(store, LAYERS, mix="all", batch_size=31)
+        make_stream(store, LAYERS, mix_layers="all", batch_size=31)
 
 
 def test_drawn_layer_gives_every_token_once_and_layers_evenly(store: ActivationStore) -> None:
     at = {site: stored(store, site) for site in LAYERS}
-    stream = make_stream(store, LAYERS, mix="drawn", batch_size=30, seed=1)
+    stream = make_stream(store, LAYERS, mix_layers="drawn", batch_size=30, seed=1)
     counts = np.zeros(3)
     for _ in range(10):
         seen: list[int] = []
@@ -161,7 +161,7 @@ def test_drawn_layer_gives_every_token_once_and_layers_evenly(store: ActivationS
 
 def test_the_draw_depends_on_seed_and_batch_only(store: ActivationStore) -> None:
     def drawn(seed: int) -> list[list[int]]:
-        stream = make_stream(store, LAYERS, mix="drawn", batch_size=30, seed=seed)
+        stream = make_stream(store, LAYERS, mix_layers="drawn", batch_size=30, seed=seed)
         return [groups(batch) for batch in first_batches(stream, 16)]
 
     torch.manual_seed(0)
@@ -263,8 +263,10 @@ def test_outliers_are_left_out_and_counted(
 
 
 def test_a_drawn_outlier_is_left_out_when_its_layer_is_drawn(store: ActivationStore) -> None:
-    plain = make_stream(store, LAYERS, mix="drawn", batch_size=30, seed=3)
-    stream = make_stream(store, LAYERS, mix="drawn", batch_size=30, seed=3, outlier_multiple=5.0)
+    plain = make_stream(store, LAYERS, mix_layers="drawn", batch_size=30, seed=3)
+    stream = make_stream(
+        store, LAYERS, mix_layers="drawn", batch_size=30, seed=3, outlier_multiple=5.0
+    )
     expected = 0
     for batch, filtered in zip(first_batches(plain, 80), first_batches(stream, 80), strict=True):
         pairs = zip(tokens(batch), groups(batch), strict=True)
@@ -350,10 +352,10 @@ def test_a_transform_is_applied_everywhere(store: ActivationStore) -> None:
 
 
 def test_statistics_are_of_what_the_sae_sees(store: ActivationStore) -> None:
-    plain = make_stream(store, [A, B], mix="all", batch_size=30)
+    plain = make_stream(store, [A, B], mix_layers="all", batch_size=30)
     assert plain.statistics(B).mean_square == store.statistics(B).mean_square > 1e6
     stream = make_stream(
-        store, [A, B], mix="all", batch_size=30, outlier_multiple=5.0, transform=Doubled()
+        store, [A, B], mix_layers="all", batch_size=30, outlier_multiple=5.0, transform=Doubled()
     )
     at = stored(store, B)
     kept = [2 * at[row_token_of(row)].double() for row in range(240) if row != HUGE]
@@ -397,12 +399,12 @@ def test_held_out_needs_rows(tmp_path: Path, store: ActivationStore) -> None:
 
 def test_what_does_not_go_together(store: ActivationStore) -> None:
     wrong: list[tuple[Any, dict[str, Any], str]] = [
-        (LAYERS, {}, "need a mix"),
-        (LAYERS, {"target_site": WIDE}, "need a mix"),
-        (LAYERS, {"mix": "all", "crosscoder": True}, "choose one of"),
-        (A, {"mix": "some"}, "no such mix"),
-        ([A, WIDE], {"mix": "drawn"}, "one width"),
-        ([A, A], {"mix": "drawn"}, "each once"),
+        (LAYERS, {}, "need mix_layers"),
+        (LAYERS, {"target_site": WIDE}, "need mix_layers"),
+        (LAYERS, {"mix_layers": "all", "crosscoder": True}, "choose one of"),
+        (A, {"mix_layers": "some"}, "no such way to mix"),
+        ([A, WIDE], {"mix_layers": "drawn"}, "one width"),
+        ([A, A], {"mix_layers": "drawn"}, "each once"),
         ([], {"crosscoder": True}, "each once"),
         ("nowhere", {}, "no such site"),
         (A, {"target_site": "nowhere"}, "no such site"),
