@@ -26,12 +26,14 @@ import torch
 from benchmarks.running import run
 from dashboards.demo_command import FULL, QUICK, Size
 from sae.bench.rows import processor
+from sae.evaluation.written import sections
 from sae.formats.hub import evaluation_file
 from sae.training.trainer import METRICS
 from saescope.artefact import git_commit, write_bytes
 from saescope.config import Config, read_toml
 from saescope.errors import ArtefactError, InputError
 from saescope.examples import examples
+from saescope.metrics import Metric, metric, shown_with_interval
 from saescope.progress import say
 from store import FeatureStore
 from store.database import STORE_FILE
@@ -237,16 +239,12 @@ _MEASURED = (
     "[full](benchmarks/results/demo_evaluation.json)"
 )
 _CONFIGS = "[configs/](configs)"
+_METRICS = ("l0", "fvu", "dead_fraction", "delta_ce", "recovered_mean", "recovered_zero")
 _SOURCES = {
     "tokens of text": _CONFIGS,
     "d_sae; passes": _CONFIGS,
     "rows in the store": _ROWS,
-    "L0": _MEASURED,
-    "FVU": _MEASURED,
-    "delta CE, nats": _MEASURED,
-    "CE recovered against mean-ablation": _MEASURED,
-    "against zero-ablation": _MEASURED,
-    "features that fire on none of the held-out rows": _MEASURED,
+    **{metric(name).title: _MEASURED for name in _METRICS},
     "features that fire on none of all rows": _ROWS,
     "activations in the store": _ROWS,
     "peak memory": _ROWS,
@@ -256,7 +254,6 @@ _SOURCES = {
 def _column(demo: str) -> dict[str, str]:
     """The cells of one demo."""
     measured = json.loads(_evaluation(demo).read_text(encoding="utf-8"))
-    r, d = measured["reconstruction"], measured["downstream"]
     values: dict[str, Any] = {
         row["what"]: float(row["value"]) for row in _rows() if row["demo"] == demo
     }
@@ -269,17 +266,21 @@ def _column(demo: str) -> dict[str, str]:
         "tokens of text": f"{harvest['max_tokens']:,}",
         "d_sae; passes": f"{d_sae:,}; {train['passes']:g}",
         "rows in the store": f"{values['rows in the store']:,.0f}",
-        "L0": f"{r['l0']:.2f}",
-        "FVU": f"{r['fvu']:.3f} ± {r['fvu_interval']:.3f} ({r['rows']:,} rows)",
-        "delta CE, nats": f"{d['delta_ce']:.3f} ± {d['delta_ce_interval']:.3f} "
-        f"({d['tokens']:,} tokens)",
-        "CE recovered against mean-ablation": f"{d['recovered_mean']:.1%}",
-        "against zero-ablation": f"{d['recovered_zero']:.1%}",
-        "features that fire on none of the held-out rows": f"{r['dead_fraction']:.1%}",
+        **{metric(name).title: _cell(metric(name), measured) for name in _METRICS},
         "features that fire on none of all rows": f"{dead / d_sae:.2%} ({dead:,.0f})",
         "activations in the store": f"{values['activations in the store']:,.0f}",
         "peak memory": f"{peak / 1024:.1f} GiB" if peak else "not recorded",
     }
+
+
+def _cell(row: Metric, measured: dict[str, Any]) -> str:
+    """A metric with its interval, and what it was measured on where it has one."""
+    found = next(each for each in sections(measured).values() if row.name in each)
+    text = shown_with_interval(row, found)
+    if not row.interval:
+        return text
+    counted = next(key for key in ("rows", "tokens") if key in found)
+    return f"{text} ({found[counted]:,} {counted})"
 
 
 if __name__ == "__main__":

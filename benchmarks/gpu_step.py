@@ -43,6 +43,7 @@ from sae.kernels import adam
 from sae.training.optimisers import make_optimiser
 from sae.training.step import update
 from saescope.artefact import git_commit
+from saescope.metrics import metric
 from saescope.progress import say
 
 RESULTS = Path(__file__).parent / "results" / "gpu_steps.csv"
@@ -274,7 +275,7 @@ def run(shape: Shape, precision: str, device: str, rounds: int) -> list[dict[str
     say(f"{shape}, {precision}: median of {rounds}, over the encoder's product, peak of memory")
     for row in found:
         row |= {"over_product": row["median_ms"] / product, "precision": precision, **vars(shape)}
-        fvu = f"   FVU {row['fvu']:.4f}" if "fvu" in row else ""
+        fvu = f"   {metric('fvu').text(row['fvu'])}" if "fvu" in row else ""
         say(
             f"  {row['name']:36} {row['median_ms']:9.3f} ms {row['over_product']:7.2f} x"
             f" {row['peak_mib']:9.0f} MiB{fvu}"

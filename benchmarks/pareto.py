@@ -32,6 +32,7 @@ from saescope import __version__
 from saescope.artefact import git_commit
 from saescope.config import Config
 from saescope.errors import check_range
+from saescope.metrics import Metric, metric
 from saescope.progress import say
 
 FIELDS: tuple[str, ...] = (
@@ -149,12 +150,13 @@ def write_docs(config: ParetoConfig) -> None:
     """docs/reports/pareto.md and its chart, from the rows."""
     rows = read_rows(Path(config.results))
     summary, docs = summarise(rows), Path(config.docs)
-    for measure, label in (("fvu", "FVU"), ("delta_ce", "delta CE (nats)")):
+    x = f"held-out {metric('l0').label}"
+    for measure in ("fvu", "delta_ce"):
         series = {
             kind: [(s["l0"], s[measure]) for s in summary if s["architecture"] == kind]
             for kind in sorted({s["architecture"] for s in summary})
         }
-        write_chart(docs / "images" / f"pareto_{measure}.png", series, x="held-out L0", y=label)
+        write_chart(docs / "images" / f"pareto_{measure}.png", series, x=x, y=metric(measure).title)
     note = (Path(__file__).parent / "pareto_notes.md").read_text(encoding="utf-8")
     (docs / "pareto.md").write_text(f"{note}\n{table(summary)}", encoding="utf-8")
     say(f"{docs / 'pareto.md'}: {len(rows)} members")
@@ -162,30 +164,37 @@ def write_docs(config: ParetoConfig) -> None:
 
 def table(summary: Iterable[Mapping[str, Any]]) -> str:
     """The summary as a table in Markdown."""
-    lines = [
-        "| architecture | target L0 | held-out L0 | FVU | delta CE | dead | silent on held-out | "
-        "seeds |",
-        "|---|---|---|---|---|---|---|---|",
+    l0, fvu, delta_ce = (metric(name) for name in ("l0", "fvu", "delta_ce"))
+    dead = metric("dead_fraction")
+    columns = [
+        "architecture",
+        f"target {l0.label}",
+        f"held-out {l0.label}",
+        fvu.label,
+        delta_ce.label,
+        "dead",
+        f"{dead.label}, held out",
+        "seeds",
     ]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for s in summary:
         cells = [
             s["architecture"],
             f"{s['target']:g}",
-            f"{s['l0']:.1f}",
-            _spread(s, "fvu", "{:.4f}"),
-            _spread(s, "delta_ce", "{:.3f}"),
-            f"{100 * s['dead_fraction']:.1f}%",
-            f"{100 * s['silent_fraction']:.1f}%",
+            l0.shown(s["l0"]),
+            _spread(s, fvu),
+            _spread(s, delta_ce),
+            dead.shown(s["dead_fraction"]),
+            dead.shown(s["silent_fraction"]),
             str(s["n"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(entry: Mapping[str, Any], name: str, form: str) -> str:
-    deviation = entry[f"{name}_sd"]
-    text = form.format(entry[name])
-    return text if deviation is None else f"{text} ± {form.format(deviation)}"
+def _spread(entry: Mapping[str, Any], row: Metric) -> str:
+    text, deviation = row.shown(entry[row.name]), entry[f"{row.name}_sd"]
+    return text if deviation is None else f"{text} ± {row.shown(deviation)}"
 
 
 def main(config: ParetoConfig) -> None:

@@ -38,6 +38,7 @@ from saescope import __version__
 from saescope.artefact import git_commit, write_bytes
 from saescope.config import Config
 from saescope.errors import InputError, check_range
+from saescope.metrics import texts
 from saescope.progress import say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,7 +136,8 @@ def architecture_rows(config: PlantedBenchmark) -> list[dict[str, str]]:
             "options": " ".join(f"{name}={value}" for name, value in recipe.options.items()),
         }  # fmt: skip
         row = table.row(key, partial(_measured, kind, planted, recipe))
-        say(f"{data} {kind} {seed}: recovery {row['recovery']}, L0 {row['l0']}, FVU {row['fvu']}")
+        metrics = texts(("l0", "fvu"), {name: float(row[name]) for name in ("l0", "fvu")})
+        say(f"{data} {kind} {seed}: recovery {row['recovery']}, {metrics}")
         found.append(row)
     return found
 

@@ -2,7 +2,10 @@
 
 from statistics import mean, stdev
 
+from saescope.metrics import metric
+
 Row = dict[str, str]
+_L0, _FVU, _DEAD = metric("l0"), metric("fvu"), metric("dead_fraction")
 
 _TITLES = {
     "zipf": "Independent features",
@@ -77,7 +80,8 @@ def _verdict(rows: list[Row]) -> str:
 
 def _table(rows: list[Row]) -> list[str]:
     lines = [
-        "| architecture | recovery | control | found | matched | rarest | L0 | FVU | dead |",
+        f"| architecture | recovery | control | found | matched | rarest | {_L0.label} | "
+        f"{_FVU.label} | {_DEAD.label} |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in dict.fromkeys(row["kind"] for row in rows):
@@ -87,9 +91,10 @@ def _table(rows: list[Row]) -> list[str]:
             kind,
             _spread(own, "recovery"),
             f"{control:.2f}",
-            *(_mean(own, name, 2) for name in ("recovered_share", "matched", "rarest", "l0")),
-            _mean(own, "fvu", 3),
-            _mean(own, "dead", 2),
+            *(_mean(own, name, 2) for name in ("recovered_share", "matched", "rarest")),
+            _L0.shown(_mean_of(own, "l0")),
+            _FVU.shown(_mean_of(own, "fvu")),
+            _DEAD.shown(_mean_of(own, "dead")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -97,7 +102,8 @@ def _table(rows: list[Row]) -> list[str]:
 
 def _absorption(rows: list[Row]) -> list[str]:
     lines = [
-        "| architecture | absorbed | fraction | missed | missed alone | parents found | L0 |",
+        "| architecture | absorbed | fraction | missed | missed alone | parents found | "
+        f"{_L0.label} |",
         "|---|---|---|---|---|---|---|",
     ]
     for kind in dict.fromkeys(row["kind"] for row in rows):
@@ -106,7 +112,8 @@ def _absorption(rows: list[Row]) -> list[str]:
         cells = [
             kind,
             _spread(own, "absorption"),
-            *(_mean(own, name, 2) for name in (*others, "l0")),
+            *(_mean(own, name, 2) for name in others),
+            _L0.shown(_mean_of(own, "l0")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -144,7 +151,11 @@ def _masking(rows: list[Row]) -> list[str]:
 
 
 def _mean(rows: list[Row], name: str, digits: int) -> str:
-    return f"{mean(float(row[name]) for row in rows):.{digits}f}"
+    return f"{_mean_of(rows, name):.{digits}f}"
+
+
+def _mean_of(rows: list[Row], name: str) -> float:
+    return mean(float(row[name]) for row in rows)
 
 
 def _spread(rows: list[Row], name: str, digits: int = 3) -> str:

@@ -26,6 +26,7 @@ from sae.bench.inputs import Shape, prepare
 from sae.bench.timing import Times
 from saescope.config import Config
 from saescope.errors import ArtefactError, InputError, check_range
+from saescope.metrics import metric
 from saescope.progress import say
 
 SMALL, MID, LARGE = (
@@ -230,8 +231,8 @@ def _show(measured: Sequence[Mapping[str, Any]]) -> None:
     for row in sorted(measured, key=lambda row: row["median_s"]):
         say(
             f"  {row['library']:<20} {row['setting']:<13}{row['median_s']:9.3f} s"
-            f"{row['median_s'] / fastest:8.2f}x   L0 {row['l0']:.1f}, {row['dead']} dead, "
-            f"{row['cpu_s']:.2f} s of processor"
+            f"{row['median_s'] / fastest:8.2f}x   {metric('l0').text(row['l0'])}, "
+            f"{row['dead']} dead, {row['cpu_s']:.2f} s of processor"
         )
 
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from saescope import config, memory, progress
 from saescope.errors import SaescopeError
+from saescope.metrics import metric_table
 from saescope.process_rank import this_rank
 from saescope.standins import stand_ins
 from saescope.system import system_errors
@@ -42,6 +43,7 @@ class Command:
         return [self.summary, "", "Examples:", *(f"  {e}" for e in self.examples), *self.notes]
 
 
+_MEASURED = [row.label for row in metric_table().values() if not row.minor]
 COMMANDS = {
     "demo": Command(
         module="dashboards.demo_command",
@@ -118,7 +120,7 @@ COMMANDS = {
         module="sae.commands.evaluate",
         config="EvaluateConfig",
         function="evaluate",
-        summary="Measure an SAE on held-out text: L0, FVU, cosine, dead features, delta CE, KL.",
+        summary=f"Measure an SAE on held-out text: {', '.join(_MEASURED)}.",
         examples=(
             "saescope eval runs/smollm2-135m-topk",
             "saescope eval --run runs/x --tokens 65536",

@@ -16,6 +16,7 @@ import duckdb
 
 from saescope.artefact import check_schema
 from saescope.errors import ArtefactError
+from saescope.metrics import metric_table
 from saescope.replacing import Kind
 from store.database import KIND, SCHEMA, Database
 
@@ -166,6 +167,7 @@ def _check_meta(meta: Mapping[str, Any], where: str) -> None:
             )
     if not isinstance(meta.get("metrics") or {}, dict):
         raise ArtefactError("damaged: not a table of metrics", where=f"{where}: meta.metrics")
+    metric_table(meta.get("metric_rows"), where=f"{where}: meta.metric_rows")
 
 
 def _check_features(db: Database, meta: Mapping[str, Any]) -> None:

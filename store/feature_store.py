@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index, as_indices
+from saescope.metrics import metric_table
 from store.build import FEATURE_COLUMNS
 from store.checking import COUNTS, check_store
 from store.database import Database, identifier, store_file
@@ -144,6 +145,7 @@ class FeatureStore:
             n_kept=kept,
             mean_active=counts["n_activations"] / max(kept, 1),
             metrics=meta.get("metrics") or {},
+            table=metric_table(meta.get("metric_rows"), where=str(self.path)),
             bytes=self.path.stat().st_size,
         )
 

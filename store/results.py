@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from saescope.metrics import Metric
+
 
 @dataclass(frozen=True, kw_only=True)
 class Overview:
@@ -29,6 +31,9 @@ class Overview:
     mean_active: float
     """Active features per kept position, over the whole store (L0)."""
     metrics: Mapping[str, Any]
+    """What the SAE measured, by the name of the metric."""
+    table: Mapping[str, Metric]
+    """The table of metrics, with rows that only this store has."""
     bytes: int
 
 

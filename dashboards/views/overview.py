@@ -1,7 +1,6 @@
 """A store at a glance: what was trained on what, how good it is, how its features fire."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import streamlit as st
@@ -10,66 +9,10 @@ from dashboards import figures, queries
 from dashboards.pages import Page, page_at
 from dashboards.session import Session, begin_page, link, open_feature
 from dashboards.tokens import facts_html, plain
+from saescope.metrics import measured_rows, metric
 from store.results import Overview
 
 PAGE = Page(title="Overview", icon=":material/dashboard:", order=10, url="overview")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is shown."""
-
-    label: str
-    form: str
-    help: str
-
-
-METRICS = {
-    "l0": Metric("L0", "{:.1f}", "Mean number of features active at a position."),
-    "fvu": Metric(
-        "FVU",
-        "{:.3f}",
-        "Fraction of variance unexplained: squared error of the reconstruction over the variance "
-        "of the activations. 0 is perfect; always predicting the mean gives 1.",
-    ),
-    "delta_ce": Metric(
-        "ΔCE (nats)",
-        "{:+.3f}",
-        "How much the model's cross-entropy rises, in nats a token, when the reconstruction takes "
-        "the activation's place. 0 is perfect.",
-    ),
-    "recovered_mean": Metric(
-        "CE recovered (mean)",
-        "{:.1%}",
-        "How much of the damage done by replacing the activation with its mean is undone by "
-        "using the reconstruction instead.",
-    ),
-    "recovered_zero": Metric(
-        "CE recovered (zero)",
-        "{:.1%}",
-        "How much of the damage done by setting the activation to zero is undone by using the "
-        "reconstruction instead. Near 100 % for almost any SAE of the residual stream: read ΔCE.",
-    ),
-    "kl": Metric(
-        "KL (nats)",
-        "{:.3f}",
-        "Divergence of the next-token distribution with the reconstruction in place from the "
-        "model's own, in nats a token. 0 is perfect.",
-    ),
-    "cosine": Metric(
-        "cosine", "{:.3f}", "Mean cosine between an activation and its reconstruction."
-    ),
-    "norm_ratio": Metric(
-        "norm ratio",
-        "{:.3f}",
-        "Length of the reconstructions over length of the activations; below 1 is shrinkage.",
-    ),
-    "dead_fraction": Metric(
-        "dead, held out",
-        "{:.1%}",
-        "Share of the features that fire nowhere on the held-out text.",
-    ),
-}
 _FACTS = {
     "model": "model",
     "site": "site",
@@ -110,15 +53,17 @@ def _metrics(facts: Overview) -> None:
             f"{facts.n_dead:,} never do.",
         ),
     ]
-    for name, metric in METRICS.items():
-        value = facts.metrics.get(name)
-        if isinstance(value, int | float):
-            interval = facts.metrics.get(f"{name}_interval")
-            more = f" 95 % interval: ± {interval:.2g}." if isinstance(interval, float) else ""
-            shown.append((metric.label, metric.form.format(value), metric.help + more))
+    for row in measured_rows(facts.metrics, facts.table):
+        value = facts.metrics[row.name]
+        if row.minor or not isinstance(value, int | float):
+            continue
+        interval = facts.metrics.get(f"{row.name}_interval")
+        more = f" 95 % interval: ± {interval:.2g}." if isinstance(interval, float) else ""
+        shown.append((plain(row.title), row.shown(value), plain(row.about) + more))
     if not facts.metrics:
+        l0 = metric("l0")
         text = "Mean number of features active at a position, over this whole store."
-        shown.append(("L0 (store)", f"{facts.mean_active:.1f}", text))
+        shown.append((f"{l0.label} (store)", l0.shown(facts.mean_active), text))
     for first in range(0, len(shown), 5):
         columns = st.columns(5)
         for column, (label, value, text) in zip(columns, shown[first : first + 5], strict=False):

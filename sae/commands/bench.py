@@ -16,6 +16,7 @@ from sae.bench.timing import Times, interleaved
 from saescope import __version__
 from saescope.config import Config
 from saescope.errors import InputError, check_range
+from saescope.metrics import metric
 from saescope.paths import local
 from saescope.progress import say
 
@@ -207,7 +208,7 @@ def table(found: Sequence[Mapping[str, Any]], baseline: str) -> Iterable[str]:
     first = found[0]
     shape = "x".join(str(first[name]) for name in ("batch", "d_in", "d_sae", "k"))
     dead = f", {first['dead']} dead" if first["dead"] else ""
-    yield f"{first['name']} ({first['kind']}) {shape}, L0 {first['l0']:.1f}{dead}"
+    yield f"{first['name']} ({first['kind']}) {shape}, {metric('l0').text(first['l0'])}{dead}"
     for row in found:
         ratio = f"{over / row['median_s']:7.2f}x" if over is not None else ""
         yield (

@@ -103,8 +103,7 @@ def convert(config: ConvertConfig) -> SparseAutoencoder:
     said = f"{kind_of(sae.config)}, d_in {sae.d_in}, d_sae {sae.d_sae}"
     if config.harvest:
         measured = _check(sae, config, claimed)
-        said += f"; on {measured.rows:,} rows L0 {measured.l0:.2f}"
-        said += "" if measured.fvu is None else f", FVU {measured.fvu:.4f}"
+        said += f"; on {measured.rows:,} rows {measured.text()}"
     if config.out:
         _write(sae, config)
         say(f"{config.out}: {said} ({config.to})")

@@ -15,9 +15,9 @@ from sae.data.harvests import held_out_pieces, knows_model, load_harvested_model
 from sae.data.outliers import OutlierFilter
 from sae.data.placement import Placed
 from sae.evaluation.downstream import measure_downstream
-from sae.evaluation.intervals import PROTOCOL, shown
+from sae.evaluation.intervals import PROTOCOL
 from sae.evaluation.reconstruction import Piece, Reconstruction, measure_reconstruction, pool
-from sae.evaluation.written import SCHEMA
+from sae.evaluation.written import SCHEMA, report
 from sae.formats.hub import evaluation_file
 from sae.formats.load import load
 from saescope.artefact import read_json, sha256_json, write_report
@@ -248,32 +248,3 @@ def _downstream(
     if replaced != place.written:
         described["replaced"] = config.site
     return asdict(measured), described
-
-
-def report(result: dict[str, Any]) -> list[str]:
-    """The metrics as lines for people."""
-    r, d = result["reconstruction"], result["downstream"]
-    lines = [
-        f"on {r['rows']:,} held-out activations of {r['documents']:,} documents (protocol "
-        f"{result['protocol_hash'][:12]}; ± is half of a 95% interval, documents as the unit):",
-        f"  L0             {r['l0']:.2f}",
-        f"  FVU            {r['fvu']:.4f} {shown(r['fvu_interval'])}",
-        f"  cosine         {r['cosine']:.4f}",
-        f"  norm ratio     {r['norm_ratio']:.4f}",
-        f"  never fired    {100 * r['dead_fraction']:.1f}% of features",
-    ]
-    lines += [f"  FVU {value:.4f} at {site}" for site, value in r["fvu_by_site"].items()]
-    if d is None:
-        return lines
-    lines += [
-        f"on {d['tokens']:,} held-out tokens of {d['documents']:,} documents, in nats:",
-        f"  CE             {d['ce_clean']:.4f} clean, {d['ce']:.4f} with the SAE, "
-        f"{d['ce_mean']:.4f} mean-ablated, {d['ce_zero']:.4f} zero-ablated",
-        f"  delta CE       {d['delta_ce']:.4f} {shown(d['delta_ce_interval'])}",
-        f"  KL             {d['kl']:.4f} {shown(d['kl_interval'])}",
-    ]
-    for name in ("mean", "zero"):
-        value = d[f"recovered_{name}"]
-        text = f"{100 * value:.2f}%" if value is not None else "undefined: ablation does no harm"
-        lines.append(f"  CE recovered   {text} (against {name}-ablation)")
-    return lines

@@ -11,6 +11,7 @@ from sae.core.base import kind_of
 from sae.data.harvests import knows_model, load_harvested_model, open_harvest
 from sae.data.placement import Placed
 from sae.data.provenance import weights_hash
+from sae.evaluation.written import ROWS, measured_values
 from sae.formats.hub import SCHEME, evaluation_of
 from sae.formats.load import load
 from sae.indexing.build import build_store
@@ -139,7 +140,6 @@ def _meta(config: IndexConfig, placed: Placed, harvest: ActivationStore) -> dict
     sae = placed.sae
     measured = evaluation_of(config.run) or {}
     spec: str | None = harvest.manifest["model"]["spec"]
-    metrics = {**(measured.get("reconstruction") or {}), **(measured.get("downstream") or {})}
     return {
         "name": local(config.out).resolve().name,
         "model": harvest.manifest["model"]["name"],
@@ -164,7 +164,8 @@ def _meta(config: IndexConfig, placed: Placed, harvest: ActivationStore) -> dict
         "harvest_path": str(harvest.path.resolve()),
         "corpus": harvest.manifest["config"]["corpus"],
         "tokens_trained": sae.metadata.get("tokens_trained"),
-        "metrics": metrics,
+        "metrics": measured_values(measured),
+        **({"metric_rows": measured[ROWS]} if ROWS in measured else {}),
         "protocol": measured.get("protocol_hash"),
     }
 

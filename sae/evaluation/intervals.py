@@ -45,15 +45,6 @@ def half_width(numerator: Tensor, denominator: Tensor) -> float | None:
     return t_quantile(count - 1) * spread / float(total.abs())
 
 
-def shown(half: float | None, digits: int = 4) -> str:
-    """An interval for people.
-
-    >>> shown(0.00314), shown(None)
-    ('± 0.0031', '± unknown: too few documents')
-    """
-    return "± unknown: too few documents" if half is None else f"± {half:.{digits}f}"
-
-
 def t_quantile(degrees: int, level: float = 0.95) -> float:
     """The t that |T| is below with probability `level`, T of Student's law.
 

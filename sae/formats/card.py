@@ -3,21 +3,10 @@
 from typing import Any
 
 from sae.core.base import SparseAutoencoder, kind_of
-from sae.evaluation.intervals import shown
+from sae.evaluation.written import measured_values, rows_of
 from saescope import __version__
 from saescope.config import to_dict
-
-_NAMES = {
-    "l0": "L0 (features active a row)",
-    "fvu": "fraction of variance unexplained",
-    "cosine": "cosine of reconstruction",
-    "norm_ratio": "norm ratio of reconstruction",
-    "dead_fraction": "features that never fired (fraction)",
-    "delta_ce": "delta CE with the SAE in place (nats a token)",
-    "kl": "KL with the SAE in place (nats a token)",
-    "recovered_zero": "CE recovered against zero-ablation",
-    "recovered_mean": "CE recovered against mean-ablation",
-}
+from saescope.metrics import Metric, measured_rows, shown_with_interval
 
 
 def model_card(
@@ -46,7 +35,7 @@ def model_card(
         "",
         "## Measured",
         "",
-        *_measured_lines(_measured(metrics), metrics),
+        *_measured_lines(metrics or {}),
         "",
         "## Load",
         "",
@@ -77,7 +66,7 @@ def _front_matter(
     """The YAML that the hub shows and searches by: base model, tags, licence, each metric."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    measured = _measured(metrics)
+    values, measured = _measured(metrics or {})
     protocol = (metrics or {}).get("protocol", {})
     model = _model(sae)
     data = ModelCardData(
@@ -94,11 +83,11 @@ def _front_matter(
                     f"{protocol.get('split', 'held-out')} activations of {sae.metadata.get('site')}"
                 ),
                 dataset_revision=protocol.get("harvest"),
-                metric_type=name,
-                metric_name=_NAMES[name],
-                metric_value=value,
+                metric_type=row.name,
+                metric_name=row.title,
+                metric_value=float(values[row.name]),
             )
-            for name, value in measured.items()
+            for row in measured
         ]
         or None,
     )
@@ -117,21 +106,21 @@ def _sites(sae: SparseAutoencoder) -> list[str]:
     return [*lines, f"- predicts: `{target}`"] if target else lines
 
 
-def _measured(metrics: dict[str, Any] | None) -> dict[str, float]:
-    """The metrics by name, of both families."""
-    if not metrics:
-        return {}
-    found = {**(metrics.get("reconstruction") or {}), **(metrics.get("downstream") or {})}
-    return {name: float(found[name]) for name in _NAMES if found.get(name) is not None}
+def _measured(metrics: dict[str, Any]) -> tuple[dict[str, Any], list[Metric]]:
+    """What was measured by name, and the rows of the metrics that have a value and stand alone."""
+    values = measured_values(metrics)
+    rows = measured_rows(values, rows_of(metrics))
+    return values, [row for row in rows if not row.minor and values[row.name] is not None]
 
 
-def _measured_lines(measured: dict[str, float], metrics: dict[str, Any] | None) -> list[str]:
-    if not measured or metrics is None:
+def _measured_lines(metrics: dict[str, Any]) -> list[str]:
+    values, measured = _measured(metrics)
+    if not measured:
         return ["Nothing was measured when this was uploaded."]
-    table = ["| metric | value |", "|---|---|"]
+    table = ["| metric | value | what it is |", "|---|---|---|"]
     table += [
-        f"| {_NAMES[name]} | {value:.5g}{_interval(name, metrics)} |"
-        for name, value in measured.items()
+        f"| {_cell(row.title)} | {shown_with_interval(row, values)} | {_cell(row.about)} |"
+        for row in measured
     ]
     protocol = metrics.get("protocol") or {}
     about = [f"- {name}: {value}" for name, value in protocol.items()]
@@ -140,8 +129,5 @@ def _measured_lines(measured: dict[str, float], metrics: dict[str, Any] | None) 
     return [*table, "", f"On text that was held out of training{said}:", "", *about]
 
 
-def _interval(name: str, metrics: dict[str, Any]) -> str:
-    """What stands behind a metric that has an interval."""
-    found = {**(metrics.get("reconstruction") or {}), **(metrics.get("downstream") or {})}
-    key = f"{name}_interval"
-    return f" {shown(found[key])}" if key in found else ""
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

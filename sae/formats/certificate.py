@@ -25,6 +25,7 @@ from sae.evaluation.intervals import half_width
 from sae.formats._claim import Claim
 from sae.formats.misreadings import Reader, readings
 from saescope.errors import ArtefactError, InputError
+from saescope.metrics import metric
 from saescope.progress import say
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ FVU_TOLERANCE = 0.05
 CE_TOLERANCE = 0.05
 BETTER = 0.75
 """factor on FVU that another treatment of b_dec must reach to cast doubt on an SAE in line"""
+_L0, _FVU, _RECOVERED = metric("l0"), metric("fvu"), metric("recovered_zero")
 _ROWS = 1024
 _TRIAL_ROWS = 2048
 
@@ -53,6 +55,10 @@ class Measured:
     """fraction of variance unexplained; None for a transcoder without targets"""
     fvu_interval: float
     """half width of its interval"""
+
+    def text(self) -> str:
+        """The numbers in words: L0, and FVU where it was measured."""
+        return _L0.text(self.l0) + ("" if self.fvu is None else f", {_FVU.text(self.fvu)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +118,21 @@ def certify(
     ce = None
     if model is not None:
         ce = _ce_recovered(sae, y, model, tokens)
-        if claim and claim.ce_recovered is not None and ce is not None:
-            off = abs(ce - claim.ce_recovered)
-            if off > CE_TOLERANCE:
-                raise ArtefactError(
-                    f"recovers {ce:.3f} of the cross-entropy, not {claim.ce_recovered:.3f} as "
-                    f"claimed by {claim.source}, though L0 and FVU are in line: the model or the "
-                    "site is not the SAE's, or other positions were counted",
-                    where=where,
-                )
+        _check_ce(ce, claim, where)
     return Certificate(measured=measured, ce_recovered=ce, claimed=claim)
+
+
+def _check_ce(recovered: float | None, claim: Claim | None, where: str) -> None:
+    if recovered is None or claim is None or claim.ce_recovered is None:
+        return
+    if abs(recovered - claim.ce_recovered) > CE_TOLERANCE:
+        raise ArtefactError(
+            f"recovers {_RECOVERED.shown(recovered)} of the cross-entropy, not "
+            f"{_RECOVERED.shown(claim.ce_recovered)} as claimed by {claim.source}, though "
+            f"{_L0.label} and {_FVU.label} are in line: the model or the site is not the SAE's, "
+            "or other positions were counted",
+            where=where,
+        )
 
 
 def _check_reference(sae: SparseAutoencoder, reference: Tensor, target: Tensor | None) -> None:
@@ -178,16 +189,16 @@ def differences(measured: Measured, claim: Claim | None) -> list[str]:
     if claim and claim.l0 is not None:
         allowed = L0_TOLERANCE * claim.l0 + noise * measured.l0_interval
         if abs(measured.l0 - claim.l0) > allowed:
-            found.append(f"L0 {measured.l0:.4g}, not {claim.l0:.4g}")
+            found.append(f"{_L0.text(measured.l0)}, not {claim.l0:g}")
     if measured.fvu is None:
         return found
     if claim and claim.fvu is not None:
         allowed = FVU_TOLERANCE + noise * measured.fvu_interval
         if not abs(measured.fvu - claim.fvu) <= allowed:
-            found.append(f"FVU {measured.fvu:.4g}, not {claim.fvu:.4g}")
+            found.append(f"{_FVU.text(measured.fvu)}, not {claim.fvu:g}")
             return found
     if not measured.fvu < 1:
-        found.append(f"FVU {measured.fvu:.4g}, no better than predicting the mean")
+        found.append(f"{_FVU.text(measured.fvu)}, no better than predicting the mean")
     return found
 
 
@@ -234,8 +245,7 @@ def _explain(
             "without position 0 and special tokens?"
         )
     _, _, wrong, trial = min(fitting, key=lambda each: each[:2])
-    numbers = f"L0 {trial.l0:.4g}" + ("" if trial.fvu is None else f", FVU {trial.fvu:.4g}")
-    return f"{text}what looks wrong: {wrong} (then {numbers})"
+    return f"{text}what looks wrong: {wrong} (then {trial.text()})"
 
 
 def _fvu_claimed(claim: Claim | None) -> bool:
@@ -257,9 +267,9 @@ def _doubt(
         much_better = trial.fvu is not None and trial.fvu < BETTER * measured.fvu
         if much_better and trial.l0 < (1 + L0_TOLERANCE) * measured.l0:
             return (
-                f"on {measured.rows:,} reference rows it has L0 {measured.l0:.4g} and FVU "
-                f"{measured.fvu:.4g}, but read otherwise it reconstructs much better; what looks "
-                f"wrong: {reading.wrong} (then L0 {trial.l0:.4g}, FVU {trial.fvu:.4g})"
+                f"on {measured.rows:,} reference rows it has {measured.text()}, but read otherwise "
+                f"it reconstructs much better; what looks wrong: {reading.wrong} (then "
+                f"{trial.text()})"
             )
     return ""
 

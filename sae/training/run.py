@@ -31,6 +31,7 @@ from saescope.config import to_dict
 from saescope.errors import InputError
 from saescope.leftovers import leftovers, remove_leftover
 from saescope.locks import locked
+from saescope.metrics import texts
 from saescope.paths import if_local, local
 from saescope.progress import say
 from saescope.replacing import check_apart
@@ -353,8 +354,7 @@ class Run:
         sharded_checkpoint.release(sae, self.folder / SAE_FOLDER)
         say(
             f"{self.folder}: {kind_of(sae.config)}, d_in {sae.d_in}, d_sae {sae.config.d_sae}; on "
-            f"{last['rows']:,} held-out rows: L0 {last['l0']:.1f}, FVU {last['fvu']:.4f}, "
-            f"cosine {last['cosine']:.4f}"
+            f"{last['rows']:,} held-out rows: {texts(('l0', 'fvu', 'cosine'), last)}"
         )
         return sae
 

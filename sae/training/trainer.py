@@ -26,6 +26,7 @@ from sae.training.trainer_config import TrainerConfig
 from saescope.config import to_dict
 from saescope.errors import InputError, check_range
 from saescope.leftovers import settle
+from saescope.metrics import texts
 from saescope.progress import Progress, say
 
 CHECKPOINT = Path("checkpoints") / "last"
@@ -264,7 +265,7 @@ class Trainer:
         if self.log is not None:
             self.log.append(self.step, **values, held_out=held_out)
         dead = "not yet known" if terms["dead"] is None else f"{terms['dead']:,}"
-        return f"held-out FVU {held_out['fvu']:.4f}, L0 {held_out['l0']:.1f}, dead {dead}"
+        return f"held-out {texts(('fvu', 'l0'), held_out)}, dead {dead}"
 
     def release(self) -> SparseAutoencoder:
         """The trained SAE, folded, on the CPU; its metadata gains what was measured."""
@@ -291,8 +292,8 @@ class Trainer:
                 "longer, raise lr_multiplier, or choose another target"
             )
         say(
-            f"trainer.target_l0 {self.config.target_l0:g} is not reached: L0 is "
-            f"{self.last_held_out['l0']:.1f} on held-out rows; {why}"
+            f"trainer.target_l0 {self.config.target_l0:g} is not reached: "
+            f"{texts(('l0',), self.last_held_out)} on held-out rows; {why}"
         )
 
     def _save(self) -> None:

@@ -229,8 +229,8 @@ def test_bench_prints_ratios_over_the_baseline(capsys: pytest.CaptureFixture[str
     code = main([*arguments, "--settings", "dense", "torch", "--rounds", "1"])
     said = capsys.readouterr().out
     assert code == 0
-    assert "decode (operation) 64x16x96x4, L0 4.0, " not in said
-    assert "decode (operation) 64x16x96x4, L0 4.0" in said
+    assert "decode (operation) 64x16x96x4, L0 4.00, " not in said
+    assert "decode (operation) 64x16x96x4, L0 4.00" in said
     assert "1.00x" in said
 
 

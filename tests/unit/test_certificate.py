@@ -269,7 +269,7 @@ def test_cross_entropy_recovered_is_measured_and_compared(
     options: dict[str, Any] = {"model": tiny_model, "tokens": tokens}
     certificate = certify(exact, x, claimed={"ce_recovered": 1.0}, **options)
     assert certificate.ce_recovered == pytest.approx(1.0, abs=1e-3)
-    with pytest.raises(ArtefactError, match=r"recovers 1.000 of the cross-entropy, not 0.500"):
+    with pytest.raises(ArtefactError, match=r"recovers 100.00% of the cross-entropy, not 50.00%"):
         certify(exact, x, claimed={"ce_recovered": 0.5}, **options)
     with pytest.raises(InputError, match="needs tokens as well"):
         certify(exact, x, model=tiny_model)
