@@ -15,12 +15,6 @@ from store import summaries
 from store.database import identifier
 from store.summaries import Scratch
 
-COUNTED = frozenset(
-    {"n_sequences", "n_tokens", "n_kept", "n_documents", "n_activations", "n_live", "split_kept"}
-)
-FEATURE_COLUMNS = frozenset(
-    {"feature", "first_row", "n_active", "density", "mean", "std", "max", "n_documents"}
-)
 _ORDERS = {
     "vocabulary": "token_id",
     "sequence": "sequence",

@@ -18,11 +18,10 @@ from saescope.artefact import check_schema
 from saescope.errors import ArtefactError
 from saescope.metrics import metric_table
 from saescope.replacing import Kind
-from store.database import KIND, SCHEMA, Database
+from store.database import COUNTS, KIND, SCHEMA, Database
 
 _PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 _PLAIN_TYPES = re.compile(r"BOOLEAN|U?(TINY|SMALL|BIG)INT|U?INTEGER|FLOAT|DOUBLE|VARCHAR")
-COUNTS = ("n_kept", "n_live", "n_activations", "n_sequences", "n_tokens", "n_documents")
 _MOST_VALUES, _LONGEST_VALUE = 1000, 1 << 24
 _LARGEST = 2**31 - 1
 _FOREIGN = """

@@ -23,6 +23,14 @@ from saescope.errors import ArtefactError
 KIND = "feature store"
 SCHEMA = 2
 STORE_FILE = "features.duckdb"
+COUNTS = ("n_kept", "n_live", "n_activations", "n_sequences", "n_tokens", "n_documents")
+"""whole numbers that a store's table of facts has"""
+COUNTED = frozenset({*COUNTS, "split_kept"})
+"""facts that are counted when a store is built, and that nobody may give"""
+FEATURE_COLUMNS = frozenset(
+    {"feature", "first_row", "n_active", "density", "mean", "std", "max", "n_documents"}
+)
+"""columns of the feature table that every store has"""
 _ODD = "?\\"
 
 

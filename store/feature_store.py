@@ -12,9 +12,8 @@ import pyarrow as pa
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index, as_indices
 from saescope.metrics import metric_table
-from store.build import FEATURE_COLUMNS
-from store.checking import COUNTS, check_store
-from store.database import Database, identifier, store_file
+from store.checking import check_store
+from store.database import COUNTS, FEATURE_COLUMNS, Database, identifier, store_file
 from store.examples import read_examples
 from store.results import (
     Active,

@@ -21,7 +21,17 @@ from saescope.leftovers import SCRATCH
 from saescope.progress import Progress
 from store import build
 from store.checking import STORE, plain_column
-from store.database import KIND, SCHEMA, clear_errors, connect, identifier, odd_path, quoted
+from store.database import (
+    COUNTED,
+    FEATURE_COLUMNS,
+    KIND,
+    SCHEMA,
+    clear_errors,
+    connect,
+    identifier,
+    odd_path,
+    quoted,
+)
 
 _BUFFERED_ROWS = 1 << 20
 
@@ -86,7 +96,7 @@ class StoreWriter:
         d_sae = as_index(d_sae, where="d_sae", low=1, high=2**31 - 1)
         context = as_index(context, where="context", low=1, high=2**31 - 1)
         own = {"kind": KIND, "schema": SCHEMA, "d_sae": d_sae, "context": context}
-        clash = sorted((own.keys() | build.COUNTED) & meta.keys())
+        clash = sorted((own.keys() | COUNTED) & meta.keys())
         if clash:
             raise InputError("these keys are set by the store itself", where="meta", given=clash)
         try:
@@ -262,7 +272,7 @@ class StoreWriter:
             table = columns
         for name in table.column_names:
             where = f"features.{name}"
-            if name in build.FEATURE_COLUMNS or name in self._columns:
+            if name in FEATURE_COLUMNS or name in self._columns:
                 raise InputError("this column is there already", where=where)
             if not plain_column(name, "FLOAT"):
                 raise InputError("is no plain lower-case column name", where=where)

@@ -99,8 +99,8 @@ def test_docstring_examples(package: str) -> None:
     root = importlib.import_module(package)
     names = [m.name for m in pkgutil.walk_packages(root.__path__, prefix=f"{package}.")]
     for name in [package, *names]:
-        if name in ("dashboards.app", "saescope.__main__") or name.startswith("dashboards.views"):
-            continue  # scripts: streamlit runs them
+        if name in ("dashboards.app", "saescope.__main__"):
+            continue  # scripts
         flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
         results = doctest.testmod(importlib.import_module(name), optionflags=flags)
         assert results.failed == 0, name
