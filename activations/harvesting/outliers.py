@@ -9,15 +9,14 @@ from torch import Tensor
 
 from activations.corpora.packing import PackingCounts, Sequences
 from activations.harvesting.corpus_reader import Text
+from activations.loading.outliers import OutlierFilter
 from activations.models.base import RawModel
 from activations.models.language import Model
-from saescope.errors import InputError
 
 if TYPE_CHECKING:
     from activations.harvesting.pipeline import HarvestConfig
 
-Limits = Mapping[str, float]
-"""Of each site the largest norm that is kept."""
+Limits = OutlierFilter
 _POSITIONS = 16384
 """over which a median is taken"""
 
@@ -25,35 +24,28 @@ _POSITIONS = 16384
 def median_norms(
     groups: Iterable[Sequences], model: Model, sites: Sequence[str], batch_sequences: int
 ) -> dict[str, float]:
-    """Median norm at each site over the positions of some sequences that may be kept.
-
-    Raises InputError for a site whose median norm is 0, or without any such position.
-    """
+    """Median norm at each site over the positions of some sequences that may be kept."""
     norms: dict[str, list[Tensor]] = {site: [] for site in sites}
     for group in groups:
         for batch in torch.from_numpy(group.tokens).split(batch_sequences):
             keep = model.keep_mask(batch)
             for site, x in model.capture(batch, sites).items():
                 norms[site].append(x.float().norm(dim=-1).cpu()[keep])
-    medians = {site: float(torch.cat(found).median()) for site, found in norms.items()}
-    for site, median in medians.items():
-        if not median > 0:
-            raise InputError("the median norm is not above 0", where=site, given=median)
-    return medians
+    return {site: float(torch.cat(found).median()) for site, found in norms.items()}
 
 
 def within(
     found: Mapping[str, Float[Tensor, "batch pos d_in"]], limits: Limits
 ) -> Bool[Tensor, "batch pos"]:
-    """Which positions have a norm up to the limit at every site."""
-    norms = {site: x.float().norm(dim=-1).cpu() for site, x in found.items()}
-    return torch.stack([norm <= limits[site] for site, norm in norms.items()]).all(dim=0)
+    """Which positions are no outlier at any site."""
+    kept = [limits.keep(site, x.float()).cpu() for site, x in found.items()]
+    return torch.stack(kept).all(dim=0)
 
 
 def norm_limits(manifest: Mapping[str, Any]) -> Limits | None:
-    """The limits of a harvest that leaves out outliers."""
+    """The limits of a harvest that leaves out outliers, else None."""
     found = manifest.get("outliers")
-    return found and {site: found["multiple"] * m for site, m in found["median"].items()}
+    return found and OutlierFilter(**found)
 
 
 def outlier_facts(
@@ -68,4 +60,4 @@ def outlier_facts(
         "train", model, per_group=wanted, counts=PackingCounts(), limit=wanted
     )
     medians = median_norms(found, model, sites, config.batch_sequences)
-    return {"outliers": {"multiple": config.outliers, "median": medians}}
+    return {"outliers": OutlierFilter(multiple=config.outliers, median=medians).to_dict()}

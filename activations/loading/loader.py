@@ -3,7 +3,18 @@
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, Literal, TypeVar, cast, get_args, overload
+from typing import (
+    Any,
+    Generic,
+    Literal,
+    Required,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    get_args,
+    overload,
+)
 
 import numpy as np
 import torch
@@ -31,6 +42,21 @@ _TAKERS = 2
 """Threads: one alone does not fill the memory's bus."""
 _Part = tuple[tuple[str, ...], tuple[int, ...], torch.dtype]
 """Of a batch: the arrays it is made from, shape of an entry, and dtype."""
+
+
+class LoaderOptions(TypedDict, total=False):
+    """Types of what an ActivationLoader takes by name; it says what each is."""
+
+    batch_size: Required[int]
+    split: str
+    seed: int
+    epochs: int | None
+    drop_last: bool
+    mix_chunks: int
+    order: Order | None
+    device: torch.device | str
+    dtype: BatchDtype
+    prefetch: int
 
 
 class ActivationLoader(Generic[BatchT]):
@@ -72,34 +98,14 @@ class ActivationLoader(Generic[BatchT]):
         self: "ActivationLoader[Tensor]",
         store: ActivationStore,
         sites: str,
-        *,
-        batch_size: int,
-        split: str = ...,
-        seed: int = ...,
-        epochs: int | None = ...,
-        drop_last: bool = ...,
-        mix_chunks: int = ...,
-        order: Order | None = ...,
-        device: torch.device | str = ...,
-        dtype: BatchDtype = ...,
-        prefetch: int = ...,
+        **options: Unpack[LoaderOptions],
     ) -> None: ...
     @overload
     def __init__(
         self: "ActivationLoader[tuple[Tensor, ...]]",
         store: ActivationStore,
         sites: Sequence[str],
-        *,
-        batch_size: int,
-        split: str = ...,
-        seed: int = ...,
-        epochs: int | None = ...,
-        drop_last: bool = ...,
-        mix_chunks: int = ...,
-        order: Order | None = ...,
-        device: torch.device | str = ...,
-        dtype: BatchDtype = ...,
-        prefetch: int = ...,
+        **options: Unpack[LoaderOptions],
     ) -> None: ...
     def __init__(
         self,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from activations import ActivationStore
+from activations.loading.outliers import OutlierFilter
 from sae.analysis.lens import TunedLens
 from sae.core.base import SparseAutoencoder
 from sae.data.harvests import held_out_pieces, knows_model, load_harvested_model, open_harvest
-from sae.data.outliers import OutlierFilter
 from sae.data.placement import Placed
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.intervals import PROTOCOL

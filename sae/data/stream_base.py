@@ -12,8 +12,8 @@ from torch import Tensor
 from activations import ActivationLoader, ActivationStore, SiteStatistics
 from activations.loading.epoch_order import Order
 from activations.loading.loader import aligned_rows
+from activations.loading.outliers import OutlierFilter
 from sae.core.batch import RawBatch
-from sae.data.outliers import OutlierFilter
 from sae.data.row_labels import Labels, RowLabels
 from saescope.errors import InputError, check_range
 

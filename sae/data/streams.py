@@ -20,7 +20,7 @@ from torch import Tensor
 
 from activations import ActivationStore
 from activations.loading.epoch_order import Order
-from sae.data.outliers import OutlierFilter
+from activations.loading.outliers import OutlierFilter
 from sae.data.row_labels import Labels
 from sae.data.stream_base import HeldOut, RawBatch, RowTransform, Stream, Tokens
 from saescope.errors import InputError

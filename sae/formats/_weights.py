@@ -302,13 +302,3 @@ def _is_plain(value: object) -> bool:
     if not isinstance(value, Tensor):
         return False
     return value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
-
-
-def layer_of(site: str) -> int | None:
-    """The layer that a site's name has.
-
-    >>> layer_of("blocks.12.hook_resid_post"), layer_of("hook_embed")
-    (12, None)
-    """
-    numbers = [part for part in site.replace("_", ".").split(".") if part.isdigit()]
-    return int(numbers[0]) if numbers else None

@@ -21,13 +21,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from activations.sites.names import layer_of
 from sae.core.base import SparseAutoencoder, kind_of
 from sae.formats import register
 from sae.formats._format import Format, released_as
 from sae.formats._given import Given
 from sae.formats._ours import THRESHOLDS, TOPK, plain_of, sae_of
 from sae.formats._plain import PlainSAE
-from sae.formats._weights import Weights, layer_of
+from sae.formats._weights import Weights
 from saescope.artefact import atomic_path, write_json
 from saescope.errors import ArtefactError, InputError
 

@@ -27,9 +27,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from activations import ActivationStore, Model
+from activations.loading.outliers import OutlierFilter
 from sae.core.base import SparseAutoencoder, TrainingOutput
 from sae.core.batch import RawBatch, TrainingBatch
-from sae.data.outliers import OutlierFilter
 from sae.data.streams import OneSite
 from saescope.config import Config
 from saescope.errors import InputError, check_range

@@ -11,6 +11,7 @@ import torch
 
 from activations import ActivationStore
 from activations.loading.epoch_order import Order
+from activations.loading.outliers import OutlierFilter
 from sae import distributed
 from sae.analysis.lens import TunedLens
 from sae.architectures import architecture
@@ -18,7 +19,6 @@ from sae.core.base import SparseAutoencoder, kind_of
 from sae.core.gradients import check_trainable
 from sae.core.normaliser import Normaliser
 from sae.data.harvests import check_held_out, choose_sites, load_harvested_model
-from sae.data.outliers import OutlierFilter
 from sae.data.streams import Stream, make_stream
 from sae.formats.load import SAE_FOLDER, load
 from sae.training import process_group, run_folder, sharded_checkpoint

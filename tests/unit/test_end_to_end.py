@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from activations import ActivationStore, Model, load_model
+from activations.loading.outliers import OutlierFilter
 from sae.architectures.relu import ReLUConfig, ReLUSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.core.base import SparseAutoencoder, TrainingState
 from sae.core.batch import RawBatch, TrainingBatch
 from sae.core.normaliser import Normaliser
-from sae.data.outliers import OutlierFilter
 from sae.training.end_to_end import (
     EndToEnd,
     EndToEndConfig,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from activations import ActivationLoader, ActivationStore
-from sae.data.outliers import OutlierFilter
+from activations.loading.outliers import OutlierFilter
 from sae.data.streams import (
     AllLayers,
     Concatenated,

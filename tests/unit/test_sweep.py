@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from activations.loading.outliers import OutlierFilter
 from sae.commands import sweep
 from sae.commands.sweep import SweepConfig, members
 from sae.commands.train import train
-from sae.data.outliers import OutlierFilter
 from sae.formats.load import load
 from sae.training import estimate, run
 from sae.training.config import TrainConfig
