@@ -39,7 +39,7 @@ class Command:
     """whether what the function returns is the exit code"""
 
     def help_lines(self) -> list[str]:
-        """What stands above the options in the command's help."""
+        """The lines above the options in the command's help."""
         return [self.summary, "", "Examples:", *(f"  {e}" for e in self.examples), *self.notes]
 
 
@@ -212,11 +212,12 @@ def _overview() -> str:
 
 
 _received: list[int] = []
-"""signals that ask the command to end: a library may make another error of the one they raise"""
+"""signals that asked the command to end; kept, as a library may turn KeyboardInterrupt into another
+error"""
 
 
-def _end(signum: int, _: object) -> None:
-    """SIGTERM is cleaned up after as Ctrl-C is."""
+def _interrupt(signum: int, _: object) -> None:
+    """Handle SIGINT and SIGTERM alike: as KeyboardInterrupt, so that all is cleaned up."""
     _received.append(signum)
     if not _importing or len(_received) > 1:
         raise KeyboardInterrupt
@@ -226,10 +227,10 @@ _importing: list[bool] = []
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Imports are not torn, which some libraries do not survive: a signal waits for their end.
+def _signals_wait() -> Iterator[None]:
+    """Let a signal wait until the imports of this block are done, unless it comes twice.
 
-    Unless it comes twice.
+    Some libraries are left broken by an exception in the middle of their import.
     """
     _importing.append(True)
     try:
@@ -242,16 +243,17 @@ def _undisturbed() -> Iterator[None]:
 
 def _watch_signals() -> None:
     _received.clear()
-    signal.signal(signal.SIGTERM, _end)
-    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _end):  # else it is ignored
-        signal.signal(signal.SIGINT, _end)
+    signal.signal(signal.SIGTERM, _interrupt)
+    # a process in the background of a shell ignores SIGINT, and goes on doing so
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _interrupt):
+        signal.signal(signal.SIGINT, _interrupt)
 
 
 @contextmanager
-def _one_voice() -> Iterator[None]:
-    """Of several processes with the same words (of torchrun, srun), only the first prints errors.
+def _only_first_rank_prints() -> Iterator[None]:
+    """Where torchrun or srun runs several processes, let only rank 0 print.
 
-    For what all of them do alike; each goes on, or exits with the same code.
+    For work that all ranks do alike. A rank that raises an error exits with code 2.
     """
     if this_rank().number == 0:
         yield
@@ -266,7 +268,7 @@ def _one_voice() -> Iterator[None]:
 def _parse(module: ModuleType, name: str, words: Sequence[str]) -> config.Config:
     """The configuration of a command, from its module and the words after its name."""
     command = COMMANDS[name]
-    with _one_voice():
+    with _only_first_rank_prints():
         return config.parse(
             getattr(module, command.config),
             words,
@@ -338,7 +340,7 @@ def _run(words: list[str]) -> int:
         memory.keep_freed_memory()
         if config.asks_for_help(rest) and "torch" not in sys.modules:
             _show_help(name, rest)
-        with _undisturbed():
+        with _signals_wait():
             module = importlib.import_module(command.module)
             chosen = _parse(module, name, rest)
         result = getattr(module, command.function)(chosen)

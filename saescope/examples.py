@@ -11,7 +11,7 @@ _HERE = Path(__file__).parent / FOLDER
 
 
 def examples() -> dict[str, Path]:
-    """File of each example by the name it is shown with, in order.
+    """The file of each example, by the name that is shown for it.
 
     >>> examples()["configs/train/topk.toml"].name
     'topk.toml'

@@ -1,6 +1,6 @@
-"""What rename(2) lacks: two names exchanged in one step, and a name given only where there is none.
+"""Two renames that Python lacks: exchanging two paths in one step, and renaming without replacing.
 
-Linux has renameat2, macOS renamex_np; not every file system can do what they are asked for.
+Linux has renameat2 for them, macOS renamex_np; not every file system supports them.
 """
 
 import ctypes
@@ -18,15 +18,15 @@ _NEW = {"linux": 1, "darwin": 4}  # RENAME_NOREPLACE; RENAME_EXCL
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two names, each of a file or of a folder, change places; no instant has but one of them.
+    """Exchange two files or folders in one step: both paths exist at every instant.
 
-    False, and nothing is changed, where the system or the file system cannot. Raises OSError.
+    Returns False, and changes nothing, where the file system cannot do that. Raises OSError.
     """
     return _rename(one, other, _EXCHANGE)
 
 
 def rename_new(path: Path, to: Path) -> None:
-    """Rename a file or a folder to a name that nothing has; an empty folder counts as nothing.
+    """Rename a file or a folder to a path where nothing is; an empty folder counts as nothing.
 
     Raises FileExistsError if something is there, OSError as rename does.
     """

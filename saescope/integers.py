@@ -1,4 +1,4 @@
-"""Whole numbers that people give: Python's, NumPy's and torch's alike, checked in one place."""
+"""Checks of whole numbers that people give, of Python, NumPy or torch."""
 
 import operator
 from collections.abc import Iterable

@@ -15,7 +15,7 @@ from typing import Any
 def public_names(
     package: str,
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of a package whose `__init__.pyi` names all it shows.
+    """`__getattr__`, `__dir__` and `__all__` of a package, from its `__init__.pyi`.
 
     >>> import sae
     >>> "load" in sae.__all__

@@ -1,7 +1,7 @@
-"""The folders in which artefacts are prepared, and what is left of them when a process is killed.
+"""Temporary folders in which artefacts are written, and those that killed processes left behind.
 
-What is to be at NAME is prepared in `.NAME.xxxxxxxx.partial` beside it, on which its process has a
-lock that ends with it. One that nobody has a lock on is a leftover.
+An artefact NAME is written in a folder `.NAME.xxxxxxxx.partial` beside it. The process that writes
+holds a lock on that folder, which ends with the process; a folder without a lock is a leftover.
 """
 
 import fcntl
@@ -16,9 +16,9 @@ from saescope.exchange import rename_new
 from saescope.paths import AnyPath, remove
 
 REPLACED = "replaced"
-"""what was at NAME, moved aside where two names cannot be exchanged in one step"""
+"""in it, what was at NAME before, where the file system cannot exchange two paths in one step"""
 SCRATCH = "scratch"
-"""where whoever prepares an artefact may put what is not of it"""
+"""in it, working files that are no part of the artefact"""
 _HOLDER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?:\.partial)?")
 _BUILDING = re.compile(r"\.building-[a-z0-9_]{8}")
 _BUILT_IN = {"staging", "staging.wal", "spill"}
@@ -27,7 +27,7 @@ _BUILT_IN = {"staging", "staging.wal", "spill"}
 
 @contextmanager
 def preparing(target: Path) -> Iterator[Path]:
-    """A new folder beside a path, to prepare in it what is to be there; it goes at the end."""
+    """Yield a new locked folder beside a path, to write an artefact in; removed at the end."""
     made, descriptor = _made(target)
     while descriptor is None:  # somebody took it for a leftover just now
         made, descriptor = _made(target)
@@ -51,16 +51,16 @@ def _made(target: Path) -> tuple[Path, int | None]:
 
 
 def is_leftover(path: AnyPath) -> bool:
-    """Whether this is a folder that a process was preparing something in when it was killed.
+    """Whether this is such a folder whose process was killed.
 
-    Not one that another process has a lock on, one with anything unknown in it, or with the only
-    copy of what was to be replaced (see `settle`).
+    False if a process holds a lock on it, if anything unknown is in it, or if it has the only copy
+    of what was to be replaced (see `settle`).
     """
     return isinstance(path, Path) and _is_ours(path) and not _in_use(path)
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
-    """All leftovers beside a folder, made for it, and in it, however deep."""
+    """All leftovers for a folder: those beside it, and those in it, however deep."""
     if folder.parent.is_dir():
         yield from (found for found in _holders(folder) if is_leftover(found))
     for above, names, _ in os.walk(folder):
@@ -71,7 +71,7 @@ def leftovers(folder: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: AnyPath) -> None:
-    """Remove what was left beside a path when processes that wrote it were killed."""
+    """Remove the leftovers of a path."""
     if not isinstance(path, Path) or not path.parent.is_dir():
         return
     settle(path)
@@ -80,7 +80,7 @@ def remove_leftovers(path: AnyPath) -> None:
 
 
 def remove_leftover(path: Path) -> bool:
-    """Remove a leftover; False, and nothing is removed, if it is none, or none any more."""
+    """Remove a leftover; returns False, and removes nothing, if it is none (any more)."""
     if not _is_ours(path) or (descriptor := _locked(path, surely=True)) is None:
         return False
     try:
@@ -91,9 +91,9 @@ def remove_leftover(path: Path) -> bool:
 
 
 def settle(path: Path) -> None:
-    """Put back what was at a path when its process was killed between moving it aside and ending.
+    """Put back what a killed process had moved aside to replace it.
 
-    That can be only where the file system cannot exchange two names.
+    Only needed where the file system cannot exchange two paths in one step.
     """
     if os.path.lexists(path) or not path.parent.is_dir():
         return
@@ -106,14 +106,14 @@ def settle(path: Path) -> None:
 
 
 def _holders(path: Path) -> list[Path]:
-    """Folders beside a path that were made to prepare it in."""
+    """The temporary folders of a path."""
     beginning = f".{path.name}."
     found = (p for p in path.parent.iterdir() if p.name.startswith(beginning))
     return sorted(p for p in found if _prepared(p.name) == path.name and _is_folder(p))
 
 
 def _prepared(name: str) -> str | None:
-    """The name of what is prepared in a folder of this name."""
+    """The artefact's name, from the name of a temporary folder; None for any other name."""
     found = _HOLDER.fullmatch(name)
     return found["name"] if found else None
 
@@ -123,7 +123,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder has the name, and the content, of one that something is prepared in."""
+    """Whether a folder has the name and the contents of a temporary folder."""
     target, building = _prepared(path.name), _BUILDING.fullmatch(path.name)
     if not (target or building) or not _is_folder(path):
         return False
@@ -149,10 +149,10 @@ def _in_use(folder: Path) -> bool:
 
 
 def _locked(folder: Path, *, surely: bool) -> int | None:
-    """A folder, opened and locked; None if another process has it, or if it is no longer there.
+    """Descriptor of a folder, locked; None if another process has the lock, or it is gone.
 
-    Where a file system has no locks, it is given without one unless it must be `surely` locked: so
-    nothing there is ever taken for a leftover.
+    Where a file system has no locks, the folder is opened without one, but with `surely` the
+    answer is None: so nothing there is ever taken for a leftover.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)

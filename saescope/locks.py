@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def locked(path: str | AnyPath, work: str) -> Iterator[None]:
-    """Keep other processes from writing this artefact; the operating system lets go of the lock.
+    """Keep other processes from writing this artefact within the block.
 
     The lock is on `.NAME.lock` beside the artefact, and ends with the process that holds it however
     that ends. `work` says what is being done, for the message that others get.
@@ -48,8 +48,8 @@ def locked(path: str | AnyPath, work: str) -> Iterator[None]:
         yield
 
 
-def holder_of_lock(work: str) -> str:
-    """What a lock says of the process that holds it."""
+def _holder(work: str) -> str:
+    """Text in a lock about the process that holds it."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return f"{work}, process {os.getpid()} on {socket.gethostname()}, since {now}"
 
@@ -82,7 +82,7 @@ def _locked_file(file: Path, work: str, *, where: str) -> Iterator[None]:
     try:
         os.ftruncate(descriptor, 0)
         with suppress(OSError):  # a full disk: the lock holds without its holder's name
-            os.write(descriptor, holder_of_lock(work).encode())
+            os.write(descriptor, _holder(work).encode())
         yield
     finally:
         file.unlink(missing_ok=True)
@@ -101,7 +101,7 @@ def _is_file(descriptor: int, path: Path) -> bool:
 
 
 def lock_file(artefact: "UPath") -> Path:
-    """The file of this machine on which whoever writes an artefact has a lock.
+    """The local file that a process of this machine locks to write an artefact of an object store.
 
     Raises InputError for a whole bucket, beside which nothing can lie.
     """
@@ -117,19 +117,19 @@ def lock_file(artefact: "UPath") -> Path:
 
 @contextmanager
 def lock_object(artefact: "UPath", work: str) -> Iterator[None]:
-    """Keep others from writing an artefact, for one who holds its `lock_file`.
+    """Keep other machines from writing an artefact; the caller holds its `lock_file`.
 
     Raises ArtefactError if a process on another machine is at work there, or may be.
     """
     path = artefact.with_name(f".{artefact.name}.lock")
-    mine = json.dumps({"holder": holder_of_lock(work), "locks": _locks()}).encode()
+    mine = json.dumps({"holder": _holder(work), "locks": _lock_folder_id()}).encode()
     while not _created(path, mine):
         with suppress(FileNotFoundError):  # who held it has just ended
             there = _read(path)
-            if there.get("locks") != _locks():
+            if there.get("locks") != _lock_folder_id():
                 raise ArtefactError(
                     f"in use by {there.get('holder', 'another process')}; wait until it has ended, "
-                    f"or choose another place. If it is certain that it has: remove {path}",
+                    f"or choose another folder. If it is certain that it has: remove {path}",
                     where=str(artefact),
                 )
             put(path, mine)  # its maker had the local lock, which is now ours
@@ -144,7 +144,7 @@ def lock_object(artefact: "UPath", work: str) -> Iterator[None]:
 
 
 def _created(path: "UPath", content: bytes) -> bool:
-    """Write an object unless one is there; whether it was written."""
+    """Write an object unless one is there; returns whether it was written."""
     if exists(path):
         return False
     try:
@@ -168,8 +168,8 @@ def _folder() -> Path:
     return cache_dir() / "locks"
 
 
-def _locks() -> str:
-    """What tells the folder of this machine's locks from those of others, and copies of it."""
+def _lock_folder_id() -> str:
+    """Identity of this machine's folder of locks: no other machine and no copy has it."""
     path = _folder() / "name"
     if not path.exists():
         write_bytes(path, uuid.uuid4().hex.encode())

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 else:
     AnyPath = Path  # UPath is imported where it is needed: it takes its time
 Listing = Callable[[tuple[str, ...]], list[tuple[str, bool]]]
-"""Of a folder, given by its parts: what is directly in it, (name, whether that is a folder)."""
+"""Lists a subfolder, given by the parts of its path: each entry's name, and if it is a folder."""
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]+)://")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -80,7 +80,7 @@ def as_path(path: "str | AnyPath") -> AnyPath:
 
 
 def _at_home(path: Path) -> Path:
-    """A path whose ~ stands for the user's home; one that nobody has is an ordinary name."""
+    """The path with a leading ~ or ~user expanded; unchanged if there is no such user."""
     if not path.parts or not path.parts[0].startswith("~"):
         return path
     try:
@@ -91,9 +91,9 @@ def _at_home(path: Path) -> Path:
 
 @contextmanager
 def _reaching(path: AnyPath) -> Iterator[None]:
-    """Make one error of all that can go wrong on the way to an object store.
+    """Turn any failure to reach an object store into one ArtefactError.
 
-    That an object is, or is not, there is an answer: FileExistsError and FileNotFoundError stay.
+    FileExistsError and FileNotFoundError are answers of the store, and stay.
     """
     try:
         yield
@@ -109,7 +109,7 @@ def _unreachable(path: "str | AnyPath", error: Exception) -> ArtefactError:
 
 
 def below(path: AnyPath, folder: AnyPath) -> tuple[str, ...]:
-    """The parts of a path that come after those of the folder it is in."""
+    """The parts of a path relative to a folder it is in."""
     return tuple(path.parts[len(folder.parts) :])
 
 
@@ -180,7 +180,7 @@ def objects(folder: "UPath") -> "list[UPath]":
 
 
 def occupied(folder: AnyPath) -> bool:
-    """Whether something is there: a file, a folder even if it is empty, an object or objects."""
+    """Whether anything is there: a file, a folder (even an empty one), or objects."""
     return exists(folder) or (not isinstance(folder, Path) and bool(objects(folder)))
 
 
@@ -210,7 +210,7 @@ def move(path: AnyPath, to: AnyPath) -> None:
 
 
 def cut(path: AnyPath, size: int, more: bytes = b"") -> None:
-    """Leave the first `size` bytes of a file or an object, and put others behind them.
+    """Truncate a file or an object to `size` bytes and append `more`.
 
     A file is flushed to the disk, and made if it is not there; an object is written anew.
     """
@@ -227,7 +227,7 @@ def cut(path: AnyPath, size: int, more: bytes = b"") -> None:
 
 
 def listing(folder: AnyPath) -> Listing:
-    """What is in a folder and those inside, by name; of an object store, as it is now."""
+    """A function that lists a folder and those in it; of an object store, as it is now."""
     if isinstance(folder, Path):
 
         def of_folder(parts: tuple[str, ...]) -> list[tuple[str, bool]]:

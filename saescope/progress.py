@@ -13,12 +13,12 @@ from saescope.terminal import harmless
 
 _LINE_EVERY_S = 10.0
 _silent = [False]
-"""innermost last: whether nothing is said"""
+"""stack: whether printing is off in each context, the innermost last"""
 
 
 @contextmanager
 def silent(really: bool = True) -> Iterator[None]:
-    """Within the context nothing is printed here: another process speaks for this one."""
+    """Print nothing within the context, for ranks but the first; with really=False, do print."""
     _silent.append(really)
     try:
         yield
@@ -160,7 +160,7 @@ class _RichBar:
 
 
 def _plain(text: str) -> str:
-    """Text that neither a terminal nor rich's markup reads anything into."""
+    """Text without control characters and without rich's markup."""
     from rich.markup import escape
 
     return escape(harmless(text))

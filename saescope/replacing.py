@@ -1,6 +1,6 @@
-"""What may be replaced: an artefact of ours, of the same kind, that is asked to be replaced.
+"""What may be replaced: only an artefact of ours of the same kind, and only if that is asked for.
 
-Nothing else at a path is ever replaced or removed, nor anything that came there meanwhile.
+Anything else at a path is never replaced or removed, even if it came there meanwhile.
 """
 
 import filecmp
@@ -19,7 +19,7 @@ _NOBODYS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 @dataclass(frozen=True)
 class Kind:
-    """Artefacts of one kind, and how one is recognised."""
+    """A kind of artefacts, and how one is recognised."""
 
     name: str
     """as in "holds something else than NAME": "an SAE", "a feature store" """
@@ -67,9 +67,9 @@ def check_replaceable(path: Path, kind: Kind | None, *, replace: bool) -> None:
 
 
 def check_apart(target: Path, *sources: Path | None) -> None:
-    """Raise InputError if what is to be written would lie in what is read, or the reverse.
+    """Raise InputError if the target would be inside of a source, or a source inside of it.
 
-    None is a source that is not on this machine.
+    A source that is not on this machine is given as None.
     """
     for source in filter(None, sources):
         chains = [[_identity(p) for p in (each, *each.parents)] for each in _real(target, source)]
@@ -84,12 +84,12 @@ def check_apart(target: Path, *sources: Path | None) -> None:
 
 
 def put_in_place(temporary: Path, target: Path, kind: Kind | None, *, replace: bool) -> None:
-    """Give what was prepared its name; what it replaces is then in the folder of `temporary`.
+    """Move `temporary` to `target`; what was there is then in the folder of `temporary`.
 
-    One that is there and the same to the byte is left. At every instant the old one or the new one
-    is there whole; where the file system cannot exchange names, `saescope.leftovers.settle` puts
-    the old one back after a kill. Raises InputError, with all as it was, if what is at `target`
-    may not be replaced.
+    If it has the same bytes, it is left as it is. At every instant the old or the new artefact is
+    there, whole; where the file system cannot exchange paths, `saescope.leftovers.settle` puts the
+    old one back after a kill. Raises InputError, and changes nothing, if what is at `target` may
+    not be replaced.
     """
     check_replaceable(target, kind, replace=True)
     if not _is_free(target) and same_content(temporary, target):
@@ -145,7 +145,7 @@ def _real(*paths: Path) -> list[Path]:
 
 
 def _identity(path: Path) -> object:
-    """What two names of one file or folder have in common; of what is not there its path."""
+    """The same for all paths of one file or folder; the path itself if nothing is there."""
     try:
         found = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Checksums of files, kept where damage to them is noticed too, and verified when they are read.
+"""Seals: checksums of an artefact's files, and of the JSON that lists them, verified on reading.
 
 An artefact's JSON (its configuration, state or manifest) lists its other files with their sizes and
 crc32c, and carries its own sha256. crc32c finds any burst of up to 32 flipped bits, and all but one
@@ -22,7 +22,7 @@ FileSeal = dict[str, Any]
 
 
 def crc32c_text(data: bytes, before: str = "00000000") -> str:
-    """The crc32c of bytes as hexadecimal digits; `before` is that of the bytes ahead of them.
+    """The crc32c of bytes as hexadecimal digits; `before` is the crc32c of the bytes before them.
 
     >>> crc32c_text(b"6789", crc32c_text(b"12345")) == crc32c_text(b"123456789") == "e3069283"
     True
@@ -51,7 +51,7 @@ def seals_of(folder: Path, names: Iterable[str]) -> dict[str, FileSeal]:
 
 
 def check_file(path: Path, sealed: Any, what: str = "file") -> None:
-    """Raise DamagedError, which calls the file `what`, unless it is the one that was sealed."""
+    """Raise DamagedError, in which the file is called `what`, unless it matches its seal."""
     if not path.is_file():
         raise DamagedError(f"damaged {what}: the file is missing", where=str(path), kind="missing")
     if not isinstance(sealed, Mapping):
@@ -69,7 +69,7 @@ def check_file(path: Path, sealed: Any, what: str = "file") -> None:
 def check_files(
     folder: Path, described: Mapping[str, Any], names: Iterable[str], what: str = "file"
 ) -> None:
-    """Raise DamagedError unless these files are those that an artefact's JSON lists."""
+    """Raise DamagedError unless these files have the seals that an artefact's JSON lists."""
     listed = described.get(FILES)
     for name in names:
         check_file(folder / name, listed.get(name) if isinstance(listed, Mapping) else None, what)

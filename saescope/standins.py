@@ -1,9 +1,9 @@
 """Stand-ins for packages that take seconds to import, for a process that only shows help.
 
-A configuration stands beside the class that it configures, in a file that imports torch. To list
-its fields nobody needs torch: while `stand_ins` is in force, what is imported of a heavy package
-is an empty class that can be subclassed, called, indexed and used in annotations. Modules of ours
-that were imported meanwhile are forgotten afterwards, so that nothing computes with a stand-in.
+A configuration class is in the same file as the class it configures, which imports torch; but
+listing its fields needs no torch. Within `stand_ins`, whatever is imported from a heavy package is
+an empty class that can be subclassed, called, indexed and used in annotations. Modules of ours that
+were imported within it are removed from sys.modules afterwards, so nothing computes with stand-ins.
 """
 
 import sys
@@ -44,7 +44,7 @@ OURS = ("saescope", "activations", "sae", "store", "dashboards")
 
 @contextmanager
 def stand_ins(names: Collection[str] = HEAVY) -> Iterator[None]:
-    """Within the block, imports of these packages give stand-ins, but for those already imported.
+    """Within the block, importing these packages gives stand-ins, unless they are imported already.
 
     >>> import sys
     >>> with stand_ins({"no_such_package"}):
@@ -79,7 +79,7 @@ def _forget(name: str) -> None:
 
 
 class _Kind(ABCMeta):
-    """Of classes that have whatever is asked of them, and give back the function they decorate."""
+    """Metaclass of stand-ins: any attribute exists, and a decorator returns what it decorates."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):

@@ -1,6 +1,7 @@
-"""What the operating system says of a failure, itself or through a library, in our one line.
+"""Errors of the operating system as one clear line; disk space; reading files of unknown origin.
 
-Libraries in Rust give its number in their message only, torch and NumPy sometimes not even that.
+Libraries in Rust give the system's error number only in their message, torch and NumPy sometimes
+not even there.
 """
 
 import errno
@@ -50,10 +51,9 @@ _IN_PREPARATION = re.compile(r"/\.[^/]+\.[a-z0-9_]{8}\.partial(?=/)")
 
 @contextmanager
 def system_errors(where: object = "") -> Iterator[None]:
-    """Turn what the system says into one clear error; what was committed before stays valid.
+    """Turn an error of the operating system into one ArtefactError; other errors are raised as is.
 
-    `where` is what was at work; the error names the file instead, if the system does. Of anything
-    that is not the system's the error stays as it is.
+    The error names the file that the system names, or else `where`.
     """
     try:
         yield
@@ -70,10 +70,10 @@ def system_errors(where: object = "") -> Iterator[None]:
 
 
 def reserve(path: Path, size: int) -> None:
-    """Make a file of `size` bytes, zeros where nothing was, with room on the disk for all of them.
+    """Extend a file to `size` bytes, with room on the disk reserved for all of them.
 
-    A file that only seems that long kills whoever writes to it through memory when the disk is
-    full (SIGBUS). Raises OSError for a full disk; what was made is then as long as there was room.
+    Without reserved room, a process that writes to a mapped file is killed (SIGBUS) when the disk
+    is full. Raises OSError if the disk is full; the file is then as long as there was room.
     """
     with path.open("ab") as stream:
         if hasattr(os, "posix_fallocate"):
@@ -103,9 +103,9 @@ def free_bytes(path: AnyPath) -> int | None:
 
 
 def check_readable(path: Path) -> None:
-    """Raise ArtefactError for a file that is there and cannot be read.
+    """Raise ArtefactError for a file that exists but cannot be read.
 
-    For libraries that say of any such file that it is missing.
+    For libraries that report such a file as missing.
     """
     with system_errors(path):
         descriptor = _opened(path)
@@ -114,10 +114,10 @@ def check_readable(path: Path) -> None:
 
 
 def read_whole(path: AnyPath, *, largest: int) -> bytes:
-    """The bytes of a plain file, or of an object, that has no more than `largest`.
+    """All bytes of a plain file, or of an object.
 
-    Raises FileNotFoundError if there is none; ArtefactError for what is no plain file (a folder, a
-    pipe that would be waited for), is too large, or cannot be read.
+    Raises FileNotFoundError if there is none; ArtefactError if it is no plain file (a folder, a
+    pipe), has more than `largest` bytes, or cannot be read.
     """
     if not isinstance(path, Path):
         return read_bytes(path)
@@ -142,7 +142,7 @@ def read_whole(path: AnyPath, *, largest: int) -> bytes:
 
 
 def _opened(path: Path) -> int | None:
-    """A file, opened without waiting for another end of a pipe; None if there is none."""
+    """Descriptor of a file, None if there is none; a pipe is opened without waiting."""
     try:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -164,7 +164,7 @@ def _words(error: Exception, number: int | None) -> str | None:
 
 
 def _number(error: Exception) -> int | None:
-    """The system's number for what went wrong; None for what is not the system's."""
+    """The system's error number (errno); None if the error is not the system's."""
     if isinstance(error, OSError) and error.errno in errno.errorcode:
         return error.errno
     text = str(error)
@@ -182,7 +182,7 @@ def _number(error: Exception) -> int | None:
 
 
 def _file(error: Exception) -> str:
-    """The file that the error is about; of a rename, where it was to go."""
+    """The file that the error is about; of a rename, its target."""
     if not isinstance(error, OSError):
         return ""
     name = error.filename2 or error.filename

@@ -1,4 +1,4 @@
-"""What is printed: signs that would steer a terminal, or forge a line, are shown and not obeyed."""
+"""Printing text of unknown origin: control characters are shown as escapes, not sent."""
 
 import io
 import os
@@ -15,7 +15,7 @@ _JOINERS = "\u200c\u200d"
 
 
 def harmless(text: str, *, lines: bool = False) -> str:
-    r"""Text in which every sign that a terminal would obey is written as a Python escape.
+    r"""Text in which every control or invisible character is written as a Python escape.
 
     lines: keep line breaks and tabs, of text that may have several lines.
 
@@ -34,7 +34,7 @@ def harmless(text: str, *, lines: bool = False) -> str:
 
 
 class _Harmless(io.TextIOBase):
-    """A stream whose text is made harmless on its way to another."""
+    """A stream that passes its text on to another, made harmless."""
 
     def __init__(self, to: Any) -> None:
         self._to = to
@@ -49,7 +49,7 @@ class _Harmless(io.TextIOBase):
 
 @contextmanager
 def harmless_errors() -> Iterator[None]:
-    """Within the context, make harmless what others write to standard error."""
+    """Within the context, everything written to standard error is made harmless."""
     with redirect_stderr(_Harmless(sys.stderr)):
         yield
 
@@ -62,7 +62,7 @@ def complain(text: str) -> None:
 
 
 def mute(stream: Any) -> None:
-    """Let what is still to be written to a stream go nowhere: whoever read it is gone."""
+    """Discard what is still to be written to a stream, since nobody reads it any more."""
     with suppress(OSError, ValueError):  # none of the system's
         nowhere = os.open(os.devnull, os.O_WRONLY)
         try:

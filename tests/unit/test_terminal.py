@@ -121,15 +121,15 @@ def test_a_signal_waits_for_imports_to_end_and_is_not_forgotten() -> None:
     steps = []
 
     def imports() -> None:
-        with main._undisturbed():
-            main._end(signal.SIGINT, None)
+        with main._signals_wait():
+            main._interrupt(signal.SIGINT, None)
             steps.append("imported")
             with pytest.raises(KeyboardInterrupt):
-                main._end(signal.SIGINT, None)  # the second does not wait
+                main._interrupt(signal.SIGINT, None)  # the second does not wait
 
     with pytest.raises(KeyboardInterrupt):
         imports()
     assert steps == ["imported"]
     with pytest.raises(KeyboardInterrupt):
-        main._end(signal.SIGTERM, None)
+        main._interrupt(signal.SIGTERM, None)
     main._received.clear()
