@@ -233,7 +233,7 @@ class LayerGroups:
         }
 
     def save(self, path: str | Path, *, replace: bool = False) -> None:
-        """Write JSON, and print the lines; with `replace`, in the place of groups that are there.
+        """Write JSON, and print the lines; with `replace`, over groups that are there.
 
         Raises InputError for anything else that is there, ArtefactError if it cannot be written.
         """

@@ -157,8 +157,8 @@ def centred_rows(
     mean = torch.stack([seen(site, m) for site, m in zip(sites, means, strict=True)])
     running: Tensor | None = None
     pieces = aligned_rows(store, sites, split=split, limit=rows, piece=_PIECE, spread=True)
-    for parts, _ in pieces:
-        x = torch.stack([seen(site, x) for site, x in zip(sites, parts, strict=True)], dim=1)
+    for by_site, _ in pieces:
+        x = torch.stack([seen(site, x) for site, x in zip(sites, by_site, strict=True)], dim=1)
         if centre == "ema":
             fresh = x.mean(0)
             running = fresh if running is None else running + rate * (fresh - running)

@@ -130,7 +130,7 @@ class TunedLens:
         if site not in self._factors:
             self._factors[site] = self._factor(n)
         moved = (x.double() - self.b[n].to(x.device, torch.float64)).T
-        lu, pivots = (part.to(x.device) for part in self._factors[site])
+        lu, pivots = (each.to(x.device) for each in self._factors[site])
         return torch.linalg.lu_solve(lu, pivots, moved).T.to(x.dtype)
 
     def condition(self, site: str) -> float:
@@ -151,7 +151,7 @@ class TunedLens:
         return lambda x: self.invert(site, replacement(self.apply(site, x)))
 
     def save(self, folder: str | Path, *, replace: bool = False) -> None:
-        """Write weights and manifest; with `replace`, in the place of a lens that is there.
+        """Write weights and manifest; with `replace`, over a lens that is there.
 
         Raises InputError for anything else that is there, ArtefactError if the disk is full.
         """
@@ -274,8 +274,8 @@ def divergence(
     total, count = torch.zeros(len(sites), dtype=torch.float64), 0
     read = list(dict.fromkeys([*sites, head.site]))
     pieces = aligned_rows(store, read, split=split, limit=rows, piece=_ROWS, spread=True)
-    for parts, _ in pieces:
-        at = dict(zip(read, parts, strict=True))
+    for by_site, _ in pieces:
+        at = dict(zip(read, by_site, strict=True))
         target = head(at[head.site]).log_softmax(-1)
         seen = (lens.apply(site, at[site]) if lens else at[site] for site in sites)
         total += torch.stack([_kl(target, head(x)).double().sum() for x in seen])

@@ -12,7 +12,7 @@ The authors' code averages over all pairs of token and feature, active or not, w
 conditional variance; that version is given beside ours under "published", for comparison. It
 depends on where layers are counted from (here 0) and on how often features fire:
     E_j E_t Var(L | t, j), an inactive pair counting 0
-    E_j (q E[L^2 | j] - q^2 E[L | j]^2), q the part of tokens that j is active on
+    E_j (q E[L^2 | j] - q^2 E[L | j]^2), q the fraction of tokens that j is active on
 """
 
 from collections.abc import Iterable

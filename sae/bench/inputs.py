@@ -18,6 +18,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
@@ -37,7 +38,7 @@ _SAMPLE_ROWS = 512
 _POSITIVE = 3.3
 """positive pre-activations of a row over k, where k are chosen"""
 _SHORT = 0.01
-"""part of the rows, at most, that may have fewer than k"""
+"""fraction of the rows, at most, that may have fewer than k"""
 _REACH = 4.0
 """pre-activations that JumpReLU's estimator looks at over the active ones"""
 _THRESHOLD, _BAND = 1.0, 1.0
@@ -113,7 +114,7 @@ class Inputs:
     @property
     def variance(self) -> float:
         """E||x - E x||^2."""
-        rows = self.x.flatten(0, 1)
+        rows = rearrange(self.x, "batch row d_in -> (batch row) d_in")
         return float((rows - rows.mean(0)).square().sum(1).mean())
 
     def to(self, device: str) -> "Inputs":
@@ -157,7 +158,7 @@ def planted(shape: Shape, *, seed: int = 0, batches: int = BATCHES) -> tuple[Ten
     strength = torch.empty(rows, _ACTIVE).exponential_(generator=generator) + 0.5
     rank = min(_RANK, d_in)
     spectrum = torch.arange(1, rank + 1).float().rsqrt()
-    parts = {
+    components = {
         "features": functional.embedding_bag(
             index, directions, per_sample_weights=strength, mode="sum"
         ),
@@ -165,11 +166,12 @@ def planted(shape: Shape, *, seed: int = 0, batches: int = BATCHES) -> tuple[Ten
         "noise": normal(rows, d_in),
     }
     x = torch.zeros(rows, d_in)
-    for name, part in parts.items():
-        x += part * (_SHARES[name] / part.var(0).sum()).sqrt()
+    for name, component in components.items():
+        x += component * (_SHARES[name] / component.var(0).sum()).sqrt()
     learnt = directions + _LEARNT * d_in**-0.5 * normal(d_sae, d_in)
     W = functional.normalize(learnt, dim=1)
-    return standardised(x).view(batches, shape.batch, d_in), Weights(W, W, torch.zeros(d_sae))
+    x = rearrange(standardised(x), "(batch row) d_in -> batch row d_in", batch=batches)
+    return x, Weights(W, W, torch.zeros(d_sae))
 
 
 def standardised(x: Tensor) -> Tensor:
@@ -194,7 +196,7 @@ def prepare(
     is_dead[order[:dead]] = True
     W = torch.where(is_dead[:, None], _QUIET * weights.W_enc_T, weights.W_enc_T)
     b = torch.where(is_dead, 0.0, weights.b_enc)
-    rows = x.flatten(0, 1)
+    rows = rearrange(x, "batch row d_in -> (batch row) d_in")
     sample = rows[:: max(1, len(rows) // _SAMPLE_ROWS)]
     by_row = (sample @ W.T + b).masked_fill_(is_dead, -torch.inf)
     pre = by_row.view(-1)

@@ -95,12 +95,12 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
         facts = rows.facts(config.device)
         say(f"{facts['device']}: {facts['processor']}, {facts['threads']} threads")
         for text in config.shapes:
-            for part in _of_shape(config, Shape.parse(text), facts):
-                for line in table(part, config.baseline):
+            for timed in _of_shape(config, Shape.parse(text), facts):
+                for line in table(timed, config.baseline):
                     say(line)
                 if out is not None:
-                    rows.append(out, part)
-                found += part
+                    rows.append(out, timed)
+                found += timed
     finally:
         torch.set_num_threads(before)
     return found

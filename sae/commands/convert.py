@@ -34,8 +34,8 @@ class ConvertConfig(Config):
     out: str | None = None
     """Folder to write."""
     replace: bool = False
-    """Write in the place of another SAE that is there; one that this source gives again to the byte
-    is replaced without it, and anything else never."""
+    """Replace another SAE that is in `out`. One with the very bytes that are to be written is
+    replaced without this, and what is no SAE never."""
     upload: str | None = None
     """Repository on the Hugging Face hub to upload to, owner/name, with a model card."""
     path_in_repo: str | None = None
@@ -145,13 +145,13 @@ def _check(sae: SparseAutoencoder, config: ConvertConfig, claimed: dict[str, flo
     """Certify on held-out rows of the harvest, against the files' claims and the user's."""
     from sae.data.harvests import held_out_pieces, open_harvest
 
-    harvest, place = open_harvest(sae, config.harvest, config.site)
-    pieces = list(held_out_pieces(harvest, place, config.rows)())
+    harvest, placement = open_harvest(sae, config.harvest, config.site)
+    pieces = list(held_out_pieces(harvest, placement, config.rows)())
     if not pieces:
         raise InputError("has no held-out rows to check on", where=str(config.harvest))
     x = torch.cat([each.x for each in pieces])
     target = None
-    if place.read != place.written:
+    if placement.read != placement.written:
         target = torch.cat([each.target for each in pieces])
     stated = sae.metadata.get("held_out") or sae.metadata.get("claimed")
     certificate = certify(

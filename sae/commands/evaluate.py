@@ -13,7 +13,7 @@ from activations.loading.outliers import OutlierFilter
 from sae.analysis.lens import TunedLens
 from sae.core.base import SparseAutoencoder
 from sae.data.harvests import held_out_pieces, knows_model, load_harvested_model, open_harvest
-from sae.data.placement import Placed
+from sae.data.placement import Placement
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.intervals import PROTOCOL
 from sae.evaluation.reconstruction import Piece, Reconstruction, measure_reconstruction, pool
@@ -133,7 +133,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _further_sites(place: Placed, layers: list[str]) -> dict[str, Any]:
+def _further_sites(place: Placement, layers: list[str]) -> dict[str, Any]:
     """What the protocol says of sites besides the first that is read."""
     several = layers or (list(place.read) if len(place.read) > 1 else None)
     facts: dict[str, Any] = {} if several is None else {"sites": several}
@@ -146,7 +146,7 @@ def _reconstruction(
     config: EvaluateConfig,
     sae: SparseAutoencoder,
     harvest: ActivationStore,
-    place: Placed,
+    place: Placement,
     layers: list[str],
 ) -> Reconstruction:
     seen = _as_trained(sae)
@@ -167,13 +167,13 @@ def _reconstruction(
 Rows = Callable[[], Iterator[Piece]]
 
 
-def _as_trained(sae: SparseAutoencoder) -> Callable[[Rows, Placed], Rows]:
+def _as_trained(sae: SparseAutoencoder) -> Callable[[Rows, Placement], Rows]:
     """What was done to rows in training is done here: outliers left out, a lens put before."""
     outliers, lens = sae.metadata.get("outliers"), sae.metadata.get("lens")
     keeps = outliers and OutlierFilter(multiple=outliers["multiple"], median=outliers["median"])
     through = TunedLens.load(lens) if lens else None
 
-    def seen(rows: Rows, place: Placed) -> Rows:
+    def seen(rows: Rows, place: Placement) -> Rows:
         if not (keeps or through):
             return rows
         if len(place.read) > 1:
@@ -204,7 +204,7 @@ def _as_trained(sae: SparseAutoencoder) -> Callable[[Rows, Placed], Rows]:
 
 
 def _downstream(
-    place: Placed, harvest: ActivationStore, config: EvaluateConfig
+    place: Placement, harvest: ActivationStore, config: EvaluateConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     model = load_harvested_model(
         harvest, harvest.manifest["model"]["dtype"], trust_remote_code=config.trust_remote_code

@@ -9,7 +9,7 @@ from typing import Any
 from activations import ActivationStore
 from sae.core.base import kind_of
 from sae.data.harvests import knows_model, load_harvested_model, open_harvest
-from sae.data.placement import Placed
+from sae.data.placement import Placement
 from sae.data.provenance import weights_hash
 from sae.evaluation.written import ROWS, measured_values
 from sae.formats.hub import SCHEME, evaluation_of
@@ -62,10 +62,10 @@ class IndexConfig(Config):
 
 @system_errors()
 def index(config: IndexConfig) -> Path:
-    """Build the store; the path of its file. A store that is there already is left as it is.
+    """Build the feature store of an SAE; the path of its file. One that is there is left as it is.
 
-    Raises InputError if the harvest does not fit the SAE, or something else is in the store's
-    place; ArtefactError if either cannot be read or the disk is full; an interrupted build leaves
+    Raises InputError if the harvest does not fit the SAE, or something else is where the store is
+    to be; ArtefactError if either cannot be read or the disk is full; an interrupted build leaves
     nothing behind.
     """
     path = local(config.out) / STORE_FILE
@@ -75,13 +75,13 @@ def index(config: IndexConfig) -> Path:
     if path.exists() and not config.replace:
         say(f"{path}: already built (--replace builds it anew)")
         return path
-    harvest, placed = open_harvest(
+    harvest, placement = open_harvest(
         load(config.run, target_site=config.target_site),
         config.harvest,
         config.site,
         allow_other_model=config.allow_other_model,
     )
-    sae = placed.sae
+    sae = placement.sae
     if sae.signed:
         raise InputError(
             "a feature store holds activations above zero, and this SAE has negative ones",
@@ -100,10 +100,10 @@ def index(config: IndexConfig) -> Path:
         )
     rows = build_store(
         path,
-        placed,
+        placement,
         harvest,
         model,
-        meta=_meta(config, placed, harvest),
+        meta=_meta(config, placement, harvest),
         texts=texts,
         logits=config.logits,
         neighbours=config.neighbours,
@@ -136,8 +136,8 @@ def _texts(vocabulary: str | None, harvest: ActivationStore) -> list[str]:
     return texts
 
 
-def _meta(config: IndexConfig, placed: Placed, harvest: ActivationStore) -> dict[str, Any]:
-    sae = placed.sae
+def _meta(config: IndexConfig, placement: Placement, harvest: ActivationStore) -> dict[str, Any]:
+    sae = placement.sae
     measured = evaluation_of(config.run) or {}
     spec: str | None = harvest.manifest["model"]["spec"]
     return {
@@ -147,9 +147,9 @@ def _meta(config: IndexConfig, placed: Placed, harvest: ActivationStore) -> dict
         "model_revision": harvest.manifest["model"]["revision"],
         "model_hash": harvest.manifest["model"]["weights_hash"],
         **({"allow_other_model": True} if config.allow_other_model else {}),
-        "site": placed.read[0],
-        **({"sites": list(placed.read)} if len(placed.read) > 1 else {}),
-        **({"target_site": placed.written[0]} if placed.written != placed.read else {}),
+        "site": placement.read[0],
+        **({"sites": list(placement.read)} if len(placement.read) > 1 else {}),
+        **({"target_site": placement.written[0]} if placement.written != placement.read else {}),
         "architecture": kind_of(sae.config),
         "sae_config": to_dict(sae.config),
         "d_in": sae.d_in,

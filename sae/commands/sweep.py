@@ -1,4 +1,4 @@
-"""`saescope sweep`: many SAEs from one reading of the activations.
+"""`saescope sweep`: many SAEs, trained while the activations are read once.
 
 A sweep file has a `base` (fields of a training file) and `grid` tables, in which a field may be a
 list; each table's product of lists gives its members. Every member is a run like any other, in its
@@ -138,15 +138,15 @@ def _train_all(
     done = len(runs) - sum(map(len, waiting.values()))
     beginnings = {key: stream.state_dict() for key, stream in streams.items()}
     for key, alike in waiting.items():
-        for part in _parts(alike, config.at_once):
-            say(f"{done} of {len(runs)} trained; now {', '.join(run.folder.name for run in part)}")
+        for group in _groups(alike, config.at_once):
+            say(f"{done} of {len(runs)} trained; now {', '.join(run.folder.name for run in group)}")
             # made again, so that their trainers are let go of when they are done
-            again = [Run(run.config, harvest, streams=streams) for run in part]
+            again = [Run(run.config, harvest, streams=streams) for run in group]
             with ExitStack() as stack:
                 for run in again:
                     stack.enter_context(run.locked())
                 _train_together(again, beginnings[key])
-            done += len(part)
+            done += len(group)
     return [run.folder for run in runs.values()]
 
 
@@ -174,7 +174,7 @@ def _train_together(runs: Sequence[Run], beginning: dict[str, Any]) -> None:
         run.release()
 
 
-def _parts(runs: list[Run], size: int) -> Iterator[list[Run]]:
+def _groups(runs: list[Run], size: int) -> Iterator[list[Run]]:
     return (runs[start : start + size] for start in range(0, len(runs), size))
 
 
@@ -210,8 +210,8 @@ def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 def _put(values: dict[str, Any], key: str, value: Any, where: str) -> None:
     *path, last = key.split(".")
     here: Any = values
-    for part in path:
-        here = here.setdefault(part, {})
+    for table in path:
+        here = here.setdefault(table, {})
         if not isinstance(here, dict):
-            raise InputError(f"{part} is not a table", where=where, given=key)
+            raise InputError(f"{table} is not a table", where=where, given=key)
     here[last] = value

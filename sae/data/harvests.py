@@ -11,7 +11,7 @@ from activations.loading.loader import aligned_rows
 from activations.storage.reader import Chunk
 from sae.core.base import SparseAutoencoder, kind_of
 from sae.data.model_expectations import warn_of_model
-from sae.data.placement import Placed, placed
+from sae.data.placement import Placement, placement_of
 from sae.data.provenance import differing, refuse_other
 from sae.evaluation.reconstruction import Piece
 from saescope.errors import InputError
@@ -106,25 +106,27 @@ def held_out_rows(
 
 
 def held_out_pieces(
-    harvest: ActivationStore, place: Placed, limit: int | None
+    harvest: ActivationStore, placement: Placement, limit: int | None
 ) -> Callable[[], Iterator[Piece]]:
     """Fresh iterators over the first `limit` held-out rows (None: all) that an SAE reads.
 
     Float32 [n, d_in], with what is at the sites it writes [n, d_out], and each row's document.
     """
-    names = tuple(dict.fromkeys((*place.read, *place.written)))
+    names = tuple(dict.fromkeys((*placement.read, *placement.written)))
     document = torch.from_numpy(np.asarray(harvest.document[:])).flatten()
 
-    def beside(sites: Sequence[str], parts: Sequence[Tensor]) -> Tensor:
-        chosen = [parts[names.index(site)] for site in sites]
+    def beside(sites: Sequence[str], by_name: Sequence[Tensor]) -> Tensor:
+        chosen = [by_name[names.index(site)] for site in sites]
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
     def rows() -> Iterator[Piece]:
         size = max(1, _PIECE_ROWS // len(names))
         pieces = aligned_rows(harvest, names, split="held_out", limit=limit, piece=size)
-        for parts, row_token in pieces:
-            x = beside(place.read, parts)
-            target = x if place.read == place.written else beside(place.written, parts)
+        for by_name, row_token in pieces:
+            x = beside(placement.read, by_name)
+            target = (
+                x if placement.read == placement.written else beside(placement.written, by_name)
+            )
             yield Piece(x, target, document[row_token].long())
 
     return rows
@@ -144,7 +146,7 @@ def open_harvest(
     *,
     behind_lens: bool = False,
     allow_other_model: bool = False,
-) -> tuple[ActivationStore, Placed]:
+) -> tuple[ActivationStore, Placement]:
     """The harvest given, or the one an SAE was trained on, and the SAE at its sites there.
 
     Args: site is for an SAE of several layers, or one that names none; allow_other_model, for a
@@ -158,8 +160,8 @@ def open_harvest(
     harvest = open_complete(chosen)
     if not (site or sae.transcodes or sae.site_normalisers or sae.metadata.get("site")):
         site = choose_site(harvest, None)
-    place = placed(sae, site, behind_lens=behind_lens)
-    for names, width in ((place.read, sae.d_in), (place.written, sae.d_out)):
+    placement = placement_of(sae, site, behind_lens=behind_lens)
+    for names, width in ((placement.read, sae.d_in), (placement.written, sae.d_out)):
         found = sum(harvest.d_in(choose_site(harvest, name)) for name in names)
         if found != width:
             raise InputError(
@@ -174,7 +176,7 @@ def open_harvest(
     if has_bos is None:  # as the tokenizer does
         has_bos = harvest.manifest["model"].get("bos_token_id") is not None
     warn_of_model(sae, where=str(chosen), has_bos=has_bos)
-    return harvest, place
+    return harvest, placement
 
 
 def knows_model(harvest: ActivationStore) -> bool:

@@ -7,7 +7,7 @@ from sae.core.base import SparseAutoencoder
 from saescope.errors import InputError
 
 
-class Placed(NamedTuple):
+class Placement(NamedTuple):
     """An SAE ready to be used at its sites."""
 
     sae: SparseAutoencoder
@@ -26,13 +26,19 @@ class Placed(NamedTuple):
         return found
 
 
-def placed(sae: SparseAutoencoder, site: str | None = None, *, behind_lens: bool = False) -> Placed:
-    """The SAE at a site: which layer a several-layer SAE is used at, or another than is recorded.
+def placement_of(
+    sae: SparseAutoencoder, site: str | None = None, *, behind_lens: bool = False
+) -> Placement:
+    """An SAE at its sites: those that it records, or the layer chosen of a several-layer SAE.
 
-    Transcoders and crosscoders have their own sites; of a transcoder of someone else's, where it
-    reads can be given, for its files may name what a model has not. Raises InputError if no site is
-    known, or one is given that the SAE is not for; and for an SAE behind a tuned lens, whose
-    features are not of the model's own activations, unless `behind_lens`.
+    Args:
+        site: the layer of an SAE of several, or another site than the one recorded. Transcoders and
+            crosscoders have their own; only of another library's transcoder can the site that it
+            reads be given, since its files may name one that the model does not have.
+        behind_lens: allow an SAE trained behind a tuned lens, whose features are not of the model's
+            own activations.
+
+    Raises InputError if no site is known, or for one that the SAE is not for.
     """
     if sae.metadata.get("lens") and not behind_lens:
         raise InputError(
@@ -52,13 +58,13 @@ def placed(sae: SparseAutoencoder, site: str | None = None, *, behind_lens: bool
                 given=None,
                 allowed=sae.site_normalisers,
             )
-        return Placed(sae.at(site), (site,), (site,))
+        return Placement(sae.at(site), (site,), (site,))
     recorded = sae.metadata.get("site")
     if not (sae.transcodes or sae.concatenates):
         name = site or recorded
         if name is None:
             raise InputError("this SAE does not say where it belongs; give site", where="site")
-        return Placed(released(sae), (name,), (name,))
+        return Placement(released(sae), (name,), (name,))
     several = sae.metadata.get("sites") if sae.concatenates else None
     read = tuple(several or [name for name in (recorded or site,) if name])
     target = sae.metadata.get("target_site")
@@ -77,7 +83,7 @@ def placed(sae: SparseAutoencoder, site: str | None = None, *, behind_lens: bool
                 allowed=", ".join(read),
             )
         read = (site,)
-    return Placed(released(sae), read, (str(target),) if sae.transcodes else read)
+    return Placement(released(sae), read, (str(target),) if sae.transcodes else read)
 
 
 def released(sae: SparseAutoencoder) -> SparseAutoencoder:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae.core.base import SparseAutoencoder
-from sae.data.placement import placed
+from sae.data.placement import placement_of
 from saescope.errors import ArtefactError, InputError
 from saescope.progress import say
 
@@ -79,7 +79,7 @@ def check_indexed(sae: SparseAutoencoder, meta: Mapping[str, Any], *, where: str
     """
     own = sae.transcodes or sae.concatenates
     site = None if own else meta.get("site")
-    found = weights_hash(placed(sae, site, behind_lens=True).sae)
+    found = weights_hash(placement_of(sae, site, behind_lens=True).sae)
     if found != meta.get("sae_hash"):
         raise ArtefactError(
             "is about another SAE than the one that is now in its folder; index it anew",

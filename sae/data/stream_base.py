@@ -106,9 +106,9 @@ class Stream(ABC):
         return self._loader.batches_per_epoch
 
     def __iter__(self) -> Iterator[RawBatch]:
-        for parts, row_token in self._loader.with_rows():
+        for by_site, row_token in self._loader.with_rows():
             number, self._number = self._number, self._number + 1
-            batch, removed = self._finished(parts, row_token, number)
+            batch, removed = self._finished(by_site, row_token, number)
             self.removed += removed
             if len(batch):
                 yield batch
@@ -194,7 +194,7 @@ class Stream(ABC):
         return rows
 
     def _finished(
-        self, parts: Sequence[Tensor], row_token: Tensor, number: int | None
+        self, by_site: Sequence[Tensor], row_token: Tensor, number: int | None
     ) -> tuple[RawBatch, int]:
         """The batch that tokens give, and how many outlier rows are left out of it.
 
@@ -202,10 +202,12 @@ class Stream(ABC):
         """
         names, keep = self._loader.sites, None
         if self.outliers is not None:
-            keep = [self.outliers.keep(site, x) for site, x in zip(names, parts, strict=True)]
+            keep = [self.outliers.keep(site, x) for site, x in zip(names, by_site, strict=True)]
         if self.transform is not None:
-            parts = [self.transform.apply(site, x) for site, x in zip(names, parts, strict=True)]
-        batch, whole = self._rows(Tokens(parts, keep, row_token, number))
+            by_site = [
+                self.transform.apply(site, x) for site, x in zip(names, by_site, strict=True)
+            ]
+        batch, whole = self._rows(Tokens(by_site, keep, row_token, number))
         removed = 0
         if whole is not None and not bool(whole.all()):
             removed = int((~whole).sum())
@@ -222,7 +224,7 @@ class Stream(ABC):
 class Tokens(NamedTuple):
     """Tokens as they come from the loader, seen at every site."""
 
-    parts: Sequence[Tensor]
+    by_site: Sequence[Tensor]
     """[tokens, d_in] of each site"""
     keep: Sequence[Tensor] | None
     """bool [tokens] of each site: no outlier"""
@@ -250,7 +252,7 @@ class HeldOut:
             raise InputError("no held-out rows to evaluate on", where=str(stream.store.path))
         self._stream, self._rows = stream, rows
         self.removed = 0
-        """Outlier rows left out by the iterator begun last."""
+        """Outlier rows left out by the last iterator."""
 
     def __call__(self) -> Iterator[RawBatch]:
         stream = self._stream
@@ -262,8 +264,8 @@ class HeldOut:
             limit=self._rows,
             piece=max(1, _HELD_OUT_ROWS // len(stream.sites)),
         )
-        for parts, row_token in pieces:
-            batch, removed = stream._finished(parts, row_token, None)
+        for by_site, row_token in pieces:
+            batch, removed = stream._finished(by_site, row_token, None)
             self.removed += removed
             if len(batch):
                 yield batch

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from activations import ActivationStore
@@ -52,7 +53,7 @@ class OneSite(Stream):
     KIND = "one_site"
 
     def _rows(self, tokens: Tokens) -> tuple[RawBatch, Tensor | None]:
-        return RawBatch(tokens.parts[0], row_token=tokens.row_token), tokens.keep_everywhere
+        return RawBatch(tokens.by_site[0], row_token=tokens.row_token), tokens.keep_everywhere
 
 
 class Pairs(Stream):
@@ -69,7 +70,7 @@ class Pairs(Stream):
         return self._loader.widths[1]
 
     def _rows(self, tokens: Tokens) -> tuple[RawBatch, Tensor | None]:
-        x, target = tokens.parts
+        x, target = tokens.by_site
         return RawBatch(x, target, row_token=tokens.row_token), tokens.keep_everywhere
 
 
@@ -92,7 +93,7 @@ class Concatenated(Stream):
         return self._loader.widths
 
     def _rows(self, tokens: Tokens) -> tuple[RawBatch, Tensor | None]:
-        x = torch.cat(tuple(tokens.parts), dim=-1)
+        x = torch.cat(tuple(tokens.by_site), dim=-1)
         return RawBatch(x, row_token=tokens.row_token), tokens.keep_everywhere
 
 
@@ -149,25 +150,27 @@ class DrawnLayer(AllLayers):
         source = np.random.SeedSequence((self._seed, tokens.number), spawn_key=(1,))
         drawn = np.random.default_rng(source).integers(len(self.sites), size=len(tokens.row_token))
         group = torch.from_numpy(drawn)
-        x = torch.empty_like(tokens.parts[0])
+        x = torch.empty_like(tokens.by_site[0])
         keep = None if tokens.keep is None else torch.empty(len(group), dtype=torch.bool)
-        for number, part in enumerate(tokens.parts):
+        for number, rows in enumerate(tokens.by_site):
             chosen = group == number
-            x[chosen] = part[chosen]
+            x[chosen] = rows[chosen]
             if keep is not None and tokens.keep is not None:
                 keep[chosen] = tokens.keep[number][chosen]
         return RawBatch(x, group=group, row_token=tokens.row_token), keep
 
 
 def _interleaved(tokens: Tokens) -> tuple[RawBatch, Tensor | None]:
-    """All sites of the first token, then all of the second: any part of a batch has all layers."""
-    count = len(tokens.parts)
+    """All sites of the first token, then all of the second: any slice of a batch has all layers."""
+    count = len(tokens.by_site)
     batch = RawBatch(
-        torch.stack(tuple(tokens.parts), dim=1).flatten(0, 1),
-        group=torch.arange(count).repeat(len(tokens.row_token)),
-        row_token=tokens.row_token.repeat_interleave(count),
+        rearrange(list(tokens.by_site), "site token d_in -> (token site) d_in"),
+        group=repeat(torch.arange(count), "site -> (token site)", token=len(tokens.row_token)),
+        row_token=repeat(tokens.row_token, "token -> (token site)", site=count),
     )
-    return batch, None if tokens.keep is None else torch.stack(tuple(tokens.keep), dim=1).flatten()
+    if tokens.keep is None:
+        return batch, None
+    return batch, rearrange(list(tokens.keep), "site token -> (token site)")
 
 
 def make_stream(

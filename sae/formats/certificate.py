@@ -277,13 +277,13 @@ def _doubt(
 def _ce_recovered(
     sae: SparseAutoencoder, written: Tensor | None, model: "Model", tokens: Tensor | None
 ) -> float | None:
-    from sae.data.placement import placed
+    from sae.data.placement import placement_of
     from sae.evaluation.downstream import measure_downstream
 
     if tokens is None or written is None:
         what = "tokens" if tokens is None else "target"
         raise InputError(f"needs {what} as well", where="model", given=None)
-    place = placed(sae)
+    place = placement_of(sae)
     found = measure_downstream(
         model,
         place.read,

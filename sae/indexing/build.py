@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from activations import ActivationStore, Model
 from sae.architectures.crosscoder import Crosscoder
 from sae.core.base import SparseAutoencoder
 from sae.data.harvests import read_chunk
-from sae.data.placement import Placed
+from sae.data.placement import Placement
 from saescope.progress import Progress, say
 from saescope.system import system_errors
 from store import StoreWriter
@@ -26,7 +27,7 @@ _FEATURES = 512
 
 def build_store(
     path: Path,
-    placed: Placed,
+    placement: Placement,
     harvest: ActivationStore,
     model: Model | None,
     *,
@@ -40,7 +41,7 @@ def build_store(
 
     Args:
         path: the file to write.
-        placed: the SAE at its sites of the harvest.
+        placement: the SAE at its sites of the harvest.
         model: of the harvest; without it there are no logit effects.
         meta: what the store says of itself.
         texts: of the token ids, where there is no model to ask.
@@ -51,7 +52,7 @@ def build_store(
     Raises ArtefactError if the harvest cannot be read or the disk is full; an interrupted build
     leaves nothing behind.
     """
-    sae = placed.sae
+    sae = placement.sae
     with (
         system_errors(str(path)),
         torch.inference_mode(),
@@ -62,8 +63,8 @@ def build_store(
         writer.add_vocabulary((texts or [""]) if model is None else model.vocabulary())
         writer.add_documents(harvest.document_table())
         _add_sequences(writer, harvest)
-        _add_activations(writer, placed, harvest)
-        decided = _add_logits(writer, placed, model, logits)
+        _add_activations(writer, placement, harvest)
+        decided = _add_logits(writer, placement, model, logits)
         writer.add_features({**_feature_columns(sae), **decided})
         _add_neighbours(writer, sae, neighbours)
         return writer.finish()
@@ -81,12 +82,12 @@ def _add_sequences(writer: StoreWriter, harvest: ActivationStore) -> None:
         )
 
 
-def _add_activations(writer: StoreWriter, placed: Placed, harvest: ActivationStore) -> None:
+def _add_activations(writer: StoreWriter, placement: Placement, harvest: ActivationStore) -> None:
     chunks = [*harvest.chunks("train"), *harvest.chunks("held_out")]
     with Progress("encoding", sum(chunk.rows for chunk in chunks), "tokens") as progress:
         for chunk in chunks:
-            x, row_token = read_chunk(harvest, placed.read, chunk)
-            codes = placed.sae.encode_sparse(x).compact()
+            x, row_token = read_chunk(harvest, placement.read, chunk)
+            codes = placement.sae.encode_sparse(x).compact()
             position = row_token[codes.rows()]
             writer.add_activations(
                 position.numpy(), codes.index.to(torch.int32).numpy(), codes.value.numpy()
@@ -128,7 +129,7 @@ def direct_logits(
 
 
 def _add_logits(
-    writer: StoreWriter, placed: Placed, model: Model | None, count: int
+    writer: StoreWriter, placement: Placement, model: Model | None, count: int
 ) -> dict[str, Any]:
     """Write each feature's most raised and lowered tokens; the largest effect, as a column.
 
@@ -137,8 +138,8 @@ def _add_logits(
     if model is None:
         say("logit effects: left out, because nobody said of which model the activations are")
         return {}
-    sae = placed.sae
-    directions = sae.W_dec[:, list(placed.columns(model.d_in).values())[-1]]
+    sae = placement.sae
+    directions = sae.W_dec[:, list(placement.columns(model.d_in).values())[-1]]
     if directions.shape[1] != model.d_model:
         say("logit effects: left out, because the site is not as wide as the residual stream")
         return {}
@@ -186,5 +187,6 @@ def _add_neighbours(writer: StoreWriter, sae: SparseAutoencoder, count: int) -> 
 def _grid(first: int, values: Tensor) -> tuple[Any, Tensor]:
     """Feature and rank of each entry of a [features, ranks] block, flat."""
     n, ranks = values.shape
-    feature = torch.arange(first, first + n).repeat_interleave(ranks)
-    return feature.numpy(), torch.arange(ranks).repeat(n)
+    feature = repeat(torch.arange(first, first + n), "feature -> (feature rank)", rank=ranks)
+    rank = repeat(torch.arange(ranks), "rank -> (feature rank)", feature=n)
+    return feature.numpy(), rank

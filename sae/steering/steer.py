@@ -24,7 +24,7 @@ from activations.sites.hooks import PlacedEdit
 from activations.sites.kept import Places
 from sae.core.base import SparseAutoencoder
 from sae.data.model_expectations import warn_of_model
-from sae.data.placement import Placed, placed
+from sae.data.placement import Placement, placement_of
 from sae.data.provenance import check_trained_on
 from saescope.errors import InputError
 from saescope.integers import as_index, as_indices
@@ -123,11 +123,11 @@ def steer(
     """
     edits = FeatureEdits.make(sae.d_sae, add, clamp, ablate, scale)
     selects = _selector(positions)
-    place = place_of(model, sae, site, where="steer", allow_other_model=allow_other_model)
+    placement = placement_in(model, sae, site, where="steer", allow_other_model=allow_other_model)
     if not edits:
         yield
         return
-    with model.edit_placed(_site_edits(place, _steering_change(place.sae, edits), selects)):
+    with model.edit_placed(_site_edits(placement, _steering_change(placement.sae, edits), selects)):
         yield
 
 
@@ -145,23 +145,23 @@ def splice(
     Raises InputError as `steer` does.
     """
     selects = _selector(positions)
-    place = place_of(model, sae, site, where="splice", allow_other_model=allow_other_model)
+    placement = placement_in(model, sae, site, where="splice", allow_other_model=allow_other_model)
 
     def change(x: Tensor, h: Tensor) -> Tensor:
-        return place.sae(x).x_hat.to(h.dtype)
+        return placement.sae(x).x_hat.to(h.dtype)
 
-    with model.edit_placed(_site_edits(place, change, selects)):
+    with model.edit_placed(_site_edits(placement, change, selects)):
         yield
 
 
-def place_of(
+def placement_in(
     model: Model,
     sae: SparseAutoencoder,
     site: str | None,
     *,
     where: str | None = None,
     allow_other_model: bool = False,
-) -> Placed:
+) -> Placement:
     """The SAE at its sites of a model; InputError if none is known or a width is not the SAE's.
 
     And if it was trained on another model, unless that is allowed.
@@ -175,14 +175,14 @@ def place_of(
             where=where,
             allowed="SAEs of one site, transcoders",
         )
-    place = placed(sae, site)
+    placement = placement_of(sae, site)
     warn_of_model(
         sae,
         where=model.name,
         has_bos=model.bos_token_id is not None,
-        layer_norm=any(isinstance(part, torch.nn.LayerNorm) for part in model.hf.modules()),
+        layer_norm=any(isinstance(each, torch.nn.LayerNorm) for each in model.hf.modules()),
     )
-    read, written = tuple(model.resolve(place.read)), tuple(model.resolve(place.written))
+    read, written = tuple(model.resolve(placement.read)), tuple(model.resolve(placement.written))
     for names, width in ((read, sae.d_in), (written, sae.d_out)):
         found = sum(model.d_in(name) for name in names)
         if found != width:
@@ -193,7 +193,7 @@ def place_of(
                 allowed=str(width),
             )
     check_trained_on(model, sae, where=where or "SAE", allow_other_model=allow_other_model)
-    return place._replace(read=read, written=written)
+    return placement._replace(read=read, written=written)
 
 
 def _selector(positions: Positions) -> Callable[[Places], Tensor]:
@@ -236,10 +236,10 @@ def _in_slice(positions: slice) -> Callable[[Places], Tensor]:
 
 
 def _site_edits(
-    place: Placed, change: Change, selects: Callable[[Places], Tensor]
+    placement: Placement, change: Change, selects: Callable[[Places], Tensor]
 ) -> dict[str, PlacedEdit]:
     """Edits of a model that apply a change at chosen positions."""
-    (read,), (written,) = place.read, place.written
+    (read,), (written,) = placement.read, placement.written
     seen: list[tuple[Tensor, Places]] = []
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 
 from activations import Model
 from sae.core.base import SparseAutoencoder
-from sae.steering.steer import place_of
+from sae.steering.steer import placement_in
 from saescope.errors import InputError
 
 
@@ -56,12 +56,12 @@ def features_of_text(
             given=f"{len(ids)} tokens",
             allowed=f"up to {model.n_ctx}",
         )
-    place = place_of(model, sae, site, allow_other_model=allow_other_model)
+    placement = placement_in(model, sae, site, allow_other_model=allow_other_model)
     tokens = torch.tensor([ids])
-    captured = model.capture(tokens, place.read)
-    activation = torch.cat([captured[name][0].float() for name in place.read], dim=-1)
+    captured = model.capture(tokens, placement.read)
+    activation = torch.cat([captured[name][0].float() for name in placement.read], dim=-1)
     keep = model.keep_mask(tokens)[0]
-    codes = place.sae.encode_sparse(activation[keep]).compact()
+    codes = placement.sae.encode_sparse(activation[keep]).compact()
     at = keep.nonzero()[:, 0][codes.rows()]
     return TextFeatures(
         token_ids=list(ids),

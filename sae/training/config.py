@@ -45,8 +45,8 @@ class TrainConfig(Config):
     """Train one SAE on the rows of several layers: all (each token gives a row of every layer,
     MLSAE) or drawn (each token gives the row of one layer drawn uniformly, Group-SAE)."""
     objective: Literal["reconstruction", "end_to_end"] = "reconstruction"
-    """What the reconstruction is judged by: its error, or what putting it in the activation's place
-    does to the model's predictions (Braun et al. 2024)."""
+    """What the reconstruction is judged by: its error, or what the model's predictions lose
+    when it replaces the activation (Braun et al. 2024)."""
     end_to_end: EndToEndConfig = dataclasses.field(default_factory=EndToEndConfig)
     """What counts in end-to-end training besides the predictions."""
     passes: float = 3.0
@@ -71,7 +71,7 @@ class TrainConfig(Config):
     over the harvest, are shuffled together; nearest to independent draws), chunks (the rows of so
     many chunks, drawn at random) or windows (one window of the harvest after another: the order of
     training straight from the model, where it is the only one; else the default is spread). A run
-    that was begun goes on in its own."""
+    that goes on keeps its own."""
     start_from: str | None = None
     """An SAE to go on from (fine-tuning); its architecture and size must be those given here."""
     evaluation_rows: int = 8192

@@ -1,6 +1,6 @@
 """End-to-end training (Braun et al. 2024): the loss is what the reconstruction does to the model.
 
-At the SAE's site, at kept positions, x_hat takes the activation's place, and
+At the SAE's site, at kept positions, x_hat replaces the activation, and
 
     loss = KL(clean || spliced) + w FVU + v mean_k FVU_k + the architecture's own other terms
 
@@ -70,7 +70,7 @@ class SequenceRows(RawBatch):
     sequences: Sequences = field(kw_only=True)
 
     def select(self, rows: Tensor | slice) -> RawBatch:
-        """Raises InputError: part of a sequence cannot go through a model."""
+        """Raises InputError: a sequence goes through a model only as a whole."""
         raise InputError(
             "end-to-end training takes whole batches; bound the memory by sequences_at_once",
             where="end_to_end",
@@ -114,8 +114,8 @@ class EndToEnd:
         """The rows x float32 [rows, d_in] of kept positions, and what `loss` needs of them."""
         wanted, size = [self.site, *self.later_sites], self.config.sequences_at_once
         found: dict[str, list[Tensor]] = {site: [] for site in wanted}
-        for part, kept in zip(tokens.split(size), keep.split(size), strict=True):
-            for site, value in self.model.capture(part, wanted).items():
+        for some, kept in zip(tokens.split(size), keep.split(size), strict=True):
+            for site, value in self.model.capture(some, wanted).items():
                 rows = value[kept.to(value.device)]
                 found[site].append(rows.to(torch.promote_types(rows.dtype, torch.float32)))
         rows = {site: torch.cat(pieces) for site, pieces in found.items()}
@@ -123,7 +123,7 @@ class EndToEnd:
         return x, Sequences(tokens=tokens, keep=keep, later=rows)
 
     def loss(self, sequences: Sequences, x_hat: Float[Tensor, "rows d_in"]) -> EndToEndLoss:
-        """The loss of what is put in place of the kept rows, in the model's units.
+        """The loss if x_hat, in the model's units, replaces the kept rows.
 
         Raises InputError if there is not one row a kept position.
         """
@@ -135,10 +135,10 @@ class EndToEnd:
                 allowed=str(int(sequences.keep.sum())),
             )
         terms: dict[str, Tensor] = {}
-        loss = _ThroughModel.apply(x_hat, lambda leaf: self._in_parts(sequences, leaf, terms))
+        loss = _ThroughModel.apply(x_hat, lambda leaf: self._in_pieces(sequences, leaf, terms))
         return EndToEndLoss(loss, terms)  # type: ignore[arg-type]
 
-    def _in_parts(
+    def _in_pieces(
         self, sequences: Sequences, x_hat: Tensor, terms: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The loss and its gradient in x_hat; fills `terms`."""
@@ -149,8 +149,8 @@ class EndToEnd:
         gradient = torch.zeros_like(x_hat)
         sums = torch.zeros(2, dtype=torch.float64)
         start = 0
-        parts = zip(sequences.tokens.split(size), sequences.keep.split(size), strict=True)
-        for tokens, keep in parts:
+        pieces = zip(sequences.tokens.split(size), sequences.keep.split(size), strict=True)
+        for tokens, keep in pieces:
             rows = slice(start, start + int(keep.sum()))
             start = rows.stop
             if rows.start == rows.stop:
@@ -199,7 +199,7 @@ class EndToEnd:
     def batch(
         self, sae: SparseAutoencoder, raw: SequenceRows, batch: TrainingBatch
     ) -> "EndToEndBatch":
-        """The batch of these rows, with the end-to-end loss in place of the reconstruction's.
+        """The batch of these rows, with the end-to-end loss instead of the reconstruction's.
 
         Raises InputError for a batch with hidden coordinates, tilt, layers, or another target.
         """
@@ -348,8 +348,9 @@ class EndToEndStream(OneSite):
             keep[keep.clone()] = whole.cpu()
             later = {site: rows[whole] for site, rows in sequences.later.items()}
             x, sequences = x[whole], Sequences(tokens=tokens, keep=keep, later=later)
-        places = torch.tensor(chosen)[:, None] * self.store.context + torch.arange(keep.shape[1])
-        return SequenceRows(x, row_token=places[keep], sequences=sequences), removed
+        first = torch.tensor(chosen)[:, None] * self.store.context
+        row_token = (first + torch.arange(keep.shape[1]))[keep]
+        return SequenceRows(x, row_token=row_token, sequences=sequences), removed
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands; JSON-able."""

@@ -100,22 +100,22 @@ def _measured(run: Run) -> _Step:
     with tempfile.TemporaryDirectory() as folder:
         trainer = again.make_trainer(Path(folder))
         batches = iter(again.stream)
-        times, reading, l0 = [], [], 0.0
+        times, waits, l0 = [], [], 0.0
         for _ in range(_WARM + _MEASURED):
             start = time.perf_counter()
             raw = next(batches)
-            reading.append(time.perf_counter() - start)
+            waits.append(time.perf_counter() - start)
             start = time.perf_counter()
             l0 = max(l0, trainer.train_step(raw)["l0"])
             times.append(time.perf_counter() - start)
     # a window is computed, after the model is loaded, when its first batch is asked for
-    window = max(reading) if _computes(run) else 0.0
+    window = max(waits) if _computes(run) else 0.0
     seconds = sorted(times[_WARM:])[_MEASURED // 2]
     return _Step(seconds, _working(trainer.sae, trainer, l0), window)
 
 
 def _working(sae: SparseAutoencoder, trainer: Trainer, l0: float) -> int:
-    """Bytes of a step's intermediate values: of rows, of codes, and of a part of the product."""
+    """Bytes of a step's intermediate values: of rows, of codes, and of a block of the product."""
     rows = trainer.config.batch_size // trainer.config.accumulate
     dense = trainer.numerics.kernels == "reference"
     product = 3 * rows * sae.d_sae if dense else min(rows * sae.d_sae, _SCRATCH)

@@ -1,11 +1,11 @@
-"""Steers the L0 of architectures that have a sparsity penalty to a target, by the penalty's factor.
+"""Brings L0 to a target where sparsity is a penalty, by a factor on the penalty.
 
 With e = log(L0 / target), smoothed and looked ahead along its slope, and bounded to [-1, 1]:
 
     log penalty = I + P g e,      I <- I + K sqrt(g) e / total_steps
 
-Every time constant is a part of the run, so runs of 300 and of 100,000 steps behave alike. Why it
-is more than an integrator:
+Every time constant is a fraction of the run, so runs of 300 and of 100,000 steps behave alike. Why
+it is more than an integrator:
 
 * L0 may not answer at first (JumpReLU's thresholds below all pre-activations): the penalty then
   grows geometrically, by e^K over a whole run, until it does. As e is bounded, and so is the
@@ -33,9 +33,9 @@ _INTEGRAL, _PROPORTIONAL = 25.0, 1.0
 _SLEW = 50.0
 """largest change of log penalty, were it to go on for the whole run"""
 _LOOK_AHEAD = 0.03
-"""part of the run"""
+"""fraction of the run"""
 _SMOOTHING = 0.01
-"""part of the run over which L0 is averaged, but at least so many steps:"""
+"""fraction of the run over which L0 is averaged, but at least so many steps:"""
 _SMOOTHING_STEPS = 2.0
 _FLOOR = 0.01
 """an L0 below so much of the target counts as so much: its logarithm stays finite"""
@@ -47,7 +47,7 @@ _DYING = 0.6
 """swings that shrink by this factor, each by each, are dying away"""
 _CUT, _LEAST_GAIN = 0.5, 0.05
 _CALM = 0.1
-"""part of the run after a cut before the gain recovers"""
+"""fraction of the run after a cut before the gain recovers"""
 _RECOVERY = 4.0
 """log gain recovered over a whole run"""
 _OUTWEIGHS = 10.0
@@ -56,7 +56,7 @@ _MEANS_NOTHING = 0.2
 """Features that add no more than so much of the error's deviation to a row have collapsed: they
 cannot explain much of it, as ||sum f_i W_i|| <= sum f_i ||W_i||."""
 REACHED = 0.05
-"""an L0 is at its target within this part of it"""
+"""an L0 is at its target within this fraction of it"""
 
 
 def reached(l0: float, target: float) -> bool:
@@ -65,18 +65,18 @@ def reached(l0: float, target: float) -> bool:
 
 
 def warmup_fraction(config: SAEConfig) -> float:
-    """The part of a run over which an architecture's penalty grows to its weight; 0 without one."""
+    """Fraction of a run over which an architecture's penalty grows to its weight; 0 without."""
     names = [each.name for each in fields(config) if each.name.endswith("_warmup_fraction")]
     return max((float(getattr(config, name)) for name in names), default=0.0)
 
 
 class L0Controller:
-    """Moves `penalty`, which the trainer gives to the objective, so that L0 ends at the target.
+    """Moves `penalty`, which the trainer gives to the loss, so that L0 ends at the target.
 
     Args:
         target: mean number of active features a row.
         total_steps: steps of the run.
-        warmup_fraction: part of the run before which nothing is moved: the architecture's own
+        warmup_fraction: fraction of the run before which nothing is moved: the architecture's own
             warm-up of the penalty, during which L0 says nothing (see `warmup_fraction`).
 
     >>> controller = L0Controller(32.0, total_steps=1000)

@@ -26,7 +26,7 @@ class Numerics:
     Args:
         asked: a backend, or auto; SAESCOPE_KERNELS comes before it.
         deterministic: sums have an order that neither chance nor the number of threads decides.
-        like: a tensor of the type and at the place of what is computed.
+        like: a tensor of the type and on the device of what is computed.
         d_in: width of what is encoded.
 
     Raises InputError if the backend that is asked for cannot be used here.

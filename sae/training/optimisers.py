@@ -10,7 +10,7 @@ Constraints. A trainer changes parameters between steps: decoder rows are put ba
 That moves y only, so a step first moves z and x by whatever y was moved by, and the three stay in
 their relation. z is thereby held near the constraint too (else the norm of its rows would grow
 without end, and the effective learning rate fall); the average of unit rows is a little shorter
-than 1, and `averaged` takes the constraint to be put on it while it is in place.
+than 1, and `averaged` takes the constraint to be put on it while it is used.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -161,11 +161,11 @@ class _ScheduleFree(torch.optim.Optimizer):
         for group, parameter, gradient in _with_gradient(self):
             state = self.state[parameter]
             if not state:
-                place = parameter.device
+                device = parameter.device
                 state["z"], state["x"] = parameter.clone(), parameter.clone()
-                state["steps"] = torch.zeros((), dtype=torch.int64, device=place)
-                state["lr_max"] = torch.zeros((), dtype=torch.float64, device=place)
-                state["lr_sum"] = torch.zeros((), dtype=torch.float64, device=place)
+                state["steps"] = torch.zeros((), dtype=torch.int64, device=device)
+                state["lr_max"] = torch.zeros((), dtype=torch.float64, device=device)
+                state["lr_sum"] = torch.zeros((), dtype=torch.float64, device=device)
             z, x, keep = state["z"], state["x"], 1 - group["beta"]
             moved = parameter - torch.lerp(x, z, keep)
             z.add_(moved)

@@ -51,8 +51,8 @@ def session(split: Split = "rows", kind: Literal["cpu", "cuda"] = "cpu") -> Iter
 
     What ends one rank (an error, Ctrl-C, being killed) ends all; only the first says why.
 
-    Args: split is what ranks have different parts of, the rows of a batch or the features; kind is
-    that of their devices.
+    Args: split is what ranks share out, the rows of a batch or the features; kind is that of their
+    devices.
     """
     if kind == "cuda":
         try:
@@ -127,17 +127,16 @@ def refuse_several(what: str, *, where: str) -> None:
         )
 
 
-def check_batch(size: int, parts: int) -> None:
-    """Raise InputError if a batch, or the last of its parts, has fewer rows than ranks."""
-    each = -(-size // parts)
+def check_batch(size: int, accumulate: int) -> None:
+    """Raise InputError if a batch, or its last micro-batch, has fewer rows than ranks."""
+    each = -(-size // accumulate)
     if size - (size - 1) // each * each < ROWS.size:
+        of_each = f" in each of {accumulate} micro-batches" if accumulate > 1 else ""
         raise InputError(
             "fewer rows than processes",
             where="trainer.batch_size",
             given=size,
-            allowed=f"at least {ROWS.size} in each of {parts} parts"
-            if parts > 1
-            else f"at least {ROWS.size}",
+            allowed=f"at least {ROWS.size}{of_each}",
         )
 
 

@@ -43,7 +43,7 @@ _SAMPLE_ROWS = 16384
 class Run:
     """What a configuration means on a harvest; nothing is written before `start`.
 
-    Args: streams holds readings of the harvest by `stream_key`, shared by runs that read alike; the
+    Args: streams holds streams by `stream_key`, for runs that read the harvest alike to share; the
     run's own is added if it is not there.
 
     Raises InputError if the sites are unknown or do not fit the architecture, if there are too few
@@ -75,7 +75,7 @@ class Run:
             target_site=config.target_site,
             mix_layers=config.mix_layers,
         )
-        before = run_folder.read_if_begun(self.folder)
+        before = run_folder.read_if_there(self.folder)
         check_apart(self.folder, if_local(harvest.path))
         order = self._order(before)
         self.trainer_config = self._trainer_config(before)
@@ -112,7 +112,7 @@ class Run:
             )
 
     def _order(self, before: Mapping[str, Any] | None) -> Order | None:
-        """The order of the batches; a run that was begun (its manifest) goes on in its own.
+        """The order of the batches; a run that goes on (its manifest is `before`) keeps its own.
 
         None in a run from before there was a choice, which is in chunks, and where there is none.
         """
@@ -125,11 +125,14 @@ class Run:
         return earlier if chosen is None or (chosen, earlier) == ("chunks", None) else chosen
 
     def _trainer_config(self, before: Mapping[str, Any] | None) -> TrainerConfig:
-        """The trainer's, with the tokens after which a feature is dead; a begun run keeps them."""
+        """The trainer's configuration, with the tokens after which a feature is dead filled in.
+
+        A run that goes on keeps those that it started with.
+        """
         given = self.config.trainer
         if given.dead_after_tokens is None and before is not None:
-            begun = before["config"]["trainer"]
-            given = replace(given, dead_after_tokens=begun["dead_after_tokens"])
+            recorded = before["config"]["trainer"]["dead_after_tokens"]
+            given = replace(given, dead_after_tokens=recorded)
         tokens = round(self.config.passes * self.harvest.n_rows("train"))
         return replace(given, dead_after_tokens=given.dead_after(tokens))
 

@@ -31,7 +31,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read_if_begun(folder: Path) -> dict[str, Any] | None:
+def read_if_there(folder: Path) -> dict[str, Any] | None:
     """The manifest of the run in a folder; None if there is none yet.
 
     Raises InputError if the folder holds anything but what an interrupted start left of a run,

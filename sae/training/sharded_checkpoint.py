@@ -74,7 +74,7 @@ def save(
     tensors: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
 ) -> None:
-    """Write a run's checkpoint, replacing the one there, once all ranks have written their parts.
+    """Write a run's checkpoint, replacing the one there, once all ranks have written their rows.
 
     Raises ArtefactError if a disk is full, on all ranks; the previous checkpoint is then there.
     """
@@ -100,7 +100,7 @@ def save(
     else:
         _write_rows(folder, Path(distributed.broadcast(None)), own)
         process_group.together(lambda: None)
-    distributed.everyones(None)  # nobody goes on before it is in its place
+    distributed.everyones(None)  # nobody goes on before the checkpoint is there
 
 
 def _write_rows(folder: Path, temporary: Path, own: dict[str, Tensor]) -> dict[str, FileSeal]:
@@ -162,13 +162,13 @@ def _read_rows(folder: Path, shards: int) -> dict[str, Tensor]:
 def _rows_of(name: str, files: list[Any]) -> Tensor:
     slices = [file.get_slice(name) for file in files]
     lengths = [each.get_shape()[0] for each in slices]
-    own, parts, first = FEATURES.share(sum(lengths)), [], 0
+    own, pieces, first = FEATURES.share(sum(lengths)), [], 0
     for each, length in zip(slices, lengths, strict=True):
         start, stop = max(own.start - first, 0), min(own.stop - first, length)
         if start < stop:
-            parts.append(each[start:stop])
+            pieces.append(each[start:stop])
         first += length
-    return torch.cat(parts) if parts else slices[0][:0]
+    return torch.cat(pieces) if pieces else slices[0][:0]
 
 
 # ---- one file of all rows -----------------------------------------------------------------------

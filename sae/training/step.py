@@ -1,4 +1,4 @@
-"""What follows the gradients of a step: projection, clipping, the optimiser, constraints."""
+"""The end of a training step: projection, clipping, the optimiser, constraints."""
 
 import math
 from collections.abc import Mapping
@@ -17,11 +17,10 @@ from saescope.errors import SaescopeError
 def update(
     sae: SparseAutoencoder, optimiser: torch.optim.Optimizer, *, lr: float, clip: float, what: str
 ) -> float:
-    """One optimiser step on the gradients in place; the gradient's norm before it was clipped.
+    """One optimiser step on the parameters' gradients; the gradient's norm before clipping.
 
-    The gradients are those of the whole batch: whoever computes them in parts or in several
-    processes has brought them together. Unit rows are projected before the norm is taken, so that
-    what the projection removes does not count in it.
+    The gradients are those of the whole batch, summed over micro-batches and processes. Unit rows
+    are projected before the norm is taken, so that what the projection removes does not count.
 
     Args:
         clip: largest norm; 0 for any.

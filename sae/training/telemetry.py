@@ -97,11 +97,11 @@ def _sealed(values: Mapping[str, Any], before: str) -> tuple[bytes, str]:
 
 
 def _text(measurements: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]:
-    parts, crc = [], NOTHING
+    lines, crc = [], NOTHING
     for values in measurements:
         line, crc = _sealed(values, crc)
-        parts.append(line)
-    return b"".join(parts), crc
+        lines.append(line)
+    return b"".join(lines), crc
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -210,7 +210,7 @@ def sinks(
 class WandbSink:
     """Weights & Biases; its own environment variables (WANDB_MODE, WANDB_ENTITY) hold.
 
-    One folder and tag are one run of W&B's, so a run that is begun anew in its place goes on there.
+    One folder and tag are one run of W&B's, so a run that is started anew there goes on in it.
     """
 
     def __init__(self, folder: Path, run_name: str, config: Mapping[str, Any], *, tag: str) -> None:

@@ -1,4 +1,7 @@
-"""The training loop: batches in, a trained SAE and its metrics out; it knows of no store."""
+"""The training loop: batches in, a trained SAE and its metrics out.
+
+It takes any iterator of batches, and knows nothing of how activations are stored.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,15 +45,17 @@ class BatchSource(Protocol):
 
 
 class Trainer:
-    """Trains one SAE into a run's folder; made again over the same folder, it goes on where it was.
+    """Trains one SAE, with checkpoints in a run's folder.
+
+    A Trainer made again for the same folder goes on from the last checkpoint.
 
     Args:
         folder: of the run; None: nothing is written.
-        held_out: fresh iterators of batches that are never trained on.
-        calibration: the same, to set inference thresholds on; held_out if not given.
-        with_loss: puts another reconstruction loss into a batch (end-to-end training).
-        initialise: set from the first batch what an architecture initialises from data; not for
-            an SAE that is trained on.
+        held_out: gives a fresh iterator of batches that are never trained on.
+        calibration: the same, for setting inference thresholds; held_out if not given.
+        with_loss: replaces the reconstruction loss of a batch (end-to-end training).
+        initialise: whether to set from the first batch what the architecture initialises from
+            data; False for an SAE whose training continues.
         tag: identifies the run's configuration; a checkpoint with another tag is refused.
         seed: of the run's own randomness (masks, resampling).
     """
@@ -133,7 +138,7 @@ class Trainer:
         return self.sae.eval()
 
     def advance(self, raw: RawBatch | Tensor) -> str:
-        """One step, with the evaluation and the checkpoint that fall due; a note for people."""
+        """One step, with the evaluation and the checkpoint that are due; a line on the progress."""
         config, note = self.config, ""
         terms = self.train_step(raw)
         if self.finished:
@@ -150,7 +155,7 @@ class Trainer:
 
     @torch.enable_grad()
     def train_step(self, raw: RawBatch | Tensor) -> dict[str, Any]:
-        """One optimiser step on rows [batch, d_in]; the named parts of the loss.
+        """One optimiser step on rows [batch, d_in]; the named terms of the loss.
 
         "dead" is None as long as it is not known: before `dead_after_tokens` tokens. Raises
         InputError, with nothing changed, if a row is not finite.
@@ -215,22 +220,22 @@ class Trainer:
     def _backward(
         self, raw: RawBatch, state: TrainingState
     ) -> tuple[dict[str, float], Tensor, int]:
-        """Gradients of the mean loss over a batch's parts; the loss and its terms, counts, rows."""
+        """Gradients of the mean loss over micro-batches; the loss and its terms, counts, rows."""
         low = self.config.precision == "bfloat16"
         size = -(-len(raw) // self.config.accumulate)
         sums: dict[str, float] = {}
         counts = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=raw.x.device)
         for start in range(0, len(raw), size):
-            part = raw if size >= len(raw) else raw.select(slice(start, start + size))
-            batch = self.maker.make(part, self.generator)
+            micro = raw if size >= len(raw) else raw.select(slice(start, start + size))
+            batch = self.maker.make(micro, self.generator)
             if self.with_loss is not None:
-                batch = self.with_loss(part, batch)
+                batch = self.with_loss(micro, batch)
             if self.step == 0 and start == 0 and self.initialise:
                 self.sae.start(batch)
             batch = batch.share()
-            with torch.autocast(part.x.device.type, torch.bfloat16, enabled=low):
+            with torch.autocast(micro.x.device.type, torch.bfloat16, enabled=low):
                 output = batch.finish(self.sae.training_output(batch, state))
-            share = len(part) / len(raw)
+            share = len(micro) / len(raw)
             (output.loss * share if share < 1 else output.loss).backward()
             counts += output.counts
             for name, value in {"loss": output.loss.detach(), **output.terms}.items():
@@ -246,7 +251,7 @@ class Trainer:
             self.tokens_since_fired[features] = 0
 
     def _settle(self) -> None:
-        """After the last step: the averaged weights, where there are, and inference thresholds."""
+        """After the last step: use the optimiser's averaged weights, if any; set thresholds."""
         with self.numerics.running(), averaged(self.optimiser, self.sae.after_step):
             released = {name: value.clone() for name, value in self.sae.state_dict().items()}
         self.sae.load_state_dict(released)
@@ -345,14 +350,14 @@ class Trainer:
 
 
 def _check_first_rows(sae: SparseAutoencoder, config: TrainerConfig) -> None:
-    """Raise InputError if the first part of a batch is too small to initialise an SAE from."""
+    """Raise InputError if the first micro-batch is too small to initialise an SAE from."""
     first = -(-config.batch_size // config.accumulate)
     if first < sae.first_rows:
         raise InputError(
             f"{kind_of(sae.config)} takes more rows than that from its first batch",
             where="trainer.batch_size",
-            given=f"{first} in the first of {config.accumulate} parts",
-            allowed=f"at least {sae.first_rows} in each part",
+            given=f"{first} in the first of {config.accumulate} micro-batches",
+            allowed=f"at least {sae.first_rows} in each",
         )
 
 

@@ -1,4 +1,4 @@
-"""How to train, whatever the architecture: the fields of a training file's [trainer]."""
+"""The `[trainer]` of a training file: how to train, whatever the architecture."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,8 +24,8 @@ class TrainerConfig(Config):
     batch_size: int = 2048
     """Rows a step."""
     accumulate: int = 1
-    """Parts that a batch is split into for memory; their gradients are averaged into one step.
-    Batch-level selectors and AuxK then see one part at a time."""
+    """Micro-batches that a batch is split into, to save memory; their gradients are averaged into
+    one step. Batch-level selectors and AuxK then see one micro-batch at a time."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs matrix products under autocast; weights and thresholds stay float32."""
     optimiser: OptimiserKind = "adam"
@@ -35,9 +35,9 @@ class TrainerConfig(Config):
     lr_multiplier: float = 1.0
     """Factor on the rule above; short runs want more than 1."""
     warmup_fraction: float = 0.05
-    """Part of the run over which the learning rate rises."""
+    """Fraction of the run over which the learning rate rises."""
     decay_fraction: float = 0.2
-    """Part of the run, at its end, over which the learning rate falls to 0."""
+    """Fraction of the run, at its end, over which the learning rate falls to 0."""
     beta1: float = 0.9
     """Decay of the gradient mean (the momentum of signum and of the schedule-free average)."""
     beta2: float = 0.999

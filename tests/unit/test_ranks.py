@@ -312,7 +312,7 @@ def test_the_released_file_is_what_safetensors_reads(tmp_path: Path) -> None:
 def test_a_batch_has_a_row_for_each_process(
     monkeypatch: pytest.MonkeyPatch, rows: int, parts: int, fits: bool
 ) -> None:
-    """Parts of ceil(rows / parts): 10 rows are 4, 4 and 2."""
+    """Micro-batches of ceil(rows / parts): 10 rows are 4, 4 and 2."""
     monkeypatch.setattr(ROWS, "size", 3)
     with nullcontext() if fits else pytest.raises(InputError, match="fewer rows than processes"):
         process_group.check_batch(rows, parts)

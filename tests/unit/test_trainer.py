@@ -337,7 +337,9 @@ def test_a_first_part_too_small_to_start_from_is_refused(tmp_path: Path) -> None
     config = TrainerConfig(batch_size=BATCH, accumulate=BATCH)
     cls = architecture("archetypal")
     sae = cls(cls.Config(d_sae=D_SAE, k=4, n_candidates=5), D_IN)  # type: ignore[call-arg]
-    with pytest.raises(InputError, match=r"1 in the first of 16 parts'; allowed: at least 2"):
+    with pytest.raises(
+        InputError, match=r"1 in the first of 16 micro-batches'; allowed: at least 2"
+    ):
         Trainer(
             sae,
             make_trainer(tmp_path / "other").batches,
