@@ -30,10 +30,10 @@ def drawn(store: FeatureStore, count: int, seed: int) -> list[int]:
 def line(example: Example) -> str:
     """One example: its window, with the strongest token marked."""
     pieces = list(example.tokens)
-    focus = pieces[example.place - example.start]
+    focus = pieces[example.index - example.start]
     word = focus.strip()
     if word:
-        pieces[example.place - example.start] = focus.replace(word, f"**{word}**", 1)
+        pieces[example.index - example.start] = focus.replace(word, f"**{word}**", 1)
     text = "".join(pieces).replace("\n", "⏎").replace("<", "&lt;")
     return f"- {example.activation:.1f} · {text.strip()}"
 

@@ -1,13 +1,15 @@
-"""Activations and their like as text: small ones keep figures that tell them apart."""
+"""Activations and similar numbers as text, with enough figures to tell small ones apart."""
 
 import math
 
 COLUMN = "%.4g"
 """format of a table's column of amounts"""
+_POWERS_BELOW = 0.01
+_MOST_DECIMALS = 7
 
 
 def amount(value: float, decimals: int = 2, *, signed: bool = False) -> str:
-    """A number with two or three decimals; a small one with three figures, below 0.01 as powers.
+    """A number with `decimals` decimals; small ones with three figures, below 0.01 in e-notation.
 
     >>> amount(12.345), amount(0.1234, 3), amount(0.0123456), amount(0.25, signed=True)
     ('12.35', '0.123', '0.0123', '+0.25')
@@ -36,7 +38,3 @@ def span(low: float, high: float) -> str:
     if decimals > _MOST_DECIMALS:
         return f"{amount(low)} to {amount(high)}"
     return f"{low:.{decimals}f} to {high:.{decimals}f}"
-
-
-_POWERS_BELOW = 0.01
-_MOST_DECIMALS = 7

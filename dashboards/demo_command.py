@@ -1,7 +1,7 @@
-"""`saescope demo`: all the way from text to a steered model, with what packages ship.
+"""`saescope demo`: all the way from text to a steered model, with a packaged model and text.
 
-Each step is the command of its name on an example configuration; what is done already is not done
-again. All that takes long to import is imported after the first lines are printed.
+Each step is the command of that name on an example configuration; finished steps are not repeated.
+Everything that takes long to import is imported after the first lines are printed.
 """
 
 import shutil
@@ -74,7 +74,7 @@ def demo(config: DemoConfig) -> None:
 
 
 def _announce(size: Size) -> str:
-    """Say what will be done, at once; the folder of the store."""
+    """Print what will be done; returns the folder of the store."""
     harvest, train = (read_toml(examples()[name]) for name in (size.harvest, size.train))
     store = f"stores/{Path(train['out']).name}"
     text = f"SmolLM2-135M over {harvest['max_tokens']:,} tokens of Wikipedia"
@@ -93,7 +93,7 @@ def _announce(size: Size) -> str:
 
 
 def _train_and_index(size: Size, store: str) -> str:
-    """All before the steering, with the time that it takes said first; the run's folder."""
+    """Print how long all steps before the steering take, and do them; returns the run's folder."""
     from activations import HarvestConfig, harvest
     from activations.models.packaged import fetch_all
     from dashboards.demo_time import measured_here, work_left
@@ -137,7 +137,7 @@ def _evaluate(run: str, tokens: int) -> None:
 
 
 def _program() -> str:
-    """How this program can be called again: by its name, if that is on the path."""
+    """The words that call this program again: its name, if that is on the path."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{sys.executable} -m saescope"

@@ -1,7 +1,7 @@
-"""How long the rest of the demo takes here: what is left of it, and a short measurement.
+"""How long the rest of the demo takes on this machine: the work left, and a short measurement.
 
-Everything is put into tokens through the model and operations of encoder products. How fast both go
-is measured; how many of them a step is worth is taken from recorded runs
+Work is counted in tokens through the model and in floating-point operations of encoder products.
+Their speed is measured; how many of them each step takes comes from recorded runs
 (benchmarks/results/demo.csv).
 """
 
@@ -31,24 +31,24 @@ _LOADING = 10.0
 
 @dataclass(frozen=True)
 class Work:
-    """What is left to do."""
+    """Work that is left to do."""
 
     tokens: float
     """through the model as far as the site"""
     product: float
     """floating-point operations"""
     seconds: float
-    """that are much alike on all machines"""
+    """of work that takes about as long on all machines"""
 
     @property
     def is_little(self) -> bool:
-        """Whether there is nothing that takes minutes."""
+        """Whether nothing is left that takes minutes."""
         return self.tokens == self.product == 0
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a short measurement found, a second."""
+    """Speed of this machine, by a short measurement: amounts a second."""
 
     tokens: float
     """through the model as far as the site"""
@@ -56,7 +56,7 @@ class Machine:
     """floating-point operations"""
 
     def minutes(self, work: Work) -> int:
-        """About how long that takes; at least 1.
+        """Minutes that the work takes, about; at least 1.
 
         >>> Machine(2000.0, 1e11).minutes(Work(tokens=6e5, product=6e12, seconds=60.0))
         7
@@ -68,7 +68,7 @@ class Machine:
 def work_left(
     harvesting: "HarvestConfig", training: "TrainConfig", store: str, evaluated: int
 ) -> Work:
-    """What is not done yet, where `evaluated` tokens are for the model's loss.
+    """The work that is not done yet; `evaluated` is the number of tokens of the evaluation.
 
     Raises InputError if the harvest's folder holds another harvest.
     """

@@ -1,8 +1,9 @@
-"""Fields of a page whose content is saved, and may be changed by others while they are open.
+"""Telling what a reader has typed into a field from what the browser sends by itself.
 
-With everything a reader does, the browser sends what its fields hold. Where a page was left before
-it was drawn, that is an older text than the one the server has put into the field since, and nobody
-has typed it. So for each field is kept what was put into it since the browser was known to show it.
+The browser sends the content of all fields with everything a reader does. After leaving a page
+before it was drawn, it sends an older text than the server has put into a field since; nobody has
+typed that text, and it must not be saved. So the texts that were put into each field are remembered
+until the browser is known to show the last of them.
 """
 
 import time
@@ -13,12 +14,12 @@ import streamlit as st
 
 _KEY = "put_into_fields"
 _DRAWN = 5.0
-"""Seconds after which the browser shows what was put into a field."""
+"""seconds after which the browser surely shows what was put into a field"""
 
 
 @dataclass
 class _Put:
-    """What was put into a field since a reader last typed there, and when the last time was."""
+    """The values put into a field since a reader last typed there, and the time of the last one."""
 
     values: list[Any] = field(default_factory=list)
     last: float = 0.0
@@ -29,7 +30,7 @@ def _put(key: str) -> _Put:
 
 
 def fill(key: str, saved: Any) -> None:
-    """Put what is saved into a field, before the field is drawn."""
+    """Put the saved value into a field; to be called before the field is drawn."""
     put = _put(key)
     put.values[:] = [*(value for value in put.values if value != saved), saved]
     put.last = time.monotonic()
@@ -37,10 +38,10 @@ def fill(key: str, saved: Any) -> None:
 
 
 def typed(key: str) -> Any:
-    """What a reader has just put into a field; None if the browser has only sent what was in it.
+    """The value that a reader has typed; None if the browser has only sent an earlier one.
 
-    What was in the field before it was changed by others is taken for typed once the reader had
-    time to see the change.
+    A value that the field had before others changed it counts as typed once the reader has had time
+    to see the change.
     """
     value, put = st.session_state[key], _put(key)
     if put.values and value == put.values[-1]:
@@ -53,5 +54,5 @@ def typed(key: str) -> Any:
 
 
 def forget(key: str) -> None:
-    """Take whatever comes from the browser next for typed."""
+    """Treat the next value that comes from the browser as typed."""
     _put(key).values.clear()

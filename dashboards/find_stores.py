@@ -1,5 +1,7 @@
-"""Where the stores are, and what may be loaded for them: found without Streamlit or torch, so that
-the command line answers at once."""
+"""Finding the stores to explore, and deciding which models and SAEs may be loaded for them.
+
+Needs neither Streamlit nor torch, so that the command line answers at once.
+"""
 
 import json
 import os
@@ -8,17 +10,17 @@ from pathlib import Path
 from saescope.errors import ArtefactError
 from store.database import STORE_FILE
 
-PLACE_VARIABLE = "SAESCOPE_STORE"
+STORES_VARIABLE = "SAESCOPE_STORE"
 NAMED_VARIABLE = "SAESCOPE_NAMED"
 _OPTIONS = {"model": "--model", "sae": "--sae"}
 
 
-def find_stores(place: str | Path) -> dict[str, Path]:
-    """Names and files of the stores at a place: a store's file or folder, or a folder of stores.
+def find_stores(path: str | Path) -> dict[str, Path]:
+    """Stores by name, at a store's file, in its folder, or in a folder of stores.
 
     Raises ArtefactError if there is none.
     """
-    root = Path(place).expanduser().resolve()
+    root = Path(path).expanduser().resolve()
     if root.is_file():
         return {root.parent.name if root.name == STORE_FILE else root.stem: root}
     if (root / STORE_FILE).is_file():
@@ -26,18 +28,18 @@ def find_stores(place: str | Path) -> dict[str, Path]:
     found = {file.parent.name: file for file in sorted(root.glob(f"*/{STORE_FILE}"))}
     if not found:
         raise ArtefactError(
-            "no feature store here; `saescope index RUN --out FOLDER` makes one", where=str(place)
+            "no feature store here; `saescope index RUN --out FOLDER` makes one", where=str(path)
         )
     return found
 
 
 def stores() -> dict[str, Path]:
     """The stores this explorer was started on."""
-    return find_stores(os.environ.get(PLACE_VARIABLE, "stores"))
+    return find_stores(os.environ.get(STORES_VARIABLE, "stores"))
 
 
 def absolute(name: str) -> str:
-    """The absolute path of a folder that is there; any other name (of a hub, say) as it is."""
+    """The absolute path of a folder that exists; other names, as of a hub, unchanged."""
     try:
         path = Path(name).expanduser()
         return str(path.resolve()) if path.exists() else name
@@ -45,27 +47,28 @@ def absolute(name: str) -> str:
         return name
 
 
-def environment(place: str, *, model: tuple[str, ...], sae: tuple[str, ...]) -> dict[str, str]:
-    """What tells the explorer's process where the stores are, and what was named for them."""
+def environment(path: str, *, model: tuple[str, ...], sae: tuple[str, ...]) -> dict[str, str]:
+    """Environment variables that tell the explorer's process its stores, models and SAEs."""
     named = {"model": [absolute(m) for m in model], "sae": [absolute(s) for s in sae]}
     return {
-        PLACE_VARIABLE: str(Path(place).expanduser().resolve()),
+        STORES_VARIABLE: str(Path(path).expanduser().resolve()),
         NAMED_VARIABLE: json.dumps(named),
     }
 
 
-def to_load(kind: str, own: str, store: str) -> str:
-    """What to load as the "model" or the "sae" of a store that says that `own` is its one.
+def source_to_load(kind: str, own: str, store: str) -> str:
+    """Where to load the "model" or the "sae" (`kind`) of a store from; the store says `own`.
 
-    In an explorer: what lies beside its stores, a model of saescope's own, what the person who
-    started it named; the only one named, instead of any other. Elsewhere a program asks, and may
-    load what it likes.
+    A store may come from a stranger, so the explorer loads `own` only if it is beside the stores,
+    is one of saescope's packaged models, or was named by the person who started the explorer
+    (--model, --sae). If it is none of these and one was named, that one is loaded instead. Outside
+    of an explorer `own` is loaded.
 
     Raises ArtefactError, with the option that would allow it, for anything else.
     """
-    place = os.environ.get(PLACE_VARIABLE)
+    started_on = os.environ.get(STORES_VARIABLE)
     named = json.loads(os.environ.get(NAMED_VARIABLE, "{}")).get(kind, [])
-    if place is None or absolute(own) in named or _is_beside(own, Path(place)):
+    if started_on is None or absolute(own) in named or _is_beside(own, Path(started_on)):
         return own
     if kind == "model" and _is_packaged(own):
         return own
@@ -80,9 +83,9 @@ def to_load(kind: str, own: str, store: str) -> str:
     )
 
 
-def _is_beside(own: str, place: Path) -> bool:
-    """Whether a folder is in the folder in which the stores' own folder is."""
-    path, folder = Path(absolute(own)), place.resolve().parent
+def _is_beside(own: str, stores: Path) -> bool:
+    """Whether a folder is, at any depth, in the parent of the folder of stores."""
+    path, folder = Path(absolute(own)), stores.resolve().parent
     return path.is_absolute() and path.is_relative_to(folder) and folder != folder.parent
 
 

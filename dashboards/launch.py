@@ -48,10 +48,10 @@ def url(config: ExploreConfig) -> str:
 
 
 def command(config: ExploreConfig) -> list[str]:
-    """The words that run Streamlit; they win over any other settings of Streamlit's.
+    """The command that runs Streamlit, with options that override all of its other settings.
 
-    All that decides who reaches the explorer is said here, so that no settings file of a folder and
-    no variable can open it to others.
+    Everything that decides who can reach the explorer is set here, so that no settings file and no
+    environment variable can open it to others.
     """
     options = {
         "server.address": HOST,
@@ -88,7 +88,7 @@ def command(config: ExploreConfig) -> list[str]:
 
 @contextmanager
 def serving(config: ExploreConfig) -> Iterator[subprocess.Popen[bytes]]:
-    """The explorer's process, which is ended with the context.
+    """The explorer's process, which is ended at the end of the block.
 
     Raises ArtefactError if there is no store, or one cannot be read; InputError if the port is
     taken.
@@ -119,7 +119,7 @@ def serving(config: ExploreConfig) -> Iterator[subprocess.Popen[bytes]]:
 
 @contextmanager
 def until_ctrl_c() -> Iterator[None]:
-    """What Ctrl-C ends as it is meant to: for all that comes once this was said."""
+    """Within the block, Ctrl-C is the proper way to end: it is no error."""
     try:
         yield
     except KeyboardInterrupt:
@@ -127,7 +127,7 @@ def until_ctrl_c() -> Iterator[None]:
 
 
 def wait(process: subprocess.Popen[bytes]) -> None:
-    """Until the explorer ends. Raises InputError if it does so by itself."""
+    """Wait until the explorer ends. Raises InputError if it ends by itself with an error."""
     if code := process.wait():
         raise InputError(f"the explorer ended by itself with code {code}", where="streamlit")
 

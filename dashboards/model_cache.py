@@ -1,7 +1,7 @@
-"""The model and the SAE behind a store, loaded when a reader first types a text.
+"""The model and the SAE that a store was made with, loaded when a reader first types a text.
 
-A store says which they are, and may come from a stranger: `dashboards.find_stores` decides what
-may be loaded, and both must have the weights that the store was made with.
+The store says which they are, but may come from a stranger: `dashboards.find_stores` decides
+whether they may be loaded, and both must have the weights that the store was made with.
 """
 
 import threading
@@ -22,8 +22,8 @@ _LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Behind:
-    """What a store was made with: where it is loaded from, and the hashes it must have."""
+class StoreOrigin:
+    """The model and SAE of a store: where they are loaded from, and the hashes they must have."""
 
     model_spec: str
     sae_path: str
@@ -33,24 +33,24 @@ class Behind:
     revision: str | None
     target_site: str | None
     other_model: bool
-    """whether somebody has meant the SAE for a model that it was not trained on"""
+    """whether the store was made on purpose with a model that the SAE was not trained on"""
     store: str
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A model and an SAE that belong together, and the site to use the SAE at if it needs one."""
+class LoadedPair:
+    """A store's model and SAE; `site` is where to use the SAE, None if the SAE itself says it."""
 
     model: Any
     sae: Any
     site: str | None
 
 
-def behind(store: "FeatureStore") -> Behind:
-    """What to load for a store.
+def origin_of(store: "FeatureStore") -> StoreOrigin:
+    """The model and SAE of a store.
 
-    Raises ArtefactError if the store does not say which model and SAE it was made from, or they
-    are neither named by the person who started the explorer nor beside the store.
+    Raises ArtefactError if the store does not say which model and SAE it was made with, or they may
+    not be loaded (see `find_stores.source_to_load`).
     """
     meta, where = store.meta, str(store.path)
     wanted = ("model_spec", "sae_path", "site", "model_hash", "sae_hash")
@@ -58,9 +58,9 @@ def behind(store: "FeatureStore") -> Behind:
         isinstance(meta.get(name), str | None) for name in ("model_revision", "target_site")
     ):
         raise ArtefactError("does not say which model and SAE made it", where=where)
-    return Behind(
-        model_spec=find_stores.to_load("model", meta["model_spec"], where),
-        sae_path=find_stores.to_load("sae", meta["sae_path"], where),
+    return StoreOrigin(
+        model_spec=find_stores.source_to_load("model", meta["model_spec"], where),
+        sae_path=find_stores.source_to_load("sae", meta["sae_path"], where),
         revision=meta.get("model_revision"),
         target_site=meta.get("target_site"),
         other_model=meta.get("allow_other_model") is True,
@@ -70,8 +70,8 @@ def behind(store: "FeatureStore") -> Behind:
 
 
 @st.cache_resource(max_entries=1, show_spinner="Loading the model and the SAE (once) …")
-def load(what: Behind) -> Pair:
-    """Load both; this takes seconds, as torch and transformers are imported.
+def load(what: StoreOrigin) -> LoadedPair:
+    """Load both, which takes seconds: torch and transformers are imported.
 
     Raises ArtefactError if one of them is not what the store was made with.
     """
@@ -88,18 +88,18 @@ def load(what: Behind) -> Pair:
             "this is not the model that the store was made with: its weights are others",
             where=what.model_spec,
         )
-    return Pair(model, loaded, site)
+    return LoadedPair(model, loaded, site)
 
 
 def features_of_text(store: "FeatureStore", text: str) -> "TextFeatures":
     """The features that fire on each token of a text.
 
-    Raises ArtefactError if the store's model and SAE may not be loaded or are others by now,
-    InputError if the text is empty or too long.
+    Raises ArtefactError if the store's model and SAE may not be loaded, or have other weights by
+    now; InputError if the text is empty or too long.
     """
     import sae
 
-    what = behind(store)
+    what = origin_of(store)
     with _LOCK:
         pair = load(what)
         return sae.features_of_text(

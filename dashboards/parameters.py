@@ -1,4 +1,4 @@
-"""What a URL may say: parameters are checked, brought into range, and wrong ones reported."""
+"""Checking parameters of the address: wrong ones are reported, and brought into range."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the pages ask of the stores: opened once a process, answers kept by plain values."""
+"""The pages' queries of stores: a store is opened once a process, and answers are cached."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _DAY = 86_400
 
 @dataclass(frozen=True)
 class FeatureData:
-    """Everything a feature page shows except its examples."""
+    """All that the feature page shows, except examples; for panels."""
 
     feature: Feature
     histogram: Histogram
@@ -38,12 +38,12 @@ class FeatureData:
 
 
 def version_of(path: Path) -> Version:
-    """What tells one build of a store from the next."""
+    """Identity of a store's file, which changes when the store is built anew."""
     facts = path.stat()
     return str(path), facts.st_mtime_ns, facts.st_ino, facts.st_size
 
 
-# one that is dropped from here closes itself once no session asks it any more
+# a store that is dropped from the cache is closed once no session uses it any more
 @st.cache_resource(max_entries=16, show_spinner=False)
 def _open(version: Version) -> FeatureStore:
     return FeatureStore.open(version[0])

@@ -1,4 +1,4 @@
-"""What every page begins with: which SAE, which store, which feature."""
+"""The beginning of every page: which SAE, which store and which feature it is about."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

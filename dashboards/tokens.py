@@ -64,7 +64,7 @@ padding:.02rem .42rem;white-space:nowrap;max-width:17rem;overflow:hidden;text-ov
 
 
 def visible(text: str) -> str:
-    """A text as escaped HTML in which nothing is invisible.
+    """A text as escaped HTML, with invisible characters made visible.
 
     Newline is shown as ↵, tab as →, control, bidirectional and other invisible characters by their
     numbers; an empty text (the beginning of a character that a later token completes) as ·.
@@ -93,7 +93,7 @@ def _mark(text: str) -> str:
 
 
 def plain_visible(text: str) -> str:
-    """The same as plain text, for tables and charts, which show text as it is.
+    """A text with invisible characters made visible, as plain text for tables and charts.
 
     >>> plain_visible("a\\n")
     'a↵'
@@ -102,7 +102,7 @@ def plain_visible(text: str) -> str:
 
 
 def plain(text: object) -> str:
-    """Any text, so that Streamlit's Markdown shows it as it is.
+    """Any text, escaped so that Streamlit's Markdown shows it unchanged.
 
     >>> plain("a*b")
     'a\\\\*b'
@@ -147,15 +147,15 @@ def example_html(example: Example, scale: float, *, line_breaks: bool = False) -
     title = plain_visible(title)
     spans = []
     near = zip(example.tokens, example.activations, example.same_document, strict=True)
-    for index, (text, activation, same) in enumerate(near):
-        place = example.start + index
+    for offset, (text, activation, same) in enumerate(near):
+        at = example.start + offset
         tip = (
             f"{plain_visible(text)}\nactivation {amount(activation, 3)}\n"
-            f"sequence {example.sequence:,}, position {place}\n"
+            f"sequence {example.sequence:,}, position {at}\n"
             f"{title if same else 'another document'}"
         )
         spans.append(
-            token_html(text, activation, scale, tip, peak=place == example.place, far=not same)
+            token_html(text, activation, scale, tip, peak=at == example.index, far=not same)
             + _breaks(text, line_breaks)
         )
     return (
@@ -175,9 +175,9 @@ def text_html(
 ) -> str:
     """A whole text shaded by one feature; tokens the SAE does not see are faded."""
     spans = []
-    for place, (text, activation, kept) in enumerate(zip(texts, activations, keep, strict=True)):
+    for position, (text, activation, kept) in enumerate(zip(texts, activations, keep, strict=True)):
         state = f"activation {amount(activation, 3)}" if kept else "not seen by the SAE"
-        tip = f"{plain_visible(text)}\n{state}\nposition {place}"
+        tip = f"{plain_visible(text)}\n{state}\nposition {position}"
         spans.append(
             token_html(text, activation, scale, tip, far=not kept) + _breaks(text, line_breaks=True)
         )
@@ -230,7 +230,7 @@ def per_token_html(
 ) -> str:
     """Each token with its strongest features: (feature, label, activation, strength 0 to 1)."""
     cells = []
-    for place, text, features in rows:
+    for position, text, features in rows:
         chips = "".join(
             f'<a class="ss-chip" target="_blank" style="{shade(strength)}" '
             f'href="{html.escape(feature_url(sae, feature), quote=True)}" '
@@ -240,7 +240,7 @@ def per_token_html(
             for feature, label, activation, strength in features
         )
         cells.append(
-            f'<span class="ss-num">{place}</span><span class="ss-tok">{visible(text)}</span>'
+            f'<span class="ss-num">{position}</span><span class="ss-tok">{visible(text)}</span>'
             f'<span class="ss-chips">{chips}</span>'
         )
     return f'<div class="ss-per">{"".join(cells)}</div>'

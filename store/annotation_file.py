@@ -1,8 +1,9 @@
-"""The SQLite file that annotations are in: its tables, and how one of anybody's is opened.
+"""The SQLite file of annotations: its tables, and opening one safely.
 
-An SQLite file can hold triggers and views, which run SQL when its tables are changed or read. Ours
-has its own few triggers, word for word, and nothing else. SQLite has no checksums: `meta` has one
-of all texts and lists, which each change brings up to date, and which the doctor compares.
+An SQLite file of unknown origin can hold triggers and views, which run SQL when its tables are
+changed or read. A file is opened only if its triggers are exactly ours and it has no views. SQLite
+has no checksums: `meta` has one of all texts and lists, which each change updates and which
+`saescope doctor` compares.
 """
 
 import functools
@@ -71,10 +72,11 @@ _SEALED = (
 def connect(
     path: Path, *, create: bool = False, sae_hash: str = ""
 ) -> tuple[sqlite3.Connection, bool]:
-    """Open a file of annotations, and make it if it is not there and `create`; is it writable?
+    """Open a file of annotations; returns the connection, and whether the file is writable.
 
-    A file that another program is writing at the moment counts as writable. Raises ArtefactError
-    if it is damaged, not of ours, of a newer version, or about another SAE.
+    A missing file is made with `create`. A file that another program is writing at the moment
+    counts as writable. Raises ArtefactError if it is damaged, not a file of annotations, of a newer
+    version, or about another SAE.
     """
     mode = "rwc" if create else "rw"
     for attempt in (mode, "ro"):
@@ -108,18 +110,18 @@ def connect(
 
 
 def one_line(error: Exception) -> str:
-    """What SQLite says, which may quote a damaged file."""
+    """SQLite's message, shortened to one line: it may quote a damaged file."""
     return " ".join(str(error).split())[:200]
 
 
 def limit_time(con: sqlite3.Connection) -> None:
-    """End what is asked next if it takes longer than any question about a file of ours."""
+    """Interrupt the next query if it takes longer than any query of a proper file."""
     ends = time.monotonic() + _SECONDS
     con.set_progress_handler(lambda: time.monotonic() > ends, _STEPS)
 
 
 def _guard(con: sqlite3.Connection) -> None:
-    """Let nothing in the file run functions with effects, spoil the index, or go on for ever."""
+    """Settings that keep SQL in the file from having effects, or from running for ever."""
     limit_time(con)
     con.execute("PRAGMA trusted_schema = OFF")
     con.execute("PRAGMA cell_size_check = ON")
@@ -129,7 +131,7 @@ def _guard(con: sqlite3.Connection) -> None:
 
 
 def _may_write(con: sqlite3.Connection) -> bool:
-    """Whether the file can be changed; asked by a change that is taken back."""
+    """Whether the file can be changed; tried with a change that is rolled back."""
     con.execute("PRAGMA busy_timeout = 0")
     try:
         con.execute("BEGIN IMMEDIATE")
@@ -146,7 +148,7 @@ def _may_write(con: sqlite3.Connection) -> bool:
 
 
 def _make(con: sqlite3.Connection, sae_hash: str) -> None:
-    """Make the tables; one of several processes does."""
+    """Make the tables, unless another process has just made them."""
     con.execute("BEGIN IMMEDIATE")
     try:
         if not con.execute(_OBJECTS).fetchall():
@@ -162,16 +164,16 @@ def _make(con: sqlite3.Connection, sae_hash: str) -> None:
 
 
 def is_sealed(con: sqlite3.Connection) -> bool:
-    """Whether all that is in a file is what saescope last saved there.
+    """Whether a file's content matches its checksum.
 
-    True of a file from before there were checksums, which has but two facts.
+    True for a file of a version without checksums, which has only two facts.
     """
     found = _facts(con)
     return found.keys() == {"schema", "sae_hash"} or found.get(SEAL) == _content(con, found)
 
 
 def seal(con: sqlite3.Connection) -> None:
-    """Note what is in a file now, in the transaction that has changed it."""
+    """Save the checksum of a file's content, in the transaction that has changed it."""
     con.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [SEAL, _content(con, _facts(con))])
 
 
@@ -188,7 +190,7 @@ def _content(con: sqlite3.Connection, facts: dict[str, str]) -> str:
 
 
 def _check(con: sqlite3.Connection, path: Path, *, sae_hash: str) -> None:
-    """Check that the file is one of ours; its version, and the SAE it is about."""
+    """Raise ArtefactError unless these are annotations of this version, about this SAE."""
     where = str(path)
     own, objects = _own_objects(), _described(con)
     if objects.get(_META) != own[_META]:
@@ -216,9 +218,9 @@ def _check(con: sqlite3.Connection, path: Path, *, sae_hash: str) -> None:
 
 
 def _described(con: sqlite3.Connection) -> dict[tuple[str, str], tuple[str, str]]:
-    """Kind and name of everything in a file; on which table it is, and its SQL.
+    """Of everything in a file, by (kind, name): the table it belongs to, and its SQL.
 
-    The tables in which SQLite keeps the index of words are its own to describe.
+    The SQL of the tables of the full-text index is left out: SQLite makes them by itself.
     """
     return {
         (kind, name): (table, "" if name.startswith(_INDEX) else " ".join((sql or "").split()))
@@ -237,7 +239,7 @@ def _own_objects() -> dict[tuple[str, str], tuple[str, str]]:
 
 
 def _statements(script: str) -> list[str]:
-    """The script's statements: executescript would commit, and so let two writers in."""
+    """The script's statements, one by one: executescript would commit in between."""
     found, part = [], ""
     for line in script.splitlines(keepends=True):
         part += line

@@ -72,11 +72,11 @@ class Annotations:
 
     @classmethod
     def open(cls, store_path: str | Path, *, sae_hash: str = "") -> "Annotations":
-        """Open the annotations of a store; anybody may have made their file.
+        """Open the annotations of a store; files of unknown origin are safe to open.
 
-        Raises ArtefactError if the file beside the store is damaged, of a newer version, has in it
-        what no such file has, or is about another SAE than the one with this hash: its labels would
-        stand at the wrong features.
+        Raises ArtefactError if the file beside the store is damaged, of a newer version, contains
+        anything that such a file does not, or is about another SAE than the one with this hash,
+        whose features its labels would not fit.
         """
         notes = cls(annotations_file(store_path), sae_hash=sae_hash)
         with notes._lock:
@@ -135,7 +135,7 @@ class Annotations:
             return con.execute(sql, values).fetchall()
 
     def _change(self, work: Callable[[sqlite3.Connection], _Answer]) -> _Answer:
-        """Do something to the file, all of it or nothing, while nobody else changes it."""
+        """Do `work` in one transaction; returns its answer."""
         with self._lock, self._errors("saved"):
             if self.read_only and self._connection() is None:
                 raise ArtefactError(
@@ -213,7 +213,7 @@ class Annotations:
         self._change(write)
 
     def search(self, text: str, limit: int = 10_000) -> list[int]:
-        """Features whose label or note has all the words, or words that begin so; best first."""
+        """Features in whose label or note each word is the beginning of some word; best first."""
         limit = as_index(limit, where="limit", low=0, high=_LARGEST)
         words = _words(text)
         if not words:
@@ -253,7 +253,7 @@ _READ_ONLY = "the file or its folder is read-only"
 
 
 def _reason(error: Exception) -> str:
-    """What SQLite says, in words that say what to do."""
+    """SQLite's message in words that say what to do."""
     text = str(error)
     if "readonly" in text or "unable to open" in text:
         return _READ_ONLY
@@ -265,7 +265,7 @@ def _reason(error: Exception) -> str:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Which file is at a path; None if there is none."""
+    """Device and inode of the file at a path; None if there is none."""
     try:
         facts = path.stat()
     except OSError:
@@ -310,7 +310,7 @@ def _words(text: str) -> list[str]:
 
 
 def _can_create(folder: Path) -> bool:
-    """Whether a file can be made there; asked of the file system itself."""
+    """Whether a file can be made in a folder; tried, as permissions do not tell."""
     probe = folder / f".annotations-probe-{os.getpid()}-{threading.get_ident()}"
     try:
         probe.touch()

@@ -1,4 +1,4 @@
-"""The last steps of building a store: check, sort both orders, summarise, fill the tables."""
+"""The last steps of building a store: check the rows, sort them both ways, fill all tables."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -41,8 +41,8 @@ _FLUSH_EXAMPLES = 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What `finish` works on: a connection with `staging` and `db` attached, and what was given."""
+class BuildJob:
+    """Input of `build_tables`; `con` is a connection with `staging` and `db` attached."""
 
     con: Any
     scratch: Path
@@ -65,7 +65,7 @@ class Job:
         self.con.unregister("rows")
 
     def batches(self, sql: str, rows: int = 1 << 20) -> Iterator[dict[str, np.ndarray]]:
-        """A query's columns as numpy, in pieces, without nulls; lists are joined end to end."""
+        """A query's columns as NumPy arrays, in pieces; columns of lists are joined end to end."""
         for batch in self.con.sql(sql).to_arrow_reader(rows):
             columns = zip(batch.schema.names, batch.columns, strict=True)
             yield {
@@ -76,8 +76,11 @@ class Job:
             }
 
 
-def finish(job: Job, progress: Progress) -> dict[str, int]:
-    """Fill `db` from `staging`; the number of rows of each table."""
+def build_tables(job: BuildJob, progress: Progress) -> dict[str, int]:
+    """Fill `db` from `staging`; returns the number of rows of each table.
+
+    Raises InputError if the rows in `staging` do not fit together.
+    """
     counts = _check_sequences(job)
     sort_rows = "INSERT INTO db.{} BY NAME SELECT * FROM staging.activation_by_position ORDER BY {}"
     job.con.execute(sort_rows.format("activation_by_feature", "feature, activation DESC, position"))
@@ -107,7 +110,7 @@ def finish(job: Job, progress: Progress) -> dict[str, int]:
     return rows
 
 
-def _check_sequences(job: Job) -> dict[str, int]:
+def _check_sequences(job: BuildJob) -> dict[str, int]:
     n, distinct, last = job.one(
         "SELECT count(*), count(DISTINCT sequence), max(sequence) FROM staging.sequence"
     )
@@ -147,7 +150,7 @@ def _check_sequences(job: Job) -> dict[str, int]:
     }
 
 
-def _feature_statistics(job: Job, kept: int) -> dict[str, np.ndarray]:
+def _feature_statistics(job: BuildJob, kept: int) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = job.con.execute(
         "SELECT feature, min(rowid) AS first_row, count(*) AS n_active, max(activation) AS max"
         " FROM db.activation_by_feature GROUP BY feature ORDER BY feature"
@@ -164,7 +167,7 @@ def _feature_statistics(job: Job, kept: int) -> dict[str, np.ndarray]:
     return table
 
 
-def _load_scratch(job: Job, counts: Mapping[str, int]) -> Scratch:
+def _load_scratch(job: BuildJob, counts: Mapping[str, int]) -> Scratch:
     positions = (counts["last_sequence"] + 1) * job.context
     scratch = Scratch.create(job.scratch, n=job.n_activations, positions=positions)
     columns = "sequence, tokens, document, keep"
@@ -200,7 +203,7 @@ def _load_scratch(job: Job, counts: Mapping[str, int]) -> Scratch:
 
 
 def _summarise(
-    job: Job,
+    job: BuildJob,
     scratch: Scratch,
     table: Mapping[str, np.ndarray],
     counts: Mapping[str, int],
@@ -236,16 +239,16 @@ def _summarise(
         found = summaries.coactive(feature, together, n_active, counts["n_kept"])
         pairs.append((feature, found))
         if len(examples) >= _FLUSH_EXAMPLES:
-            job.insert("example", examples.take())
+            job.insert("example", examples.pop_all())
         progress.advance(len(position), "summarising features")
-    job.insert("example", examples.take())
+    job.insert("example", examples.pop_all())
     _insert_histograms(job, histograms)
     _insert_pairs(job, pairs)
     return {"mean": means, "std": deviations, "n_documents": documents}
 
 
 class _ExampleRows:
-    """Collects rows of the example table."""
+    """Chooses examples, and collects them as rows of the example table."""
 
     def __init__(self, context: int, scratch: Scratch) -> None:
         self._context = context
@@ -264,7 +267,10 @@ class _ExampleRows:
         marked: np.ndarray,
         random: np.random.Generator,
     ) -> None:
-        """Choose a feature's examples."""
+        """Choose a feature's examples; its rows [n] are sorted by activation, strongest first.
+
+        bins: its histogram. marked: work space, see `summaries.windows`.
+        """
         top = summaries.top_rows(position, self._context)
         chosen = [("top", -1, rank, row) for rank, row in enumerate(top)]
         for interval, rows in summaries.interval_rows(position, bins, self._context, random):
@@ -272,15 +278,25 @@ class _ExampleRows:
         rows = np.array([row for *_, row in chosen])
         shown = summaries.windows(position, activation, rows, self._context, marked)
         tokens = self._scratch.token[position[rows]]
-        for (kind, interval, rank, row), token, (place, value) in zip(
+        for (kind, interval, rank, row), token, (indices, values) in zip(
             chosen, tokens, shown, strict=True
         ):
             self._rows.append(
-                (feature, kind, interval, rank, position[row], activation[row], token, place, value)
+                (
+                    feature,
+                    kind,
+                    interval,
+                    rank,
+                    position[row],
+                    activation[row],
+                    token,
+                    indices,
+                    values,
+                )
             )
 
-    def take(self) -> pa.Table:
-        """The rows collected so far, which are then forgotten."""
+    def pop_all(self) -> pa.Table:
+        """The rows collected so far, which are removed from here."""
         rows, self._rows = self._rows, []
         columns = list(zip(*rows, strict=True)) or [()] * len(_EXAMPLE_TYPES)
         return pa.table(
@@ -291,7 +307,7 @@ class _ExampleRows:
         )
 
 
-def _insert_histograms(job: Job, histograms: list[tuple[int, np.ndarray]]) -> None:
+def _insert_histograms(job: BuildJob, histograms: list[tuple[int, np.ndarray]]) -> None:
     if not histograms:
         return
     counts = np.stack([bins for _, bins in histograms])
@@ -300,7 +316,7 @@ def _insert_histograms(job: Job, histograms: list[tuple[int, np.ndarray]]) -> No
     job.insert("histogram", pa.table({"feature": feature, "bin": bin_, "count": counts[row, bin_]}))
 
 
-def _insert_pairs(job: Job, pairs: list[tuple[int, summaries.Coactive]]) -> None:
+def _insert_pairs(job: BuildJob, pairs: list[tuple[int, summaries.Coactive]]) -> None:
     if not pairs:
         return
     lengths = [len(found.other) for _, found in pairs]
@@ -316,7 +332,7 @@ def _insert_pairs(job: Job, pairs: list[tuple[int, summaries.Coactive]]) -> None
     job.insert("coactivation", pa.table(columns))
 
 
-def _write_features(job: Job, table: Mapping[str, np.ndarray]) -> None:
+def _write_features(job: BuildJob, table: Mapping[str, np.ndarray]) -> None:
     rows = pa.table({**{name: pa.array(column) for name, column in table.items()}, **job.columns})
     job.con.register("rows", rows)
     described = job.con.execute("DESCRIBE SELECT * FROM rows").fetchall()
@@ -327,7 +343,7 @@ def _write_features(job: Job, table: Mapping[str, np.ndarray]) -> None:
     job.con.unregister("rows")
 
 
-def _write_meta(job: Job, counts: Mapping[str, int], table: Mapping[str, np.ndarray]) -> None:
+def _write_meta(job: BuildJob, counts: Mapping[str, int], table: Mapping[str, np.ndarray]) -> None:
     counted = {
         "n_sequences": counts["n_sequences"],
         "n_tokens": counts["n_sequences"] * job.context,

@@ -1,4 +1,4 @@
-"""What a store's file must be before it is read: anybody may have made it.
+"""Checks of a store's file before it is read, since a stranger may have made it.
 
 A DuckDB file can hold more than tables: views and macros run SQL when they are read, generated
 columns and defaults are expressions. A store has plain tables of the columns in schema.sql, plain
@@ -72,10 +72,10 @@ def _by_table(rows: list[tuple[Any, ...]]) -> dict[str, dict[str, tuple[str, boo
 
 
 def check_store(db: Database) -> dict[str, Any]:
-    """Check a store's tables and what it says of itself; its meta values.
+    """Check a store's tables and its table of facts; returns the facts.
 
-    Raises ArtefactError if it is no feature store, of another version, or has in it what a store
-    has not.
+    Raises ArtefactError if it is no feature store, has another version, or contains anything that
+    a feature store does not.
     """
     where = str(db.file)
     foreign = db.rows(_FOREIGN)
@@ -170,7 +170,7 @@ def _check_meta(meta: Mapping[str, Any], where: str) -> None:
 
 
 def _check_features(db: Database, meta: Mapping[str, Any]) -> None:
-    """The feature table has each feature once, and its rows are where it says they are."""
+    """Check that the feature table has each feature once, with possible values."""
     d_sae = meta["d_sae"]
     count, distinct, low, high, wrong = db.rows(
         "SELECT count(*), count(DISTINCT feature), min(feature), max(feature), count(*) FILTER ("

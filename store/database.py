@@ -1,10 +1,10 @@
-"""Opening store files with DuckDB, asking them, and turning what DuckDB says into one clear line.
+"""Opening store files with DuckDB and querying them; DuckDB's errors become one clear line.
 
 A store is attached under the name `db` to an in-memory DuckDB, never opened as the main database:
-so a reader that still holds a replaced file does not hide the new one from other readers in the
-same process, and no two readers have to agree on settings.
+otherwise a reader of a replaced file would hide the new file from other readers in the same
+process, and all readers would have to use the same settings.
 
-A store may come from anybody: see `store.checking` for what is refused before anything is read.
+A store file may come from a stranger: `store.checking` refuses unsafe files before they are read.
 """
 
 import os
@@ -55,7 +55,7 @@ def identifier(name: str) -> str:
 def connect(
     *, threads: int, memory_limit: str, spill: Path | None = None, async_threads: int | None = None
 ) -> Any:
-    """An in-memory DuckDB that fetches no extensions and reads nothing by itself."""
+    """An in-memory DuckDB that fetches no extensions and opens no files of its own accord."""
     settings: dict[str, Any] = {
         "threads": threads,
         "memory_limit": memory_limit,
@@ -71,7 +71,7 @@ def connect(
 
 @contextmanager
 def clear_errors(where: str | Path) -> Iterator[None]:
-    """Turn what DuckDB says about a full disk or too little memory into one clear error."""
+    """Turn DuckDB's errors about a full disk or too little memory into one clear error."""
     try:
         yield
     except duckdb.OutOfMemoryException as error:
@@ -115,10 +115,10 @@ def store_file(path: str | Path) -> Path:
 
 
 class Database:
-    """A file attached read-only as `db`, which nothing asked of it can get out of.
+    """A file attached read-only as `db`; no query can reach any other file.
 
-    Queries may be asked from any thread. Every one of them ends within `seconds`, and what DuckDB
-    says about a damaged file becomes one ArtefactError.
+    Queries may come from any thread. Each ends within `seconds`, and an error of DuckDB about a
+    damaged file becomes one ArtefactError.
     """
 
     def __init__(self, file: Path, *, threads: int, memory_limit: str, seconds: float) -> None:
@@ -151,8 +151,8 @@ class Database:
         """Close the file; queries then raise ArtefactError."""
         self._con.close()
 
-    def insist(self, holds: bool, table: str) -> None:
-        """Raise ArtefactError, naming a table, unless what was read from it fits the rest."""
+    def check_fits(self, holds: bool, table: str) -> None:
+        """Raise ArtefactError, which names the table, unless `holds`: its rows fit other tables."""
         if not holds:
             raise ArtefactError(
                 "damaged: it does not fit the other tables", where=f"{self.file}: {table}"
@@ -160,7 +160,7 @@ class Database:
 
     @contextmanager
     def _clear(self, cursor: Any) -> Iterator[None]:
-        """Turn what DuckDB says into one clear error; end what takes too long."""
+        """Turn DuckDB's errors into one clear error; interrupt a query that takes too long."""
         timer = threading.Timer(self._seconds, _interrupt, [cursor])
         timer.daemon = True
         timer.start()
@@ -208,7 +208,7 @@ def _interrupt(cursor: Any) -> None:
 
 @contextmanager
 def _path_for_duckdb(file: Path) -> Iterator[str]:
-    """A path under which DuckDB opens this very file, whatever signs are in its own."""
+    """A path under which DuckDB opens this file, even if it would misread the file's own path."""
     if not odd_path(file):
         yield str(file)
         return

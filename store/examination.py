@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a store's files: all of them is read, which no reader does."""
+"""Finding damage in a store's files, by reading every block, which ordinary queries do not."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ _TWICE = ("activation_by_feature", "activation_by_position")
 
 
 def examine_store(path: Path) -> Iterator[str]:
-    """What is wrong with a feature store's file, a line each: each of its blocks is read.
+    """What is wrong with a feature store's file, a line each.
 
-    DuckDB has a checksum of every block, and verifies it when it reads one.
+    Reads every block, since DuckDB verifies a block's checksum when it reads the block.
     """
     file = store_file(path)
     try:

@@ -45,11 +45,11 @@ def _sequences(db: Database, context: int, n_words: int, numbers: Sequence[int])
             whole = (
                 part.shape == (context,) and part.dtype.kind == "i" and not np.ma.is_masked(part)
             )
-            db.insist(whole, "sequence")
+            db.check_fits(whole, "sequence")
         tokens, documents = map(np.asarray, parts)
-        db.insist(tokens.min() >= 0 and tokens.max() < n_words, "sequence")
+        db.check_fits(tokens.min() >= 0 and tokens.max() < n_words, "sequence")
         sequences[int(number)] = (tokens, documents)
-    db.insist(sequences.keys() == set(numbers), "sequence")
+    db.check_fits(sequences.keys() == set(numbers), "sequence")
     return sequences
 
 
@@ -71,24 +71,26 @@ def _example(
     titles: Mapping[int, str],
     window: int | None,
 ) -> Example:
-    interval, rank, position, activation, places, values = row
-    sequence, place = divmod(position, context)
+    interval, rank, position, activation, indices, values = row
+    sequence, index = divmod(position, context)
     tokens, documents = sequences[sequence]
     reach = context if window is None else window
-    shown = slice(max(place - reach, 0), place + reach + 1)
+    shown = slice(max(index - reach, 0), index + reach + 1)
     active = np.zeros(context, dtype=np.float32)
-    db.insist(None not in places and None not in values and len(places) == len(values), "example")
-    at, value = np.asarray(places, dtype=np.int64), np.asarray([activation, *values])
-    db.insist(bool(((at >= 0) & (at < context)).all() and np.isfinite(value).all()), "example")
+    db.check_fits(
+        None not in indices and None not in values and len(indices) == len(values), "example"
+    )
+    at, value = np.asarray(indices, dtype=np.int64), np.asarray([activation, *values])
+    db.check_fits(bool(((at >= 0) & (at < context)).all() and np.isfinite(value).all()), "example")
     active[at] = values
     ids = tokens[shown].tolist()
-    document = int(documents[place])
+    document = int(documents[index])
     return Example(
         kind=kind,
         interval=interval,
         rank=rank,
         sequence=sequence,
-        place=place,
+        index=index,
         start=shown.start,
         position=position,
         activation=activation,

@@ -72,10 +72,10 @@ class FeatureStore:
         memory_limit: str = "1GB",
         query_seconds: float = 120.0,
     ) -> "FeatureStore":
-        """Open a store's file, or the folder it is in; anybody may have made it.
+        """Open a store's file, or the folder it is in; files of unknown origin are safe to open.
 
-        threads: a query's own. The queries here are so short that one is the fastest; several
-        callers' queries run beside one another whatever it is.
+        threads: of one query. Queries are so short that one thread is fastest; queries of several
+        callers run at the same time in any case.
         query_seconds: a query that takes longer is ended.
         Raises ArtefactError if it is missing, no feature store, of another version, or has in it
         what a feature store has not: nothing in the file is run, and no other file is read.
@@ -123,7 +123,7 @@ class FeatureStore:
             texts = [r[0] for r in self._rows("SELECT text FROM db.vocabulary ORDER BY token_id")]
             partial = self._rows("SELECT token_id, bytes FROM db.vocabulary WHERE bytes NOT NULL")
             ends = self._rows("SELECT min(token_id), max(token_id), count(*) FROM db.vocabulary")
-            self._db.insist(ends == [(0, len(texts) - 1, len(texts))], "vocabulary")
+            self._db.check_fits(ends == [(0, len(texts) - 1, len(texts))], "vocabulary")
             self._vocabulary = Vocabulary(texts, dict(partial))
         return self._vocabulary
 
@@ -216,7 +216,7 @@ class FeatureStore:
         rows = self._rows("SELECT bin, count FROM db.histogram WHERE feature = ?", [number])
         counts = np.zeros(BINS, dtype=np.int64)
         for bin_, count in rows:
-            self._db.insist(0 <= bin_ < BINS, "histogram")
+            self._db.check_fits(0 <= bin_ < BINS, "histogram")
             counts[bin_] = count
         return Histogram(np.linspace(0.0, top, BINS + 1), counts)
 
@@ -234,12 +234,12 @@ class FeatureStore:
         return read_examples(self._db, self.vocabulary, self.context, number, kind, window)
 
     def _text(self, token_id: int) -> str:
-        self._db.insist(0 <= token_id < len(self.vocabulary), "vocabulary")
+        self._db.check_fits(0 <= token_id < len(self.vocabulary), "vocabulary")
         return self.vocabulary.text(token_id)
 
     def _of(self, column: str, other: int) -> float:
-        """A statistic of a feature that the store's tables name."""
-        self._db.insist(0 <= other < self.d_sae, "feature")
+        """A statistic of a feature whose number was read from the store."""
+        self._db.check_fits(0 <= other < self.d_sae, "feature")
         return float(self._of_all(column)[other])
 
     def top_tokens(self, features: Sequence[int], n: int = 5) -> dict[int, list[str]]:
@@ -303,14 +303,14 @@ class FeatureStore:
         )
         return found["position"], found["activation"]
 
-    def features_of_position(self, sequence: int, place: int) -> Active:
-        """All features active at one token, strongest first."""
-        place = as_index(place, where="place")
-        if not 0 <= place < self.context:
+    def features_of_position(self, sequence: int, index: int) -> Active:
+        """All features active at one token, given by its index in a sequence, strongest first."""
+        index = as_index(index, where="index")
+        if not 0 <= index < self.context:
             raise InputError(
-                "no such place", where="place", given=place, allowed=f"0 to {self.context - 1}"
+                "no such position", where="index", given=index, allowed=f"0 to {self.context - 1}"
             )
-        position = self._sequence(sequence) * self.context + place
+        position = self._sequence(sequence) * self.context + index
         return self._active(position, position + 1)
 
     def features_of_sequence(self, sequence: int) -> Active:
@@ -358,7 +358,7 @@ class FeatureStore:
 
 
 def _number(value: float, where: str) -> float:
-    """A bound as Python's number, NumPy's included; InputError for anything else."""
+    """A bound as a number of Python, from one of Python or NumPy; InputError for anything else."""
     if (
         isinstance(value, bool | np.bool_)
         or not isinstance(value, int | float | np.number)

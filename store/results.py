@@ -1,4 +1,4 @@
-"""What the feature store's queries answer with: small frozen records."""
+"""Results of the feature store's queries: small frozen dataclasses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -95,8 +95,8 @@ class Histogram:
 class Example:
     """A feature at one position, with the tokens around it.
 
-    tokens, activations, same_document, token_ids have one element a shown token; the first is at
-    place `start` of the sequence, the example itself at `place`.
+    tokens, activations, same_document, token_ids have one element a shown token. `start` is the
+    index of the first of them in the sequence, `index` that of the example itself.
     """
 
     kind: str
@@ -104,10 +104,10 @@ class Example:
     """0 (weakest fifth of (0, max]) to 4; -1 for the strongest examples."""
     rank: int
     sequence: int
-    place: int
+    index: int
     start: int
     position: int
-    """sequence * context + place"""
+    """sequence * context + index: its number in the whole store"""
     activation: float
     document: int
     title: str
@@ -115,6 +115,11 @@ class Example:
     tokens: list[str]
     activations: list[float]
     same_document: list[bool]
+
+    @property
+    def place(self) -> int:
+        """The former name of `index`."""
+        return self.index
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ CREATE TABLE document (
     document INTEGER NOT NULL, key VARCHAR NOT NULL, title VARCHAR NOT NULL, split TINYINT NOT NULL
 );
 
--- Every activation above zero, twice. position = sequence * context + place in the sequence.
+-- Every activation above zero, twice. position = sequence * context + index in the sequence.
 -- Sorted by feature, then activation from strong to weak, then position.
 CREATE TABLE activation_by_feature (
     feature INTEGER NOT NULL, activation FLOAT NOT NULL, position BIGINT NOT NULL

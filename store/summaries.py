@@ -29,7 +29,7 @@ Ints = NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Scratch:
-    """The store's rows as arrays on disk: n activations, over a flat range of positions.
+    """The store's n activations and its positions as arrays in files, for work while it is built.
 
     position, activation [n]: by feature, strong to weak. other [n]: the features, by position;
     start [positions + 1]: where each position's features begin. document, token [positions]; a
@@ -51,7 +51,7 @@ class Scratch:
         """
 
         def array(name: str, size: int, dtype: str) -> np.ndarray:
-            # a file cannot be mapped with no bytes, so one spare element, sliced off
+            # a file cannot be mapped with no bytes, so it has one element more, which is sliced off
             with system_errors(folder / name):
                 reserve(folder / name, (size + 1) * np.dtype(dtype).itemsize)
             mapped = np.memmap(folder / name, mode="r+", shape=(size + 1,), dtype=dtype)

@@ -1,4 +1,4 @@
-"""Writing a feature store: rows come in any order and in pieces, `finish` makes the file."""
+"""Writing a feature store: rows are added in any order and in pieces; `finish` makes the file."""
 
 import json
 import os
@@ -230,7 +230,7 @@ class StoreWriter:
     def add_activations(
         self, position: ArrayLike, feature: ArrayLike, activation: ArrayLike
     ) -> None:
-        """Activations above zero, [n] each; position = sequence * context + place in it."""
+        """Activations above zero, [n] each; position = sequence * context + index in it."""
         at = _column("position", position, np.int64)
         which = _column("feature", feature, np.int32)
         value = _column("activation", activation, np.float32)
@@ -327,15 +327,15 @@ class StoreWriter:
         self._insert("neighbour", pa.table(columns))
 
     def finish(self) -> dict[str, int]:
-        """Sort, summarise and check everything; the number of rows of each table.
+        """Check, sort and summarise everything; returns the number of rows of each table.
 
-        Raises InputError if the parts do not fit together: no vocabulary, a token without a text, a
-        sequence given twice, an activation given twice or at a position that is not kept.
+        Raises InputError if what was added does not fit together: no vocabulary, a token without a
+        text, a sequence or an activation given twice, an activation at a position that is not kept.
         """
         self._flush()
         if not self._n_vocabulary:
             raise InputError("add_vocabulary was not called", where="vocabulary")
-        job = build.Job(
+        job = build.BuildJob(
             con=self._con,
             scratch=self._scratch,
             d_sae=self.d_sae,
@@ -347,7 +347,7 @@ class StoreWriter:
         )
         total = 3 * self.n_activations
         with Progress("building the store", total, "rows") as progress:
-            rows = build.finish(job, progress)
+            rows = build.build_tables(job, progress)
         if self._built != self._target:
             shutil.copyfile(self._built, self._target)
         self._finished = True

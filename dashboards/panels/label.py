@@ -58,7 +58,7 @@ def panel(session: Session, data: FeatureData) -> None:
 
 
 def _save(session: Session, number: int, kind: str, key: str, seen: str) -> None:
-    """Save what was typed, unless somebody has changed what the reader saw."""
+    """Save what was typed, unless somebody else has changed the text meanwhile."""
     text = fields.typed(key)
     if text is None:
         return

@@ -38,9 +38,9 @@ def _panels(session: Session, data: FeatureData, column: str) -> None:
 
 
 def _follow() -> None:
-    """Go where the reader wants to: by a button, or else by the number typed.
+    """Go to the feature chosen by a button, or else to the number that was typed.
 
-    With a button pressed before the page was drawn, the browser sends the number it was on before.
+    If a button is pressed before the page is drawn, the browser also sends an outdated number.
     """
     wishes = [st.session_state.pop(name, None) for name in ("go_by_button", "go_by_number")]
     wanted = next((wish for wish in wishes if wish is not None), None)

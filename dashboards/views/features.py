@@ -57,7 +57,7 @@ def render() -> None:
 
 
 def _page_number(column: DeltaGenerator, total: int, question: tuple[object, ...]) -> int:
-    """The page a reader is on; another question (filters, order) begins at page 1."""
+    """The page a reader is on; after a change of `question` (filters, order) page 1."""
     pages = -(-total // PAGE_ROWS)
     if pages == 1:
         return 1

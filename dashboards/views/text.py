@@ -173,13 +173,13 @@ def _per_token(
     strongest = _strengths(session, result)
     labels = session.notes.labels(list(strongest))
     rows = []
-    for place, text in enumerate(result.tokens):
-        at = np.flatnonzero(result.position == place)
+    for position, text in enumerate(result.tokens):
+        at = np.flatnonzero(result.position == position)
         entries = []
         for index in at:
             number, value = int(result.feature[index]), float(result.activation[index])
             top = strongest.get(number, 0.0)
             entries.append((number, labels.get(number, ""), value, value / top if top else 1.0))
         entries.sort(key=lambda entry: (-entry[3], entry[0]))
-        rows.append((place, text, entries[:PER_TOKEN]))
+        rows.append((position, text, entries[:PER_TOKEN]))
     return rows

@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of stores with one store in it, named tiny."""
     shutil.copytree(made, tmp_path / "tiny")
-    monkeypatch.setenv(find_stores.PLACE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(find_stores.STORES_VARIABLE, str(tmp_path))
     yield tmp_path
     st.cache_resource.clear()
     st.cache_data.clear()
@@ -302,7 +302,7 @@ def test_a_rebuilt_store_is_read_anew(folder: Path) -> None:
 
 
 def test_no_store_is_a_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(find_stores.PLACE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(find_stores.STORES_VARIABLE, str(tmp_path))
     app = open_page()
     assert "no feature store here" in app.error[0].value.replace("\\", "")
 
@@ -390,9 +390,9 @@ def test_only_what_was_named_or_is_beside_the_stores_is_loaded(
         ).items():
             monkeypatch.setenv(name, value)
         with suppress(ArtefactError):
-            return find_stores.to_load(kind, own, "the store")
+            return find_stores.source_to_load(kind, own, "the store")
         with pytest.raises(ArtefactError, match=f"start the explorer with --{kind}"):
-            find_stores.to_load(kind, own, "the store")
+            find_stores.source_to_load(kind, own, "the store")
         return ""
 
     assert named("sae", str(beside)) == str(beside)
@@ -405,8 +405,8 @@ def test_only_what_was_named_or_is_beside_the_stores_is_loaded(
     assert named("model", "gpt2", "gpt2", "other") == "gpt2"
     assert named("model", "gpt2", "other") == "other", "the only one that was named"
     assert named("model", "gpt2", "other", "another") == ""
-    monkeypatch.delenv(find_stores.PLACE_VARIABLE)
-    assert find_stores.to_load("sae", str(away), "the store") == str(away), "a program asks"
+    monkeypatch.delenv(find_stores.STORES_VARIABLE)
+    assert find_stores.source_to_load("sae", str(away), "the store") == str(away), "a program asks"
 
 
 def test_text_without_the_sae_is_a_clear_error(folder: Path) -> None:
@@ -442,11 +442,11 @@ def test_no_module_of_ours_hides_a_package() -> None:
     assert not names & sys.stdlib_module_names
 
 
-def test_places(folder: Path) -> None:
+def test_stores_are_found_by_file_and_folder(folder: Path) -> None:
     tiny = folder / "tiny"
     file = (tiny / "features.duckdb").resolve()
-    for place in (folder, tiny, file):
-        assert find_stores.find_stores(place) == {"tiny": file}
+    for path in (folder, tiny, file):
+        assert find_stores.find_stores(path) == {"tiny": file}
     copy = folder / "named.duckdb"
     copy.write_bytes(file.read_bytes())
     assert find_stores.find_stores(copy) == {"named": copy.resolve()}

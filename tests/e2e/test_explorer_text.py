@@ -39,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in (find_stores.PLACE_VARIABLE, find_stores.NAMED_VARIABLE):
+    for name in (find_stores.STORES_VARIABLE, find_stores.NAMED_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     model_cache.load.clear()
     yield
@@ -85,7 +85,7 @@ def test_in_the_explorer_a_store_from_elsewhere_loads_nothing(
 ) -> None:
     downloaded = tmp_path / "downloads" / "stranger"
     shutil.copytree(made / "stores" / "a", downloaded)
-    monkeypatch.setenv(find_stores.PLACE_VARIABLE, str(downloaded))
+    monkeypatch.setenv(find_stores.STORES_VARIABLE, str(downloaded))
     with FeatureStore.open(downloaded) as store:
         with pytest.raises(ArtefactError, match=r"nobody has named it.*--model"):
             model_cache.features_of_text(store, TEXT)

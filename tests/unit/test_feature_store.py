@@ -78,7 +78,7 @@ def test_rare_feature_by_hand(features: FeatureStore) -> None:
     assert activation.tolist() == [1.5]
     assert features.histogram(RARE).counts.nonzero()[0].tolist() == [39]
     (example,) = features.examples(RARE)
-    assert (example.sequence, example.place, example.rank) == (2, 5, 0)
+    assert (example.sequence, example.index, example.rank) == (2, 5, 0)
     (example,) = features.examples(RARE, "interval")
     assert (example.interval, example.rank) == (4, 0)
 
@@ -163,15 +163,15 @@ def test_windows(features: FeatureStore, window: int | None) -> None:
         for kind in ("top", "interval"):
             for e in features.examples(number, kind, window):
                 reach = CONTEXT if window is None else window
-                first = max(e.place - reach, 0)
-                last = min(e.place + reach + 1, CONTEXT)
+                first = max(e.index - reach, 0)
+                last = min(e.index + reach + 1, CONTEXT)
                 assert e.start == first
                 assert e.token_ids == ROWS.tokens[e.sequence, first:last].tolist()
                 row = dense[number].reshape(N_SEQUENCES, CONTEXT)[e.sequence]
                 assert e.activations == row[first:last].tolist()
-                assert e.activations[e.place - e.start] == e.activation
+                assert e.activations[e.index - e.start] == e.activation
                 document = ROWS.document[e.sequence]
-                assert e.document == document[e.place]
+                assert e.document == document[e.index]
                 assert e.same_document == (document[first:last] == e.document).tolist()
                 assert e.title == f"Title <{e.document}>"
                 assert len(e.tokens) == len(e.token_ids)
@@ -179,7 +179,7 @@ def test_windows(features: FeatureStore, window: int | None) -> None:
 
 def test_a_character_of_two_tokens_is_shown_once(features: FeatureStore) -> None:
     found = [
-        e for n in range(D_SAE) for e in features.examples(n) if e.sequence == 3 and e.place < 4
+        e for n in range(D_SAE) for e in features.examples(n) if e.sequence == 3 and e.index < 4
     ]
     assert found
     assert found[0].tokens[4:6] == ["", "雨"], "the token that completes it shows it"
@@ -188,7 +188,7 @@ def test_a_character_of_two_tokens_is_shown_once(features: FeatureStore) -> None
 
 def test_a_window_does_not_cut_a_character(features: FeatureStore) -> None:
     found = [e for n in range(D_SAE) for e in features.examples(n, window=0)]
-    (example, *_) = [e for e in found if e.sequence == 3 and e.place == 5]
+    (example, *_) = [e for e in found if e.sequence == 3 and e.index == 5]
     assert example.tokens == ["雨"]
 
 
@@ -212,7 +212,7 @@ def test_features_of_positions_and_sequences(features: FeatureStore) -> None:
     found = features.features_of_sequence(12)
     np.testing.assert_array_equal(found.position, ROWS.position[mine][order])
     np.testing.assert_array_equal(found.feature, ROWS.feature[mine][order])
-    with pytest.raises(InputError, match="place"):
+    with pytest.raises(InputError, match="no such position"):
         features.features_of_position(0, CONTEXT)
 
 
@@ -256,7 +256,7 @@ def test_top_tokens_are_the_commonest_of_the_top_examples(features: FeatureStore
     found = features.top_tokens([EVERYWHERE, DEAD[0], 20], n=3)
     assert found[DEAD[0]] == []
     for number in (EVERYWHERE, 20):
-        ids = [e.token_ids[e.place] for e in features.examples(number)]
+        ids = [e.token_ids[e.index] for e in features.examples(number)]
         counts = sorted(set(ids), key=lambda t: (-ids.count(t), ids.index(t)))
         assert found[number] == [features.vocabulary.text(t) for t in counts[:3]]
     assert features.top_tokens([]) == {}

@@ -54,7 +54,7 @@ class Reader(HTMLParser):
 
 def example(text: str, title: str = "Title") -> Example:
     return Example(
-        kind="top", interval=-1, rank=0, sequence=1, place=2, start=1, position=18,
+        kind="top", interval=-1, rank=0, sequence=1, index=2, start=1, position=18,
         activation=2.5, document=4, title=title, token_ids=[1, 2, 3],
         tokens=["a", text, " b\n"], activations=[0.0, 2.5, 0.5],
         same_document=[True, True, False],
