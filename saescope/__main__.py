@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import NoReturn
 
-from saescope import config, memory, progress
-from saescope.errors import SaescopeError
+from saescope import config, memory, plugins, progress
+from saescope.errors import InputError, SaescopeError
 from saescope.metrics import metric_table
 from saescope.process_rank import this_rank
 from saescope.standins import stand_ins
@@ -37,10 +37,13 @@ class Command:
     resumes: bool = False
     gives_exit_code: bool = False
     """whether what the function returns is the exit code"""
+    loads_saes: bool = False
+    """whether it makes SAEs, of architectures of other packages too (`saescope.plugins`)"""
 
     def help_lines(self) -> list[str]:
         """The lines above the options in the command's help."""
-        return [self.summary, "", "Examples:", *(f"  {e}" for e in self.examples), *self.notes]
+        notes = (*self.notes, *(plugins.HELP if self.loads_saes else ()))
+        return [self.summary, "", "Examples:", *(f"  {e}" for e in self.examples), *notes]
 
 
 _MEASURED = [row.label for row in metric_table().values() if not row.minor]
@@ -98,6 +101,7 @@ COMMANDS = {
             "  torchrun --nproc-per-node 4 -m saescope train configs/train/topk.toml",
         ),
         resumes=True,
+        loads_saes=True,
     ),
     "sweep": Command(
         module="sae.commands.sweep",
@@ -115,6 +119,7 @@ COMMANDS = {
             "  [[grid]]  fields by dotted name; lists are multiplied out into members",
         ),
         resumes=True,
+        loads_saes=True,
     ),
     "eval": Command(
         module="sae.commands.evaluate",
@@ -126,6 +131,7 @@ COMMANDS = {
             "saescope eval --run runs/x --tokens 65536",
         ),
         positional="run",
+        loads_saes=True,
     ),
     "index": Command(
         module="sae.commands.index",
@@ -134,6 +140,7 @@ COMMANDS = {
         summary="Encode a harvest with an SAE into a feature store.",
         examples=("saescope index runs/smollm2-135m-topk --out stores/smollm2-135m-topk",),
         positional="run",
+        loads_saes=True,
     ),
     "explore": Command(
         module="dashboards.launch",
@@ -145,6 +152,7 @@ COMMANDS = {
             "saescope explore stores/smollm2-135m-topk --port 8600",
         ),
         positional="store",
+        loads_saes=True,
     ),
     "steer": Command(
         module="sae.commands.steer",
@@ -153,6 +161,7 @@ COMMANDS = {
         summary="Continue a prompt with and without an edit of features.",
         examples=("saescope steer runs/smollm2-135m-topk --prompt 'The weather' --add 123=8",),
         positional="run",
+        loads_saes=True,
     ),
     "convert": Command(
         module="sae.commands.convert",
@@ -166,6 +175,7 @@ COMMANDS = {
             "saescope convert runs/smollm2-135m-topk --to saelens --upload me/smollm2-saes",
         ),
         positional="source",
+        loads_saes=True,
     ),
     "bench": Command(
         module="sae.commands.bench",
@@ -177,6 +187,7 @@ COMMANDS = {
             "saescope bench --shapes 4096x576x16384x64 --architectures topk jumprelu --what steps",
             "saescope bench --settings dense torch cpu --rounds 9 --out bench.csv",
         ),
+        loads_saes=True,
     ),
     "doctor": Command(
         module="sae.commands.doctor",
@@ -192,6 +203,7 @@ COMMANDS = {
         positional="path",
         resumes=True,
         gives_exit_code=True,
+        loads_saes=True,
     ),
 }
 
@@ -330,19 +342,34 @@ def _run(words: list[str]) -> int:
 
         progress.say(f"saescope {__version__}")
         return 0
-    name, *rest = words
-    if name not in COMMANDS:
-        complain(f"no such command: {name} (commands: {', '.join(COMMANDS)})")
-        return 2
+    with plugins.taken_from(words) as rest:
+        if not rest or rest[0] not in COMMANDS:
+            complain(f"no such command: {' '.join(rest[:1])} (commands: {', '.join(COMMANDS)})")
+            return 2
+        if len(rest) < len(words) and not COMMANDS[rest[0]].loads_saes:
+            raise InputError(
+                "loads no SAEs, so it has no use for an architecture",
+                where=f"saescope {rest[0]}",
+                given=plugins.OPTION,
+                allowed=[name for name, command in COMMANDS.items() if command.loads_saes],
+            )
+        return _run_command(rest[0], rest[1:])
+
+
+def _run_command(name: str, words: list[str]) -> int:
     command = COMMANDS[name]
     try:
         _watch_signals()
         memory.keep_freed_memory()
-        if config.asks_for_help(rest) and "torch" not in sys.modules:
-            _show_help(name, rest)
+        plugged = command.loads_saes and bool(plugins.plugins())
+        if config.asks_for_help(words) and not plugged and "torch" not in sys.modules:
+            _show_help(name, words)
         with _signals_wait():
+            if plugged:  # before anything is done: one that cannot be used is wrong input
+                with _only_first_rank_prints():
+                    importlib.import_module("sae.architectures").list_architectures()
             module = importlib.import_module(command.module)
-            chosen = _parse(module, name, rest)
+            chosen = _parse(module, name, words)
         result = getattr(module, command.function)(chosen)
     except SystemExit:
         raise  # another of several processes says what there is to say

@@ -7,7 +7,7 @@ average of the smallest selected value, or the one `calibrate` found on held-out
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from sae.core import losses
 from sae.core.base import TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.core.losses import Reconstruction
+from sae.core.plain import Rule
 from sae.distributed import FEATURES, ROWS
 from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError, check_range
@@ -78,6 +79,7 @@ class BatchSelectionSAE(AuxKSAE):
     """training selects over the batch, inference by thresholds: they differ row by row"""
     feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
     full_precision: ClassVar[tuple[str, ...]] = ("threshold", "density")
+    plain_rules: ClassVar[tuple[Rule, ...]] = ("jumprelu",)
     threshold: Tensor
     """float32 [] (one for all) or [d_sae]; 0 before training, when all that is positive fires"""
     threshold_updates: Tensor
@@ -131,6 +133,11 @@ class BatchSelectionSAE(AuxKSAE):
         weight = 1 / profile if profile.ndim else None
         factor = calibrated_threshold(self, rows, weight, self.config.k)
         self.threshold.copy_(factor * profile)
+
+    def plain_parts(self) -> dict[str, Any]:
+        """JumpReLU with the stored threshold, one for all or one each, which is how it infers."""
+        threshold = self.threshold.detach().float().clamp_min(0).expand(self.d_sae)
+        return {"activation": "jumprelu", "threshold": threshold, "b_enc": self.b_enc}
 
     def threshold_profile(self) -> Tensor:
         """What `calibrate` multiplies by a factor, positive, of the threshold's shape."""

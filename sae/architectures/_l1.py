@@ -29,6 +29,11 @@ class L1WeightConfig(SAEConfig):
         check_range("sae.l1_coefficient", self.l1_coefficient, low=0)
         check_range("sae.l1_warmup_fraction", self.l1_warmup_fraction, low=0, high=1)
 
+    @property
+    def penalty_warmup(self) -> float:
+        """Of the L1 penalty."""
+        return self.l1_warmup_fraction
+
     def l1_weight(self, state: TrainingState) -> float:
         """lambda at this step: warmed up, and moved by the trainer's controller."""
         return self.l1_coefficient * state.ramp(self.l1_warmup_fraction) * state.penalty

@@ -16,7 +16,7 @@ class TiedSAE(AuxKSAE):
     too. A scale for each site would not, and `fold` refuses it with an InputError.
     """
 
-    encoder_bias: ClassVar[bool] = True
+    has_encoder_bias: ClassVar[bool] = True
     """whether b_enc is a parameter, or zeros for those who read one"""
 
     def make_parameters(self) -> None:
@@ -28,7 +28,7 @@ class TiedSAE(AuxKSAE):
                 given=f"d_out {self.d_out}",
                 allowed=f"d_out {self.d_in}",
             )
-        if self.encoder_bias:
+        if self.has_encoder_bias:
             self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         else:
             self.register_buffer("b_enc", torch.zeros(self.d_sae), persistent=False)

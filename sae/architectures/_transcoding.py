@@ -13,7 +13,7 @@ scale that a feature takes.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self, cast, get_args
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from sae.architectures._l1 import L1WeightConfig
 from sae.core import losses
 from sae.core.base import TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
+from sae.core.plain import Rule
 from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError, check_range
 
@@ -67,6 +68,7 @@ class Transcoding(AuxKSAE):
     unit_decoder: ClassVar[bool] = False
     feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
     full_precision: ClassVar[tuple[str, ...]] = ("threshold",)
+    plain_rules: ClassVar[tuple[Rule, ...]] = ("topk", "relu", "jumprelu")
 
     @property
     def rule(self) -> TranscodingConfig:
@@ -124,6 +126,16 @@ class Transcoding(AuxKSAE):
     def encode_normalised(self, y: Tensor) -> SparseCodes:
         """Codes of the input site's y [batch, d_in]."""
         return self._codes(y)
+
+    def plain_parts(self) -> dict[str, Any]:
+        """The rule of its activation, of a transcoder."""
+        rule = self.rule.activation
+        parts: dict[str, Any] = {"activation": rule, "transcoder": True, "b_enc": self.b_enc}
+        if rule == "topk":
+            parts["k"] = self.rule.k
+        if rule == "jumprelu":
+            parts["threshold"] = self.threshold.clamp_min(0)
+        return parts
 
     def training_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
         """FVU of the target, with AuxK or with the L1 penalty."""

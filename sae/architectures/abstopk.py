@@ -17,6 +17,7 @@ from sae import kernels
 from sae.architectures import register
 from sae.architectures.topk import TopKFields, TopKSAE
 from sae.core.base import SAEConfig
+from sae.core.plain import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class AbsTopKSAE(TopKSAE):
     Config: ClassVar[type[SAEConfig]] = AbsTopKConfig
     config: AbsTopKConfig  # type: ignore[assignment]
 
+    plain_rules: ClassVar[tuple[Rule, ...]] = ("abstopk",)
     signed: ClassVar[bool] = True
     signed_auxk: ClassVar[bool] = True
 

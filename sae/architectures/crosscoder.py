@@ -161,6 +161,10 @@ class Crosscoder(AuxKSAE):
         norms = [part.norm(dim=1) for part in self.W_dec.split(widths, dim=1)]
         return torch.stack(norms, dim=1) * scale.to(self.W_dec)
 
+    def decoder_directions(self) -> Tensor:
+        """Decoder rows at the sites' training scales: no site decides by its size."""
+        return self.W_dec * self.norm_scale
+
     @torch.no_grad()
     def relative_norms(self) -> Tensor:
         """Each site's share of a feature's decoder norms [d_sae, sites]; rows sum to 1.

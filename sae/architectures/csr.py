@@ -63,6 +63,11 @@ class CSRConfig(TopKFields):
                 allowed=("self", "class"),
             )
 
+    @property
+    def needs_labels(self) -> bool:
+        """What is drawn together by class needs a class of each row."""
+        return self.positives == "class"
+
 
 @register
 class CSRSAE(TiedSAE, TopKSAE):  # type: ignore[misc]

@@ -13,7 +13,7 @@ gate learns from the last two terms. b_dec still learns from both through the en
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from sae.architectures._l1 import L1SAE, L1Config
 from sae.core import losses
 from sae.core.base import SAEConfig, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
+from sae.core.plain import Rule
 from sae.distributed import normal_rows_
 from sae.kernels.codes import SparseCodes
 
@@ -47,6 +48,7 @@ class GatedSAE(L1SAE):
     config: GatedConfig
     by_feature: ClassVar[tuple[str, ...]] = ("W_enc_T", "W_dec", "b_gate", "b_mag", "r_mag")
     feature_units: ClassVar[tuple[str, ...]] = ("b_gate", "b_mag")
+    plain_rules: ClassVar[tuple[Rule, ...]] = ("gated",)
 
     def make_parameters(self) -> None:
         """W_enc_T, W_dec, b_dec, and b_gate, b_mag, r_mag [d_sae]; there is no b_enc."""
@@ -56,6 +58,14 @@ class GatedSAE(L1SAE):
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
         self.W_dec = nn.Parameter(torch.empty(self.d_sae, self.d_out))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+
+    def encoder_bias(self) -> None:
+        """None: gates and magnitudes have a bias each."""
+
+    def plain_parts(self) -> dict[str, Any]:
+        """The gated rule, as other libraries know it."""
+        biases = {"b_gate": self.b_gate, "b_mag": self.b_mag, "r_mag": self.r_mag}
+        return {"activation": "gated", **biases}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -21,7 +21,7 @@ with it, changes none of these losses.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from sae.architectures._thresholds import calibrated_threshold
 from sae.core import losses
 from sae.core.base import SAEConfig, SparseAutoencoder, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
+from sae.core.plain import Rule
 from sae.distributed import FEATURES
 from sae.kernels.codes import SparseCodes
 from saescope.errors import check_range
@@ -83,6 +84,11 @@ class JumpReLUConfig(SAEConfig):
         if self.calibrated_l0 is not None:
             check_range("sae.calibrated_l0", self.calibrated_l0, above=0, high=self.d_sae)
 
+    @property
+    def penalty_warmup(self) -> float:
+        """Of the L0 penalty."""
+        return self.l0_warmup_fraction
+
     def with_target_l0(self, target: float) -> Self:
         """The same configuration for a mean L0 of `target`; the quadratic penalty aims at it."""
         aimed = target if self.penalty == "quadratic" else self.l0_target
@@ -108,6 +114,7 @@ class JumpReLUSAE(SparseAutoencoder):
     penalised: ClassVar[bool] = True
     feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
     full_precision: ClassVar[tuple[str, ...]] = ("threshold", "log_threshold")
+    plain_rules: ClassVar[tuple[Rule, ...]] = ("jumprelu",)
     threshold: nn.Parameter
     log_threshold: nn.Parameter
 
@@ -151,6 +158,10 @@ class JumpReLUSAE(SparseAutoencoder):
         """Thresholds do not go below 0."""
         if self.config.parametrisation == "theta":
             self.threshold.clamp_(min=0)
+
+    def plain_parts(self) -> dict[str, Any]:
+        """JumpReLU's rule, as other libraries know it."""
+        return {"activation": "jumprelu", "threshold": self.theta, "b_enc": self.b_enc}
 
     def fold_parameters(self, feature_scale: float) -> None:
         """A threshold divided is its logarithm shifted."""

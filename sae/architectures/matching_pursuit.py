@@ -31,6 +31,7 @@ from sae.architectures._auxk import AuxKConfig
 from sae.architectures._tied import TiedSAE
 from sae.core.base import SAEConfig, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
+from sae.core.plain import Rule
 from sae.kernels.codes import SparseCodes
 from sae.kernels.torch_backend import topk_by_groups
 from saescope.errors import InputError, check_range
@@ -86,8 +87,9 @@ class MatchingPursuitSAE(TiedSAE):
     Config: ClassVar[type[SAEConfig]] = MatchingPursuitConfig
     config: MatchingPursuitConfig
 
-    encoder_bias: ClassVar[bool] = False
+    has_encoder_bias: ClassVar[bool] = False
     refits_visible: ClassVar[bool] = True
+    plain_rules: ClassVar[tuple[Rule, ...]] = ("matching_pursuit",)
 
     @property
     def signed(self) -> bool:  # type: ignore[override]
@@ -112,6 +114,25 @@ class MatchingPursuitSAE(TiedSAE):
         if norm is not None:
             value = value / norm[index]
         return merge(index, value, self.d_sae)
+
+    def plain_parts(self) -> dict[str, Any]:
+        """The rule of SAELens' pursuits: no encoder, atoms repeat, not orthogonal.
+
+        Raises InputError for other pursuits.
+        """
+        config = self.config
+        if config.orthogonal or not config.repeats:
+            raise InputError(
+                "other libraries have no rule for orthogonal pursuit, or for one without repeats",
+                where="sae",
+                given={"orthogonal": config.orthogonal, "repeats": config.repeats},
+            )
+        stopping = {
+            "residual_threshold": config.residual_threshold,
+            "stop_on_duplicate": config.stop_on_duplicate,
+        }
+        pursuit = {"k": config.k, **stopping}
+        return {"activation": "matching_pursuit", "W_enc": None, "pursuit": pursuit}
 
     def fold_parameters(self, feature_scale: float) -> None:
         """The residual's norm is counted in the model's units too."""

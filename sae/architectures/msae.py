@@ -13,7 +13,7 @@ used and measured at, `k`, so that L0 and FVU are of the same codes; `at_k` give
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from sae.architectures._auxk import AuxKConfig, AuxKSAE
 from sae.architectures._nested import nested
 from sae.core.base import SAEConfig, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
+from sae.core.plain import Rule
 from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
 
@@ -83,6 +84,7 @@ class MSAE(AuxKSAE):
 
     Config: ClassVar[type[SAEConfig]] = MSAEConfig
     config: MSAEConfig
+    plain_rules: ClassVar[tuple[Rule, ...]] = ("topk",)
 
     def encode_normalised(self, y: Tensor) -> SparseCodes:
         """Codes of y [batch, d_in] at level k."""
@@ -90,6 +92,10 @@ class MSAE(AuxKSAE):
             self.encoder_input(y), self.W_enc_T, self.b_enc, self.config.k
         )
         return SparseCodes.from_fixed(index, value, self.d_sae)
+
+    def plain_parts(self) -> dict[str, Any]:
+        """TopK's rule at level k."""
+        return {"activation": "topk", "k": self.config.k, "b_enc": self.b_enc}
 
     def at_k(self, k: int) -> Self:
         """The same SAE used at level k; k = d_sae keeps every positive pre-activation.

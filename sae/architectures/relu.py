@@ -10,7 +10,7 @@ resampling); Anthropic, "Circuits Updates - April 2024" (norm-weighted); Karvone
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from sae.architectures import register
 from sae.architectures._l1 import L1SAE, L1Config
 from sae.core.base import SAEConfig, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
+from sae.core.plain import Rule
 from sae.distributed import ALL, FEATURES
 from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError, check_range
@@ -90,6 +91,7 @@ class ReLUSAE(L1SAE):
     Config: ClassVar[type[SAEConfig]] = ReLUConfig
     config: ReLUConfig
     by_feature: ClassVar[tuple[str, ...]] = ("W_enc_T", "b_enc", "W_dec")
+    plain_rules: ClassVar[tuple[Rule, ...]] = ("relu",)
     anneal: Tensor
 
     def make_parameters(self) -> None:
@@ -128,6 +130,10 @@ class ReLUSAE(L1SAE):
         if self.config.anneals:
             terms["lp"] = penalty.detach()
         return TrainingOutput(loss, terms, codes.counts(), found)
+
+    def plain_parts(self) -> dict[str, Any]:
+        """ReLU's rule, as other libraries know it."""
+        return {"activation": "relu", "b_enc": self.b_enc}
 
     @torch.no_grad()
     def _rescaled(self, weight: Tensor, level: int) -> float:

@@ -5,7 +5,7 @@ The losses are those of `_transcoding`.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,10 @@ class SkipTranscoder(Transcoding):
         """As a transcoder; W_skip 0."""
         super().reset_parameters()
         nn.init.zeros_(self.W_skip)
+
+    def plain_parts(self) -> dict[str, Any]:
+        """A transcoder's, and W_skip."""
+        return {**super().plain_parts(), "W_skip": self.W_skip}
 
     def decode_normalised(self, codes: SparseCodes, y: Tensor | None = None) -> Tensor:
         """Prediction [batch, d_out]; y [batch, d_in] is what was encoded.

@@ -12,7 +12,7 @@ W_enc, b_enc, W_dec and b_dec, their start, unit decoder rows, scales and files 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from sae.architectures import register
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
 from sae.core.base import SAEConfig, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
+from sae.core.plain import Rule
 from sae.kernels import global_topk
 from sae.kernels.codes import SparseCodes
 from saescope.errors import check_range
@@ -68,6 +69,7 @@ class TopKSAE(AuxKSAE):
     Config: ClassVar[type[SAEConfig]] = TopKConfig
     config: TopKFields
     by_feature: ClassVar[tuple[str, ...]] = ("W_enc_T", "b_enc", "W_dec")
+    plain_rules: ClassVar[tuple[Rule, ...]] = ("topk",)
 
     def top(self, centred: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k features kept of each row and their activations: (index, value) [batch, k]."""
@@ -116,3 +118,8 @@ class TopKSAE(AuxKSAE):
         """The loss with a subclass's own term added, which is also put into `terms`."""
         del terms, codes, batch
         return loss
+
+    def plain_parts(self) -> dict[str, Any]:
+        """TopK's rule, as other libraries know it."""
+        (rule,) = self.plain_rules
+        return {"activation": rule, "k": self.config.k, "b_enc": self.b_enc}

@@ -20,6 +20,7 @@ from sae.core.batch import TrainingBatch
 from sae.core.config import SAEConfig, kind_of
 from sae.core.finite import check_rows
 from sae.core.outputs import SAEOutput, TrainingOutput, TrainingState
+from sae.core.plain import PlainSAE, Rule
 from sae.core.scaled import ScaledModule
 from sae.core.serialisation import SavedSAE, write_saved
 from sae.distributed import FEATURES, normal_rows_
@@ -27,6 +28,9 @@ from sae.kernels.codes import SparseCodes
 from saescope.config import to_dict
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index
+
+_ARCHITECTURES = "sae.architectures."
+"""modules of the architectures that come with saescope"""
 
 
 class SparseAutoencoder(ScaledModule, ABC):
@@ -56,6 +60,9 @@ class SparseAutoencoder(ScaledModule, ABC):
     features out: each then has an SAE of its own features, whose `d_sae` counts those"""
     full_precision: ClassVar[tuple[str, ...]] = ()
     """parameters and buffers that do not go below float32 when the module is cast"""
+    plain_rules: ClassVar[tuple[Rule, ...]] = ()
+    """selection rules by which other libraries' formats can hold it, as `plain_parts` states them;
+    none: only saescope's own format holds it"""
 
     def __init__(self, config: SAEConfig, d_in: int, d_out: int | None = None) -> None:
         d_in = as_index(d_in, where="d_in", low=1)
@@ -172,6 +179,38 @@ class SparseAutoencoder(ScaledModule, ABC):
         """
         del rows
 
+    def plain_parts(self) -> dict[str, Any]:
+        """Fields of `PlainSAE` beside W_enc, W_dec, b_dec and pre_bias, of one of `plain_rules`.
+
+        Called on a folded copy; may overrule those four. Raises InputError for a configuration
+        that no such rule describes.
+        """
+        raise InputError(
+            "other libraries have no rule for it", where="sae", given=kind_of(self.config)
+        )
+
+    def decoder_directions(self) -> Tensor:
+        """What each feature writes [d_sae, d_out], as cosines between features are to count it."""
+        return self.W_dec
+
+    def encoder_bias(self) -> Tensor | None:
+        """The bias [d_sae] that pre-activations have; None where there is no single one."""
+        return self.b_enc
+
+    def feature_columns(self) -> dict[str, Tensor]:
+        """What the weights alone say of each feature, [d_sae] each, by the store's column.
+
+        Norms, the encoder's bias and, where both are of one space, the cosine of encoder and
+        decoder.
+        """
+        encoder, decoder = self.W_enc_T.double(), self.W_dec.double()
+        columns = {"decoder_norm": decoder.norm(dim=1), "encoder_norm": encoder.norm(dim=1)}
+        if not self.transcodes:
+            product = (columns["encoder_norm"] * columns["decoder_norm"]).clamp_min(1e-30)
+            columns["encoder_decoder_cosine"] = (encoder * decoder).sum(1) / product
+        bias = self.encoder_bias()
+        return columns if bias is None else {**columns, "encoder_bias": bias}
+
     def decode_normalised(self, codes: SparseCodes, y: Tensor | None = None) -> Tensor:
         """Reconstruction [batch, d_out] at the normaliser's scale; y is what was encoded."""
         del y
@@ -266,7 +305,7 @@ class SparseAutoencoder(ScaledModule, ABC):
             along = (gradient * self.W_dec).sum(1, keepdim=True)
             gradient.addcmul_(self.W_dec, along, value=-1)
 
-    # ---- on disk ----------------------------------------------------------------------------
+    # ---- elsewhere ----------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, replace: bool = False, **more: Any) -> None:
         """Write config.json and weights.safetensors into a folder, atomically.
@@ -276,10 +315,28 @@ class SparseAutoencoder(ScaledModule, ABC):
         """
         write_saved(self.saved(), Path(folder).expanduser(), more, replace=replace)
 
+    @torch.no_grad()
+    def plain(self) -> PlainSAE:
+        """This SAE, folded, as weights and a selection rule that other libraries know.
+
+        Raises InputError for an architecture or a configuration that no such rule describes.
+        """
+        folded = self.fold()
+        common = {
+            "W_enc": folded.W_enc,
+            "W_dec": folded.W_dec,
+            "b_dec": folded.b_dec,
+            "pre_bias": folded.pre_bias,
+            "standardised": folded.normaliser.kind == "standardised",
+        }
+        return PlainSAE.of(**{**common, **folded.plain_parts()})
+
     def saved(self) -> SavedSAE:
         """What a folder of this SAE holds; its tensors are these, not copies."""
+        module = type(self).__module__
         return SavedSAE(
             architecture=kind_of(self.config),
+            defined_in=None if module.startswith(_ARCHITECTURES) else module,
             config=to_dict(self.config),
             d_in=self.d_in,
             d_out=self.d_out,

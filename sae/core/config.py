@@ -17,6 +17,21 @@ class SAEConfig(Config):
     def __post_init__(self) -> None:
         check_range("sae.d_sae", self.d_sae, low=1)
 
+    @property
+    def has_k(self) -> bool:
+        """Whether a field k sets the number of features a row has."""
+        return any(each.name == "k" for each in fields(self))
+
+    @property
+    def penalty_warmup(self) -> float:
+        """Fraction of a run over which a sparsity penalty grows to its weight; 0 without one."""
+        return 0.0
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the loss needs a class of each row (`RawBatch.labels`)."""
+        return False
+
     def check_k(self, name: str, value: int) -> None:
         """Raise InputError unless a row can have `value` features; name is the field's."""
         check_range(f"sae.{name}", value, low=1)
@@ -33,9 +48,9 @@ class SAEConfig(Config):
 
         Raises InputError if k cannot be that.
         """
-        kinds = {each.name: each.type for each in fields(self)}
-        if "k" not in kinds:
+        if not self.has_k:
             return self
+        kinds = {each.name: each.type for each in fields(self)}
         if kinds["k"] in (int, "int"):
             if target != round(target):
                 raise InputError(

@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
+from sae.architectures import list_architectures
 from sae.core.base import SparseAutoencoder, kind_of
+from sae.core.plain import Rule
 from sae.formats._claim import Claim
 from saescope.errors import InputError
 
@@ -17,8 +19,10 @@ class Format(ABC):
     """names that an SAE's folder has"""
     further_files: ClassVar[tuple[str, ...]] = ()
     """names that it may have and that are read then"""
-    writes: ClassVar[tuple[str, ...]]
-    """architectures of ours that it can hold"""
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    """selection rules that it can hold, whatever architecture they are of"""
+    holds_transcoders: ClassVar[bool] = False
+    """whether it can hold what reconstructs another site than it reads"""
     scales_rows: ClassVar[bool] = False
     """whether it can say that each vector is standardised before it is encoded"""
 
@@ -54,6 +58,15 @@ class Format(ABC):
         del folder, sae
         return None
 
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Names of the architectures of ours that it can hold."""
+        return tuple(name for name, cls in list_architectures().items() if self._holds(cls))
+
+    def _holds(self, cls: type[SparseAutoencoder]) -> bool:
+        of_kind = self.holds_transcoders or not cls.transcodes
+        return of_kind and not set(self.rules).isdisjoint(cls.plain_rules)
+
     def check_writable(self, sae: SparseAutoencoder) -> None:
         """InputError, naming what the format can hold, unless it can hold this architecture."""
         if sae.site_normalisers:
@@ -62,7 +75,7 @@ class Format(ABC):
                 where=self.name,
                 given=sorted(sae.site_normalisers),
             )
-        if kind_of(sae.config) not in self.writes:
+        if not self._holds(type(sae)):
             raise InputError(
                 "cannot hold this architecture",
                 where=self.name,

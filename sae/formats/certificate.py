@@ -204,7 +204,7 @@ def differences(measured: Measured, claim: Claim | None) -> list[str]:
 
 def _only_poor(sae: SparseAutoencoder, measured: Measured, claim: Claim | None) -> bool:
     """Whether an FVU of 1 or more is all that speaks against an SAE, and its L0 speaks for it."""
-    if claim is None or claim.l0 is None or claim.fvu is not None or hasattr(sae.config, "k"):
+    if claim is None or claim.l0 is None or claim.fvu is not None or sae.config.has_k:
         return False
     return not differences(replace(measured, fvu=None), claim)
 

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from activations.sites.names import layer_of
 from sae.core.base import SparseAutoencoder, kind_of
+from sae.core.plain import PlainSAE, Rule
 from sae.formats import register
 from sae.formats._format import Format, released_as
 from sae.formats._given import Given
-from sae.formats._ours import THRESHOLDS, TOPK, plain_of, sae_of
-from sae.formats._plain import PlainSAE
+from sae.formats._ours import sae_of
 from sae.formats._weights import Weights
 from saescope.artefact import atomic_path, write_json
 from saescope.errors import ArtefactError, InputError
@@ -45,7 +45,7 @@ class DictionaryLearning(Format):
     name: ClassVar[str] = "dictionary_learning"
     files: ClassVar[tuple[str, ...]] = (WEIGHTS,)
     further_files: ClassVar[tuple[str, ...]] = (CONFIG,)
-    writes: ClassVar[tuple[str, ...]] = ("relu", "gated", *TOPK, *THRESHOLDS)
+    rules: ClassVar[tuple[Rule, ...]] = ("relu", "gated", "topk", "jumprelu")
 
     @torch.no_grad()
     def read(
@@ -76,7 +76,7 @@ class DictionaryLearning(Format):
     def write(self, sae: SparseAutoencoder, folder: Path) -> None:
         """Write ae.pt and config.json; see `Format.write`."""
         self.check_writable(sae)
-        plain = plain_of(sae)
+        plain = sae.plain()
         dict_class, tensors = _state(plain)
         trainer: dict[str, Any] = {
             "dict_class": dict_class,

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from sae.core.base import SparseAutoencoder
+from sae.core.plain import PlainSAE, Rule
 from sae.formats import register
 from sae.formats._claim import Claim
 from sae.formats._format import Format, released_as
 from sae.formats._gemma_scope_names import Facts, facts_of, kind_of_config
 from sae.formats._given import Given
-from sae.formats._ours import THRESHOLDS, plain_of, sae_of
-from sae.formats._plain import PlainSAE
+from sae.formats._ours import sae_of
 from sae.formats._weights import Weights
 from saescope.artefact import atomic_path
 from saescope.errors import ArtefactError, InputError
@@ -41,7 +41,7 @@ class GemmaScope(Format):
     name: ClassVar[str] = "gemma_scope"
     files: ClassVar[tuple[str, ...]] = (NPZ,)
     further_files: ClassVar[tuple[str, ...]] = (SAFETENSORS, CONFIG)
-    writes: ClassVar[tuple[str, ...]] = ("relu", *THRESHOLDS)
+    rules: ClassVar[tuple[Rule, ...]] = ("relu", "jumprelu")
 
     def recognise(self, folder: Path) -> bool:
         """By either release's file."""
@@ -92,7 +92,7 @@ class GemmaScope(Format):
     def write(self, sae: SparseAutoencoder, folder: Path) -> None:
         """Write params.npz; see `Format.write`."""
         self.check_writable(sae)
-        plain = plain_of(sae)
+        plain = sae.plain()
         tensors = plain.with_pre_bias(False).tensors()
         tensors.setdefault("threshold", torch.zeros(plain.d_sae))  # ReLU is JumpReLU at 0
         with atomic_path(folder) as temporary:

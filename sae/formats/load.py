@@ -12,7 +12,7 @@ from sae.core.soundness import check_sound
 from sae.data.model_expectations import warn_at_load
 from sae.formats import Format, format_named, recognise
 from sae.formats._claim import Claim
-from sae.formats._ours import plain_of, sae_of
+from sae.formats._ours import sae_of
 from sae.formats.hub import SCHEME, HubFolder, fetch
 from saescope.artefact import MANIFEST
 from saescope.errors import ArtefactError, InputError
@@ -145,7 +145,7 @@ def named_sites(
                 given=target_site,
             )
         metadata = sae.metadata
-        sae = sae_of(replace(plain_of(sae), transcoder=True)).eval()
+        sae = sae_of(replace(sae.plain(), transcoder=True)).eval()
         sae.metadata = metadata
     for name, value in names.items():
         if not sae.metadata.get("format") and sae.metadata.get(name) != value:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sae.core.base import SparseAutoencoder
+from sae.core.plain import PlainSAE
 from sae.formats._claim import Claim
-from sae.formats._ours import plain_of, sae_of
-from sae.formats._plain import PlainSAE
+from sae.formats._ours import sae_of
 from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
 
@@ -68,7 +68,7 @@ class Rescaled:
 def readings(sae: SparseAutoencoder, x: Tensor, claim: Claim | None) -> Iterator[Reading]:
     """The SAE's weights read in every other way known; x [n, d_in] are reference rows."""
     try:
-        plain = plain_of(sae)
+        plain = sae.plain()
     except InputError:  # no linear encoder with a rule: only its input can be read otherwise
         plain = None
     if plain is not None:

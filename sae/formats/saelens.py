@@ -11,18 +11,18 @@ features in units of a vector's deviation there; ours are multiplied by it.
 
 import math
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sae.core.base import SparseAutoencoder, kind_of
+from sae.core.plain import PlainSAE, Rule
 from sae.formats import register
 from sae.formats._claim import Claim
 from sae.formats._format import Format
-from sae.formats._ours import RULES, plain_of, sae_of
-from sae.formats._plain import PlainSAE
+from sae.formats._ours import sae_of
 from sae.formats._saelens_config import (
     CHECKPOINTS,
     LAYOUT,
@@ -47,7 +47,8 @@ class SAELens(Format):
     name: ClassVar[str] = "saelens"
     files: ClassVar[tuple[str, ...]] = (CONFIG, WEIGHTS)
     further_files: ClassVar[tuple[str, ...]] = ("activation_scaler.json",)
-    writes: ClassVar[tuple[str, ...]] = tuple(RULES)
+    rules: ClassVar[tuple[Rule, ...]] = get_args(Rule)
+    holds_transcoders: ClassVar[bool] = True
     scales_rows: ClassVar[bool] = True
 
     @torch.no_grad()
@@ -75,7 +76,7 @@ class SAELens(Format):
     def write(self, sae: SparseAutoencoder, folder: Path) -> None:
         """Write cfg.json and sae_weights.safetensors; see `Format.write`."""
         self.check_writable(sae)
-        plain = plain_of(sae)
+        plain = sae.plain()
         _architecture(plain)  # says what cannot be held
         if plain.standardised:
             plain = plain.scale_input(math.sqrt(plain.d_in / (plain.d_in - 1)))

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from sae.architectures import list_architectures
+from sae.architectures import HOW_TO_NAME, list_architectures
 from sae.core.base import SparseAutoencoder
 from sae.core.normaliser import Normaliser
 from sae.core.serialisation import CONFIG_FILE, WEIGHTS_FILE, damage_named, read_saved
@@ -25,10 +25,9 @@ class SaescopeFormat(Format):
     files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE)
     scales_rows: ClassVar[bool] = True
 
-    @property
-    def writes(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Every architecture there is."""
-        return tuple(list_architectures())
+    def _holds(self, cls: type[SparseAutoencoder]) -> bool:
+        del cls
+        return True
 
     def recognise(self, folder: Path) -> bool:
         """A config.json that says it is an SAE's, or that has its weights beside it."""
@@ -83,8 +82,12 @@ def _read(folder: Path) -> SparseAutoencoder:
     """
     saved, known, path = read_saved(folder), list_architectures(), folder / CONFIG_FILE
     if saved.architecture not in known:
+        named = HOW_TO_NAME.replace("my.module", saved.defined_in or "my.module")
         raise ArtefactError(
-            "unknown architecture", where=str(path), given=saved.architecture, allowed=known
+            f"unknown architecture; name the module that defines it: {named}",
+            where=str(path),
+            given=saved.architecture,
+            allowed=known,
         )
     cls = known[saved.architecture]
     with damage_named(folder):

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from sae.core.base import SparseAutoencoder
+from sae.core.plain import PlainSAE, Rule
 from sae.formats import register
 from sae.formats._format import Format, released_as
 from sae.formats._given import Given
-from sae.formats._ours import TOPK, TRANSCODERS, plain_of, sae_of
-from sae.formats._plain import PlainSAE
+from sae.formats._ours import sae_of
 from sae.formats._weights import Weights
 from saescope.artefact import atomic_path, write_json
 from saescope.errors import InputError
@@ -50,7 +50,8 @@ class Sparsify(Format):
 
     name: ClassVar[str] = "sparsify"
     files: ClassVar[tuple[str, ...]] = (CONFIG, WEIGHTS)
-    writes: ClassVar[tuple[str, ...]] = (*TOPK, "abstopk", *TRANSCODERS)
+    rules: ClassVar[tuple[Rule, ...]] = ("topk", "abstopk")
+    holds_transcoders: ClassVar[bool] = True
 
     @torch.no_grad()
     def read(
@@ -94,13 +95,13 @@ class Sparsify(Format):
     def write(self, sae: SparseAutoencoder, folder: Path) -> None:
         """Write cfg.json and sae.safetensors; see `Format.write`."""
         self.check_writable(sae)
-        plain = plain_of(sae)
-        if plain.activation not in ("topk", "abstopk"):
+        plain = sae.plain()
+        if plain.activation not in self.rules:
             raise InputError(
                 "cannot hold this activation",
                 where=self.name,
                 given=plain.activation,
-                allowed=("topk", "abstopk"),
+                allowed=self.rules,
             )
         t = plain.with_pre_bias(not plain.transcoder).tensors()
         tensors = {

@@ -12,7 +12,6 @@ from einops import repeat
 from torch import Tensor
 
 from activations import ActivationStore, Model
-from sae.architectures.crosscoder import Crosscoder
 from sae.core.base import SparseAutoencoder
 from sae.data.harvests import read_chunk
 from sae.data.placement import Placement
@@ -65,7 +64,8 @@ def build_store(
         _add_sequences(writer, harvest)
         _add_activations(writer, placement, harvest)
         decided = _add_logits(writer, placement, model, logits)
-        writer.add_features({**_feature_columns(sae), **decided})
+        columns = {name: each.float().numpy() for name, each in sae.feature_columns().items()}
+        writer.add_features({**columns, **decided})
         _add_neighbours(writer, sae, neighbours)
         return writer.finish()
 
@@ -93,22 +93,6 @@ def _add_activations(writer: StoreWriter, placement: Placement, harvest: Activat
                 position.numpy(), codes.index.to(torch.int32).numpy(), codes.value.numpy()
             )
             progress.advance(chunk.rows)
-
-
-def _feature_columns(sae: SparseAutoencoder) -> dict[str, Any]:
-    """What an architecture has of norms, biases and, where both are of one space, cosines."""
-    decoder = sae.W_dec.double()
-    norm = decoder.norm(dim=1)
-    columns = {"decoder_norm": norm}
-    if hasattr(sae, "W_enc_T"):
-        encoder = sae.W_enc_T.double()
-        columns["encoder_norm"] = encoder.norm(dim=1)
-        if not sae.transcodes:
-            product = (columns["encoder_norm"] * norm).clamp_min(1e-30)
-            columns["encoder_decoder_cosine"] = (encoder * decoder).sum(1) / product
-    if hasattr(sae, "b_enc"):
-        columns["encoder_bias"] = sae.b_enc
-    return {name: column.float().numpy() for name, column in columns.items()}
 
 
 def direct_logits(
@@ -169,10 +153,7 @@ def _add_neighbours(writer: StoreWriter, sae: SparseAutoencoder, count: int) -> 
     count = min(count, sae.d_sae - 1)
     if count == 0:
         return
-    directions = sae.W_dec
-    if isinstance(sae, Crosscoder):
-        directions = directions * sae.norm_scale  # a site of large activations does not decide
-    unit = torch.nn.functional.normalize(directions, dim=1)
+    unit = torch.nn.functional.normalize(sae.decoder_directions(), dim=1)
     for first in range(0, sae.d_sae, _FEATURES):
         cosine = unit[first : first + _FEATURES] @ unit.T
         itself = torch.arange(len(cosine))

@@ -23,10 +23,8 @@ it is more than an integrator:
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from sae.core.base import SAEConfig
 from saescope.errors import InputError, check_range
 
 _INTEGRAL, _PROPORTIONAL = 25.0, 1.0
@@ -64,12 +62,6 @@ def reached(l0: float, target: float) -> bool:
     return abs(l0 - target) <= REACHED * target
 
 
-def warmup_fraction(config: SAEConfig) -> float:
-    """Fraction of a run over which an architecture's penalty grows to its weight; 0 without."""
-    names = [each.name for each in fields(config) if each.name.endswith("_warmup_fraction")]
-    return max((float(getattr(config, name)) for name in names), default=0.0)
-
-
 class L0Controller:
     """Moves `penalty`, which the trainer gives to the loss, so that L0 ends at the target.
 
@@ -77,7 +69,7 @@ class L0Controller:
         target: mean number of active features a row.
         total_steps: steps of the run.
         warmup_fraction: fraction of the run before which nothing is moved: the architecture's own
-            warm-up of the penalty, during which L0 says nothing (see `warmup_fraction`).
+            warm-up of the penalty, during which L0 says nothing (`SAEConfig.penalty_warmup`).
 
     >>> controller = L0Controller(32.0, total_steps=1000)
     >>> controller.update(l0=64.0, step=500)

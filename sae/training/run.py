@@ -221,7 +221,7 @@ class Run:
     @property
     def _labels(self) -> Literal["document"] | None:
         """What makes two rows one class, for objectives that ask for classes: their document."""
-        return "document" if getattr(self.sae_config, "positives", None) == "class" else None
+        return "document" if self.sae_config.needs_labels else None
 
     @property
     def _data_seed(self) -> int:

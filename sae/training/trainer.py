@@ -19,7 +19,7 @@ from sae.kernels import gradient_buffers
 from sae.training import checkpoint, gradient_sums, process_group, sharded_checkpoint
 from sae.training.batch_maker import BatchMaker
 from sae.training.held_out import HeldOutRows, measure, normalised_rows
-from sae.training.l0_controller import L0Controller, reached, warmup_fraction
+from sae.training.l0_controller import L0Controller, reached
 from sae.training.numerics import Numerics
 from sae.training.optimisers import averaged, clear_rows, decays, make_optimiser
 from sae.training.schedules import base_lr, lr_factor
@@ -380,5 +380,5 @@ def _controller(
     if config.target_l0 is None or not sae.penalised:
         return None
     return L0Controller(
-        config.target_l0, total_steps=total_steps, warmup_fraction=warmup_fraction(sae.config)
+        config.target_l0, total_steps=total_steps, warmup_fraction=sae.config.penalty_warmup
     )

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from activations import Model
 from sae.core.base import SparseAutoencoder
+from sae.core.plain import PlainSAE
 from sae.evaluation.reconstruction import measure_reconstruction
 from sae.formats import format_named
 from sae.formats._claim import Claim
 from sae.formats._ours import sae_of
-from sae.formats._plain import PlainSAE
 from sae.formats.certificate import certify, measure
 from sae.formats.load import load
 from saescope.errors import ArtefactError, InputError

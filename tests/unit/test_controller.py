@@ -17,7 +17,7 @@ from sae.core.base import SparseAutoencoder, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.core.normaliser import Normaliser
 from sae.evaluation.planted import PlantedConfig, PlantedDictionary
-from sae.training.l0_controller import L0Controller, warmup_fraction
+from sae.training.l0_controller import L0Controller
 from sae.training.optimisers import make_optimiser
 from sae.training.schedules import lr_factor
 from saescope.errors import InputError
@@ -105,9 +105,9 @@ def test_cuts_its_gain_where_l0_answers_too_strongly() -> None:
 
 
 def test_warm_up_of_an_architecture() -> None:
-    assert warmup_fraction(ReLUConfig(l1_warmup_fraction=0.07)) == 0.07
-    assert warmup_fraction(JumpReLUConfig()) == JumpReLUConfig().l0_warmup_fraction
-    assert warmup_fraction(TopKConfig()) == 0
+    assert ReLUConfig(l1_warmup_fraction=0.07).penalty_warmup == 0.07
+    assert JumpReLUConfig().penalty_warmup == JumpReLUConfig().l0_warmup_fraction
+    assert TopKConfig().penalty_warmup == 0
 
 
 def test_lowers_the_penalty_where_l0_is_too_small() -> None:
@@ -175,7 +175,7 @@ def train_to(cls: type[SparseAutoencoder], config: Any, target: float, steps: in
         mean_square=float(sample.double().square().sum(1).mean()),
     )
     y, variance = sae.normaliser.apply(sample), sae.normaliser.variance
-    controller = L0Controller(target, total_steps=steps, warmup_fraction=warmup_fraction(config))
+    controller = L0Controller(target, total_steps=steps, warmup_fraction=config.penalty_warmup)
     optimiser = make_optimiser("adam", sae.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""An SAE as plain weights and a rule: what every format is read to and written from.
+"""An SAE as plain weights and a selection rule: what other libraries' formats can hold.
 
     f = act((x - b_dec) W_enc + b_enc),   x_hat = f W_dec + b_dec (+ x W_skip)
 
@@ -14,14 +14,15 @@ from torch import Tensor
 
 from saescope.errors import InputError
 
-Activation = Literal["relu", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit"]
+Rule = Literal["relu", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit"]
+"""how features are chosen; also the name of the architecture that such files are read to"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlainSAE:
     """Weights in float32 and the rule that they are used by."""
 
-    activation: Activation
+    activation: Rule
     W_dec: Tensor
     """[d_sae, d_out]"""
     b_dec: Tensor
@@ -50,6 +51,12 @@ class PlainSAE:
     """each vector is brought to mean 0 and (population) deviation 1 first, and back afterwards"""
     pursuit: dict[str, Any] | None = None
     """matching pursuit: k steps, and residual_threshold and stop_on_duplicate if they end it"""
+
+    @classmethod
+    def of(cls, **given: Any) -> Self:
+        """From the fields by name; tensors may have another float type, or gradients."""
+        tensors = {n: v.detach().float() for n, v in given.items() if isinstance(v, Tensor)}
+        return cls(**{**given, **tensors})
 
     @property
     def d_in(self) -> int:
