@@ -1,7 +1,7 @@
 """At which layers the features of a multi-layer SAE are active (MLSAE, Lawson et al. 2024).
 
-From activations a[l, t, j] of feature j on token t at layer l, one joint law of layer, token and
-feature is made, P(l, t, j) proportional to a[l, t, j]:
+From activations a[l, t, j] of feature j on token t at layer l, a joint distribution of layer, token
+and feature is defined, P(l, t, j) proportional to a[l, t, j]:
     P(L=l | j)    = sum_t a[l, t, j] / sum_l,t a[l, t, j]
     P(L=l | t, j) = a[l, t, j] / sum_l a[l, t, j]            where feature j is active on token t
     ratio         = E Var(L | T, J) / E Var(L | J), between 0 and 1 by the law of total variance
@@ -33,7 +33,7 @@ _FEATURES = 1024
 
 
 class Encoder(Protocol):
-    """What has codes: an SAE."""
+    """Anything that encodes rows to codes, as an SAE does."""
 
     d_sae: int
 
@@ -99,7 +99,7 @@ class LayerUseSummary:
 
 
 class LayerUse:
-    """Sums over tokens from which laws of layers are made.
+    """Sums over tokens that the distributions over layers are computed from.
 
     >>> use = LayerUse(d_sae=2, n_layers=2)
     >>> codes = SparseCodes.from_dense(torch.tensor([[1.0, 0.0], [3.0, 2.0]]))
@@ -272,7 +272,7 @@ class _Entries:
 
 
 class _Sums:
-    """Float64 sums of which the laws of layers are ratios."""
+    """Float64 sums whose ratios are the distributions over layers."""
 
     def __init__(self, d_sae: int, n_layers: int) -> None:
         def zeros(*shape: int) -> Tensor:

@@ -162,7 +162,7 @@ class DenseStep(nn.Module):
 
 
 class ProductStep(DenseStep):
-    """No step, but the dense product that every exact one contains: x W_enc, some rows at a time.
+    """Only the dense product that every exact step contains: x W_enc, some rows at a time.
 
     No exact step of the same product can take less.
     """
@@ -182,7 +182,7 @@ def update(
     parameters: Sequence[nn.Parameter],
     unit_rows: Sequence[nn.Parameter],
 ) -> Tensor:
-    """What follows the gradients, in torch's operations; the gradient's norm.
+    """The end of a step, after the gradients, in torch's operations; the gradient's norm.
 
     Projection and renormalisation of parameters with rows of unit norm, clipping, a step.
     """

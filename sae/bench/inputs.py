@@ -1,4 +1,4 @@
-"""What is stepped on: rows with the structure of a model's activations, and weights that fit them.
+"""Synthetic rows with the structure of a model's activations, and SAE weights that fit them.
 
 Synthetic rows are a sum of a few strong directions of many (planted features, by a Zipf law), a
 background of low rank with a falling spectrum, and noise; coordinates differ in scale. They are
@@ -68,7 +68,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From BATCHxD_INxD_SAExK; InputError if that is not what it is."""
+        """A shape written BATCHxD_INxD_SAExK; InputError if it is not written so."""
         if not re.fullmatch(r"\d+(x\d+){3}", text):
             raise InputError(
                 "not a shape",
@@ -84,7 +84,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of an SAE without b_dec."""
+    """Weights of an SAE without b_dec."""
 
     W_enc_T: Tensor
     """[d_sae, d_in]"""
@@ -96,7 +96,7 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Tensors that every library steps on; b_dec is 0 and decoder rows have unit norm."""
+    """The tensors that every library trains on; b_dec is 0 and decoder rows have unit norm."""
 
     x: Tensor
     """[batches, batch, d_in]"""
@@ -122,7 +122,7 @@ class Inputs:
         return Inputs(**{name: value.to(device) for name, value in vars(self).items()})
 
     def save(self, folder: Path) -> None:
-        """One .npy file a tensor, so that other environments can read them."""
+        """Write one .npy file a tensor, which other environments can read."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, value in vars(self).items():
             np.save(folder / f"{name}.npy", value.numpy())
@@ -202,7 +202,7 @@ def prepare(
     pre = by_row.view(-1)
 
     def passed_by(count: float) -> float:
-        """What so many of a row's pre-activations exceed on average."""
+        """The value that this many of a row's pre-activations exceed on average."""
         total = min(len(pre) - dead * len(sample), max(1, round(count * len(sample))))
         return float(pre.topk(total, sorted=False).values.min())
 

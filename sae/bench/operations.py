@@ -28,7 +28,7 @@ renormalisation of both"""
 
 @dataclass(frozen=True)
 class Problem:
-    """What operations are done on."""
+    """The tensors that operations are timed on."""
 
     inputs: Inputs
     k: int
@@ -63,7 +63,7 @@ def make_problem(inputs: Inputs, k: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def make_operation(name: str, setting: Setting, problem: Problem) -> Callable[[], object]:
-    """Something to call again and again; InputError for an unknown name."""
+    """A function that does an operation once; InputError for an unknown name."""
     if name not in OPERATIONS:
         raise InputError("no such operation", where="operations", given=name, allowed=OPERATIONS)
     if name == "optimiser_step":

@@ -56,7 +56,7 @@ class Setting:
 
     @property
     def backend(self) -> str:
-        """Whose operations: for the baseline those of `reference`."""
+        """The kernels that the setting uses; `reference` for the baseline."""
         return "reference" if self.name in DENSE else self.name.partition("+")[0]
 
     @contextmanager
@@ -86,7 +86,7 @@ class Setting:
 
 
 class Stepper(Protocol):
-    """Something that trains."""
+    """Something that takes training steps."""
 
     def mark(self, dead: Tensor) -> None:
         """Let features bool [d_sae] count as dead."""

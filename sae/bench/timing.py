@@ -1,4 +1,4 @@
-"""Times of things done in turn, so that what disturbs the machine disturbs them alike."""
+"""Times of functions called in turn, so that what slows the machine down slows all alike."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ class Times:
 
     @property
     def median(self) -> float:
-        """Of the wall seconds."""
+        """Median of the wall seconds."""
         return statistics.median(self.seconds)
 
     def columns(self) -> dict[str, float | int]:
@@ -33,7 +33,7 @@ class Times:
 def interleaved(
     calls: Mapping[str, Callable[[], object]], *, rounds: int, device: str = "cpu"
 ) -> dict[str, Times]:
-    """Each call once untimed, then `rounds` times in turn, each round beginning with the next."""
+    """Time calls in turn: each once untimed, then `rounds` times; rounds start in rotation."""
     names = list(calls)
     times = {name: Times() for name in names}
     for name in names:
@@ -46,7 +46,7 @@ def interleaved(
 
 
 def timed(call: Callable[[], object], device: str, times: Times) -> None:
-    """Call, and add what it took."""
+    """Call, and add the time that it took."""
     _finish(device)
     cpu, began = time.process_time(), time.perf_counter()
     call()

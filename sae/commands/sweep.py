@@ -151,7 +151,7 @@ def _train_all(
 
 
 def _train_together(runs: Sequence[Run], beginning: dict[str, Any]) -> None:
-    """Train runs that share a stream, from wherever each one's checkpoint stands."""
+    """Train runs that share a stream, each from its own last checkpoint."""
     standing = []
     for run in runs:
         run.stream.load_state_dict(beginning)

@@ -1,4 +1,4 @@
-"""What every stream has: batches of a harvest's rows, an exact state, held-out rows."""
+"""Stream, the base of all streams: batches of a harvest's rows, an exact state, held-out rows."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence

@@ -6,8 +6,8 @@ so what the SAE does not explain (the error term, taken from the unedited recons
 and an edit that changes nothing changes no bit. Edits depend on a position's own activation alone,
 so they are the same with and without a KV cache, and in a padded batch as for a text alone. A
 transcoder's features are read at its input site and change its output site, by the same formula. A
-crosscoder cannot steer: its features are not known before its last site is computed, when its first
-is past changing.
+crosscoder cannot steer: its features are known only after its last site, when it is too late to
+change the first.
 """
 
 import math
@@ -162,9 +162,10 @@ def placement_in(
     where: str | None = None,
     allow_other_model: bool = False,
 ) -> Placement:
-    """The SAE at its sites of a model; InputError if none is known or a width is not the SAE's.
+    """The SAE at its sites of a model.
 
-    And if it was trained on another model, unless that is allowed.
+    Raises InputError if no site is known, if a site's width is not the SAE's, and, unless it is
+    allowed, if the SAE was trained on another model.
 
     Args: where names what cannot be done with a crosscoder, and refuses one.
     """
@@ -197,7 +198,7 @@ def placement_in(
 
 
 def _selector(positions: Positions) -> Callable[[Places], Tensor]:
-    """From where tokens stand to bool [batch, pos]: those that are edited."""
+    """A function from the positions of tokens to bool [batch, pos]: which are edited."""
     if isinstance(positions, str):
         if positions not in ("kept", "all"):
             raise InputError(

@@ -1,4 +1,4 @@
-"""Features of a text: what an explorer or a notebook asks of a model and an SAE."""
+"""The features that fire on a text, for the explorer and notebooks."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on with the same bits; tensors and JSON, no pickle.
+"""Checkpoints: all that a run needs to continue with the same bits; tensors and JSON, no pickle.
 
 state.json carries its own sha256, and the checksums of the tensors' files.
 """
@@ -80,7 +80,10 @@ def write(
     state: dict[str, Any],
     others: Mapping[str, FileSeal] | None = None,
 ) -> None:
-    """The files of a checkpoint, into a folder that is there; `others` are the seals of more."""
+    """Write the files of a checkpoint into an existing folder.
+
+    Args: others are checksums of files that are there already, to be recorded with these.
+    """
     save_file(flat, folder / TENSORS)
     files = {**seals_of(folder, [TENSORS]), **(others or {})}
     write_sealed(folder / STATE, {"schema": SCHEMA, **state, FILES: files})

@@ -1,4 +1,4 @@
-"""What a training run is told: the fields of a training file.
+"""TrainConfig: the fields of a training file.
 
 How to train, whatever the architecture, is its `[trainer]` (trainer_config); the architecture and
 its size are its `[sae]`.
@@ -100,7 +100,7 @@ class TrainConfig(Config):
 
     @classmethod
     def specialise(cls, values: Mapping[str, Any]) -> type[Self]:
-        """The same with the chosen architecture's own configuration."""
+        """The class whose `sae` is the configuration of the architecture chosen by `sae.kind`."""
         table = values.get("sae", {})
         kind = table.get("kind", "topk") if isinstance(table, Mapping) else "topk"
         return _specialised(kind if isinstance(kind, str) else "topk")  # type: ignore[return-value]

@@ -9,8 +9,8 @@ the error at the residual stream after a later layer k, over that layer's varian
 (their SAE_e2e+ds, which has squared errors). Gradients go through the model into x_hat alone: its
 weights are frozen.
 
-An architecture need not know: it gets a batch whose reconstruction loss is this one, so prefixes
-(Matryoshka) and gates have theirs through the model too, at the price of a pass each.
+An architecture is not changed for it: it gets a batch whose reconstruction loss is this one. Losses
+of prefixes (Matryoshka) or gates so go through the model, too, at the cost of a pass each.
 
 The gradient in x_hat is taken a few sequences at a time, in the forward pass, so that logits of the
 whole batch (rows x vocabulary) are never in memory.
@@ -37,7 +37,7 @@ from saescope.errors import InputError, check_range
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEndConfig(Config):
-    """What counts besides the KL divergence, and how much is computed at once."""
+    """The terms of the loss beside the KL divergence, and how much is computed at once."""
 
     reconstruction_weight: float = 0.0
     """w: weight of the usual reconstruction loss."""
@@ -219,7 +219,7 @@ class EndToEnd:
 
 
 class _ThroughModel(torch.autograd.Function):
-    """A scalar whose gradient is computed with it."""
+    """A scalar whose gradient was computed in the forward pass, and is used in the backward one."""
 
     @staticmethod
     def forward(
@@ -254,7 +254,7 @@ class EndToEndBatch(TrainingBatch):
         return found.loss + weight * fvu if weight else found.loss
 
     def finish(self, output: TrainingOutput) -> TrainingOutput:
-        """The architecture's output with "fvu" put right, and "kl" and "downstream" added."""
+        """The architecture's output with its "fvu" replaced, and "kl" and "downstream" added."""
         terms = self._seen[-1][1]
         for y_hat, found in self._seen:
             if y_hat is output.y_hat:
@@ -331,7 +331,7 @@ class EndToEndStream(OneSite):
                 yield batch
 
     def _chosen(self) -> Sequence[int]:
-        """The sequences of the present batch, in the store's order: so they are read faster."""
+        """The sequences of the next batch, in the store's order, in which they are read faster."""
         order = np.random.default_rng((self._seed, self._epoch)).permutation(self._train)
         start = self._batch * self.sequences_per_batch
         return np.sort(order[start : start + self.sequences_per_batch]).tolist()

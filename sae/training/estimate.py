@@ -1,4 +1,4 @@
-"""What a training run will take, said before anything starts: steps, memory, disk, time."""
+"""Estimates of what training runs take, before they start: steps, memory, disk, time."""
 
 import dataclasses
 import tempfile
@@ -27,7 +27,7 @@ _ENTRY = 96
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """What a step of a run takes."""
+    """Time and memory of one step of a run."""
 
     seconds: float
     working: int
@@ -37,7 +37,7 @@ class _Step:
 
 
 def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
-    """Lines for people on what training these runs takes; a few steps of each are measured.
+    """Lines of text on what training these runs takes; a few steps of each are timed.
 
     Nothing is written. Runs whose SAE and trainer are alike are measured once.
     """
@@ -95,7 +95,7 @@ def _windows(run: Run) -> float:
 
 
 def _measured(run: Run) -> _Step:
-    """Some steps on batches of the run's own, in a folder that is thrown away."""
+    """Time a few steps on the run's own batches, in a temporary folder."""
     again = Run(run.config, run.harvest)
     with tempfile.TemporaryDirectory() as folder:
         trainer = again.make_trainer(Path(folder))

@@ -48,7 +48,7 @@ def measure(sae: SparseAutoencoder, held_out: HeldOutRows) -> dict[str, Any]:
 
 
 def normalised_rows(maker: BatchMaker, held_out: HeldOutRows) -> Callable[[], Iterator[Tensor]]:
-    """Fresh iterators of what the encoder takes, y [n, d_in] at the normaliser's scale."""
+    """A function that gives fresh iterators of the encoder's input, y [n, d_in], normalised."""
 
     def rows() -> Iterator[Tensor]:
         for raw in _raw(maker.sae, held_out()):

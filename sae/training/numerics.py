@@ -1,4 +1,7 @@
-"""What decides a run's bits besides its configuration and its data: what computed it, and how."""
+"""The numerical choices of a run: kernels, matrix product, determinism.
+
+They decide its bits besides its configuration and its data.
+"""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -18,10 +21,10 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 class Numerics:
-    """The kernels of one run, chosen once, and kept to when the run goes on.
+    """The kernels of one run: chosen once, and kept when the run is resumed.
 
-    Of the `cpu` backend the choice is also of the library that multiplies matrices and of the
-    screen before it, both of which are found by measuring.
+    With the `cpu` backend, two further choices are made by timing: which library multiplies
+    matrices, and which screen finds the candidates of a top-k before it.
 
     Args:
         asked: a backend, or auto; SAESCOPE_KERNELS comes before it.
@@ -58,7 +61,7 @@ class Numerics:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within the context, what is computed is computed as the run does."""
+        """A context in which kernels compute as the run does."""
         with kernels.using(self.kernels), _deterministic(self.deterministic):
             if not self.kept:
                 yield
@@ -67,7 +70,7 @@ class Numerics:
                 yield
 
     def state_dict(self) -> dict[str, Any]:
-        """What computes the run; JSON-able."""
+        """The choices; JSON-able."""
         return {
             "kernels": self.kernels,
             **self.kept,
@@ -76,7 +79,7 @@ class Numerics:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, where: str) -> None:
-        """Keep to what a checkpoint was computed with, if nothing else is asked for.
+        """Take over the choices of a checkpoint, unless others are asked for.
 
         Raises InputError if that cannot be used here.
         """

@@ -69,7 +69,7 @@ def make_optimiser(
 
 
 def decays(kind: OptimiserKind) -> bool:
-    """Whether the learning rate should fall at the end; averaging stands for that otherwise."""
+    """Whether the learning rate should fall at the end; schedule-free kinds average instead."""
     return not kind.startswith("schedule_free")
 
 
@@ -246,7 +246,7 @@ def _with_gradient(
 def averaged(
     optimiser: torch.optim.Optimizer, constrain: Callable[[], None] | None = None
 ) -> Iterator[None]:
-    """While the context lasts, parameters are at the point to evaluate and release.
+    """A context in which parameters have the values to evaluate and release (x, if schedule-free).
 
     For schedule-free optimisers that is the average x; for the others nothing happens. Afterwards
     parameters have the bits they had before; nothing done to them inside is kept.
@@ -287,7 +287,7 @@ def feature_rows(sae: SparseAutoencoder) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def clear_rows(optimiser: torch.optim.Optimizer, sae: SparseAutoencoder, features: Tensor) -> None:
-    """Forget what the optimiser has gathered of some features, int64 [n], started anew.
+    """Reset the optimiser's state of features, int64 [n], that were re-initialised.
 
     Moments of their rows become 0; schedule-free points become the parameter's own new rows.
     """

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 -m saescope train CONFIG.toml
 
-Every rank reads the same stream, so the state of one is the state of all, and takes its share of
-each batch. Only rank 0 writes and speaks.
+Every rank reads the same stream and takes its share of each batch, so all have the same state. Only
+rank 0 writes files and prints.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from saescope.errors import InputError, SaescopeError
 from saescope.process_rank import torchrun_rank
 
 _TIMEOUT = timedelta(minutes=30)
-"""longest wait for the other ranks: rank 0 writes checkpoints of many GB meanwhile"""
+"""longest wait for the other ranks, while rank 0 may write a checkpoint of many GB"""
 _FAILED = "failed"
 
 
@@ -47,9 +47,9 @@ def device(kind: Literal["cpu", "cuda"]) -> torch.device:
 
 @contextmanager
 def session(split: Split = "rows", kind: Literal["cpu", "cuda"] = "cpu") -> Iterator[None]:
-    """Join the ranks that torchrun started, if it did; within, they train one SAE together.
+    """A context in which the ranks that torchrun started, if it did, train one SAE together.
 
-    What ends one rank (an error, Ctrl-C, being killed) ends all; only the first says why.
+    If one rank ends (an error, Ctrl-C, being killed), all end; only the first prints why.
 
     Args: split is what ranks share out, the rows of a batch or the features; kind is that of their
     devices.
@@ -93,7 +93,7 @@ def _join(kind: str) -> Store:
 
 
 def _leave(notes: Store, error: BaseException) -> None:
-    """Say that this rank failed; if another did before, leave without a word of our own."""
+    """Record that this rank failed; if another failed before, exit without printing anything."""
     own = str(distributed.rank())
     try:
         failed = notes.compare_set(_FAILED, "", own).decode()
@@ -114,7 +114,7 @@ def _is_of_network(error: RuntimeError) -> bool:
 
 
 def first() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this process is the one that writes files and prints."""
     return distributed.rank() == 0
 
 
@@ -148,7 +148,7 @@ def check_alike(what: str, value: Any) -> None:
 
 
 def together(act: Callable[[], None]) -> None:
-    """Do on every rank what may fail on one; a SaescopeError there is raised on all."""
+    """Call on every rank; a SaescopeError on one of them is raised on all."""
     error: SaescopeError | None = None
     try:
         act()

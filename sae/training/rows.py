@@ -120,7 +120,7 @@ def _run(trainer: Trainer, folder: Path | None, resolved: dict[str, Any]) -> Spa
 
 
 def _steps(passes: float, split: "_Split", trainer: TrainerConfig) -> int:
-    """Steps of so many passes; InputError if there is not one."""
+    """Steps in this many passes; InputError if there is not one."""
     rows = int(passes * len(split.train))
     steps = int(passes * len(split.train) / trainer.batch_size)
     if steps < 1:
@@ -181,7 +181,7 @@ class _Data(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor | NDArray[Any], target: Tensor | NDArray[Any] | None) -> Self:
-        """Checked; InputError if they are not finite matrices of as many rows."""
+        """Check both; InputError unless they are finite matrices with equally many rows."""
         rows = as_rows(x, where="x")
         targets = None if target is None else as_rows(target, where="target")
         if targets is not None and len(targets) != len(rows):
@@ -194,7 +194,7 @@ class _Data(NamedTuple):
         return cls(rows, targets)
 
     def facts(self) -> dict[str, Any]:
-        """What identifies them."""
+        """Shapes and hashes that identify them."""
         return {"rows": self.rows.facts(), "target": self.targets and self.targets.facts()}
 
     def batch(self, index: NDArray[np.int64]) -> RawBatch:
@@ -243,7 +243,7 @@ class _Batches:
                 yield self._data.batch(order[start : start + self._size])
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands."""
+        """How many batches were given; JSON-able."""
         return {"batch": self._next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -303,7 +303,7 @@ def _fitted(rows: RowsInMemory, index: NDArray[np.int64], kind: NormaliserKind) 
 
 
 def _is_trained(folder: Path, tag: str) -> bool:
-    """Whether this very run is finished there. InputError if another run is there."""
+    """Whether the folder holds this run, finished. InputError if it holds another."""
     if not (folder / MANIFEST).exists():
         return False
     if run_folder.read_run(folder)["tag"] != tag:

@@ -41,7 +41,7 @@ _SAMPLE_ROWS = 16384
 
 
 class Run:
-    """What a configuration means on a harvest; nothing is written before `start`.
+    """A configuration applied to a harvest; nothing is written before `start`.
 
     Args: streams holds streams by `stream_key`, for runs that read the harvest alike to share; the
     run's own is added if it is not there.
@@ -142,7 +142,7 @@ class Run:
         return self.settings["order"] or ("chunks" if stored else None)
 
     def stream_key(self) -> str:
-        """Equal for runs that can share a stream."""
+        """A hash that is equal for runs that can share a stream."""
         config = self.config
         return sha256_json(
             [
@@ -220,7 +220,7 @@ class Run:
 
     @property
     def _labels(self) -> Literal["document"] | None:
-        """What makes two rows one class, for objectives that ask for classes: their document."""
+        """Which rows are of one class, for losses that need classes: those of one document."""
         return "document" if self.sae_config.needs_labels else None
 
     @property
@@ -232,7 +232,7 @@ class Run:
         return (self.folder / SAE_FOLDER).exists()
 
     def locked(self) -> AbstractContextManager[None]:
-        """Keeps other processes, but those of the same torchrun, from training into the folder.
+        """A lock against processes other than those of this torchrun training into the folder.
 
         Raises ArtefactError if one does.
         """
@@ -262,11 +262,11 @@ class Run:
 
     @cached_property
     def trainer(self) -> Trainer:
-        """The trainer, standing where the run's last checkpoint was taken."""
+        """The trainer, at the run's last checkpoint."""
         return self.make_trainer(self.folder)
 
     def make_trainer(self, folder: Path) -> Trainer:
-        """A trainer into a folder."""
+        """A trainer that writes to a folder."""
         config, with_loss = self.config, None
         sae = self.make_sae().to(process_group.device(config.device))
         if isinstance(self.stream, EndToEndStream):
@@ -286,7 +286,7 @@ class Run:
         )
 
     def make_sae(self) -> SparseAutoencoder:
-        """The untrained SAE (or the one to start from) with its normalisers and provenance."""
+        """The SAE before training (new, or `start_from`), with its normalisers and metadata."""
         config, stream = self.config, self.stream
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -347,7 +347,7 @@ class Run:
         }
 
     def release(self) -> SparseAutoencoder:
-        """Write the trained SAE, folded, with what was measured; the SAE."""
+        """Write the trained SAE, folded, with its held-out metrics; the SAE."""
         sae, last = self.trainer.release(), self.trainer.last_held_out
         if self.stream.outliers is not None:
             sae.metadata["outliers"] = {

@@ -86,7 +86,7 @@ def write(
 
 
 def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that make a run another run."""
+    """The settings in which two runs must agree to be the same run."""
     kept = {**settings, **dict.fromkeys(_MAY_DIFFER)}
     trainer = settings["trainer"].items()
     kept["trainer"] = {key: value for key, value in trainer if key not in _TRAINER_MAY_DIFFER}
