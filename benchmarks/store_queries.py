@@ -24,6 +24,7 @@ from sae.bench.rows import processor
 from saescope.artefact import git_commit, library_versions
 from saescope.progress import say
 from store import FeatureFilter, FeatureStore, StoreWriter
+from store.database import STORE_FILE
 
 CONTEXT = 128
 VOCABULARY = 49_152
@@ -167,7 +168,7 @@ def main() -> None:
     }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "features.duckdb"
+        path = Path(folder) / STORE_FILE
         n, seconds, memory = build(path, given.sequences, given.d_sae, given.active)
         shape = f"{n} activations, d_sae {given.d_sae}, {given.sequences * CONTEXT} tokens"
         size = path.stat().st_size / 1e6

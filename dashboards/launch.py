@@ -105,7 +105,7 @@ def serving(config: ExploreConfig) -> Iterator[subprocess.Popen[bytes]]:
     ours |= environment(config.store, model=config.model, sae=config.sae)
     # the packages of this very tree, wherever the command is called
     path = [str(_APP.resolve().parent.parent), *ours.get("PYTHONPATH", "").split(os.pathsep)]
-    ours["PYTHONPATH"] = os.pathsep.join(str(Path(part).resolve()) for part in path if part)
+    ours["PYTHONPATH"] = os.pathsep.join(str(Path(entry).resolve()) for entry in path if entry)
     say(f"explorer: {url(config)}  ({', '.join(stores)}; Ctrl-C ends it)")
     process = subprocess.Popen(
         command(config), env=ours, cwd=_APP.parent, stdout=subprocess.DEVNULL

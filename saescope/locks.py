@@ -36,7 +36,7 @@ def locked(path: str | AnyPath, work: str) -> Iterator[None]:
 
     The lock is on `.NAME.lock` beside the artefact, and ends with the process that holds it however
     that ends. `work` says what is being done, for the message that others get.
-    Raises ArtefactError at once if another process, or another part of this one, is at work there.
+    Raises ArtefactError at once if another process, or other code in this one, is writing there.
     """
     artefact = as_path(path)
     if isinstance(artefact, Path):

@@ -1,4 +1,4 @@
-"""The feature store: every activation of a dictionary over a corpus, in one read-only file."""
+"""The feature store: every feature activation of an SAE over a corpus, in one read-only file."""
 
 from store.annotations import Annotations
 from store.feature_store import FeatureStore

@@ -240,10 +240,10 @@ def _own_objects() -> dict[tuple[str, str], tuple[str, str]]:
 
 def _statements(script: str) -> list[str]:
     """The script's statements, one by one: executescript would commit in between."""
-    found, part = [], ""
+    found, statement = [], ""
     for line in script.splitlines(keepends=True):
-        part += line
-        if sqlite3.complete_statement(part):
-            found.append(part)
-            part = ""
+        statement += line
+        if sqlite3.complete_statement(statement):
+            found.append(statement)
+            statement = ""
     return found

@@ -171,9 +171,9 @@ class Annotations:
         numbers = as_indices(features, where="features", low=0, high=_LARGEST)
         found: dict[int, str] = {}
         for begin in range(0, len(numbers), 500):
-            part = numbers[begin : begin + 500]
-            marks = ", ".join("?" * len(part))
-            found.update(self._rows(f"{sql} AND feature IN ({marks})", part))
+            batch = numbers[begin : begin + 500]
+            marks = ", ".join("?" * len(batch))
+            found.update(self._rows(f"{sql} AND feature IN ({marks})", batch))
         return found
 
     def set_label(self, feature: int, label: str, *, seen: str | None = None) -> None:

@@ -281,19 +281,8 @@ class _ExampleRows:
         for (kind, interval, rank, row), token, (indices, values) in zip(
             chosen, tokens, shown, strict=True
         ):
-            self._rows.append(
-                (
-                    feature,
-                    kind,
-                    interval,
-                    rank,
-                    position[row],
-                    activation[row],
-                    token,
-                    indices,
-                    values,
-                )
-            )
+            example = (feature, kind, interval, rank, position[row], activation[row], token)
+            self._rows.append((*example, indices, values))
 
     def pop_all(self) -> pa.Table:
         """The rows collected so far, which are removed from here."""

@@ -40,13 +40,13 @@ def _sequences(db: Database, context: int, n_words: int, numbers: Sequence[int])
     )
     columns = zip(found["sequence"], found["tokens"], found["document"], strict=True)
     sequences = {}
-    for number, *parts in columns:
-        for part in parts:
+    for number, *arrays in columns:
+        for array in arrays:
             whole = (
-                part.shape == (context,) and part.dtype.kind == "i" and not np.ma.is_masked(part)
+                array.shape == (context,) and array.dtype.kind == "i" and not np.ma.is_masked(array)
             )
             db.check_fits(whole, "sequence")
-        tokens, documents = map(np.asarray, parts)
+        tokens, documents = map(np.asarray, arrays)
         db.check_fits(tokens.min() >= 0 and tokens.max() < n_words, "sequence")
         sequences[int(number)] = (tokens, documents)
     db.check_fits(sequences.keys() == set(numbers), "sequence")

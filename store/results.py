@@ -157,7 +157,7 @@ class Coactivation:
     together: int
     """positions at which both fire"""
     share: float
-    """the part of this feature's positions at which the other fires"""
+    """the share of this feature's positions at which the other fires"""
     pmi: float
     """pointwise mutual information of the two firing, in nats"""
     correlation: float

@@ -154,14 +154,14 @@ def windows(
     """
     wanted = np.unique(position[rows] // context)
     marked[wanted] = np.arange(len(wanted), dtype=np.int32)
-    parts = []
+    pieces = []
     for begin in range(0, len(position), _BLOCK):
         at = position[begin : begin + _BLOCK]
         inside = np.flatnonzero(marked[at // context] >= 0)
-        parts.append((at[inside], activation[begin : begin + _BLOCK][inside]))
+        pieces.append((at[inside], activation[begin : begin + _BLOCK][inside]))
     marked[wanted] = -1
-    at = np.concatenate([part[0] for part in parts])
-    value = np.concatenate([part[1] for part in parts])
+    at = np.concatenate([piece[0] for piece in pieces])
+    value = np.concatenate([piece[1] for piece in pieces])
     order = np.argsort(at)
     at, value = at[order], value[order]
     begins = np.searchsorted(at, wanted * context)

@@ -255,7 +255,7 @@ class StoreWriter:
 
     def _flush(self) -> None:
         if self._buffered:
-            columns = [np.concatenate(part) for part in zip(*self._buffer, strict=True)]
+            columns = [np.concatenate(pieces) for pieces in zip(*self._buffer, strict=True)]
             names = ["position", "feature", "activation"]
             self._insert(
                 "activation_by_position", pa.table([pa.array(c) for c in columns], names=names)

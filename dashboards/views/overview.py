@@ -31,8 +31,8 @@ def render() -> None:
     session = begin_page("")
     facts = queries.overview(session.store, session.version)
     st.markdown(f"## {plain(facts.name)}")
-    parts = [part for part in (facts.model, facts.site, facts.architecture) if part]
-    st.caption(" · ".join(plain(part) for part in parts))
+    known = [fact for fact in (facts.model, facts.site, facts.architecture) if fact]
+    st.caption(" · ".join(plain(fact) for fact in known))
     _metrics(facts)
     left, right = st.columns([3, 2], gap="large")
     with left:
