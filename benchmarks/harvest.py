@@ -27,12 +27,16 @@ import torch
 from torch import Tensor
 
 from activations.corpora.documents import CorpusConfig
-from activations.corpora.packing import PackingCounts, Sequences
+from activations.corpora.sequences import PackingCounts, Sequences
+from activations.harvesting.compute import run_window
+from activations.harvesting.config import HarvestConfig
 from activations.harvesting.corpus_reader import Text
-from activations.harvesting.pipeline import HarvestConfig, fill, planned_facts
-from activations.harvesting.windows import run_window
+from activations.harvesting.pipeline import fill
+from activations.harvesting.plan import planned_facts
+from activations.models.config import ModelConfig
 from activations.models.files import folder_of
-from activations.models.language import Model, ModelConfig, load_model
+from activations.models.language import Model
+from activations.models.load import load_model
 from activations.storage.writer import HarvestWriter
 from benchmarks.peers.environments import HERE, PEERS
 from benchmarks.running import run, run_peer
@@ -142,7 +146,7 @@ def forward(model: Model, block: int, batches: Sequence[Tensor]) -> Tensor:
 
 def blocks_of(model: Model) -> str:
     """Name of the module that has the model's blocks."""
-    return str(model._sites.adapter.get_component_mapping()["blocks"].name)
+    return str(model.adapter.get_component_mapping()["blocks"].name)
 
 
 def text_of(config: HarvestConfig, model: Model, facts: dict[str, Any]) -> list[Sequences]:

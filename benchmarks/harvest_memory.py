@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
-from activations.harvesting.pipeline import fill, planned_facts
-from activations.models.language import Model, load_model
-from activations.storage.writer import HarvestWriter, WindowData
+from activations.harvesting.pipeline import fill
+from activations.harvesting.plan import planned_facts
+from activations.models.language import Model
+from activations.models.load import load_model
+from activations.storage.window_data import WindowData
+from activations.storage.writer import HarvestWriter
 from benchmarks.harvest import HarvestBenchConfig
 from saescope import memory
 from saescope.progress import silent

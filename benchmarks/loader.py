@@ -26,7 +26,8 @@ from activations import ActivationLoader, ActivationStore
 from activations.loading.epoch_order import Order
 from activations.loading.loader import BatchDtype
 from activations.storage.row_formats import SiteRows, StorageKind
-from activations.storage.writer import HarvestWriter, WindowData
+from activations.storage.window_data import WindowData
+from activations.storage.writer import HarvestWriter
 from benchmarks.peers.environments import HERE, PEERS
 from benchmarks.running import run, run_peer
 from sae.bench import rows as measured

@@ -72,7 +72,7 @@ def work_left(
 
     Raises InputError if the harvest's folder holds another harvest.
     """
-    from activations.harvesting.pipeline import begun
+    from activations.harvesting.resume import begun
     from sae.formats.hub import evaluation_file
     from sae.formats.load import SAE_FOLDER
 
@@ -97,8 +97,8 @@ def measured_here(harvesting: "HarvestConfig") -> Machine:
     import torch
 
     from activations.harvesting.corpus_reader import Text
-    from activations.harvesting.pipeline import begun, model_of, planned_facts
-    from activations.harvesting.plan import measured
+    from activations.harvesting.plan import measured, planned_facts
+    from activations.harvesting.resume import begun, model_of
     from activations.models.matmul_precision import PRODUCT, seconds_of_product
 
     store = begun(harvesting, as_path(harvesting.out))

@@ -11,7 +11,8 @@ from torch import Tensor
 from activations import ActivationStore
 from activations.storage.layout import SPLITS
 from activations.storage.row_formats import SiteSums
-from activations.storage.writer import HarvestWriter, WindowData
+from activations.storage.window_data import WindowData
+from activations.storage.writer import HarvestWriter
 
 
 def make_hand_store(

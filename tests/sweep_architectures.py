@@ -160,7 +160,7 @@ def row_of(name: str, kind: str) -> Row:
     row.sites = [s for s in sites if not s.startswith("blocks.")]
     row.sites += [s for s, n in counted.items() if n == len(layers)]
     row.some_layers = [s for s, n in counted.items() if n < len(layers)]
-    found = model._sites.readable
+    found = model.site_map.readable
     row.why_not = {s.split(".", 2)[2] if s.startswith("blocks.") else s: why
                    for s, why in found.refused.items()}  # fmt: skip
     row.why_not = {s: why for s, why in row.why_not.items() if s not in {*row.sites, *counted}}
@@ -204,7 +204,7 @@ def problems_of(model: Any, sites: list[str]) -> list[str]:
 
 def _wrong_sums(model: Any, layer: int, have: dict[str, torch.Tensor]) -> list[str]:
     pre, attn, mid, mlp, post = (have.get(f"blocks.{layer}.hook_{name}") for name in _PARTS)
-    how = model._sites.readable.sums.get(layer, "")
+    how = model.site_map.readable.sums.get(layer, "")
     wrong: list[str] = []
     if pre is None or post is None:
         return wrong

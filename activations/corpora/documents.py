@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from activations.corpora.sources import PACKAGED_CORPORA, Messages, Source, SourceConfig
 from saescope.errors import InputError, check_range
@@ -221,3 +221,27 @@ def documents(
     """
     stream = DocumentStream(config, render=render)
     return (document for document in stream if not document.is_empty)
+
+
+_MOST_LOOSE = 1 << 16
+
+
+class Seen:
+    """A set of 64-bit numbers in about 20 bytes each; of 10^8 texts two have one by chance 3e-4."""
+
+    def __init__(self, numbers: ArrayLike = ()) -> None:
+        self._sorted: NDArray[np.uint64] = np.sort(np.asarray(numbers, np.uint64))
+        self._loose: set[int] = set()
+
+    def add(self, number: int) -> bool:
+        """Take a number in; whether it is new."""
+        place = int(np.searchsorted(self._sorted, np.uint64(number)))
+        known = place < len(self._sorted) and int(self._sorted[place]) == number
+        if known or number in self._loose:
+            return False
+        self._loose.add(number)
+        if len(self._loose) > max(_MOST_LOOSE, len(self._sorted) // 4):
+            loose = np.fromiter(self._loose, np.uint64, len(self._loose))
+            self._sorted = np.sort(np.concatenate([self._sorted, loose]))
+            self._loose = set()
+        return True

@@ -1,105 +1,33 @@
 """Documents to fixed token sequences: tokenised in batches, joined by EOS, cut to the context."""
 
-import hashlib
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from activations.corpora.documents import Document
-from activations.models.language import Model
-from activations.models.tokenizer import LONG_CHARACTERS, encoded_in_pieces
+from activations.corpora.long_texts import LONG_CHARACTERS, encoded_in_pieces
+from activations.corpora.sequences import (
+    JOINED,
+    PLAIN,
+    Described,
+    PackingCounts,
+    PackingOptions,
+    Sequences,
+)
 from saescope.errors import InputError
 
-JOINED, SEPARATE = "joined", "separate"
 _BATCH_DOCUMENTS = 64
 _BATCH_CHARACTERS = 1 << 20
-
-Described = tuple[Any, ...]
-"""What is said of a document: id, key, title, and its number where documents are told apart."""
 
 
 _Portion = tuple[list[Document], list[NDArray[np.int32]]]
 """Some documents, and tokens of each."""
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Some packed sequences of one split, and the documents that begin in them."""
-
-    tokens: NDArray[np.int32]
-    """[sequence, position]"""
-    document: NDArray[np.int32]
-    """[sequence, position]: id of the document of each token; -1 where a sequence is filled up."""
-    described: list[Described]
-    """What is said of each document that first appears here."""
-    inputs: list[Any] | None = None
-    """What each sequence is computed from, where that is not its tokens."""
-    place: dict[str, Any] | None = None
-    """Where to go on from to have these sequences again; None if reading has to begin anew."""
-
-    def positions(self, candidates: int, kept: int) -> dict[str, int]:
-        """How many positions are kept, and how many are left out for each reason.
-
-        Args: candidates are those that are neither first in a sequence nor special tokens.
-        """
-        padding = int((self.document < 0).sum())
-        special = self.tokens.size - len(self.tokens) - padding - candidates
-        return {
-            "kept": kept,
-            "first": len(self.tokens),
-            "special": special,
-            "padding": padding,
-            "outliers": candidates - kept,
-        }
-
-
-@dataclass
-class PackingCounts:
-    """What packing has read so far; the hashes cover every text, in order."""
-
-    documents: int = 0
-    tokens: int = 0
-    dropped_tokens: int = 0
-    """Tokens of the ragged end that fill no sequence."""
-    unused_documents: int = 0
-    unused_tokens: int = 0
-    """What was read, or counted, after the last sequence that was asked for."""
-    empty_documents: int = 0
-    """Records without text, which are left out."""
-    duplicate_documents: int = 0
-    """Documents left out because their text was there before."""
-    replaced_documents: int = 0
-    """Documents in which (or in whose titles) halves of surrogate pairs were replaced by question
-    marks."""
-    sources: list[tuple[int, int]] = field(default_factory=list)
-    """Documents and bytes of UTF-8 of each source of a mixed corpus."""
-    chain: str = ""
-    """sha256 of the chain so far and the sha256 of a text: unlike `digest` it can be stored."""
-    digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
-
-    def add(self, document: Document, tokens: int) -> None:
-        """Count a document that was made tokens of."""
-        data = document.text.encode()
-        self.documents += 1
-        self.tokens += tokens
-        self.replaced_documents += document.replaced
-        self.digest.update(data + b"\0")
-        link = hashlib.sha256(data).digest()
-        self.chain = hashlib.sha256(bytes.fromhex(self.chain) + link).hexdigest()
-        missing = document.member + 1 - len(self.sources)
-        self.sources = [*self.sources, *[(0, 0)] * missing]
-        count, size = self.sources[document.member]
-        self.sources[document.member] = (count + 1, size + len(data))
-
-    def stored(self) -> dict[str, Any]:
-        """All but the digest, JSON-able."""
-        return {name: value for name, value in vars(self).items() if name != "digest"}
 
 
 @dataclass(frozen=True)
@@ -180,60 +108,58 @@ class _Flow:
         }
 
 
+Tokenize = Callable[[Sequence[str]], list[list[int]]]
+"""Token ids of each of some texts, without special tokens."""
+
+
 def pack(
     documents: Iterable[Document],
-    model: Model,
+    tokenize: Tokenize,
     *,
+    bos: int | None,
+    eos: int | None,
     context: int,
     per_group: int,
     counts: PackingCounts,
     limit: int | None = None,
-    packing: str = JOINED,
-    prepend_bos: bool | None = None,
-    describe: Callable[[Document], Described] = lambda d: (d.id, d.key, d.title),
-    state: Callable[[], Any] = lambda: None,
-    place: Mapping[str, Any] | None = None,
-    to_end: bool = False,
+    packing: PackingOptions = PLAIN,
 ) -> Iterator[Sequences]:
     """Groups of `per_group` packed sequences, the last one smaller; a ragged end is dropped.
 
-    Each sequence starts with BOS where the model uses one, or as prepend_bos says; each document
-    ends with EOS where the tokenizer has one. BOS counts to the document of the token after it.
-    With packing "separate" no sequence has tokens of two documents: a document's last sequence is
-    filled up with EOS, and none is dropped.
+    Each sequence starts with `bos`, unless that is None; each document ends with `eos`, if there is
+    one. BOS counts to the document of the token after it. With the packing "separate" no sequence
+    has tokens of two documents: a document's last sequence is filled up with EOS, and none is
+    dropped.
 
-    Args: limit is the number of sequences after which reading stops, or, with to_end, after which
-    the documents are only counted. describe says what there is to
-    say of a document. state is asked at each border between batches of documents, and place is that
-    of a group in an earlier reading, whose documents begin at its border: to go on from there.
+    Args: limit is the number of sequences after which reading stops, or, with packing.to_end, after
+    which the documents are only counted.
 
-    Raises InputError for packing "separate" without an EOS, or a BOS that there is not.
+    Raises InputError for packing "separate" without an EOS.
     """
-    bos = _bos(model, prepend_bos)
     payload = context - (bos is not None)
-    flow = _Flow(payload, bos, place)
-    finish = _finisher(model.eos_token_id, payload, packing)
+    flow = _Flow(payload, bos, packing.place)
+    finish = _finisher(eos, payload, packing.kind)
     most = sys.maxsize if limit is None else limit
 
     def size() -> int:
         return min(per_group, most - flow.sequences)
 
-    batches = _batches(documents, state)
+    batches = _batches(documents, packing.state)
     for batch, reader in batches:
         flow.border(batch[0].id, reader)
-        flow.describe([describe(document) for document in batch])
-        with closing(_tokenised(batch, model, finish, counts)) as portions:
+        flow.describe([packing.describe(document) for document in batch])
+        with closing(_tokenised(batch, tokenize, finish, counts)) as portions:
             for found, parts in portions:
                 flow.extend([document.id for document in found], parts)
                 while size() and len(flow.tokens) >= payload * size():
                     yield flow.cut(size())
-                if not size() and not to_end:
+                if not size() and not packing.to_end:
                     break  # in a long document, perhaps
         if not size():
             counts.unused_tokens = len(flow.tokens)
-            for rest, _ in batches if to_end else ():
+            for rest, _ in batches if packing.to_end else ():
                 counts.unused_documents += len(rest)
-                for _, parts in _tokenised(rest, model, finish, PackingCounts()):
+                for _, parts in _tokenised(rest, tokenize, finish, PackingCounts()):
                     counts.unused_tokens += sum(int((ids >= 0).sum()) for ids in parts)
             return
     counts.dropped_tokens = len(flow.tokens) % payload
@@ -241,19 +167,9 @@ def pack(
         yield flow.cut(len(flow.tokens) // payload)
 
 
-def _bos(model: Model, wanted: bool | None) -> int | None:
-    """The token that each sequence starts with, if any."""
-    if wanted is None or (wanted and model.bos_token_id is not None):
-        return model.bos_token_id
-    found = model.tokenizer.bos_token_id if wanted else None
-    if wanted and found is None:
-        raise InputError("this model's tokenizer has no BOS", where="prepend_bos", given=wanted)
-    return found
-
-
 def _tokenised(
     batch: Sequence[Document],
-    model: Model,
+    tokenize: Tokenize,
     finish: "_Finish",
     counts: PackingCounts,
 ) -> Generator[_Portion, None, None]:
@@ -262,7 +178,7 @@ def _tokenised(
     Each document is counted when its last token, or the last that is wanted, was given.
     """
     short = [each for each in batch if each.tokens is None and len(each.text) <= LONG_CHARACTERS]
-    texts = iter(model.tokenize_batch([each.text for each in short]) if short else ())
+    texts = iter(tokenize([each.text for each in short]) if short else ())
     together: list[tuple[Document, NDArray[np.int32]]] = []
     for document in batch:
         if document.tokens is not None:
@@ -272,7 +188,7 @@ def _tokenised(
         else:
             yield from _counted(together, counts)
             together = []
-            yield from _piece_by_piece(document, model, finish, counts)
+            yield from _piece_by_piece(document, tokenize, finish, counts)
     yield from _counted(together, counts)
 
 
@@ -286,9 +202,9 @@ def _counted(
 
 
 def _piece_by_piece(
-    document: Document, model: Model, finish: "_Finish", counts: PackingCounts
+    document: Document, tokenize: Tokenize, finish: "_Finish", counts: PackingCounts
 ) -> Iterator[_Portion]:
-    pieces = encoded_in_pieces(document.text, model.tokenize_batch)
+    pieces = encoded_in_pieces(document.text, tokenize)
     given, real = 0, 0
     ids = next(pieces)
     try:

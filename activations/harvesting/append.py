@@ -3,13 +3,13 @@
 from typing import Any
 
 from activations.harvesting import window_locks
+from activations.harvesting.config import HarvestConfig
 from activations.harvesting.corpus_reader import Text
-from activations.harvesting.pipeline import HarvestConfig, assist, fill, model_of
+from activations.harvesting.pipeline import assist, fill
 from activations.harvesting.plan import check_space
-from activations.harvesting.resume import check_same_settings
+from activations.harvesting.resume import check_same_settings, model_of
 from activations.harvesting.segments import document_numbers, parts
-from activations.models.base import RawModel
-from activations.models.language import Model
+from activations.models.base import HarvestModel
 from activations.storage.layout import SPLITS
 from activations.storage.reader import ActivationStore
 from activations.storage.writer import HarvestWriter
@@ -88,7 +88,7 @@ def is_there(config: HarvestConfig, store: ActivationStore) -> bool:
 
 
 def planned_part(
-    config: HarvestConfig, model: Model | RawModel, store: ActivationStore
+    config: HarvestConfig, model: HarvestModel, store: ActivationStore
 ) -> dict[str, Any]:
     """What the manifest says of a part from its start; what is wrong with it is found here."""
     windows = range(len(store.windows))

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from activations.harvesting.pipeline import fitting_chunks
+from activations.harvesting.plan import fitting_chunks
 from activations.storage.arrays import Rows, as_rows
+from activations.storage.files import holds_another
 from activations.storage.layout import SPLITS
 from activations.storage.reader import ActivationStore
 from activations.storage.row_formats import SiteRows, StorageKind
 from activations.storage.row_layout import RowLayout
-from activations.storage.verify import holds_another
-from activations.storage.writer import HarvestWriter, WindowData
+from activations.storage.window_data import WindowData
+from activations.storage.writer import HarvestWriter
 from saescope.artefact import MANIFEST, remove_leftovers
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index

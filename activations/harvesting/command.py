@@ -6,9 +6,11 @@ from typing import Any, ClassVar, Self
 
 from activations.harvesting.append import append, is_there, planned_part
 from activations.harvesting.bring_command import BringCommand, run_bring
+from activations.harvesting.config import HarvestConfig
 from activations.harvesting.corpus_reader import Text
-from activations.harvesting.pipeline import HarvestConfig, begun, harvest, model_of, planned_facts
-from activations.harvesting.plan import describe, refuse_too_much
+from activations.harvesting.pipeline import harvest
+from activations.harvesting.plan import describe, planned_facts, refuse_too_much
+from activations.harvesting.resume import begun, model_of
 from activations.harvesting.segments import parts
 from activations.storage.reader import ActivationStore
 from saescope.paths import as_path

@@ -2,45 +2,19 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from activations.corpora.documents import CorpusConfig, Document, DocumentStream
-from activations.corpora.packing import JOINED, Described, PackingCounts, Sequences, pack
+from activations.corpora.documents import CorpusConfig, Document, DocumentStream, Seen
+from activations.corpora.packing import JOINED
+from activations.corpora.sequences import Described, PackingCounts, PackingOptions, Sequences
+from activations.harvesting.config import HarvestConfig
 from activations.harvesting.segments import Part
-from activations.models.base import RawModel
-from activations.models.language import Model
+from activations.models.base import HarvestModel
 from activations.storage.layout import SPLITS
 from saescope.errors import InputError
 from saescope.progress import say
-
-if TYPE_CHECKING:
-    from activations.harvesting.pipeline import HarvestConfig
-
-_MOST_LOOSE = 1 << 16
-
-
-class Seen:
-    """A set of 64-bit numbers in about 20 bytes each; of 10^8 texts two have one by chance 3e-4."""
-
-    def __init__(self, numbers: ArrayLike = ()) -> None:
-        self._sorted: NDArray[np.uint64] = np.sort(np.asarray(numbers, np.uint64))
-        self._loose: set[int] = set()
-
-    def add(self, number: int) -> bool:
-        """Take a number in; whether it is new."""
-        place = int(np.searchsorted(self._sorted, np.uint64(number)))
-        known = place < len(self._sorted) and int(self._sorted[place]) == number
-        if known or number in self._loose:
-            return False
-        self._loose.add(number)
-        if len(self._loose) > max(_MOST_LOOSE, len(self._sorted) // 4):
-            loose = np.fromiter(self._loose, np.uint64, len(self._loose))
-            self._sorted = np.sort(np.concatenate([self._sorted, loose]))
-            self._loose = set()
-        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +31,7 @@ class Text:
     """Whether sequences begin with BOS; None: where the tokenizer adds one."""
 
     @classmethod
-    def of(cls, config: "HarvestConfig", part: Part | None = None) -> "Text":
+    def of(cls, config: HarvestConfig, part: Part | None = None) -> "Text":
         """The text that a configuration asks for, or that of a part of its harvest."""
         return cls(
             corpus=config.corpus if part is None else part.corpus,
@@ -71,7 +45,7 @@ class Text:
     def packed(
         self,
         split: str,
-        model: Model | RawModel,
+        model: HarvestModel,
         *,
         per_group: int,
         counts: PackingCounts,
@@ -84,45 +58,39 @@ class Text:
 
         Args: before has the numbers of documents of this split that were there before, which count
         where repetitions are left out. place is that of a group read earlier, to go on from; limit
-        and to_end as for `pack`. Place and to_end are for language models.
+        and to_end as for `pack`. AnyPath and to_end are for language models.
 
         Raises InputError as `DocumentStream` and `pack` do.
         """
         if limit == 0:
             return iter(())
-        if isinstance(model, RawModel):
-            found = model.documents(self.corpus, first=self.first_document)
-            return model.sequences(
-                self._chosen(found, split, counts, before),
-                context=self.context,
-                per_group=per_group,
-                counts=counts,
-                limit=limit,
-            )
-        codec = model.codec
-        stream = DocumentStream(
-            self.corpus,
-            render=codec.render_chat,
-            spell=codec.spell,
-            first=self.first_document,
-            state=place["reader"]["stream"] if place else None,
+        reader = place["reader"] if place else None
+        stream = model.documents(
+            self.corpus, first=self.first_document, state=reader["stream"] if reader else None
         )
-        for name, value in place["reader"]["counts"].items() if place else ():
+        for name, value in reader["counts"].items() if reader else ():
             setattr(counts, name, value)
-        goes_on = self.corpus.can_go_on
-        return pack(
+
+        def state() -> Any:
+            if isinstance(stream, DocumentStream) and self.corpus.can_go_on:
+                return {"stream": stream.state, "counts": counts.stored()}
+            return None
+
+        options = PackingOptions(
+            kind=self.packing,
+            prepend_bos=self.prepend_bos,
+            describe=self._describe,
+            state=state,
+            place=place,
+            to_end=to_end,
+        )
+        return model.sequences(
             self._chosen(stream, split, counts, before),
-            model,
             context=self.context,
             per_group=per_group,
             counts=counts,
             limit=limit,
-            packing=self.packing,
-            prepend_bos=self.prepend_bos,
-            describe=self._describe,
-            state=lambda: {"stream": stream.state, "counts": counts.stored()} if goes_on else None,
-            place=place,
-            to_end=to_end,
+            packing=options,
         )
 
     def _chosen(
@@ -147,7 +115,7 @@ class Text:
 
     def planned_sequences(
         self,
-        model: Model | RawModel,
+        model: HarvestModel,
         max_tokens: int | None,
         before: Mapping[str, ArrayLike] | None = None,
     ) -> dict[str, int]:

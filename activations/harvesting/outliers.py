@@ -1,20 +1,17 @@
 """Positions whose norm is far above the others': attention sinks at delimiters, for one."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from activations.corpora.packing import PackingCounts, Sequences
+from activations.corpora.sequences import PackingCounts, Sequences
+from activations.harvesting.config import HarvestConfig
 from activations.harvesting.corpus_reader import Text
 from activations.loading.outliers import OutlierFilter
-from activations.models.base import RawModel
-from activations.models.language import Model
-
-if TYPE_CHECKING:
-    from activations.harvesting.pipeline import HarvestConfig
+from activations.models.base import HarvestModel
 
 Limits = OutlierFilter
 _POSITIONS = 16384
@@ -22,7 +19,7 @@ _POSITIONS = 16384
 
 
 def median_norms(
-    groups: Iterable[Sequences], model: Model, sites: Sequence[str], batch_sequences: int
+    groups: Iterable[Sequences], model: HarvestModel, sites: Sequence[str], batch_sequences: int
 ) -> dict[str, float]:
     """Median norm at each site over the positions of some sequences that may be kept."""
     norms: dict[str, list[Tensor]] = {site: [] for site in sites}
@@ -49,12 +46,11 @@ def norm_limits(manifest: Mapping[str, Any]) -> Limits | None:
 
 
 def outlier_facts(
-    config: "HarvestConfig", model: Model | RawModel, sites: Sequence[str]
+    config: HarvestConfig, model: HarvestModel, sites: Sequence[str]
 ) -> dict[str, Any]:
     """What the manifest says of outliers: median norms over the first training sequences."""
     if config.outliers is None:
         return {}
-    assert isinstance(model, Model), "checked with the configuration"
     wanted = -(-_POSITIONS // config.context)
     found = Text.of(config).packed(
         "train", model, per_group=wanted, counts=PackingCounts(), limit=wanted

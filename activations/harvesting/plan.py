@@ -5,25 +5,25 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from activations.corpora.packing import PackingCounts, Sequences
+from activations.corpora.sequences import PackingCounts, Sequences
+from activations.harvesting.compute import run_window
+from activations.harvesting.config import HarvestConfig, in_planned_batches
 from activations.harvesting.corpus_reader import Text
-from activations.harvesting.outliers import norm_limits
+from activations.harvesting.outliers import norm_limits, outlier_facts
 from activations.harvesting.row_selection import WindowRows
-from activations.harvesting.windows import run_window
-from activations.models.base import RawModel
-from activations.models.forward_memory import in_planned_batches
-from activations.models.language import Model
+from activations.models.base import HarvestModel
+from activations.models.config import stored
+from activations.models.forward_memory import fitting_batch
 from activations.storage.layout import SPLITS, array_names, row_arrays
+from activations.storage.row_formats import StorageKind
+from saescope.config import to_dict
 from saescope.errors import InputError
 from saescope.memory import physical_memory
 from saescope.paths import AnyPath, as_path
 from saescope.progress import Progress, as_size, duration, silent
 from saescope.system import free_bytes
-
-if TYPE_CHECKING:
-    from activations.harvesting.pipeline import HarvestConfig
 
 _WARM, _MEASURED = 1, 3
 _SAMPLE_SEQUENCES = 64
@@ -67,7 +67,7 @@ def check_space(
     facts: Mapping[str, Any],
     planned: Mapping[str, int],
     text: Text,
-    model: Model | RawModel,
+    model: HarvestModel,
     out: AnyPath,
 ) -> None:
     """Raise InputError if sequences of a text cannot fit on the disk of `out`."""
@@ -91,18 +91,18 @@ def refuse_too_much(needed: Needs, free: int | None, out: AnyPath) -> None:
         )
 
 
-def _share(group: Sequences, model: Model | RawModel, facts: Mapping[str, Any]) -> float:
+def _share(group: Sequences, model: HarvestModel, facts: Mapping[str, Any]) -> float:
     """Of the rows that a group of sequences could have, those that it has."""
     rows = WindowRows(model, group, facts["config"].get("rows", "position"))
     return len(rows.places) / (len(group.tokens) * _per_sequence(facts))
 
 
 def describe(
-    config: "HarvestConfig",
+    config: HarvestConfig,
     facts: Mapping[str, Any],
     left: Mapping[str, int],
     text: Text,
-    model: Model | RawModel,
+    model: HarvestModel,
 ) -> tuple[list[str], Needs]:
     """Lines for people on what the rest of a harvest takes; a few batches are measured."""
     sites, config = tuple(facts["sites"]), in_planned_batches(config, facts)
@@ -138,7 +138,7 @@ def _room(free: int | None) -> str:
 
 
 def measured(
-    config: "HarvestConfig", facts: Mapping[str, Any], text: Text, model: Model | RawModel
+    config: HarvestConfig, facts: Mapping[str, Any], text: Text, model: HarvestModel
 ) -> tuple[float, float]:
     """Seconds a token, the median over a few batches, and the share of positions with a row."""
     batches, rows, sequences, times = _WARM + _MEASURED, 0, 0, []
@@ -161,3 +161,61 @@ def measured(
             sequences += len(group.tokens)
     measured = sorted(times[_WARM:] or times)
     return measured[len(measured) // 2], rows / (sequences * _per_sequence(facts))
+
+
+_WINDOW_BYTES = 512 << 20
+"""A window is made smaller than asked for if its rows would take more memory than this; two are in
+memory at a time, one being filled and one being written."""
+
+
+_CHUNK_BYTES = 768 << 20
+
+
+def fitting_chunks(
+    wanted: int, chunk_rows: int, sites: Mapping[str, int], storage: StorageKind
+) -> int:
+    """Chunks of a window: as many as wanted, or as fit in memory. InputError if not one does."""
+    size = {"float32": 4}.get(storage, 2)
+    row_bytes = size * sum(sites.values())
+    if chunk_rows * row_bytes > _CHUNK_BYTES:
+        raise InputError(
+            "a chunk of all these sites does not fit in memory",
+            where="chunk_rows",
+            given=chunk_rows,
+            allowed=f"up to {_CHUNK_BYTES // row_bytes}",
+        )
+    return min(wanted, max(1, _WINDOW_BYTES // (chunk_rows * row_bytes)))
+
+
+def planned_facts(config: HarvestConfig, model: HarvestModel) -> dict[str, Any]:
+    """What the manifest says from the start; everything that can be wrong is found here."""
+    names = model.resolve(config.sites)
+    model.check_rows(names, config.rows, config.context)
+    sites = {site: model.d_in(site) for site in names}
+    window_chunks = fitting_chunks(config.window_chunks, config.chunk_rows, sites, config.storage)
+    per_sequence = model.rows_per_sequence(config.rows, config.context)
+    sequences = window_chunks * config.chunk_rows // per_sequence
+    if sequences == 0:
+        raise InputError(
+            "a window holds less than one sequence",
+            where="chunk_rows",
+            given=config.chunk_rows,
+            allowed=f"at least {-(-per_sequence // window_chunks)}",
+        )
+    batch = config.batch_sequences
+    if config.batch_memory is not None:
+        batch = fitting_batch(config.batch_memory, model, names, config.context, sequences)
+    if sequences > batch:
+        sequences -= sequences % batch
+    return {
+        "config": stored(to_dict(config)),
+        "model": model.facts(),
+        "sites": sites,
+        "batch_sequences": batch,
+        "rows_per_sequence": per_sequence,
+        "chunk_rows": config.chunk_rows,
+        "window_chunks": window_chunks,
+        "sequences_per_window": sequences,
+        "planned_sequences": Text.of(config).planned_sequences(model, config.max_tokens),
+        **outlier_facts(config, model, names),
+    }

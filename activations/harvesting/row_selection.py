@@ -5,19 +5,15 @@ without positions, its vector). A mean stands at the last position that it is ov
 is marked in `keep`, and is the row's `row_token`.
 """
 
-from typing import Literal
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from activations.corpora.packing import Sequences
-from activations.models.base import RawModel
-from activations.models.language import Model
+from activations.corpora.sequences import Sequences
+from activations.harvesting.config import RowKind
+from activations.models.base import HarvestModel
 from saescope.errors import InputError
-
-RowKind = Literal["position", "mean"]
 
 
 class WindowRows:
@@ -29,7 +25,7 @@ class WindowRows:
 
     def __init__(
         self,
-        model: Model | RawModel,
+        model: HarvestModel,
         group: Sequences,
         kind: RowKind,
         keep: NDArray[np.bool_] | None = None,
@@ -112,24 +108,3 @@ def _means(x: Tensor, counted: Tensor, some: Tensor, context: int) -> Tensor:
         return x.mean(1)  # of the places of a picture; or there is but one
     weight = counted[some].float()
     return torch.einsum("bpd,bp->bd", x, weight) / weight.sum(1, keepdim=True)
-
-
-def rows_per_sequence(model: Model | RawModel, rows: RowKind, context: int) -> int:
-    """The most rows that a sequence has; a language model's first position has none."""
-    if rows == "mean":
-        return 1
-    return context - 1 if isinstance(model, Model) else context
-
-
-def check_rows(model: Model | RawModel, sites: list[str], rows: RowKind, context: int) -> None:
-    """Raise InputError if sites cannot give such rows with so many positions a sequence."""
-    if isinstance(model, RawModel):
-        for site in sites:
-            model.check_rows(site, rows, context)
-    elif context < 2 or (model.n_ctx is not None and context > model.n_ctx):
-        raise InputError(
-            f"longer than the context of {model.name}" if context > 1 else "too short",
-            where="context",
-            given=context,
-            allowed="at least 2" if model.n_ctx is None else f"2 to {model.n_ctx}",
-        )

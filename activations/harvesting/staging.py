@@ -25,7 +25,7 @@ from activations.storage.layout import (
 )
 from activations.storage.reader import ActivationStore
 from activations.storage.row_formats import SiteSums
-from activations.storage.writer import StagedRows, WindowData, filled_up
+from activations.storage.window_data import StagedRows, WindowData, filled_up
 from saescope.artefact import atomic_path, read_json, sha256_json, write_json
 from saescope.errors import ArtefactError
 from saescope.leftovers import is_leftover

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from activations.loading.loader import aligned_rows
+from activations.loading.unshuffled import aligned_rows
 from activations.storage.reader import ActivationStore
 from saescope.errors import InputError, check_range
 

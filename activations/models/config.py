@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from activations.models.files import DTYPES
+from activations.models.devices import DTYPES
 from activations.models.packaged import PACKAGED_MODELS
 from saescope.config import Config
 from saescope.errors import InputError, check_range

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from activations.corpora.documents import Document
-from activations.corpora.packing import PackingCounts, Sequences
-from activations.models.base import RawModel, check_places, grouped
+from activations.corpora.sequences import PLAIN, PackingCounts, PackingOptions, Sequences, grouped
 from activations.models.config import DenoisingConfig
 from activations.models.files import folder_of
 from activations.models.foreign_code import loading
+from activations.models.module_model import ModuleModel, check_positions
 from activations.sites.hooks import run_through
 from saescope.artefact import sha256_file, sha256_json
 from saescope.errors import InputError
@@ -70,7 +70,7 @@ def load_diffusion_model(
     return DiffusionModel(pipeline.to(device), denoising, spec=spec, folder=folder, revision=commit)
 
 
-class DiffusionModel(RawModel):
+class DiffusionModel(ModuleModel):
     """A pipeline from text to picture; its sites are modules of what denoises.
 
     A prompt has a sequence for each step that is read, one after the other. The noise that a
@@ -174,8 +174,10 @@ class DiffusionModel(RawModel):
         per_group: int,
         counts: PackingCounts,
         limit: int | None = None,
+        packing: PackingOptions = PLAIN,
     ) -> Iterator[Sequences]:
-        """See `RawModel.sequences`. Raises InputError for a prompt that would be cut off."""
+        """See `HarvestModel.sequences`. Raises InputError for a prompt that would be cut off."""
+        del packing
         entries = self._entries(documents)
         return grouped(entries, context=context, per_group=per_group, counts=counts, limit=limit)
 
@@ -210,9 +212,9 @@ class DiffusionModel(RawModel):
         """Every place counts."""
         return torch.ones_like(tokens, dtype=torch.bool)
 
-    def check_rows(self, site: str, rows: str, context: int) -> None:
+    def _check_site(self, site: str, rows: str, context: int) -> None:
         """Positions are the site's places; a mean has one."""
-        check_places(site, self.positions(site), rows, context)
+        check_positions(site, self.positions(site), rows, context)
 
 
 def _runs(prompts: Sequence[Prompt]) -> Iterable[tuple[str, int]]:

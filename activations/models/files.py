@@ -3,43 +3,11 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
-from activations.models.matmul_precision import seconds_of_product
 from activations.models.packaged import PACKAGED_MODELS, packaged_folder
 from saescope.artefact import sha256_file, sha256_json
 from saescope.errors import InputError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SPREAD = ("auto", "balanced", "sequential")
-"""Ways of accelerate's device_map to spread a model over what the machine has."""
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-
-
-def device_of(device: str) -> torch.device:
-    """The device of this name; of a model that is spread, the first.
-
-    Raises InputError for one that does not exist or that this machine does not have.
-    """
-    if device in SPREAD:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(
-            "no such device",
-            where="model.device",
-            given=device,
-            allowed=f"cpu, cuda, cuda:N, {', '.join(SPREAD)}",
-        ) from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "this machine has no usable CUDA device",
-            where="model.device",
-            given=device,
-            allowed="cpu",
-        )
-    return place
 
 
 def folder_of(
@@ -103,17 +71,3 @@ def hash_of_weights(folder: Path) -> str:
     """sha256 over a folder's weight files, whatever precision they are loaded in."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return sha256_json([[file.name, sha256_file(file)] for file in files])
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> str:
-    """The precision that "auto" stands for on this machine; any other as it is.
-
-    CPUs differ by a factor of ten in how fast their bfloat16 is against their float32, and no flag
-    tells which is faster, so a product of a small model's size is timed in both.
-    """
-    if dtype != "auto":
-        return dtype
-    if device.type != "cpu":
-        return "bfloat16"
-    short, long = (seconds_of_product(kind) for kind in (torch.bfloat16, torch.float32))
-    return "bfloat16" if short < 0.9 * long else "float32"

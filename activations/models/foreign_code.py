@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from activations.models.packaged import quiet_transformers
+from activations.models.hf import quiet_transformers
 from saescope.artefact import sha256_file, sha256_json
 from saescope.errors import InputError, SaescopeError
 

@@ -5,30 +5,14 @@ every machine, and so are the batches and the rounding of their activations.
 """
 
 import weakref
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from activations.models.base import RawModel
-from activations.models.language import Model
-from saescope.errors import InputError, check_range
-
-if TYPE_CHECKING:
-    from activations.harvesting.pipeline import HarvestConfig
-
-BATCH_SEQUENCES = 16
-"""Without a budget."""
-
-
-def in_planned_batches(config: "HarvestConfig", facts: Mapping[str, Any]) -> "HarvestConfig":
-    """The configuration of a harvest, with batches of the size that its manifest says."""
-    batch = facts.get("batch_sequences", config.batch_sequences)
-    return replace(config, batch_sequences=batch, batch_memory=None)
+from activations.models.base import HarvestModel
+from saescope.errors import InputError
 
 
 class _Allocated(TorchDispatchMode):
@@ -70,33 +54,17 @@ class _Allocated(TorchDispatchMode):
             self.now -= size
 
 
-def pass_bytes(model: Model | RawModel, sites: list[str], count: int, context: int) -> int:
+def pass_bytes(model: HarvestModel, sites: list[str], count: int, context: int) -> int:
     """Bytes that one forward pass over so many sequences takes, besides weights and inputs."""
-    if isinstance(model, Model):
-        module: torch.nn.Module = model.hf
-        inputs: Any = torch.arange(context).repeat(count, 1) % model.d_vocab
-    else:
-        module, inputs = model.module, model.example(count, context)
+    module, inputs = model.module, model.example(count, context)
     model.resolve(sites)  # which sites there are is found in a pass of its own
     with _Allocated([*module.parameters(), *module.buffers()]) as allocated:
         model.capture(inputs, sites)
     return allocated.peak
 
 
-def check_batch_memory(gib: float, batch_sequences: int) -> None:
-    """Raise InputError unless a budget can be used, and is the only thing said of the batch."""
-    check_range("batch_memory", gib, above=0)
-    if batch_sequences != BATCH_SEQUENCES:
-        raise InputError(
-            "the size of a batch is given twice",
-            where="batch_memory",
-            given=gib,
-            allowed="batch_memory or batch_sequences",
-        )
-
-
 def fitting_batch(
-    gib: float, model: Model | RawModel, sites: list[str], context: int, most: int
+    gib: float, model: HarvestModel, sites: list[str], context: int, most: int
 ) -> int:
     """The most sequences, up to `most`, whose forward pass takes no more than so many GiB.
 

@@ -1,12 +1,10 @@
 """Language models: load one by name or folder, read and replace activations, generate text."""
 
-import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,22 +12,18 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from activations.models.config import DenoisingConfig, ModelConfig
-from activations.models.files import (
-    DTYPES,
-    SPREAD,
-    device_of,
-    folder_of,
-    hash_of_weights,
-    resolve_dtype,
-)
-from activations.models.foreign_code import hash_of_code, loading
-from activations.models.matmul_precision import Products, faster_products, multiplied_in
+from activations.corpora.documents import CorpusConfig, Document, DocumentStream
+from activations.corpora.packing import pack
+from activations.corpora.sequences import PLAIN, PackingCounts, PackingOptions, Sequences
+from activations.models.base import HarvestModel
+from activations.models.generation import chooser, continuation
+from activations.models.hf import bridge_around, padding_arguments
+from activations.models.matmul_precision import multiplied_in
 from activations.models.no_tokenizer import NoText
-from activations.models.packaged import PACKAGED_MODELS
-from activations.models.tokenizer import TextCodec, tokenizer_of
+from activations.models.tokenizer import TextCodec
+from activations.models.unembedding import final_norm_centres, unembedding_and_scale
 from activations.sites import names as vocabulary
-from activations.sites.hf_facts import d_vocab, final_norm, longest_text, unembedding_matrix
+from activations.sites.hf_facts import d_vocab, longest_text
 from activations.sites.hooks import (
     EditFunction,
     PlacedEdit,
@@ -43,97 +37,8 @@ from activations.sites.modules import SiteMap
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index, as_indices
 
-if TYPE_CHECKING:
-    from activations.corpora.packing import Sequences
-    from activations.models.base import RawModel
 
-_PLAIN = DenoisingConfig()
-
-
-@overload
-def load_model(
-    spec: str,
-    *,
-    dtype: str = ...,
-    device: str = ...,
-    revision: str | None = ...,
-    trust_remote_code: bool = ...,
-) -> "Model": ...
-@overload
-def load_model(
-    spec: str,
-    *,
-    dtype: str = ...,
-    device: str = ...,
-    revision: str | None = ...,
-    trust_remote_code: bool = ...,
-    kind: str,
-    diffusion: DenoisingConfig = ...,
-) -> "Model | RawModel": ...
-def load_model(
-    spec: str,
-    *,
-    dtype: str = "auto",
-    device: str = "cpu",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    kind: str = "language",
-    diffusion: DenoisingConfig = _PLAIN,
-) -> "Model | RawModel":
-    """Load a causal language model and its tokenizer, or a model of another kind.
-
-    `spec` is a packaged model ("smollm2-135m", needs no hub), a local Hugging Face folder, or a hub
-    name such as "gpt2" or "google/gemma-2-2b". dtype "auto" is the faster of float32 and bfloat16
-    by a short measurement on the CPU, bfloat16 on CUDA. device "auto", "balanced" or "sequential"
-    spreads a language model over the devices there are, as accelerate's device_map does.
-    Code that comes with a model is run with trust_remote_code alone.
-
-    Raises InputError if there is no such model, device or precision, or if it needs code of its own
-    and that is not trusted.
-
-    >>> model = load_model("smollm2-135m")  # doctest: +SKIP
-    >>> model.generate("The capital of France is", max_new_tokens=2)  # doctest: +SKIP
-    'The capital of France is Paris.'
-    """
-    ModelConfig(
-        spec=spec, kind=kind, dtype=dtype, device=device, revision=revision, diffusion=diffusion
-    )
-    if PACKAGED_MODELS.get(spec, kind) != kind:
-        raise InputError(
-            f"{spec} is a model of another kind",
-            where="model.kind",
-            given=kind,
-            allowed=PACKAGED_MODELS[spec],
-        )
-    place = device_of(device)
-    precision = resolve_dtype(dtype, place)
-    if kind != "language":
-        from activations.models.base import load_raw_model
-
-        raw = load_raw_model(
-            kind, spec, revision, DTYPES[precision], device, diffusion, trusted=trust_remote_code
-        )
-        raw.products = faster_products(raw.dtype, raw.device)
-        return raw
-    folder, commit = folder_of(spec, revision, with_code=trust_remote_code)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spread = {"device_map": device} if device in SPREAD else {}
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    with loading(spec, folder, "causal language model", trusted=trust_remote_code):
-        hf: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[precision], weights_only=True, **spread, **local
-        )
-        tokenizer = tokenizer_of(folder, lambda: AutoTokenizer.from_pretrained(folder, **local))
-    hf.requires_grad_(requires_grad=False)
-    hf = hf.eval() if spread else hf.to(place).eval()
-    model = Model(hf, tokenizer, spec=spec, folder=folder, revision=commit)
-    model.code_hash = hash_of_code(folder) if trust_remote_code else None
-    model.products = faster_products(model.dtype, model.device)
-    return model
-
-
-class Model:
+class Model(HarvestModel):
     """A causal language model with its tokenizer, and the sites of its activations.
 
     >>> model = load_model("smollm2-135m")  # doctest: +SKIP
@@ -143,30 +48,26 @@ class Model:
     torch.Size([1, 4, 576])
     """
 
+    kind = "language"
+
     def __init__(
         self, hf: Any, tokenizer: Any, *, spec: str, folder: Path, revision: str | None = None
     ) -> None:
+        super().__init__(hf, spec=spec, folder=folder, revision=revision)
         self.hf = hf
         self.tokenizer = tokenizer
-        self.spec = spec
-        self.name = Path(spec).name if Path(spec).is_dir() else spec
-        self.revision = revision
-        self.folder = folder
-        # parameters that wait on the disk or in main memory for their turn are "meta"
-        here = [each for each in hf.parameters() if each.device.type != "meta"]
-        self.dtype: torch.dtype = here[0].dtype
-        self.device: torch.device = here[0].device
-        self.products: Products = "own"
-        self.code_hash: str | None = None
         self._text = (
             NoText(hf.config.get_text_config(), d_vocab(hf))
             if tokenizer is None
             else TextCodec(tokenizer)
         )
-        self._sites = SiteMap(hf, spec)
+        self._sites = self.site_map = SiteMap(hf, spec)
+        """which sites it has, and how each is read"""
         self._widths: dict[str, int] = {}
         config = hf.config.get_text_config()
-        self.n_layers = self._sites.n_layers
+        self.n_layers = self.site_map.n_layers
+        self.adapter: Any = self.site_map.adapter
+        """TransformerLens' adapter of this architecture: which module is which component"""
         self.d_model = int(config.hidden_size)
         self.d_vocab = d_vocab(hf)
         self.n_ctx = longest_text(hf)
@@ -178,47 +79,40 @@ class Model:
         ends = hf.generation_config.eos_token_id
         self._ends = {self.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
-    @property
-    def dtype_name(self) -> str:
-        """The precision, named as in configuration."""
-        return str(self.dtype).removeprefix("torch.")
-
-    @cached_property
-    def weights_hash(self) -> str:
-        """sha256 over the model's weight files, whatever precision they were loaded in."""
-        return hash_of_weights(self.folder)
+    def facts(self) -> dict[str, Any]:
+        """What a harvest's manifest says of the model."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "spec": self.spec,
+            "revision": self.revision,
+            "weights_hash": self.weights_hash,
+            "tokenizer_hash": self.tokenizer_hash,
+            "dtype": self.dtype_name,
+            "products": self.products,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "special_token_ids": sorted(self.special_token_ids),
+            **({"code_hash": self.code_hash} if self.code_hash else {}),
+            "n_ctx": self.n_ctx,
+            "n_layers": self.n_layers,
+            "d_model": self.d_model,
+            "d_vocab": self.d_vocab,
+        }
 
     @cached_property
     def bridge(self) -> Any:
         """TransformerLens' TransformerBridge around the same weights, made on first use.
 
-        It costs about a second and no second copy of the weights. It runs eager attention and is
-        slower than `capture` (0.77 of its speed where measured): for what only it can do.
+        It costs a second, no second copy of the weights, and is slower than `capture` (0.77 of its
+        speed where measured), as its attention is eager: for what only it can do.
         """
-        from transformer_lens.model_bridge.sources import build_bridge_from_module
-
-        tensors = [*self.hf.parameters(), *self.hf.buffers()]
-        # the bridge replaces submodules in place: give it modules of its own, weights shared
-        modules = copy.deepcopy(self.hf, {id(tensor): tensor for tensor in tensors})
-        return build_bridge_from_module(
-            modules,
-            type(self.hf).__name__,
-            hf_config=modules.config,
-            tokenizer=copy.deepcopy(self.tokenizer),
-            model_name=self.spec,
-        )
+        return bridge_around(self.hf, self.tokenizer, self.spec)
 
     def sites(self, pattern: str = "*") -> list[str]:
         """Names of the sites that match a pattern (see activations.sites), in the model's order."""
         wanted = vocabulary.full_name(pattern)
         return [site for site in self._sites.names if vocabulary.matches(site, wanted)]
-
-    def resolve(self, site: str | Sequence[str]) -> list[str]:
-        """The sites that names or patterns stand for, each once.
-
-        Raises InputError for a site this model does not have, naming the nearest that it has.
-        """
-        return self._sites.resolve([site] if isinstance(site, str) else site)
 
     def d_in(self, site: str) -> int:
         """Width of a site, found by running a token or two.
@@ -248,27 +142,8 @@ class Model:
         return shapes[site][2]
 
     def _run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> object:
-        padding = self._padding(self.hf.base_model, tokens, attention_mask)
+        padding = padding_arguments(self.hf.base_model, tokens, attention_mask, self.spec)
         return self.hf.base_model(input_ids=tokens, use_cache=False, **padding)
-
-    def _padding(
-        self, module: Any, tokens: Tensor, attention_mask: Tensor | None
-    ) -> dict[str, Tensor]:
-        """How a module of transformers is told what is padding, and where each text begins."""
-        if attention_mask is None:
-            return {}
-        real = real_tokens(tokens, attention_mask)
-        if bool(real.all()):
-            return {}
-        takes = inspect.signature(module.forward).parameters
-        if "attention_mask" not in takes:
-            raise InputError(
-                "this model takes no attention mask; run one text at a time", where=self.spec
-            )
-        found = {"attention_mask": real.long()}
-        if "position_ids" in takes:
-            found["position_ids"] = positions_of(real).clamp(min=0)
-        return found
 
     def capture(
         self,
@@ -294,7 +169,68 @@ class Model:
                 targets, lambda: self._run(tokens, attention_mask), tokens.shape
             )
 
-    def inputs(self, group: "Sequences", chosen: NDArray[np.int64]) -> Int[Tensor, "batch pos"]:
+    def documents(
+        self, corpus: CorpusConfig, *, first: int = 0, state: Any = None
+    ) -> DocumentStream:
+        """The documents of a corpus: chats rendered, and tokens spelled, as the tokenizer does."""
+        render, spell = self._text.render_chat, self._text.spell
+        return DocumentStream(corpus, render=render, spell=spell, first=first, state=state)
+
+    def sequences(
+        self,
+        documents: Iterable[Document],
+        *,
+        context: int,
+        per_group: int,
+        counts: PackingCounts,
+        limit: int | None = None,
+        packing: PackingOptions = PLAIN,
+    ) -> Iterator[Sequences]:
+        """Packed sequences (`activations.corpora.packing`); BOS first where the tokenizer adds one.
+
+        Raises InputError for a BOS or an EOS that is asked for and that the tokenizer has not.
+        """
+        return pack(
+            documents,
+            self.tokenize_batch,
+            bos=self._first_token(packing.prepend_bos),
+            eos=self.eos_token_id,
+            context=context,
+            per_group=per_group,
+            counts=counts,
+            limit=limit,
+            packing=packing,
+        )
+
+    def _first_token(self, wanted: bool | None) -> int | None:
+        """The token that each sequence starts with, if any."""
+        if wanted is None or (wanted and self.bos_token_id is not None):
+            return self.bos_token_id
+        found = self.tokenizer.bos_token_id if wanted else None
+        if wanted and found is None:
+            raise InputError("this model's tokenizer has no BOS", where="prepend_bos", given=wanted)
+        return found
+
+    def example(self, count: int, positions: int | None = None) -> Int[Tensor, "batch pos"]:
+        """Tokens of no meaning."""
+        return torch.arange(positions or 2).repeat(count, 1) % self.d_vocab
+
+    def check_rows(self, sites: Sequence[str], rows: str, context: int) -> None:
+        """Raise InputError unless a sequence can have so many positions; all sites have these."""
+        del sites, rows
+        if context < 2 or (self.n_ctx is not None and context > self.n_ctx):
+            raise InputError(
+                f"longer than the context of {self.name}" if context > 1 else "too short",
+                where="context",
+                given=context,
+                allowed="at least 2" if self.n_ctx is None else f"2 to {self.n_ctx}",
+            )
+
+    def rows_per_sequence(self, rows: str, context: int) -> int:
+        """The most rows that a sequence has: its first position has none."""
+        return 1 if rows == "mean" else context - 1
+
+    def inputs(self, group: Sequences, chosen: NDArray[np.int64]) -> Int[Tensor, "batch pos"]:
         """The tokens of some sequences, without the padding that all of them have at the end."""
         longest = int((group.document[chosen] >= 0).sum(1).max())
         return torch.from_numpy(group.tokens[chosen][:, :longest])
@@ -313,7 +249,7 @@ class Model:
         Raises InputError for too many positions, or a wrong mask.
         """
         tokens = self._checked(tokens)
-        padding = self._padding(self.hf, tokens, attention_mask)
+        padding = padding_arguments(self.hf, tokens, attention_mask, self.spec)
         with torch.set_grad_enabled(gradient):
             return self.hf(input_ids=tokens, use_cache=False, **padding).logits
 
@@ -401,31 +337,12 @@ class Model:
 
         Raises InputError for a model whose logits are not these two alone.
         """
-        from activations.models.unembedding import Head
-
-        Head(self)  # compares them with the model's own logits
-        w_u = unembedding_matrix(self.hf)
-        adapter = self._sites.adapter
-        norm = final_norm(self.hf, adapter)
-        weight: Any = getattr(norm, "weight", None)
-        if weight is None:
-            return w_u, None
-        offset = 1.0 if getattr(adapter.cfg, "rmsnorm_uses_offset", False) else 0.0
-        return w_u, weight.detach().float() + offset
+        return unembedding_and_scale(self)
 
     @property
     def final_norm_centres(self) -> bool:
-        """Whether the final norm takes a vector's mean off it: a LayerNorm does, an RMSNorm not.
-
-        Asked of the norm itself, by moving a vector along the direction that centring takes off.
-        """
-        name = self._sites.adapter.get_component_mapping()["ln_final"].name
-        norm = self.hf.get_submodule(name)
-        x = torch.linspace(-1, 2, self.d_model).square()
-        like = next(norm.parameters(), self.hf.get_output_embeddings().weight)
-        with torch.inference_mode():
-            still, moved = norm(torch.stack([x, x + 1]).to(like)).float()
-        return bool((moved - still).norm() < 0.05 * still.norm())
+        """Whether the final norm takes a vector's mean off it: a LayerNorm does, an RMSNorm not."""
+        return final_norm_centres(self)
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
         """Continue a prompt; the text of prompt and continuation (options: see `generate_ids`).
@@ -466,30 +383,13 @@ class Model:
                 given=len(ids) + max_new_tokens,
                 allowed=f"up to {self.n_ctx}",
             )
-        choose = _chooser(temperature, as_index(seed, where="seed"))
-        past, new = None, ids
-        for _ in range(max_new_tokens):
-            # a model without a KV cache, or one of another kind, reads all of it again
-            inputs = torch.tensor([ids if past is None else new], device=self.device)
-            cached = {} if past is None else {"past_key_values": past}
-            with torch.no_grad():
-                out = self.hf(input_ids=inputs, use_cache=use_cache, **cached)
-            past = getattr(out, "past_key_values", None) if use_cache else None
-            new = [choose(out.logits[0, -1])]
-            if stop_at_eos and new[0] in self._ends:
-                break
-            ids += new
-        return ids
-
-
-def _chooser(temperature: float, seed: int) -> Callable[[Tensor], int]:
-    """The rule that picks the next token from the logits."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def choose(logits: Tensor) -> int:
-        if temperature == 0:
-            return int(logits.argmax())
-        chances = (logits.float().cpu() / temperature).softmax(-1)
-        return int(torch.multinomial(chances, 1, generator=generator))
-
-    return choose
+        return continuation(
+            self.hf,
+            ids,
+            new_tokens=max_new_tokens,
+            choose=chooser(temperature, as_index(seed, where="seed")),
+            ends=self._ends,
+            device=self.device,
+            use_cache=use_cache,
+            stop_at_eos=stop_at_eos,
+        )

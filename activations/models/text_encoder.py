@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from activations.corpora.documents import Document
-from activations.corpora.packing import Described, PackingCounts, Sequences
-from activations.models.base import RawModel
+from activations.corpora.sequences import PLAIN, Described, PackingCounts, PackingOptions, Sequences
 from activations.models.files import folder_of
 from activations.models.foreign_code import loading
+from activations.models.module_model import ModuleModel
 from activations.models.tokenizer import TextCodec
 from activations.sites.hf_facts import longest_text
 from saescope.errors import InputError
@@ -44,7 +44,7 @@ def load_text_encoder(
     return TextEncoder(module.to(device), tokenizer, spec=spec, folder=folder, revision=commit)
 
 
-class TextEncoder(RawModel):
+class TextEncoder(ModuleModel):
     """An encoder with its tokenizer.
 
     A document is a sequence, or several where it is longer than the context: each has the special
@@ -98,8 +98,10 @@ class TextEncoder(RawModel):
         per_group: int,
         counts: PackingCounts,
         limit: int | None = None,
+        packing: PackingOptions = PLAIN,
     ) -> Iterator[Sequences]:
-        """See `RawModel.sequences`; `document` is -1 at padding."""
+        """See `HarvestModel.sequences`; `document` is -1 at padding."""
+        del packing
         left = sys.maxsize if limit is None else limit
         rows: list[list[int]] = []
         ids: list[int] = []
@@ -161,7 +163,7 @@ class TextEncoder(RawModel):
         special = torch.tensor(sorted(self._text.special_token_ids), device=tokens.device)
         return ~torch.isin(tokens, special.to(tokens.dtype))
 
-    def check_rows(self, site: str, rows: str, context: int) -> None:
+    def _check_site(self, site: str, rows: str, context: int) -> None:
         """A row a token needs a site with a place a token."""
         least = len(self._before) + len(self._after) + 1
         if not least <= context <= self.n_ctx:

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from activations.corpora.documents import CorpusConfig, Document
-from activations.corpora.packing import PackingCounts, Sequences
 from activations.corpora.pictures import pictures, read_picture
-from activations.models.base import RawModel, check_places, grouped
+from activations.corpora.sequences import PLAIN, PackingCounts, PackingOptions, Sequences, grouped
 from activations.models.files import folder_of
 from activations.models.foreign_code import loading
+from activations.models.module_model import ModuleModel, check_positions
 from activations.models.packaged import PACKAGED_MODELS, WEIGHTS, packaged_folder
 from saescope.artefact import sha256_json
 from saescope.errors import InputError
@@ -98,7 +98,7 @@ def _efficientnet_lite0(folder: Path) -> tuple[nn.Module, Prepare, dict[str, Any
     return module, prepare, facts
 
 
-class VisionModel(RawModel):
+class VisionModel(ModuleModel):
     """A vision encoder with the preparation of its pictures.
 
     A picture is a sequence; all its positions are kept. `tokens` hold 31 bits of the picture's
@@ -127,8 +127,11 @@ class VisionModel(RawModel):
     def n_ctx(self) -> None:
         """No limit but the feature map."""
 
-    def documents(self, corpus: CorpusConfig, *, first: int = 0) -> Iterator[Document]:
-        """The pictures of a corpus, numbered from `first`."""
+    def documents(
+        self, corpus: CorpusConfig, *, first: int = 0, state: Any = None
+    ) -> Iterator[Document]:
+        """The pictures of a corpus, numbered from `first`; they have no state to go on from."""
+        del state
         return pictures(corpus, first=first)
 
     def example(
@@ -151,8 +154,10 @@ class VisionModel(RawModel):
         per_group: int,
         counts: PackingCounts,
         limit: int | None = None,
+        packing: PackingOptions = PLAIN,
     ) -> Iterator[Sequences]:
-        """See `RawModel.sequences`; the inputs are files with their sha256."""
+        """See `HarvestModel.sequences`; the inputs are files with their sha256."""
+        del packing
         entries = ((each, each.text, (each.key, each.text)) for each in documents)
         return grouped(entries, context=context, per_group=per_group, counts=counts, limit=limit)
 
@@ -167,6 +172,6 @@ class VisionModel(RawModel):
         """Every place counts."""
         return torch.ones_like(tokens, dtype=torch.bool)
 
-    def check_rows(self, site: str, rows: str, context: int) -> None:
+    def _check_site(self, site: str, rows: str, context: int) -> None:
         """Positions are the site's places; a mean has one."""
-        check_places(site, self.positions(site), rows, context)
+        check_positions(site, self.positions(site), rows, context)

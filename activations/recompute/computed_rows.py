@@ -11,11 +11,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from activations.models.base import RawModel
-from activations.models.language import Model
-from activations.recompute.window import config_of, dealt, group_of, model_of, recompute
+from activations.models.base import HarvestModel
+from activations.recompute.window import config_of, group_of, model_of, recompute
 from activations.storage.reader import ActivationStore
-from activations.storage.writer import WindowData
+from activations.storage.window_data import WindowData, dealt
 from saescope.errors import InputError
 from saescope.progress import Progress, silent
 
@@ -36,7 +35,7 @@ class ComputedRows:
         self._kept: dict[str, tuple[int, WindowData]] = {}
 
     @cached_property
-    def _model(self) -> Model | RawModel:
+    def _model(self) -> HarvestModel:
         return model_of(self._store)
 
     @cached_property

@@ -19,16 +19,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from activations.corpora.packing import PackingCounts, Sequences
+from activations.corpora.sequences import PackingCounts, Sequences
+from activations.harvesting.config import HarvestConfig
 from activations.harvesting.corpus_reader import Text
 from activations.harvesting.outliers import norm_limits
-from activations.harvesting.pipeline import HarvestConfig
 from activations.harvesting.row_selection import WindowRows
 from activations.harvesting.segments import Part, numbers_before, parts
-from activations.models.base import RawModel
-from activations.models.language import Model
-from activations.recompute.window import config_of, dealt, group_of, model_of, recompute
+from activations.models.base import HarvestModel
+from activations.recompute.window import config_of, group_of, model_of, recompute
 from activations.storage.chunk_files import chunk_path, crc32c, write_chunk
+from activations.storage.documents import write_documents
+from activations.storage.files import checksums, descriptions
 from activations.storage.layout import (
     GROUP,
     METADATA,
@@ -39,8 +40,9 @@ from activations.storage.layout import (
 )
 from activations.storage.ledger import LEDGER, Window, correction_line, window_line
 from activations.storage.reader import ActivationStore
-from activations.storage.verify import Fault, Report, descriptions
-from activations.storage.writer import HarvestWriter, WindowData, filled_up, write_documents
+from activations.storage.verify import Fault, Report
+from activations.storage.window_data import WindowData, dealt, filled_up
+from activations.storage.writer import HarvestWriter
 from saescope.artefact import DamagedError, library_versions, read_json, write_json
 from saescope.errors import ArtefactError, SaescopeError
 from saescope.paths import AnyPath, cut
@@ -109,7 +111,7 @@ class Repair:
         return config_of(self.store)
 
     @cached_property
-    def model(self) -> Model | RawModel:
+    def model(self) -> HarvestModel:
         """The model of the harvest, by its hash."""
         return model_of(self.store, self.device, trust_remote_code=self.trusted)
 
@@ -340,7 +342,7 @@ def rebuild_ledger(folder: AnyPath, manifest: Mapping[str, Any]) -> bytes:
     content = b""
     for number, window in enumerate(store.windows):
         if len(content) < committed["bytes"]:
-            content += window_line(window, store.checksums(number))
+            content += window_line(window, checksums(store, number))
     if hashlib.sha256(content).hexdigest() != committed["sha256"]:
         raise ArtefactError("cannot be rebuilt: what it would say is not what it said", where=where)
     return content

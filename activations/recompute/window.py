@@ -2,24 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from activations.corpora.packing import Sequences
+from activations.corpora.sequences import Sequences
+from activations.harvesting.compute import run_window
+from activations.harvesting.config import HarvestConfig, in_planned_batches
 from activations.harvesting.outliers import norm_limits
-from activations.harvesting.pipeline import HarvestConfig
-from activations.harvesting.pipeline import model_of as harvested_model
-from activations.harvesting.windows import run_window
-from activations.models.base import RawModel
+from activations.harvesting.resume import model_of as harvested_model
+from activations.models.base import HarvestModel
 from activations.models.config import stored
-from activations.models.forward_memory import in_planned_batches
-from activations.models.language import Model
-from activations.storage.layout import ROW_TOKEN, SPLITS
-from activations.storage.ledger import Window
+from activations.storage.layout import SPLITS
 from activations.storage.reader import ActivationStore
-from activations.storage.writer import WindowData, filled_up
+from activations.storage.window_data import WindowData
 from saescope.artefact import MANIFEST
 from saescope.config import from_dict
 from saescope.progress import Progress
@@ -37,7 +30,7 @@ def config_of(store: ActivationStore) -> HarvestConfig:
 
 def model_of(
     store: ActivationStore, device: str | None = None, *, trust_remote_code: bool = False
-) -> Model | RawModel:
+) -> HarvestModel:
     """The model of a harvest, in its precision; by default where the harvest ran.
 
     Raises InputError if it has other weights, or another tokenizer, by now.
@@ -64,7 +57,7 @@ def recompute(
     store: ActivationStore,
     number: int,
     group: Sequences,
-    model: Model | RawModel,
+    model: HarvestModel,
     sites: Sequence[str],
     config: HarvestConfig,
     progress: Progress,
@@ -96,13 +89,3 @@ def recompute(
         limits=limits,
         keep=keep,
     )
-
-
-def dealt(
-    data: WindowData, window: Window, array: str, chunk: int, chunk_rows: int
-) -> NDArray[Any]:
-    """What a chunk of an array [row, ...] has of a window, filled up where its rows end."""
-    values = data.row_token if array == ROW_TOKEN else data.rows[array]
-    start = (chunk - window.first_chunk) * chunk_rows
-    order = data.order[start : start + chunk_rows]
-    return filled_up(array, np.take(values, order, axis=0, mode="clip"), chunk_rows)

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from activations.storage.row_formats import FILLS, SCALE, RowArray, StorageKind, site_arrays
 from saescope.artefact import read_json, write_json
+from saescope.errors import InputError
 from saescope.paths import AnyPath
 
 GROUP, DOCUMENTS, METADATA = "activations.zarr", "documents.parquet", "zarr.json"
@@ -134,3 +135,10 @@ def expected_arrays(facts: Mapping[str, Any]) -> dict[str, Any]:
 def array_names(facts: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of all arrays of a store."""
     return (*SEQUENCE_ARRAYS, *row_arrays(facts))
+
+
+def checked_split(split: str) -> str:
+    """The name of a split, as it is. Raises InputError for another."""
+    if split not in SPLITS:
+        raise InputError("no such split", where="split", given=split, allowed=SPLITS)
+    return split

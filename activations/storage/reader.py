@@ -22,18 +22,16 @@ may be part empty) and is shuffled before it is cut into them, so a chunk is a f
 docs/reference/harvests.md says what is checked when.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
-from pyarrow import parquet
 from torch import Tensor
 
 from activations.storage.chunk_files import (
@@ -44,6 +42,7 @@ from activations.storage.chunk_files import (
     read_chunk,
     read_part,
 )
+from activations.storage.documents import read_documents
 from activations.storage.layout import (
     DOCUMENTS,
     GROUP,
@@ -51,36 +50,23 @@ from activations.storage.layout import (
     ROW_TOKEN,
     SEQUENCE_ARRAYS,
     SPLITS,
+    checked_split,
     document_schema,
     documents_part,
     row_arrays,
     storage_of,
 )
-from activations.storage.ledger import LEDGER_SINCE, Checksums, Chunk, Ledger, Piece
+from activations.storage.ledger import LEDGER_SINCE, Chunk, Ledger, Piece
 from activations.storage.mmap_rows import MappedRows, mappable
 from activations.storage.row_formats import RowArray, StorageKind, floats, site_arrays
+from activations.storage.row_source import RowSource, SiteStatistics
 from activations.storage.sequence_array import SequenceArray
-from activations.storage.verify import examine
-from saescope.artefact import DamagedError, read_manifest, sha256_json
+from saescope.artefact import read_manifest, sha256_json
 from saescope.errors import ArtefactError, InputError
 from saescope.integers import as_index
-from saescope.paths import AnyPath, as_path, exists, read_bytes
-
-if TYPE_CHECKING:
-    from activations.recompute.computed_rows import ComputedRows
+from saescope.paths import AnyPath, as_path, exists, is_remote
 
 KIND, SCHEMA = "harvest", 2
-
-
-@dataclass(frozen=True)
-class SiteStatistics:
-    """Moments of one site over the kept positions of the train split."""
-
-    count: int
-    mean: NDArray[np.float64]
-    """[d_in]"""
-    mean_square: float
-    """E ||x||^2"""
 
 
 class ActivationStore:
@@ -92,6 +78,14 @@ class ActivationStore:
     >>> x.shape, x.dtype  # doctest: +SKIP
     (torch.Size([16384, 576]), torch.bfloat16)
     """
+
+    # a store knows neither models nor harvesting: the package hands it what it needs of them
+    rows_by_model: "ClassVar[Callable[[ActivationStore], RowSource] | None]" = None
+    """Makes the rows of a harvest that stores none."""
+    store_arrays: "ClassVar[Callable[..., ActivationStore] | None]" = None
+    """Makes a store of arrays."""
+    verified_by: "ClassVar[Callable[[ActivationStore], int] | None]" = None
+    """Reads and checks every file."""
 
     def __init__(self, path: AnyPath, manifest: dict[str, Any]) -> None:
         self.path, self._group = path, path / GROUP
@@ -151,9 +145,8 @@ class ActivationStore:
         >>> store.n_rows("train"), store.n_rows("held_out"), store.d_in("mlp")
         (950, 50, 8)
         """
-        from activations.harvesting.bring import bring
-
-        return bring(path, arrays, **options)
+        assert cls.store_arrays is not None, "set by the package"
+        return cls.store_arrays(path, arrays, **options)
 
     @property
     def complete(self) -> bool:
@@ -192,7 +185,7 @@ class ActivationStore:
 
     def n_rows(self, split: str | None = None) -> int:
         """Stored rows (kept positions) of a split, or of both."""
-        chosen = SPLITS if split is None else (_split(split),)
+        chosen = SPLITS if split is None else (checked_split(split),)
         return sum(window.rows for window in self.windows if window.split in chosen)
 
     def d_in(self, site: str) -> int:
@@ -227,19 +220,28 @@ class ActivationStore:
         return SiteStatistics(count, mean, float(sums["sum_square"]) / count)
 
     @cached_property
-    def tokens(self) -> "SequenceArray":
+    def tokens(self) -> SequenceArray:
         """Token ids, int32 [sequence, position]; read from disk when sliced."""
-        return SequenceArray(self, "tokens")
+        return self._sequence_array("tokens")
 
     @cached_property
-    def document(self) -> "SequenceArray":
+    def document(self) -> SequenceArray:
         """Document of each token, int32 [sequence, position]; read from disk when sliced."""
-        return SequenceArray(self, "document")
+        return self._sequence_array("document")
 
     @cached_property
-    def keep(self) -> "SequenceArray":
+    def keep(self) -> SequenceArray:
         """Which positions have a row, bool [sequence, position]; read from disk when sliced."""
-        return SequenceArray(self, "keep")
+        return self._sequence_array("keep")
+
+    def _sequence_array(self, name: str) -> SequenceArray:
+        return SequenceArray(
+            lambda window: self.read_sequences(name, window),
+            [window.first_sequence for window in self.windows],
+            (self.n_sequences, self.context),
+            SEQUENCE_ARRAYS[name],
+            keep=is_remote(self.path),
+        )
 
     @cached_property
     def split(self) -> NDArray[np.int8]:
@@ -256,25 +258,13 @@ class ActivationStore:
     def read_documents(self, window: int) -> pa.Table:
         """Documents that first appear in a window. Raises DamagedError."""
         path = self.path / DOCUMENTS / documents_part(window)
-        expected = self.ledger.documents_crc(window)
-        try:
-            content = read_bytes(path)
-            if expected is None or crc32c(content) == expected:
-                schema = document_schema(self.manifest)
-                return parquet.read_table(pa.BufferReader(content), schema=schema)
-        except FileNotFoundError as error:
-            raise DamagedError(
-                "the list of documents is missing", where=str(path), kind="missing"
-            ) from error
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DamagedError(f"the list of documents is damaged: {error}", where=str(path)) from (
-                error
-            )
-        raise DamagedError("the list of documents is not the one committed", where=str(path))
+        return read_documents(
+            path, document_schema(self.manifest), self.ledger.documents_crc(window)
+        )
 
     def chunks(self, split: str) -> list[Chunk]:
         """Committed chunks of a split, in the order written."""
-        chosen = [window for window in self.windows if window.split == _split(split)]
+        chosen = [window for window in self.windows if window.split == checked_split(split)]
         return [chunk for window in chosen for chunk in window.chunks(self._chunk_rows)]
 
     @cached_property
@@ -315,10 +305,9 @@ class ActivationStore:
         return row_arrays(self.manifest)
 
     @cached_property
-    def _computed(self) -> "ComputedRows":
-        from activations.recompute.computed_rows import ComputedRows
-
-        return ComputedRows(self)
+    def _computed(self) -> RowSource:
+        assert ActivationStore.rows_by_model is not None, "set by the package"
+        return ActivationStore.rows_by_model(self)
 
     def read_rows(self, array: str, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """A committed chunk of row_token, int64 [row], or of an array of a site (`arrays_of`).
@@ -397,36 +386,11 @@ class ActivationStore:
         """File of a chunk of an array [sequence, ...]."""
         return chunk_path(self.path / GROUP, array, chunk, 1 if array == "split" else 2)
 
-    def checksums(self, window: int) -> Checksums:
-        """Of what a window's files hold now. Raises DamagedError."""
-        self.read_documents(window)
-        documents = read_bytes(self.path / DOCUMENTS / documents_part(window))
-        found, per_chunk = self.windows[window], int(self.manifest["sequences_per_window"])
-        chunks = [chunk.index for chunk in found.chunks(self._chunk_rows)]
-        rows = {
-            array: [crc32c(self.read_rows(array, chunk)) for chunk in chunks]
-            for array in row_arrays(self.manifest)
-        }
-        sequences = {
-            array: [crc32c(self.read_piece(array, window, p)) for p in found.pieces(per_chunk)]
-            for array in SEQUENCE_ARRAYS
-        }
-        return Checksums(rows, sequences, crc32c(documents))
-
     def verify(self) -> int:
         """Read and check every file of the store; how many there were.
 
         Raises ArtefactError that names each one that is missing, damaged, swapped or foreign.
         `activations.storage.verify.examine` gives the same as a list, `saescope doctor` prints it.
         """
-        report = examine(self)
-        if report.faults:
-            lines = "; ".join(f"{fault.path}: {fault.what}" for fault in report.faults)
-            raise ArtefactError(lines, where=str(self.path))
-        return report.checked
-
-
-def _split(split: str) -> str:
-    if split not in SPLITS:
-        raise InputError("no such split", where="split", given=split, allowed=SPLITS)
-    return split
+        assert ActivationStore.verified_by is not None, "set by the package"
+        return ActivationStore.verified_by(self)

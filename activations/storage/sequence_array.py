@@ -1,16 +1,10 @@
 """The arrays [sequence, position] of a store, as numpy arrays that are read when indexed."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from activations.storage.layout import SEQUENCE_ARRAYS
-from saescope.paths import is_remote
-
-if TYPE_CHECKING:
-    from activations.storage.reader import ActivationStore
 
 _KEPT_BYTES = 512 << 20
 
@@ -19,16 +13,26 @@ class SequenceArray:
     """An array [sequence, position] of a store's committed sequences, read when indexed.
 
     Index it as numpy: a number, a slice, numbers, or a mask over sequences; `np.asarray` reads all.
-    What was fetched from an object store is kept in memory, up to 512 MiB.
     """
 
-    def __init__(self, store: "ActivationStore", name: str) -> None:
-        self._store, self._name = store, name
+    def __init__(
+        self,
+        read: Callable[[int], NDArray[Any]],
+        first_sequences: Sequence[int],
+        shape: tuple[int, int],
+        dtype: str,
+        *,
+        keep: bool,
+    ) -> None:
+        """Args: read gives a window's sequences by its number; first_sequences are the numbers of
+        each window's first; keep: what was read is kept in memory, up to 512 MiB.
+        """
+        self._read_window = read
         self._kept: dict[int, NDArray[Any]] = {}
-        self._room = _KEPT_BYTES if is_remote(store.path) else 0
-        self._first = np.array([window.first_sequence for window in store.windows], np.int64)
-        self.shape = (store.n_sequences, store.context)
-        self.dtype = np.dtype(SEQUENCE_ARRAYS[name])
+        self._room = _KEPT_BYTES if keep else 0
+        self._first = np.array(first_sequences, np.int64)
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -53,7 +57,7 @@ class SequenceArray:
     def _window(self, number: int) -> NDArray[Any]:
         part = self._kept.pop(number, None)
         if part is None:
-            part = self._store.read_sequences(self._name, number)
+            part = self._read_window(number)
             self._room -= part.nbytes
             while self._room < 0 and self._kept:
                 self._room += self._kept.pop(next(iter(self._kept))).nbytes

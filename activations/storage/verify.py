@@ -2,10 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from activations.storage.chunk_files import chunk_path
+from activations.storage.files import (
+    descriptions,
+    is_partial,
+    is_uncommitted,
+    n_sequence_chunks,
+    strangers,
+)
 from activations.storage.layout import (
     DOCUMENTS,
     GROUP,
@@ -14,18 +20,13 @@ from activations.storage.layout import (
     SEQUENCE_ARRAYS,
     array_names,
     documents_part,
-    documents_window,
-    expected_arrays,
     row_arrays,
-    with_length,
 )
 from activations.storage.ledger import LEDGER, LEDGER_SINCE
-from saescope.artefact import MANIFEST, DamagedError, read_json
-from saescope.leftovers import is_leftover
-from saescope.paths import AnyPath, below, exists, listing, objects, read_bytes
-
-if TYPE_CHECKING:
-    from activations.storage.reader import ActivationStore
+from activations.storage.reader import ActivationStore
+from saescope.artefact import DamagedError, read_json
+from saescope.errors import ArtefactError
+from saescope.paths import AnyPath, below, exists, read_bytes
 
 _COMPARED = (
     *("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs"),
@@ -61,7 +62,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-def examine(store: "ActivationStore", advance: Callable[[int], None] = lambda _: None) -> Report:
+def examine(store: ActivationStore, advance: Callable[[int], None] = lambda _: None) -> Report:
     """Read and check every committed file of a store, and look for others.
 
     `advance` is called with the number of files checked since the last call.
@@ -110,13 +111,26 @@ def examine(store: "ActivationStore", advance: Callable[[int], None] = lambda _:
     return report
 
 
+def verify(store: ActivationStore) -> int:
+    """Read and check every file of a store; how many there were.
+
+    Raises ArtefactError that names each one that is missing, damaged, swapped or foreign. `examine`
+    gives the same as a list, `saescope doctor` prints it.
+    """
+    report = examine(store)
+    if report.faults:
+        lines = "; ".join(f"{fault.path}: {fault.what}" for fault in report.faults)
+        raise ArtefactError(lines, where=str(store.path))
+    return report.checked
+
+
 def _place(correction: dict[str, Any]) -> str:
     if "chunk" in correction:
         return f"chunk {correction['chunk']} of {correction['array']}"
     return f"the list of documents of window {correction['list']}"
 
 
-def n_files(store: "ActivationStore") -> int:
+def n_files(store: ActivationStore) -> int:
     """How many files `examine` reads and compares."""
     chunks = sum(len(store.chunks(split)) for split in ("train", "held_out"))
     return (
@@ -128,13 +142,8 @@ def n_files(store: "ActivationStore") -> int:
     )
 
 
-def n_sequence_chunks(store: "ActivationStore") -> int:
-    """Committed chunks of each array [sequence, ...]."""
-    return -(-store.n_sequences // int(store.manifest["sequences_per_window"]))
-
-
 def _files(
-    store: "ActivationStore",
+    store: ActivationStore,
 ) -> Iterator[tuple[AnyPath, str | None, int | None, list[Callable[[], Any]]]]:
     """Every file that should be there: (path, array, chunk, how to read and check it)."""
     group = store.path / GROUP
@@ -165,24 +174,7 @@ def _files(
                 )
 
 
-def lengths(store: "ActivationStore") -> dict[str, int]:
-    """How long Zarr should say that each array is."""
-    chunks = sum(len(store.chunks(split)) for split in ("train", "held_out"))
-    rows = chunks * int(store.manifest["chunk_rows"])
-    found = dict.fromkeys(row_arrays(store.manifest), rows)
-    return {**found, **dict.fromkeys(SEQUENCE_ARRAYS, store.n_sequences)}
-
-
-def descriptions(store: "ActivationStore") -> dict[str, dict[str, Any]]:
-    """What every zarr.json should say; "" is the group's."""
-    described = store.manifest.get("arrays") or expected_arrays(store.manifest)
-    found = {"": described[""]}
-    for name, length in lengths(store).items():
-        found[name] = with_length(described[name], length)
-    return found
-
-
-def _check_description(store: "ActivationStore", path: AnyPath, expected: dict[str, Any]) -> None:
+def _check_description(store: ActivationStore, path: AnyPath, expected: dict[str, Any]) -> None:
     if not exists(path):
         raise DamagedError("Zarr's description is missing", where=str(path), kind="missing")
     found = read_json(path)
@@ -201,88 +193,7 @@ def _check_description(store: "ActivationStore", path: AnyPath, expected: dict[s
             raise DamagedError(what, where=str(path))
 
 
-def is_partial(path: AnyPath) -> bool:
-    """Whether this is what a process that was killed while writing left behind."""
-    return path.suffix == ".partial" or is_leftover(path)
-
-
-def is_uncommitted(store: "ActivationStore", path: AnyPath) -> bool:
-    """Whether a file has the name of a chunk, or list, of a window that is not committed."""
-    parts = below(path, store.path)
-    if len(parts) == 2 and parts[0] == DOCUMENTS:
-        window = documents_window(parts[1])
-        return window is not None and window >= len(store.windows)
-    if len(parts) != 4 or parts[0] != GROUP or parts[2] != "c" or not parts[3].isdigit():
-        return False
-    return parts[1] in array_names(store.manifest) and int(parts[3]) >= _n_chunks(store, parts[1])
-
-
-def _n_chunks(store: "ActivationStore", array: str) -> int:
-    if array in SEQUENCE_ARRAYS:
-        return n_sequence_chunks(store)
-    return lengths(store)[array] // int(store.manifest["chunk_rows"])
-
-
-def strangers(store: "ActivationStore") -> Iterator[AnyPath]:
-    """Files and folders that no part of a store has; of a strange folder not what is inside."""
-    counts = {name: _n_chunks(store, name) for name in array_names(store.manifest)}
-
-    def belongs(parts: tuple[str, ...], is_folder: bool) -> bool:
-        match parts:
-            case (name,):
-                files = (MANIFEST, LEDGER) if store.manifest["schema"] > 1 else (MANIFEST,)
-                return name in ((DOCUMENTS, GROUP) if is_folder else files)
-            case (top, name) if top == DOCUMENTS:
-                window = documents_window(name)
-                known = window is not None and window < len(store.windows)
-                return known and name == documents_part(window or 0) and not is_folder
-            case (_, name):
-                return name in counts if is_folder else name == METADATA
-            case (_, _, name):
-                return name == ("c" if is_folder else METADATA)
-            case (_, array, _, name):
-                flat = array in flat_arrays
-                known = name.isdigit() and str(int(name)) == name and int(name) < counts[array]
-                return known and is_folder != flat
-            case (_, _, _, _, name):
-                return name == "0" and not is_folder
-        return False
-
-    rows = row_arrays(store.manifest)
-    flat_arrays = {"split", *(name for name, each in rows.items() if not each.tail)}
-
-    entries = listing(store.path)
-
-    def walk(parts: tuple[str, ...]) -> Iterator[AnyPath]:
-        for name, is_folder in entries(parts):
-            inside = (*parts, name)
-            if not belongs(inside, is_folder):
-                yield store.path.joinpath(*inside)
-            elif is_folder:
-                yield from walk(inside)
-
-    return walk(())
-
-
-def left_by_creation(folder: AnyPath) -> list[AnyPath]:
-    """What an interrupted creation left in an object store; a folder on disk appears at once."""
-    if isinstance(folder, Path):
-        return []
-    return [path for path in objects(folder) if _begins(below(path, folder))]
-
-
-def _begins(parts: tuple[str, ...]) -> bool:
-    return parts == (LEDGER,) or (parts[0] == GROUP and parts[-1] == METADATA)
-
-
-def holds_another(folder: AnyPath) -> bool:
-    """Whether something is where a store is to be, besides what a creation left."""
-    if isinstance(folder, Path):
-        return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    return exists(folder) or len(objects(folder)) > len(left_by_creation(folder))
-
-
-def _origin(store: "ActivationStore", path: AnyPath) -> str:
+def _origin(store: ActivationStore, path: AnyPath) -> str:
     """Where the content of a swapped chunk belongs, if it is one of this store."""
     crc = int.from_bytes(read_bytes(path)[-4:], "little")
     for array in row_arrays(store.manifest):

@@ -1,41 +1,41 @@
 """Writing a harvest: one window at a time, flushed to the disk before the manifest names it."""
 
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow import parquet
 
 from activations.storage.chunk_files import chunk_path, crc32c, read_chunk, write_chunk
+from activations.storage.documents import write_documents
+from activations.storage.files import (
+    checksums,
+    is_partial,
+    is_uncommitted,
+    left_by_creation,
+    strangers,
+)
 from activations.storage.layout import (
     DOCUMENTS,
     GROUP,
     METADATA,
-    ROW_TOKEN,
     SEQUENCE_ARRAYS,
     SPLITS,
     create_arrays,
     described_arrays,
     document_schema,
-    documents_part,
-    fill_value,
     row_arrays,
     with_length,
 )
 from activations.storage.ledger import LEDGER, Checksums, Chunk, Ledger, Window, window_line
 from activations.storage.reader import KIND, SCHEMA, ActivationStore
 from activations.storage.row_formats import SiteSums
-from activations.storage.verify import is_partial, is_uncommitted, left_by_creation, strangers
+from activations.storage.window_data import WindowData, filled_up
 from saescope.artefact import (
     MANIFEST,
     fsync_path,
     new_folder,
-    write_bytes,
     write_json,
     write_manifest,
 )
@@ -47,49 +47,6 @@ _WRITTEN_ANEW = (
     *("windows", "ledger"),
 )
 """What the manifest has besides the facts."""
-
-
-@dataclass(frozen=True)
-class StagedRows:
-    """Rows of a window that are in files already, in the order in which they are to be."""
-
-    folder: Path
-    """its chunks, counted from 0, lie in it as they do in the Zarr group"""
-    crcs: Mapping[str, list[int]]
-    """of the chunks of each array [row, ...], by name"""
-
-
-@dataclass(frozen=True)
-class WindowData:
-    """A window's content, rows already shuffled."""
-
-    split: str
-    tokens: NDArray[np.int32]
-    document: NDArray[np.int32]
-    keep: NDArray[np.bool_]
-    described: Sequence[tuple[Any, ...]]
-    """(id, key, title) of the documents that first appear here; with their number, where the store
-    tells texts apart."""
-    row_token: NDArray[np.int64]
-    rows: Mapping[str, NDArray[Any]]
-    """The arrays [row, ...] of all sites, by name (row_storage.site_arrays)."""
-    order: NDArray[np.int64]
-    """The shuffled order in which the rows are written."""
-    sums: Mapping[str, SiteSums]
-    """Of each site; empty in a window that statistics are not of."""
-    positions: Mapping[str, int] = field(default_factory=dict)
-    """How many positions are kept, and how many are left out for each reason."""
-    place: Mapping[str, Any] | None = None
-    """Where in the corpus to go on from, to read this window again and what follows it."""
-    staged: StagedRows | None = None
-    """Where its rows are, if not in `rows` and `row_token`."""
-
-    def chunks(self, chunk_rows: int) -> Iterator[tuple[int, str, NDArray[Any]]]:
-        """(number, array, values) of each chunk of the arrays [row, ...], in the order written."""
-        for number, start in enumerate(range(0, len(self.order), chunk_rows)):
-            order = self.order[start : start + chunk_rows]
-            for name, values in {ROW_TOKEN: self.row_token, **self.rows}.items():
-                yield number, name, np.take(values, order, axis=0, mode="clip")
 
 
 class HarvestWriter:
@@ -164,7 +121,7 @@ class HarvestWriter:
         self._ledger = Ledger()
         cut(self.path / LEDGER, 0)
         for number, window in enumerate(store.windows):
-            self._ledger.append(self.path, window_line(window, store.checksums(number)))
+            self._ledger.append(self.path, window_line(window, checksums(store, number)))
         self._write_manifest(**_made(store))
 
     def write(self, data: WindowData) -> None:
@@ -325,35 +282,6 @@ class HarvestWriter:
         known = before[data.split]
         added = {name: known.get(name, 0) + n for name, n in data.positions.items()}
         self._facts["positions"] = {**before, data.split: {**known, **added}}
-
-
-def filled_up(array: str, values: NDArray[Any], length: int) -> NDArray[Any]:
-    """The values of a chunk of `length` along the first axis, filled up where there are fewer."""
-    if len(values) == length:
-        return values
-    whole = np.full((length, *values.shape[1:]), fill_value(array, values.dtype), values.dtype)
-    whole[: len(values)] = values
-    return whole
-
-
-def write_documents(
-    folder: AnyPath,
-    window: int,
-    split: str,
-    described: Sequence[tuple[Any, ...]],
-    schema: pa.Schema,
-) -> int:
-    """Write a window's list of documents (id, key, title, ...); the crc32c of the file."""
-    rows = [(*entry[:3], SPLITS.index(split), *entry[3:]) for entry in described]
-    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
-    table = pa.table(
-        [pa.array(values, kind.type) for values, kind in zip(columns, schema, strict=True)],
-        schema=schema,
-    )
-    stream = io.BytesIO()
-    parquet.write_table(table, stream)
-    write_bytes(folder / DOCUMENTS / documents_part(window), stream.getvalue())
-    return crc32c(stream.getvalue())
 
 
 def _made(store: ActivationStore) -> dict[str, Any]:

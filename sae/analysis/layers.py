@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from activations import ActivationStore
-from activations.loading.loader import aligned_rows
+from activations.loading.unshuffled import aligned_rows
 from activations.sites.names import layer_of
 from saescope.errors import InputError, check_range
 

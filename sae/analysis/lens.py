@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from activations import ActivationLoader, ActivationStore, Model
-from activations.loading.loader import aligned_rows
-from activations.models.unembedding import Head
+from activations.loading.unshuffled import aligned_rows
+from activations.models.unembedding import Unembedding
 from sae.analysis.layers import residual_sites
 from saescope.artefact import MANIFEST, atomic_path, read_manifest, sha256_json, write_manifest
 from saescope.config import Config, to_dict
@@ -228,7 +228,7 @@ def train_lens(
     """
     config = config or LensConfig()
     names = tuple(sites) if sites is not None else residual_sites(store, include_last=True)
-    head = Head(model)
+    head = Unembedding(model)
     _check(model, store, names, head)
     trained = [site for site in names if site != head.site]
     lens = TunedLens.identity(names, model.d_model)
@@ -269,7 +269,7 @@ def divergence(
 
     Raises InputError if there are no rows, and as `train_lens`.
     """
-    head = Head(model)
+    head = Unembedding(model)
     _check(model, store, sites, head)
     total, count = torch.zeros(len(sites), dtype=torch.float64), 0
     read = list(dict.fromkeys([*sites, head.site]))
@@ -285,7 +285,7 @@ def divergence(
     return dict(zip(sites, (total / count).tolist(), strict=True))
 
 
-def _check(model: Model, store: ActivationStore, sites: Iterable[str], head: Head) -> None:
+def _check(model: Model, store: ActivationStore, sites: Iterable[str], head: Unembedding) -> None:
     known = store.manifest["model"]["weights_hash"]
     if known is not None and known != model.weights_hash:
         raise InputError("was harvested from another model", where=str(store.path))
@@ -308,7 +308,7 @@ def _check(model: Model, store: ActivationStore, sites: Iterable[str], head: Hea
 
 @torch.enable_grad()
 def _fit(
-    head: Head, store: ActivationStore, sites: Sequence[str], d: int, config: LensConfig
+    head: Unembedding, store: ActivationStore, sites: Sequence[str], d: int, config: LensConfig
 ) -> tuple[Tensor, Tensor]:
     """A [site, d, d] and b [site, d] after training."""
     A = [torch.zeros(d, d, requires_grad=True) for _ in sites]

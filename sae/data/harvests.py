@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from activations import ActivationStore, Model, load_model
-from activations.loading.loader import aligned_rows
+from activations.loading.unshuffled import aligned_rows
 from activations.storage.reader import Chunk
 from sae.core.base import SparseAutoencoder, kind_of
 from sae.data.model_expectations import warn_of_model

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from activations import ActivationLoader, ActivationStore, SiteStatistics
 from activations.loading.epoch_order import Order
-from activations.loading.loader import aligned_rows
 from activations.loading.outliers import OutlierFilter
+from activations.loading.unshuffled import aligned_rows
 from sae.core.batch import RawBatch
 from sae.data.row_labels import Labels, RowLabels
 from saescope.errors import InputError, check_range

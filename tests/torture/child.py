@@ -81,7 +81,7 @@ def _harvest(
     go: Any,
 ) -> None:
     import activations
-    from activations.harvesting import windows as module
+    from activations.harvesting import compute as module
 
     with Path(quiet).open("w") as sink:
         os.dup2(sink.fileno(), 1)

@@ -20,7 +20,7 @@ from activations import (
     append,
     harvest,
 )
-from activations.harvesting import pipeline
+from activations.harvesting import resume
 from activations.recompute.doctor import DoctorConfig, doctor
 from activations.storage.verify import examine
 from activations.storage.writer import HarvestWriter
@@ -130,7 +130,7 @@ def test_growing_again_and_being_there_already(
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded a model for nothing")
 
-    monkeypatch.setattr(pipeline, "load_model", fail)
+    monkeypatch.setattr(resume, "load_model", fail)
     for again in (last, more(config), config):
         assert append(again).hash == twice.hash
     assert harvest(config).hash == twice.hash

@@ -81,7 +81,7 @@ def test_parts_add_up_to_the_models_own_hidden_states(name: str) -> None:
     make, how = ADD_UP[name]
     model = make()
     states = model.hf(TOKENS, output_hidden_states=True).hidden_states
-    assert set(model._sites.readable.sums.values()) == {how}
+    assert set(model.site_map.readable.sums.values()) == {how}
     pre, attn, mlp, post = read(model, "resid_pre", "attn_out", "mlp_out", "resid_post")
     torch.testing.assert_close(pre, states[1])
     torch.testing.assert_close(post, states[2])
@@ -95,7 +95,7 @@ def test_parts_add_up_to_the_models_own_hidden_states(name: str) -> None:
         torch.testing.assert_close(pre + attn, mid, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mid + mlp, states[2], rtol=1e-4, atol=1e-5)
         return
-    block = model.hf.get_submodule(model._sites._components["blocks"].name)[1]
+    block = model.hf.get_submodule(model.site_map._components["blocks"].name)[1]
     norms = [m for m in block.children() if isinstance(m, torch.nn.LayerNorm)]
     torch.testing.assert_close(norms[0](pre + attn), mid, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(norms[1](mid + mlp), states[2], rtol=1e-4, atol=1e-5)

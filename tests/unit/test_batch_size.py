@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from activations import CorpusConfig, HarvestConfig, Model, ModelConfig, harvest, load_model
-from activations.harvesting import pipeline
+from activations.harvesting import plan
 from activations.models.forward_memory import _Allocated, fitting_batch, pass_bytes
 from saescope.errors import InputError
 from tests.tiny import make_tiny_corpus
@@ -62,7 +62,7 @@ def test_a_harvest_keeps_to_the_batch_it_found(
     monkeypatch.setattr(Model, "capture", note)
     with pytest.raises(KeyboardInterrupt):
         harvest(config)
-    monkeypatch.setattr(pipeline, "fitting_batch", lambda *_: 7)
+    monkeypatch.setattr(plan, "fitting_batch", lambda *_: 7)
     store = harvest(config)  # another machine's budget would not change the batches
     assert sizes[:2] == [1, 3]  # what finding it took
     assert max(sizes[2:]) == 5  # fewer only at the end of a split

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from activations.models.language import Model, load_model
+from activations.models.language import Model
+from activations.models.load import load_model
 from benchmarks import harvest, loader, performance_data
 from benchmarks.harvest import HarvestBenchConfig, forward, measure
 from sae.bench import rows

@@ -1,17 +1,19 @@
 """Corpora: every source, their errors, the split by hash, and packing into sequences."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from activations import CorpusConfig, Model
+from activations import CorpusConfig
 from activations.corpora.documents import Document, documents
-from activations.corpora.packing import PackingCounts, Sequences, pack
+from activations.corpora.packing import pack
+from activations.corpora.sequences import PackingCounts, Sequences
 from saescope import config
 from saescope.errors import InputError
 
@@ -155,7 +157,7 @@ class LetterModel:
     def __init__(self, bos: int | None = 1, eos: int | None = 2) -> None:
         self.bos_token_id, self.eos_token_id = bos, eos
 
-    def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [[ord(letter) for letter in text] for text in texts]
 
 
@@ -170,7 +172,14 @@ def packed(
     source = [Document(n, f"key {n}", text, f"title {n}") for n, text in enumerate(texts)]
     counts = PackingCounts()
     groups = pack(
-        source, cast(Model, model), context=context, per_group=per_group, counts=counts, limit=limit
+        source,
+        model.tokenize_batch,
+        bos=model.bos_token_id,
+        eos=model.eos_token_id,
+        context=context,
+        per_group=per_group,
+        counts=counts,
+        limit=limit,
     )
     return list(groups), counts
 
@@ -214,8 +223,11 @@ def test_packing_stops_at_a_limit_and_reads_no_further() -> None:
             yield Document(n, "", "some words of text", "")
 
     counts = PackingCounts()
-    model = cast(Model, LetterModel())
-    groups = list(pack(endless(), model, context=8, per_group=100, counts=counts, limit=250))
+    tokenize = LetterModel().tokenize_batch
+    found = pack(
+        endless(), tokenize, bos=1, eos=2, context=8, per_group=100, counts=counts, limit=250
+    )
+    groups = list(found)
     assert [len(group.tokens) for group in groups] == [100, 100, 50]
     assert len(read_so_far) < 300
     assert packed(["abc"], LetterModel(), limit=0)[0] == []

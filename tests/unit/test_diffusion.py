@@ -14,7 +14,7 @@ from torch import Tensor
 
 from activations import ActivationStore, CorpusConfig, HarvestConfig, ModelConfig, harvest
 from activations.models.config import DenoisingConfig
-from activations.models.language import load_model
+from activations.models.load import load_model
 from activations.recompute.doctor import DoctorConfig, doctor
 from saescope.errors import InputError
 from tests.damage import assert_same_content

@@ -14,7 +14,7 @@ from tests.tiny import ARCHITECTURES, make_tiny_model
 
 def through_the_model(model, h: Tensor, directions: Tensor) -> Tensor:
     """d logits / d direction at h [n, d_vocab], by float64 automatic differentiation."""
-    adapter = model._sites.adapter
+    adapter = model.adapter
     norm = model.hf.get_submodule(adapter.get_component_mapping()["ln_final"].name).double()
     w_u = model.hf.get_output_embeddings().weight.double()
 

@@ -17,10 +17,10 @@ from activations import (
     ModelConfig,
     harvest,
 )
-from activations.corpora.packing import PackingCounts
+from activations.corpora.sequences import PackingCounts
 from activations.harvesting.corpus_reader import Text
-from activations.models.base import RawModel
-from activations.models.language import load_model
+from activations.models.load import load_model
+from activations.models.module_model import ModuleModel
 from activations.recompute.doctor import DoctorConfig, doctor
 from saescope.errors import InputError
 from tests.tiny import SENTENCES
@@ -130,14 +130,14 @@ def test_the_longest_are_run_first_and_padding_is_left_out(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widths: list[int] = []
-    original = RawModel.capture
+    original = ModuleModel.capture
 
-    def note(self: RawModel, inputs: Any, sites: Any) -> dict[str, Tensor]:
+    def note(self: ModuleModel, inputs: Any, sites: Any) -> dict[str, Tensor]:
         widths.append(inputs[0].shape[1])
         assert (inputs[0] == 0).all(0).sum() == 0
         return original(self, inputs, sites)
 
-    monkeypatch.setattr(RawModel, "capture", note)
+    monkeypatch.setattr(ModuleModel, "capture", note)
     harvest(config_of(root, tmp_path / "out", held_out_fraction=0.0, window_chunks=64))
     assert widths == sorted(widths, reverse=True)
     assert widths[-1] < widths[0] == 24
@@ -215,8 +215,8 @@ def test_precisions(root: Path, dtype: str) -> None:
         load_model(str(root / "model"), kind="text_encoder", dtype=each)
         for each in ("float32", dtype)
     )
-    assert isinstance(full, RawModel)
-    assert isinstance(half, RawModel)
+    assert isinstance(full, ModuleModel)
+    assert isinstance(half, ModuleModel)
     assert half.dtype_name == dtype
     x, rounded = (model.capture(model.example(2), [LAST])[LAST] for model in (full, half))
     assert rounded.dtype == half.dtype
@@ -240,7 +240,7 @@ def test_its_rows_are_batches_for_training(store: ActivationStore) -> None:
 
 def test_a_text_that_brings_its_special_token_has_one(root: Path) -> None:
     encoder = load_model(str(root / "model"), kind="text_encoder", dtype="float32")
-    assert isinstance(encoder, RawModel)
+    assert isinstance(encoder, ModuleModel)
     (root / "marked.jsonl").write_text(
         "\n".join(json.dumps({"text": text}) for text in ("[CLS]the river", "the river"))
     )

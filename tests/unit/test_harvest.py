@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from activations import ActivationStore, CorpusConfig, HarvestConfig, Model, ModelConfig, harvest
-from activations.harvesting import pipeline, windows
+from activations.harvesting import compute, plan, resume
 from activations.storage import writer
 from activations.storage.ledger import Ledger
 from activations.storage.writer import HarvestWriter
@@ -192,7 +192,7 @@ def test_a_complete_harvest_returns_at_once(
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded a model for nothing")
 
-    monkeypatch.setattr(pipeline, "load_model", fail)
+    monkeypatch.setattr(resume, "load_model", fail)
     assert harvest(make()).hash == first.hash
     assert content(first.path) == before
 
@@ -239,18 +239,18 @@ def test_the_precision_is_pinned_for_a_resume(
 ) -> None:
     config = make(model=ModelConfig(spec=str(root / "model")))
     with monkeypatch.context() as patch:
-        patch.setattr("activations.models.language.resolve_dtype", lambda *_: "bfloat16")
+        patch.setattr("activations.models.load.resolve_dtype", lambda *_: "bfloat16")
         Interrupt(patch, Model, "capture", 12, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             harvest(config)
     asked = []
-    original = pipeline.load_model
+    original = resume.load_model
 
     def note(*args: Any, **kwargs: Any) -> Model:
         asked.append(kwargs["dtype"])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "load_model", note)
+    monkeypatch.setattr(resume, "load_model", note)
     harvest(config)
     assert asked == ["bfloat16"]
 
@@ -321,7 +321,7 @@ def test_a_second_process_is_refused_at_once(
         raise AssertionError("loaded a model for nothing")
 
     with locked(config.out, "harvest"), monkeypatch.context() as patch:
-        patch.setattr(pipeline, "load_model", fail)
+        patch.setattr(resume, "load_model", fail)
         with pytest.raises(ArtefactError, match=f"out: in use by harvest, process {os.getpid()}"):
             harvest(config)
     assert list(tmp_path.iterdir()) == []
@@ -414,11 +414,11 @@ def test_activations_that_are_not_finite_are_refused(
 def test_a_window_shrinks_to_fit_in_memory(
     make: Callable[..., HarvestConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_WINDOW_BYTES", 2 * 128 * 64 * 2)
+    monkeypatch.setattr(plan, "_WINDOW_BYTES", 2 * 128 * 64 * 2)
     store = harvest(make())
     assert store.manifest["window_chunks"] == 2
     assert max(window.rows for window in store.windows) <= 256
-    monkeypatch.setattr(pipeline, "_CHUNK_BYTES", 127 * 64 * 2)
+    monkeypatch.setattr(plan, "_CHUNK_BYTES", 127 * 64 * 2)
     with pytest.raises(InputError, match=r"does not fit in memory.*up to 127"):
         harvest(make(out=make().out + "-2"))
 
@@ -427,7 +427,7 @@ def test_at_most_two_windows_are_in_memory(
     make: Callable[..., HarvestConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive, most = 0, 0
-    run, write = windows.run_window, HarvestWriter.write
+    run, write = compute.run_window, HarvestWriter.write
 
     def counted_run(*args: Any, **options: Any) -> Any:
         nonlocal alive, most
@@ -440,7 +440,7 @@ def test_at_most_two_windows_are_in_memory(
         write(self, data)
         alive -= 1
 
-    monkeypatch.setattr(windows, "run_window", counted_run)
+    monkeypatch.setattr(compute, "run_window", counted_run)
     monkeypatch.setattr(HarvestWriter, "write", counted_write)
     harvest(make())
     assert (alive, most) == (0, 2)

@@ -17,8 +17,8 @@ import pytest
 
 from activations import ActivationStore, HarvestConfig, ModelConfig, append, harvest
 from activations.corpora.documents import CorpusConfig
-from activations.corpora.packing import Sequences
-from activations.harvesting import window_locks, windows
+from activations.corpora.sequences import Sequences
+from activations.harvesting import compute, window_locks, windows
 from activations.harvesting.staging import Staging
 from activations.storage.layout import PENDING
 from activations.storage.verify import examine
@@ -185,7 +185,7 @@ def test_all_killed_and_resumed_by_any_number(
     left = total - 3
     if size == 1:
         with monkeypatch.context() as patch:
-            run = Interrupt(patch, windows, "run_window", -1, Killed())
+            run = Interrupt(patch, compute, "run_window", -1, Killed())
             harvest(config)
         assert run.calls == left
     else:
@@ -240,7 +240,7 @@ def test_without_rank_0_the_others_say_so(
     assert list(Path(config.out).parent.iterdir()) == []
     with monkeypatch.context() as patch:
         patch.setenv("RANK", "0")
-        Interrupt(patch, windows, "run_window", 2, KeyboardInterrupt())
+        Interrupt(patch, compute, "run_window", 2, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             harvest(config)
     with pytest.raises(ArtefactError, match=gone):
@@ -266,7 +266,7 @@ def test_what_waits_is_of_this_harvest_and_whole_or_is_not_used(
     waits[3].rename(waits[3].with_name(waits[3].name[:-4] + "0000"))  # of another text
     (out / PENDING / ".window-000009-0123456789abcdef.abcdefgh").mkdir()  # died while writing
     with monkeypatch.context() as patch:
-        run = Interrupt(patch, windows, "run_window", -1, Killed())
+        run = Interrupt(patch, compute, "run_window", -1, Killed())
         harvest(config)
     assert run.calls == len(ActivationStore.open(whole).windows) - 1
     assert_same_content(out, whole)

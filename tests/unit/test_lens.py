@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from activations import ActivationStore, Model, load_model
-from activations.models.unembedding import Head
+from activations.models.unembedding import Unembedding
 from sae.analysis.layers import adjacent_cosine, layer_distances
 from sae.analysis.lens import WEIGHTS, LensConfig, TunedLens, divergence, train_lens
 from sae.data.streams import make_stream
@@ -40,7 +40,7 @@ def test_the_head_gives_the_models_logits(
 ) -> None:
     model = load_model(str(make_tiny_model(tmp_path / "m", architecture)), dtype="float32")
     tokens = torch.arange(20).reshape(2, 10) + 7
-    head = Head(model)
+    head = Unembedding(model)
     x = model.capture(tokens, [head.site])[head.site]
     assert torch.allclose(head(x), model.logits(tokens), atol=1e-5)
     x.requires_grad_()
@@ -49,7 +49,7 @@ def test_the_head_gives_the_models_logits(
     assert x.grad.abs().sum() > 0
     monkeypatch.setattr(model, "logits", lambda tokens: 2 * Model.logits(model, tokens))
     with pytest.raises(InputError, match="final norm and unembedding alone"):
-        Head(model)
+        Unembedding(model)
 
 
 def test_the_map_by_hand() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from activations import ModelConfig, load_model
-from activations.models.language import resolve_dtype
+from activations.models.devices import resolve_dtype
 from saescope.errors import InputError
 from tests.tiny import make_tiny_model
 

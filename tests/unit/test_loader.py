@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from activations import ActivationLoader, ActivationStore
-from activations.loading.loader import aligned_rows
+from activations.loading.unshuffled import aligned_rows
 from saescope.errors import InputError
 from tests.tiny import make_tiny_harvest, make_tiny_model
 

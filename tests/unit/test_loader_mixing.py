@@ -16,7 +16,8 @@ from activations import ActivationLoader, ActivationStore
 from activations.loading.epoch_order import PartReader, ReadingOrder
 from activations.loading.loader import _made_ahead
 from activations.storage.layout import SPLITS
-from activations.storage.writer import HarvestWriter, WindowData
+from activations.storage.window_data import WindowData
+from activations.storage.writer import HarvestWriter
 from saescope.artefact import DamagedError
 from saescope.errors import InputError
 from tests.hand_store import hand_facts

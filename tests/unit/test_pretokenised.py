@@ -11,9 +11,9 @@ from pyarrow import parquet
 
 from activations import ActivationStore, CorpusConfig, HarvestConfig, Model, ModelConfig, harvest
 from activations.corpora.documents import documents
-from activations.corpora.packing import PackingCounts, pack
+from activations.corpora.long_texts import encoded_in_pieces
+from activations.corpora.sequences import PackingCounts, PackingOptions
 from activations.harvesting.corpus_reader import Text
-from activations.models.tokenizer import encoded_in_pieces
 from saescope.errors import InputError
 from tests.tiny import SENTENCES, make_tiny_model
 
@@ -172,9 +172,9 @@ def test_a_long_text_has_the_tokens_of_the_whole_and_stops_where_it_may(
     model = load_model(str(make_tiny_model(tmp_path / "model", architecture)), dtype="float32")
     text = "\n\n".join(" ".join(SENTENCES[n % 7] for n in range(k, k + 3)) for k in range(40))
     expected = model.tokenize_batch([text])[0]
-    monkeypatch.setattr("activations.models.tokenizer.LONG_CHARACTERS", 500)
+    monkeypatch.setattr("activations.corpora.long_texts.LONG_CHARACTERS", 500)
     monkeypatch.setattr("activations.corpora.packing.LONG_CHARACTERS", 500)
-    monkeypatch.setattr("activations.models.tokenizer._PIECE_CHARACTERS", 100)
+    monkeypatch.setattr("activations.corpora.long_texts._PIECE_CHARACTERS", 100)
     pieces = list(encoded_in_pieces(text, model.tokenize_batch))
     assert len(pieces) > 10
     assert [each for piece in pieces for each in piece] == expected
@@ -183,14 +183,19 @@ def test_a_long_text_has_the_tokens_of_the_whole_and_stops_where_it_may(
     found = list(documents(CorpusConfig(source=str(tmp_path / "a.jsonl"))))
     for packing in ("joined", "separate"):
         counts = PackingCounts()
-        groups = list(pack(found, model, context=9, per_group=4, counts=counts, packing=packing))
+        options = PackingOptions(kind=packing)
+        groups = list(
+            model.sequences(found, context=9, per_group=4, counts=counts, packing=options)
+        )
         first = int(model.bos_token_id is not None)
         tokens = np.concatenate([group.tokens[:, first:] for group in groups]).ravel()
         assert tokens[: len(expected)].tolist() == expected[: len(tokens)]
         fills = packing == "separate" and len(expected) % (9 - first) == 0
         assert (counts.documents, counts.tokens) == (1, len(expected) + (not fills))
         few = PackingCounts()
-        (group,) = pack(found, model, context=9, per_group=4, counts=few, packing=packing, limit=2)
+        (group,) = model.sequences(
+            found, context=9, per_group=4, counts=few, packing=options, limit=2
+        )
         assert len(group.tokens) == 2
         assert few.documents == 1
         assert few.tokens < len(expected) / 2

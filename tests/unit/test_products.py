@@ -107,13 +107,13 @@ def test_a_harvest_keeps_to_what_it_began_with(
         corpus=CorpusConfig(source=str(make_tiny_corpus(tmp_path))), sites=(SITE,), context=32,
         max_tokens=8192, out=str(tmp_path / "harvest"),
     )  # fmt: skip
-    monkeypatch.setattr("activations.models.language.faster_products", lambda *_: "float32")
+    monkeypatch.setattr("activations.models.load.faster_products", lambda *_: "float32")
     with monkeypatch.context() as patch:
         Interrupt(patch, Model, "capture", 9, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             harvest(config)
     # as on a machine that is busy by now
-    monkeypatch.setattr("activations.models.language.faster_products", lambda *_: "own")
+    monkeypatch.setattr("activations.models.load.faster_products", lambda *_: "own")
     used = []
     monkeypatch.setattr(
         "activations.models.language.multiplied_in",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from activations.harvesting import window_locks
+from activations.models.devices import own_device
 from saescope.errors import InputError
 from saescope.process_rank import Rank, this_rank, torchrun_rank
 
@@ -32,16 +32,16 @@ def test_the_environment_tells_the_rank() -> None:
 
 def test_each_rank_of_a_machine_takes_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert window_locks.own_device("cuda") == "cuda"
+    assert own_device("cuda") == "cuda"
     monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert window_locks.own_device("auto") == "auto"  # one on each machine may use all its cards
+    assert own_device("auto") == "auto"  # one on each machine may use all its cards
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert [window_locks.own_device(d) for d in ("cuda", "auto", "cuda:1", "cpu")] == [
+    assert [own_device(d) for d in ("cuda", "auto", "cuda:1", "cpu")] == [
         "cuda:0", "cuda:0", "cuda:1", "cpu",
     ]  # fmt: skip
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert window_locks.own_device("cuda") == "cuda:1"
+    assert own_device("cuda") == "cuda:1"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert window_locks.own_device("auto") == "auto"
+    assert own_device("auto") == "auto"

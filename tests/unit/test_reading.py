@@ -1,6 +1,7 @@
 """Reading corpora: mixes, repetitions, conversations, places to go on from, documents apart."""
 
 import json
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -11,9 +12,10 @@ import pytest
 from pyarrow import parquet
 
 from activations import CorpusConfig, Model
-from activations.corpora.documents import Document, DocumentStream, MixedConfig, documents
-from activations.corpora.packing import PackingCounts, Sequences, pack
-from activations.harvesting.corpus_reader import Seen, Text
+from activations.corpora.documents import Document, DocumentStream, MixedConfig, Seen, documents
+from activations.corpora.packing import pack
+from activations.corpora.sequences import PackingCounts, PackingOptions, Sequences
+from activations.harvesting.corpus_reader import Text
 from activations.models.tokenizer import TextCodec
 from saescope.errors import ArtefactError, InputError
 
@@ -171,7 +173,7 @@ class LetterModel:
     def __init__(self, bos: int | None = 1, eos: int | None = 2) -> None:
         self.bos_token_id, self.eos_token_id = bos, eos
 
-    def tokenize_batch(self, given: list[str]) -> list[list[int]]:
+    def tokenize_batch(self, given: Sequence[str]) -> list[list[int]]:
         return [[ord(letter) for letter in text] for text in given]
 
 
@@ -208,9 +210,18 @@ def test_packing_goes_on_from_the_place_of_any_group(
             for name, value in place["reader"][1].items():
                 setattr(counts, name, value)
         groups = pack(
-            following(), cast(Model, LetterModel(eos=eos)), context=16, per_group=4, counts=counts,
-            limit=70, packing=packing, state=lambda: (taken[0], counts.stored()), place=place,
-        )  # fmt: skip
+            following(),
+            LetterModel().tokenize_batch,
+            bos=1,
+            eos=eos,
+            context=16,
+            per_group=4,
+            counts=counts,
+            limit=70,
+            packing=PackingOptions(
+                kind=packing, state=lambda: (taken[0], counts.stored()), place=place
+            ),
+        )
         return list(groups), counts
 
     whole, counts = read(0)
@@ -236,9 +247,15 @@ def test_documents_apart_by_hand() -> None:
     source = [Document(n, "", text, "") for n, text in enumerate(["abcd", "e", "fgh", "ijklmn"])]
     counts = PackingCounts()
     (group,) = pack(
-        source, cast(Model, LetterModel()), context=4, per_group=99, counts=counts,
-        packing="separate",
-    )  # fmt: skip
+        source,
+        LetterModel().tokenize_batch,
+        bos=1,
+        eos=2,
+        context=4,
+        per_group=99,
+        counts=counts,
+        packing=PackingOptions(kind="separate"),
+    )
     letters = {1: "<", 2: ">"}
     rows = ["".join(letters.get(t, chr(t)) for t in row) for row in group.tokens.tolist()]
     # "fgh" and "ijklmn" fill their last sequence, so that their EOS has no place
@@ -248,15 +265,25 @@ def test_documents_apart_by_hand() -> None:
     ]  # fmt: skip
     assert (counts.tokens, counts.dropped_tokens) == (16, 0)
     with pytest.raises(InputError, match="no EOS to fill"):
-        list(pack(source, cast(Model, LetterModel(eos=None)), context=4, per_group=9,
-                  counts=PackingCounts(), packing="separate"))  # fmt: skip
+        list(
+            pack(
+                source,
+                LetterModel().tokenize_batch,
+                bos=1,
+                eos=None,
+                context=4,
+                per_group=9,
+                counts=PackingCounts(),
+                packing=PackingOptions(kind="separate"),
+            )
+        )
 
 
 # repetitions
 
 
 def test_seen_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("activations.harvesting.corpus_reader._MOST_LOOSE", 10)
+    monkeypatch.setattr("activations.corpora.documents._MOST_LOOSE", 10)
     rng = np.random.default_rng(0)
     given = [int(n) for n in rng.integers(0, 300, 1000)] + [2**64 - 1, 0, 2**64 - 1]
     before = [3, 5, 2**63]

@@ -25,7 +25,7 @@ from activations import (
     append,
     harvest,
 )
-from activations.harvesting import pipeline
+from activations.harvesting import resume
 from activations.storage.verify import examine
 from saescope import artefact
 from saescope.__main__ import main
@@ -74,7 +74,7 @@ def on_disk(make: Make, tmp_path_factory: pytest.TempPathFactory) -> ActivationS
 @pytest.fixture(scope="module", autouse=True)
 def loaded_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "load_model", functools.cache(pipeline.load_model))
+        patch.setattr(resume, "load_model", functools.cache(resume.load_model))
         for name in ("library_versions", "git_commit"):
             patch.setattr(artefact, name, functools.cache(getattr(artefact, name)))
         yield

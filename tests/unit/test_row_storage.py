@@ -13,7 +13,7 @@ import zarr
 import sae
 from activations import ActivationLoader, ActivationStore, HarvestConfig, harvest, load_model
 from activations.harvesting import pipeline
-from activations.loading.loader import aligned_rows
+from activations.loading.unshuffled import aligned_rows
 from activations.storage.layout import row_arrays
 from activations.storage.row_formats import SCALE, SiteRows, floats, site_arrays, stored
 from activations.storage.verify import examine

@@ -16,7 +16,7 @@ from activations import (
     ModelConfig,
     harvest,
 )
-from activations.harvesting import pipeline
+from activations.harvesting import resume
 from saescope import artefact
 from saescope.__main__ import main
 from saescope.errors import ArtefactError, InputError
@@ -46,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("SAESCOPE_CACHE", str(folder / "cache"))
         for key in KEYS:
             patch.setenv(key, "test")
-        patch.setattr(pipeline, "load_model", functools.cache(pipeline.load_model))
+        patch.setattr(resume, "load_model", functools.cache(resume.load_model))
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir("bucket")
         yield folder

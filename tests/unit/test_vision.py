@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from activations import ActivationStore, CorpusConfig, HarvestConfig, ModelConfig, harvest
-from activations.models.base import RawModel
-from activations.models.language import load_model
+from activations.models.load import load_model
+from activations.models.module_model import ModuleModel
 from activations.recompute.doctor import DoctorConfig, doctor
 from activations.storage.writer import HarvestWriter
 from saescope.assets import wheel
@@ -91,7 +91,7 @@ def test_patches_of_a_transformer_and_its_class_token(
     make: Callable[..., HarvestConfig], root: Path
 ) -> None:
     model = load_model(str(root / "vit"), kind="vision", dtype="float32")
-    assert isinstance(model, RawModel)
+    assert isinstance(model, ModuleModel)
     layer = model.resolve("module:layers.*:output")
     store = harvest(make("vit", sites=("module:layers.*:output",), context=17))
     states = expected_states(root, "vit")
@@ -123,15 +123,15 @@ def test_resumed_and_repaired_it_is_the_same(
     config = make("resnet", out=make("resnet").out + "-again")
     with monkeypatch.context() as patch:
         calls: list[int] = []
-        original = RawModel.capture
+        original = ModuleModel.capture
 
-        def stopping(self: RawModel, inputs: Any, sites: Any) -> Any:
+        def stopping(self: ModuleModel, inputs: Any, sites: Any) -> Any:
             calls.append(1)
             if len(calls) == 4:
                 raise KeyboardInterrupt
             return original(self, inputs, sites)
 
-        patch.setattr(RawModel, "capture", stopping)
+        patch.setattr(ModuleModel, "capture", stopping)
         with pytest.raises(KeyboardInterrupt):
             harvest(config)
     assert 0 < len(ActivationStore.open(config.out).windows) < len(whole.windows)
@@ -204,7 +204,7 @@ def test_the_packaged_efficientnet(root: Path, tmp_path: Path) -> None:
     except ArtefactError as error:
         pytest.skip(str(error))
     model = load_model("efficientnet-lite0", kind="vision", dtype="float32")
-    assert isinstance(model, RawModel)
+    assert isinstance(model, ModuleModel)
     site = "module:_bn1:output"
     assert (model.positions(site), model.d_in(site)) == (49, 1280)
     update = "module:_blocks.4:update"

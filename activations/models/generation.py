@@ -1,0 +1,54 @@
+"""Continuing a text: one token after the other, the likeliest or one that is drawn."""
+
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Choose = Callable[[Tensor], int]
+"""From the logits [d_vocab] of the last position to the next token."""
+
+
+def continuation(
+    hf: Any,
+    prompt: Sequence[int],
+    *,
+    new_tokens: int,
+    choose: Choose,
+    ends: Container[int | None],
+    device: torch.device,
+    use_cache: bool = True,
+    stop_at_eos: bool = True,
+) -> list[int]:
+    """The tokens of a prompt and of what follows it, at most `new_tokens`.
+
+    Args: hf is a causal language model of transformers; ends are the tokens that end a text, which
+    are not part of it. use_cache: each position is computed once, if the model has a KV cache.
+    """
+    past, new, ids = None, list(prompt), list(prompt)
+    for _ in range(new_tokens):
+        # a model without a KV cache, or one of another kind, reads all of it again
+        inputs = torch.tensor([ids if past is None else new], device=device)
+        cached = {} if past is None else {"past_key_values": past}
+        with torch.no_grad():
+            out = hf(input_ids=inputs, use_cache=use_cache, **cached)
+        past = getattr(out, "past_key_values", None) if use_cache else None
+        new = [choose(out.logits[0, -1])]
+        if stop_at_eos and new[0] in ends:
+            break
+        ids += new
+    return ids
+
+
+def chooser(temperature: float, seed: int) -> Choose:
+    """The rule that picks the next token: the likeliest at 0, else drawn, the same for one seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: Tensor) -> int:
+        if temperature == 0:
+            return int(logits.argmax())
+        chances = (logits.float().cpu() / temperature).softmax(-1)
+        return int(torch.multinomial(chances, 1, generator=generator))
+
+    return choose
