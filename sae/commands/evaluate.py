@@ -1,7 +1,7 @@
 """`saescope eval`: an SAE on held-out text, under a protocol that is written down and hashed."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,17 @@ from sae.analysis.lens import TunedLens
 from sae.core.base import SparseAutoencoder
 from sae.data.harvests import held_out_pieces, knows_model, load_harvested_model, open_harvest
 from sae.data.placement import Placement
-from sae.evaluation.downstream import measure_downstream
+from sae.evaluation import Family, chosen, families
+from sae.evaluation.in_model import InModel
 from sae.evaluation.intervals import PROTOCOL
-from sae.evaluation.reconstruction import Piece, Reconstruction, measure_reconstruction, pool
-from sae.evaluation.written import SCHEMA, report
+from sae.evaluation.rows import Counted, Piece, pass_over
+from sae.evaluation.written import ROWS, SCHEMA, report, sections
 from sae.formats.hub import evaluation_file
 from sae.formats.load import load
 from saescope.artefact import read_json, sha256_json, write_report
 from saescope.config import Config
 from saescope.errors import InputError, check_range
+from saescope.metrics import described
 from saescope.paths import local
 from saescope.progress import say
 from saescope.replacing import Kind, check_replaceable
@@ -50,6 +52,9 @@ class EvaluateConfig(Config):
     """Held-out tokens that the model is run on for delta CE and KL; 0 leaves these out."""
     batch: int = 4
     """Sequences a run of the model."""
+    metrics: tuple[str, ...] = ()
+    """Families of metrics to measure (density, reconstruction, downstream, and those of plug-ins);
+    all that apply if not given. The evaluation then has these alone."""
     allow_other_model: bool = False
     """Measure on a harvest of another model than the SAE was trained on."""
     out: str | None = None
@@ -78,52 +83,35 @@ EVALUATION = Kind("an evaluation", _is_evaluation)
 
 @system_errors()
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Measure, print and write the core metrics; the written dictionary.
+    """Measure, print and write the families of metrics that apply; the written dictionary.
 
-    Raises InputError if the harvest does not fit the SAE, or if there is another evaluation, or
-    something else, where it is to be written; ArtefactError if either cannot be read.
+    Raises InputError if the harvest does not fit the SAE, for a family that is unknown or was asked
+    for and does not apply, or if there is another evaluation, or something else, where it is to be
+    written; ArtefactError if either cannot be read.
     """
     path = local(config.out) if config.out is not None else evaluation_file(config.run)
     check_replaceable(path, EVALUATION, replace=True)
-    sae = load(config.run, target_site=config.target_site)
-    layers = list(sae.site_normalisers) if config.site is None else []
-    one = None if sae.concatenates else config.site
-    harvest, place = open_harvest(
-        sae,
-        config.harvest,
-        layers[0] if layers else one,
-        behind_lens=True,
-        allow_other_model=config.allow_other_model,
-    )
-    measured = _reconstruction(config, sae, harvest, place, layers)
-    reconstruction = {k: v for k, v in vars(measured).items() if k != "density"}
-    protocol: dict[str, Any] = {
-        "version": 2,
-        "harvest": harvest.hash,
-        "site": place.read[0],
-        **_further_sites(place, layers),
-        "split": "held_out",
-        "positions": (
-            "all but position 0 and special tokens" if harvest.harvested else "those brought"
-        ),
-        "mean": "of the rows evaluated (FVU); of the training rows (mean-ablation)",
-        "rows": measured.rows,
-        "documents": measured.documents,
-        "intervals": PROTOCOL,
-        **{name: sae.metadata[name] for name in ("outliers", "lens") if name in sae.metadata},
+    wanted = chosen(config.metrics)
+    data = HeldOut.open(config)
+    of_rows = [family for family in wanted if family.needs == "activations"]
+    of_model = [family for family in wanted if family.needs == "model"]
+    if of_model and not data.has_model():
+        of_model = []
+    found: dict[str, Any] = {family.section: None for family in families().values()}
+    counted = data.measure_rows(of_rows, found) if of_rows else {}
+    facts = data.measure_model(of_model, found) if of_model else {}
+    protocol = {
+        **data.protocol(counted),
+        **facts,
+        **{each.name: each.protocol for each in (*of_rows, *of_model) if each.protocol},
     }
-    downstream: dict[str, Any] | None = None
-    if config.tokens and not knows_model(harvest):
-        say("nobody said of which model these activations are: its loss is not measured")
-    elif config.tokens and not layers:
-        downstream, facts = _downstream(place, harvest, config)
-        protocol.update(facts)
+    carried = described(name for each in sections(found).values() for name in each)
     result = {
         "schema": SCHEMA,
         "protocol": protocol,
         "protocol_hash": sha256_json(protocol),
-        "reconstruction": reconstruction,
-        "downstream": downstream,
+        **found,
+        **({ROWS: carried} if carried else {}),
     }
     try:
         write_report(path, sealed(result), EVALUATION, replace=config.replace)
@@ -133,35 +121,164 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _further_sites(place: Placement, layers: list[str]) -> dict[str, Any]:
-    """What the protocol says of sites besides the first that is read."""
-    several = layers or (list(place.read) if len(place.read) > 1 else None)
-    facts: dict[str, Any] = {} if several is None else {"sites": several}
-    if place.written != place.read:
-        facts["target_site"] = place.written[0]
-    return facts
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """An SAE at its sites, and the held-out part of a harvest that it is measured on."""
 
+    config: EvaluateConfig
+    sae: SparseAutoencoder
+    """as it was loaded"""
+    harvest: ActivationStore
+    sites: Mapping[str, Placement]
+    """the SAE at each site it is measured at: several for one of several layers"""
+    pooled: bool
+    """whether it is of several layers and measured at all of them"""
 
-def _reconstruction(
-    config: EvaluateConfig,
-    sae: SparseAutoencoder,
-    harvest: ActivationStore,
-    place: Placement,
-    layers: list[str],
-) -> Reconstruction:
-    seen = _as_trained(sae)
-    if not layers:
-        rows = seen(held_out_pieces(harvest, place, config.rows), place)
-        columns = place.columns(harvest.d_in) if len(place.written) > 1 else None
-        return measure_reconstruction(place.sae, rows, columns=columns)
-    found = {}
-    for site in layers:
-        _, here = open_harvest(
-            sae, config.harvest, site, behind_lens=True, allow_other_model=config.allow_other_model
+    @classmethod
+    def open(cls, config: EvaluateConfig) -> "HeldOut":
+        """Load the SAE and find its harvest; the errors of `evaluate`."""
+        sae = load(config.run, target_site=config.target_site)
+        layers = list(sae.site_normalisers) if config.site is None else []
+        one = None if sae.concatenates else config.site
+        opened = [
+            open_harvest(
+                sae,
+                config.harvest,
+                site,
+                behind_lens=True,
+                allow_other_model=config.allow_other_model,
+            )
+            for site in layers or [one]
+        ]
+        sites = {placement.read[0]: placement for _, placement in opened}
+        return cls(config=config, sae=sae, harvest=opened[0][0], sites=sites, pooled=bool(layers))
+
+    @property
+    def placement(self) -> Placement:
+        """The SAE at its first site."""
+        return next(iter(self.sites.values()))
+
+    def protocol(self, counted: Mapping[str, Any]) -> dict[str, Any]:
+        """What decides the numbers, besides the model's part."""
+        harvest, metadata = self.harvest, self.sae.metadata
+        return {
+            "version": 2,
+            "harvest": harvest.hash,
+            "site": self.placement.read[0],
+            **self._further_sites(),
+            "split": "held_out",
+            "positions": (
+                "all but position 0 and special tokens" if harvest.harvested else "those brought"
+            ),
+            "mean": "of the rows evaluated (FVU); of the training rows (mean-ablation)",
+            **counted,
+            "intervals": PROTOCOL,
+            **{name: metadata[name] for name in ("outliers", "lens") if name in metadata},
+        }
+
+    def _further_sites(self) -> dict[str, Any]:
+        """What the protocol says of sites besides the first that is read."""
+        read, written = self.placement.read, self.placement.written
+        several = list(self.sites) if self.pooled else list(read)
+        facts: dict[str, Any] = {"sites": several} if self.pooled or len(read) > 1 else {}
+        return {**facts, "target_site": written[0]} if written != read else facts
+
+    def has_model(self) -> bool:
+        """Whether what needs the model is measured; InputError if it is not, and was asked for."""
+        asked, why = self.config.metrics, ""
+        if not self.config.tokens:
+            why = "tokens is 0"
+        elif not knows_model(self.harvest):
+            why = "nobody said of which model these activations are"
+            if not asked:
+                say(f"{why}: its loss is not measured")
+        elif self.pooled:
+            why = "an SAE of several layers is put into the model at one of them: give site"
+        if why and asked:
+            raise InputError(
+                f"what needs the model cannot be measured: {why}", where="metrics", given=asked
+            )
+        return not why
+
+    def measure_rows(self, wanted: Sequence[Family], found: dict[str, Any]) -> dict[str, Any]:
+        """Put what needs activations alone into `found`; the number of rows and documents."""
+        seen = _as_trained(self.sae)
+        counts: list[Counted] = []
+        by_family: list[dict[str, dict[str, Any]]] = [{} for _ in wanted]
+        for site, placement in self.sites.items():
+            columns = placement.columns(self.harvest.d_in) if len(placement.written) > 1 else None
+            rows = seen(held_out_pieces(self.harvest, placement, self.config.rows), placement)
+            measures = [family.measure for family in wanted]
+            counted, sums = pass_over(placement.sae, rows, measures, columns)
+            counts.append(counted)
+            for of_site, one in zip(by_family, sums, strict=True):
+                of_site[site] = one.values(counted)
+        about = {"rows": sum(each.rows for each in counts), "documents": counts[0].documents}
+        for family, of_site in zip(wanted, by_family, strict=True):
+            values = family.measure.pool(of_site) if self.pooled else next(iter(of_site.values()))
+            _put(found, family, values, about)
+        return about
+
+    def measure_model(self, wanted: Sequence[Family], found: dict[str, Any]) -> dict[str, Any]:
+        """Put what needs the model into `found`; what the protocol says of model and sequences."""
+        given = self._in_model()
+        for family in wanted:
+            _put(found, family, family.measure(given), {})
+        facts = {
+            "model": given.model.weights_hash,
+            "dtype": str(given.model.dtype).removeprefix("torch."),
+            "sequences": len(given.tokens),
+            "context": self.harvest.context,
+        }
+        if given.written != self.placement.written:
+            facts["replaced"] = self.config.site
+        return facts
+
+    def _in_model(self) -> InModel:
+        """The SAE in its model, with the first held-out sequences."""
+        config, harvest, placement = self.config, self.harvest, self.placement
+        model = load_harvested_model(
+            harvest, harvest.manifest["model"]["dtype"], trust_remote_code=config.trust_remote_code
         )
-        rows = seen(held_out_pieces(harvest, here, config.rows), here)
-        found[site] = measure_reconstruction(here.sae, rows)
-    return pool(found)
+        held_out = torch.from_numpy(harvest.split == 1).nonzero()[:, 0]
+        first = held_out[: max(1, config.tokens // harvest.context)].numpy()
+        replaced, columns = self._replaced()
+        lens = placement.sae.metadata.get("lens")
+
+        def replacement(x: Tensor) -> Tensor:
+            return placement.sae(x).x_hat[:, columns]
+
+        return InModel(
+            model=model,
+            read=placement.read,
+            written=replaced,
+            replacement=(
+                TunedLens.load(lens).around(placement.read[0], replacement) if lens else replacement
+            ),
+            mean=torch.cat([torch.from_numpy(harvest.statistics(site).mean) for site in replaced]),
+            tokens=torch.from_numpy(harvest.tokens[first]).long(),
+            keep=torch.from_numpy(harvest.keep[first]),
+            document=torch.from_numpy(harvest.document[first]).long(),
+            batch=config.batch,
+        )
+
+    def _replaced(self) -> tuple[tuple[str, ...], slice]:
+        """The sites replaced in the model, and their columns of the reconstruction."""
+        site, written = self.config.site, self.placement.written
+        if site is None or len(written) == 1:
+            return written, slice(None)
+        columns = self.placement.columns(self.harvest.d_in)
+        if site not in columns:
+            raise InputError("not a site of this SAE", where="site", given=site, allowed=columns)
+        return (site,), columns[site]
+
+
+def _put(
+    found: dict[str, Any], family: Family, values: Mapping[str, Any], about: Mapping[str, Any]
+) -> None:
+    """Add a family's values to its section, which begins with what it was measured on."""
+    written = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+    found[family.section] = {**(found[family.section] or about), **written}
 
 
 Rows = Callable[[], Iterator[Piece]]
@@ -173,10 +290,10 @@ def _as_trained(sae: SparseAutoencoder) -> Callable[[Rows, Placement], Rows]:
     keeps = outliers and OutlierFilter(multiple=outliers["multiple"], median=outliers["median"])
     through = TunedLens.load(lens) if lens else None
 
-    def seen(rows: Rows, place: Placement) -> Rows:
+    def seen(rows: Rows, placement: Placement) -> Rows:
         if not (keeps or through):
             return rows
-        if len(place.read) > 1:
+        if len(placement.read) > 1:
             raise InputError(
                 "a crosscoder trained without outliers can only be measured without them",
                 where="eval",
@@ -187,64 +304,17 @@ def _as_trained(sae: SparseAutoencoder) -> Callable[[Rows, Placement], Rows]:
             for each in rows():
                 own = each.target is each.x
                 if keeps:
-                    kept = keeps.keep(place.read[0], each.x)
+                    kept = keeps.keep(placement.read[0], each.x)
                     if not own:
-                        kept &= keeps.keep(place.written[0], each.target)
+                        kept &= keeps.keep(placement.written[0], each.target)
                     x = each.x[kept]
                     document = None if each.document is None else each.document[kept]
                     each = Piece(x, x if own else each.target[kept], document)
                 if through:
-                    x = through.apply(place.read[0], each.x)
+                    x = through.apply(placement.read[0], each.x)
                     each = each._replace(x=x, target=x if own else each.target)
                 yield each
 
         return changed
 
     return seen
-
-
-def _downstream(
-    place: Placement, harvest: ActivationStore, config: EvaluateConfig
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    model = load_harvested_model(
-        harvest, harvest.manifest["model"]["dtype"], trust_remote_code=config.trust_remote_code
-    )
-    held_out = torch.from_numpy(harvest.split == 1).nonzero()[:, 0]
-    chosen = held_out[: max(1, config.tokens // harvest.context)].numpy()
-    tokens = torch.from_numpy(harvest.tokens[chosen]).long()
-    keep = torch.from_numpy(harvest.keep[chosen])
-    replaced: tuple[str, ...] = place.written
-    part = slice(None)
-    if config.site is not None and len(replaced) > 1:
-        columns = place.columns(harvest.d_in)
-        if config.site not in columns:
-            raise InputError(
-                "not a site of this SAE", where="site", given=config.site, allowed=columns
-            )
-        replaced, part = (config.site,), columns[config.site]
-    means = [torch.from_numpy(harvest.statistics(site).mean) for site in replaced]
-    lens = place.sae.metadata.get("lens")
-
-    def replacement(x: Tensor) -> Tensor:
-        return place.sae(x).x_hat[:, part]
-
-    measured = measure_downstream(
-        model,
-        place.read,
-        TunedLens.load(lens).around(place.read[0], replacement) if lens else replacement,
-        torch.cat(means),
-        tokens,
-        keep,
-        target=replaced,
-        document=torch.from_numpy(harvest.document[chosen]).long(),
-        batch=config.batch,
-    )
-    described = {
-        "model": model.weights_hash,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "sequences": len(chosen),
-        "context": harvest.context,
-    }
-    if replaced != place.written:
-        described["replaced"] = config.site
-    return asdict(measured), described

@@ -13,7 +13,7 @@ from sae.core.base import SparseAutoencoder, kind_of
 from sae.data.model_expectations import warn_of_model
 from sae.data.placement import Placement, placement_of
 from sae.data.provenance import differing, refuse_other
-from sae.evaluation.reconstruction import Piece
+from sae.evaluation.rows import Piece
 from saescope.errors import InputError
 
 _PIECE_ROWS = 16384

@@ -5,26 +5,29 @@ reconstruction, by zero, or by the mean activation; other positions are left alo
 reads is the untouched model's activation: a transcoder's output site is replaced by its prediction
 from the input site, a crosscoder's sites by its reconstructions, all at once or one of them.
 Cross-entropy and KL are averaged over kept source positions that have a next token.
-    delta CE     = CE_sae - CE_clean
+    delta CE     = CE_sae - CE_clean                                (Gao et al. 2024, section 4.1)
+    KL           = mean KL(clean || with the SAE)                   (Braun et al. 2024, section 2)
     CE recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean)
+                                              (loss recovered; Rajamanoharan et al. 2024, section 2)
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from activations import Model
-from activations.sites.kept import real_tokens
+from sae.evaluation import metric_family
+from sae.evaluation.in_model import InModel, Replacement, Splice
 from sae.evaluation.intervals import by_cluster, half_width
 from saescope.errors import InputError
 from saescope.integers import as_index
+from saescope.metrics import metric
 from saescope.progress import Progress
 
-Replacement = Callable[[Tensor], Tensor]
-"""Activations [rows, d_in] float32 to what stands in for them, [rows, d_out]."""
+if TYPE_CHECKING:
+    from activations import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +60,26 @@ class Downstream:
     """documents of these tokens, the intervals' unit; None: not known, sequences are it"""
 
 
-@torch.inference_mode()
+_METRICS = (
+    "ce_clean",
+    "ce",
+    "ce_mean",
+    "ce_zero",
+    "delta_ce",
+    "kl",
+    "recovered_mean",
+    "recovered_zero",
+)
+
+
+@metric_family("downstream", needs="model", metrics=tuple(metric(name) for name in _METRICS))
+def downstream(given: InModel) -> dict[str, Any]:
+    """`Downstream` by name."""
+    return asdict(measure_in_model(given))
+
+
 def measure_downstream(
-    model: Model,
+    model: "Model",
     site: str | Sequence[str],
     sae: Replacement,
     mean: Tensor,
@@ -78,83 +98,77 @@ def measure_downstream(
         sae: what it does to them, [rows, d_in] to [rows, d_out].
         mean: [d_out], the ablation's constant.
         target: where its output goes, in the order of its columns; `site` if not given.
-        document: int64 of tokens' shape, which document each is of: its tokens are not independent
-            of each other. If not given, sequences are taken for documents.
-        attention_mask: [sequence, position], 0 at padding, which is neither replaced nor predicted.
+        document, attention_mask, batch: see `InModel`.
 
     Raises InputError if no position is kept, or for a mean of another width than the targets.
     """
-    batch = as_index(batch, where="batch", low=1)
-    real = real_tokens(tokens, attention_mask)
-    keep = keep & real.to(keep.device)
-    splice = _Splice(model, _names(site), _names(site if target is None else target))
-    if len(mean) != sum(splice.widths):
-        raise InputError(
-            "a mean of another width than the sites replaced",
-            where="measure_downstream",
-            given=len(mean),
-            allowed=str(sum(splice.widths)),
-        )
+    given = InModel(
+        model=model,
+        read=_names(site),
+        written=_names(site if target is None else target),
+        replacement=sae,
+        mean=mean,
+        tokens=tokens,
+        keep=keep,
+        document=document,
+        attention_mask=attention_mask,
+        batch=batch,
+    )
+    return measure_in_model(given)
+
+
+@torch.inference_mode()
+def measure_in_model(given: InModel) -> Downstream:
+    """Measure as `measure_downstream` does, whose errors it raises."""
+    batch = as_index(given.batch, where="batch", low=1)
+    tokens, mean, real = given.tokens, given.mean, given.real()
+    keep = given.keep & real.to(given.keep.device)
+    splice = given.splice()
+    _check(given, splice)
     replacements: Mapping[str, Replacement] = {
-        "sae": sae,
+        "sae": given.replacement,
         "zero": lambda x: x.new_zeros(1, len(mean)).expand(len(x), -1),
         "mean": lambda x: mean.to(x).expand(len(x), -1),
     }
-    if document is not None and document.shape != tokens.shape:
-        raise InputError(
-            "needs the document of every token",
-            where="document",
-            given=tuple(document.shape),
-            allowed=str(tuple(tokens.shape)),
-        )
     sums: dict[str, list[Tensor]] = {name: [] for name in ("clean", "kl", *replacements)}
     with Progress("measuring the model's loss", len(tokens), "sequences") as progress:
         for start in range(0, len(tokens), batch):
             each = slice(start, start + batch)
-            part = _Part(tokens[each], keep[each], real[each])
-            _measure_batch(model, splice, replacements, part, sums)
-            progress.advance(len(part.tokens))
+            sequences = _Sequences(tokens[each], keep[each], real[each])
+            _measure_batch(splice, replacements, sequences, sums)
+            progress.advance(len(sequences.tokens))
     counted = keep[:, :-1] & real[:, 1:].to(keep.device)
     if not counted.any():
         raise InputError("no kept positions to evaluate on", where="measure_downstream", given=0)
+    document = given.document
     unit = torch.arange(len(tokens))[:, None].expand(tokens.shape) if document is None else document
     values = {name: torch.cat(parts)[counted] for name, parts in sums.items()}
     return _summarise(values, unit[:, :-1][counted], documented=document is not None)
+
+
+def _check(given: InModel, splice: Splice) -> None:
+    if len(given.mean) != sum(splice.widths):
+        raise InputError(
+            "a mean of another width than the sites replaced",
+            where="measure_downstream",
+            given=len(given.mean),
+            allowed=str(sum(splice.widths)),
+        )
+    if given.document is not None and given.document.shape != given.tokens.shape:
+        raise InputError(
+            "needs the document of every token",
+            where="document",
+            given=tuple(given.document.shape),
+            allowed=str(tuple(given.tokens.shape)),
+        )
 
 
 def _names(sites: str | Sequence[str]) -> list[str]:
     return [sites] if isinstance(sites, str) else list(sites)
 
 
-class _Splice:
-    """Reads some sites in one run of a model, replaces some in another."""
-
-    def __init__(self, model: Model, read: list[str], written: list[str]) -> None:
-        self.model, self.read, self.written = model, read, written
-        self.widths = [model.d_in(site) for site in written]
-        self._seen: dict[str, Tensor] = {}
-
-    def reading(self, keep: Tensor) -> AbstractContextManager[None]:
-        """Within the block, a run's activations at kept positions are remembered."""
-
-        def remember(site: str) -> Callable[[Tensor, Tensor], None]:
-            def see(h: Tensor, _: Tensor) -> None:
-                self._seen[site] = h[keep].float()
-
-            return see
-
-        return self.model.edit({site: remember(site) for site in self.read})
-
-    def replacing(self, replacement: Replacement, keep: Tensor) -> AbstractContextManager[None]:
-        """Within the block, kept positions are replaced; made from what `reading` saw."""
-        x = torch.cat([self._seen[site] for site in self.read], dim=-1)
-        parts = replacement(x).split(self.widths, dim=-1)
-        edits = zip(self.written, parts, strict=True)
-        return self.model.edit({site: _replace_kept(part, keep) for site, part in edits})
-
-
 @dataclass(frozen=True)
-class _Part:
+class _Sequences:
     """Some sequences [sequence, position]."""
 
     tokens: Tensor
@@ -164,17 +178,17 @@ class _Part:
 
 
 def _measure_batch(
-    model: Model,
-    splice: _Splice,
+    splice: Splice,
     replacements: Mapping[str, Replacement],
-    part: _Part,
+    sequences: _Sequences,
     sums: dict[str, list[Tensor]],
 ) -> None:
-    keep = part.keep
-    targets = part.tokens[:, 1:, None]
+    keep = sequences.keep
+    targets = sequences.tokens[:, 1:, None]
 
     def logits() -> Tensor:
-        return model.logits(part.tokens, attention_mask=part.real)[:, :-1].float()
+        found = splice.model.logits(sequences.tokens, attention_mask=sequences.real)
+        return found[:, :-1].float()
 
     def cross_entropy(z: Tensor) -> Tensor:
         return (z.logsumexp(-1) - z.gather(-1, targets)[..., 0]).double()
@@ -196,15 +210,6 @@ def _kl(clean: Tensor, other: Tensor) -> Tensor:
     log_q = other.sub_(other.logsumexp(-1, keepdim=True))
     log_q.neg_().add_(log_p)
     return log_q.mul_(log_p.exp_()).sum(-1)
-
-
-def _replace_kept(rows: Tensor, keep: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    def edit(h: Tensor, _: Tensor) -> Tensor:
-        out = h.clone()
-        out[keep] = rows.to(h.dtype)
-        return out
-
-    return edit
 
 
 def _summarise(values: Mapping[str, Tensor], unit: Tensor, *, documented: bool) -> Downstream:

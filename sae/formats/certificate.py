@@ -22,8 +22,10 @@ from torch import Tensor
 
 from sae.core.base import SparseAutoencoder
 from sae.evaluation.intervals import half_width
+from sae.evaluation.reconstruction import FvuSums
+from sae.evaluation.rows import Coder, encoded
 from sae.formats._claim import Claim
-from sae.formats.misreadings import Reader, readings
+from sae.formats.misreadings import readings
 from saescope.errors import ArtefactError, InputError
 from saescope.metrics import metric
 from saescope.progress import say
@@ -153,32 +155,26 @@ def _check_reference(sae: SparseAutoencoder, reference: Tensor, target: Tensor |
 
 
 @torch.no_grad()
-def measure(sae: Reader, x: Tensor, target: Tensor | None) -> Measured:
+def measure(sae: Coder, x: Tensor, target: Tensor | None) -> Measured:
     """L0, and FVU against target [n, d_out] (None: not measured), on rows x [n, d_in]."""
-    counts, errors = [], []
+    counts = []
+    squares = None if target is None else FvuSums(target.double().mean(0))
     for start in range(0, len(x), _ROWS):
-        part = x[start : start + _ROWS].float()
-        codes = sae.encode_sparse(part)
-        counts.append(codes.l0().double())
-        if target is not None:
-            wanted = target[start : start + _ROWS].double()
-            errors.append((sae.decode(codes, like=part).double() - wanted).square().sum(1))
+        rows = slice(start, start + _ROWS)
+        if target is None or squares is None:
+            counts.append(sae.encode_sparse(x[rows].float()).l0().double())
+            continue
+        found = encoded(sae, x[rows].float(), target[rows])
+        counts.append(found.codes.l0().double())
+        squares.add(found.target, found.x_hat)
     l0 = torch.cat(counts)
-    fvu, interval = None, 0.0
-    if target is not None:
-        error, exact = torch.cat(errors), target.double()
-        variance = (exact - exact.mean(0)).square().sum(1)
-        total = float(variance.sum())
-        if total <= 0:
-            raise InputError("all rows are equal, so FVU is undefined", where="reference")
-        fvu = float(error.sum()) / total
-        interval = half_width(error, variance) or 0.0
+    fvu, interval = (None, None) if squares is None else squares.fvu(where="reference")
     return Measured(
         rows=len(x),
         l0=float(l0.mean()),
         l0_interval=half_width(l0, torch.ones_like(l0)) or 0.0,
         fvu=fvu,
-        fvu_interval=interval,
+        fvu_interval=interval or 0.0,
     )
 
 

@@ -5,24 +5,17 @@ Every reading is the SAE as it would be if one thing about its file had been tak
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sae.core.base import SparseAutoencoder
 from sae.core.plain import PlainSAE
+from sae.evaluation.rows import Coder
 from sae.formats._claim import Claim
 from sae.formats._ours import sae_of
 from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
-
-
-class Reader(Protocol):
-    """What can be measured."""
-
-    def encode_sparse(self, x: Tensor) -> SparseCodes: ...
-    def decode(self, codes: SparseCodes, like: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +24,7 @@ class Reading:
 
     wrong: str
     """what is wrong with the SAE as it was read, if this is right"""
-    sae: Reader
+    sae: Coder
     fitted: bool = False
     """it was made so that its L0 is the claimed one"""
     of_bias: bool = False

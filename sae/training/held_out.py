@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sae.core.base import SparseAutoencoder
 from sae.core.batch import RawBatch
 from sae.core.finite import check_finite
-from sae.evaluation.reconstruction import Reconstruction, measure_reconstruction
+from sae.evaluation.reconstruction import Reconstruction, measure_reconstruction, pool
 from sae.training.batch_maker import BatchMaker
 
 HeldOutRows = Callable[[], Iterable[RawBatch | Tensor]]
@@ -32,17 +31,12 @@ def measure(sae: SparseAutoencoder, held_out: HeldOutRows) -> dict[str, Any]:
     if not sae.site_normalisers:
         found = measure_reconstruction(sae, lambda: _rows(sae, held_out))
         return _summary(found)
-    layers = {}
-    for number, site in enumerate(sae.site_normalisers):
-        own = sae.at(site)
-        layers[site] = measure_reconstruction(own, lambda n=number: _layer(sae, held_out, n))
-    density = torch.stack([found.density for found in layers.values()])
-    each = [_summary(found) for found in layers.values()]
-    mean = {name: sum(one[name] for one in each) / len(each) for name in ("l0", "fvu", "cosine")}
+    layers = {
+        site: measure_reconstruction(sae.at(site), lambda n=number: _layer(sae, held_out, n))
+        for number, site in enumerate(sae.site_normalisers)
+    }
     return {
-        **mean,
-        "dead_fraction": float((density.sum(0) == 0).double().mean()),
-        "rows": sum(one["rows"] for one in each),
+        **_summary(pool(layers)),
         "layers": {site: _summary(found) for site, found in layers.items()},
     }
 

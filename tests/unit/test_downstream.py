@@ -1,11 +1,13 @@
 """Effects on the model's loss: the identity, full ablation, and a re-computation by plain torch."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from activations import Model
-from sae.evaluation.downstream import measure_downstream
+from sae.evaluation.downstream import _kl, _summarise, measure_downstream
 from sae.steering.text_features import features_of_text
 from saescope.errors import InputError
 
@@ -179,3 +181,24 @@ def test_documents_are_the_unit_of_intervals_and_change_nothing_else(tiny_model:
         measure_downstream(
             tiny_model, SITE, lambda x: x, torch.zeros(32), tokens, keep, document=document[:2]
         )
+
+
+def test_cross_entropies_and_what_is_recovered_by_hand() -> None:
+    each = {"clean": (1.0, 2.0), "sae": (2.0, 2.5), "mean": (5.0, 4.0), "zero": (3.0, 3.0)}
+    values = {name: torch.tensor(two, dtype=torch.float64) for name, two in each.items()}
+    values["kl"] = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    found = _summarise(values, torch.tensor([0, 1]), documented=False)
+    assert (found.ce_clean, found.ce, found.ce_mean, found.ce_zero) == (1.5, 2.25, 4.5, 3.0)
+    assert (found.delta_ce, found.kl) == (0.75, 0.5)
+    # (4.5 - 2.25) / (4.5 - 1.5) and (3 - 2.25) / (3 - 1.5)
+    assert (found.recovered_mean, found.recovered_zero) == (0.75, 0.5)
+    harmless = {**values, "mean": values["clean"], "zero": values["clean"] - 1}
+    found = _summarise(harmless, torch.tensor([0, 1]), documented=False)
+    assert (found.recovered_mean, found.recovered_zero) == (None, None)
+
+
+def test_divergence_by_hand() -> None:
+    clean = torch.tensor([[1 / 2, 1 / 2], [1 / 3, 2 / 3]]).log() + 7  # logits are up to a constant
+    other = torch.tensor([[1 / 4, 3 / 4], [1 / 3, 2 / 3]]).log() - 3
+    wanted = [math.log(2) / 2 + math.log(2 / 3) / 2, 0.0]
+    assert _kl(clean, other).tolist() == pytest.approx(wanted, abs=1e-6)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sae.evaluation.downstream import _summarise
 from sae.evaluation.intervals import by_cluster, half_width, t_quantile
-from sae.evaluation.reconstruction import Piece, measure_reconstruction, pool
+from sae.evaluation.reconstruction import measure_reconstruction, pool
+from sae.evaluation.rows import Piece
 from sae.evaluation.written import report
 from sae.kernels.codes import SparseCodes
 

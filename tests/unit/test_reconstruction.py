@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae.evaluation import families
 from sae.evaluation.reconstruction import measure_reconstruction, pool
 from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
+from saescope.metrics import metric_table
 
 D = 5
 
@@ -80,6 +82,14 @@ def test_by_hand() -> None:
     assert found.cosine == pytest.approx((1 + 1 + (8 + 16) / (32**0.5 * 20**0.5)) / 3)
     assert found.norm_ratio == pytest.approx((1 + 4 + 20**0.5) / (2 + 4 + 32**0.5))
     assert found.density.tolist() == pytest.approx([2 / 3, 2 / 3])
+    assert found.dead_fraction == 0
+    silent = measure_reconstruction(Half(), lambda: iter([x * torch.tensor([1.0, 0.0])]))
+    assert silent.dead_fraction == 1 / 2
+
+
+def test_every_metric_of_the_table_is_of_one_family() -> None:
+    rows = [row.name for family in families().values() for row in family.metrics]
+    assert sorted(rows) == sorted(metric_table())
 
 
 def test_against_a_target_of_another_width() -> None:

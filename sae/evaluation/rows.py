@@ -1,0 +1,197 @@
+"""One pass of an SAE over held-out rows, shared by all families of metrics that need no model.
+
+A family of this kind is a subclass of `RowSums`: it adds up what it needs of every few thousand
+rows, already encoded and decoded, and turns the sums into values at the end.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sae.core.finite import check_rows
+from sae.distributed import ROWS
+from sae.kernels.codes import SparseCodes
+from saescope.errors import InputError
+
+_ROWS = 4096
+
+
+class Coder(Protocol):
+    """What encodes rows and decodes them again."""
+
+    def encode_sparse(self, x: Tensor) -> SparseCodes: ...
+    def decode(self, codes: SparseCodes, like: Tensor) -> Tensor: ...
+
+
+class Reconstructor(Coder, Protocol):
+    """What can be measured: an SAE, or a stand-in such as the identity."""
+
+    d_sae: int
+
+
+class Piece(NamedTuple):
+    """Rows, and which document each is of."""
+
+    x: Tensor
+    """[rows, d_in]"""
+    target: Tensor
+    """[rows, d_out], what is to be reconstructed; x itself but for transcoders"""
+    document: Tensor | None = None
+    """int64 [rows]"""
+
+    def rows(self, chosen: slice) -> "Piece":
+        """Some of the rows."""
+        document = None if self.document is None else self.document[chosen]
+        return Piece(self.x[chosen], self.target[chosen], document)
+
+
+Rows = Tensor | tuple[Tensor, Tensor] | Piece
+"""x [rows, d_in], or it and what it is to predict [rows, d_out], or these with their documents"""
+
+
+class EncodedRows(NamedTuple):
+    """Rows, and what an SAE makes of them."""
+
+    codes: SparseCodes
+    """features of [rows, d_sae]"""
+    target: Tensor
+    """float64 [rows, d_out]"""
+    x_hat: Tensor
+    """float64 [rows, d_out], the reconstruction"""
+
+
+def encoded(sae: Coder, x: Tensor, target: Tensor) -> EncodedRows:
+    """Rows x [rows, d_in], encoded, and decoded beside the target [rows, d_out]."""
+    codes = sae.encode_sparse(x).compact()
+    return EncodedRows(codes, target.double(), sae.decode(codes, like=x).double())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is known before the rows are encoded."""
+
+    d_sae: int
+    """number of features"""
+    mean: Tensor
+    """float64 [d_out], mean of the target over all rows"""
+    columns: Mapping[str, slice] = field(default_factory=dict)
+    """where each site stands in the target, of an SAE that reconstructs several side by side"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """How many rows were measured."""
+
+    rows: int
+    """number of rows, of all ranks"""
+    document: Tensor | None
+    """int64 [rows], each row's document; None where that is not known, and rows count as
+    independent"""
+
+    @property
+    def documents(self) -> int | None:
+        """Number of documents; None where they are not known."""
+        return None if self.document is None else len(self.document.unique())
+
+
+class RowSums(ABC):
+    """Sums over rows, of which a family's values are made.
+
+    With several ranks each adds its own rows: `values` sums over them (`sae.distributed.ROWS`).
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    @abstractmethod
+    def add(self, rows: EncodedRows) -> None:
+        """Add some rows, one or more."""
+
+    @abstractmethod
+    def values(self, counted: Counted) -> dict[str, Any]:
+        """The values by name. A tensor is for `pool` and is not written to evaluation.json."""
+
+    @classmethod
+    def pool(cls, sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Values of one SAE at several layers, from each site's: the mean of each number.
+
+        None where a site has none. The mean of intervals is that of layers that err together, as
+        those of the same tokens may.
+
+        >>> RowSums.pool({"a": {"fvu": 0.5, "kl": None}, "b": {"fvu": 0.25, "kl": 1.0}})
+        {'fvu': 0.375, 'kl': None}
+        """
+        each = list(sites.values())
+        names = [n for n, v in each[0].items() if v is None or isinstance(v, int | float)]
+        found = {name: [one[name] for one in each] for name in names}
+        return {
+            name: None if None in values else sum(values) / len(each)
+            for name, values in found.items()
+        }
+
+
+@torch.no_grad()
+def pass_over(
+    sae: Reconstructor,
+    rows: Callable[[], Iterable[Rows]],
+    families: Sequence[type[RowSums]],
+    columns: Mapping[str, slice] | None = None,
+) -> tuple[Counted, list[RowSums]]:
+    """Show all rows to all families; `rows` gives fresh iterators, and is read twice.
+
+    The first reading is for the mean. Sums are float64, so that neither the size of pieces nor a
+    large mean matters. Raises InputError if there are no rows, or some are not finite.
+    """
+    count, total = 0, torch.zeros((), dtype=torch.float64)
+    for each in rows():
+        target = _piece(each).target
+        check_rows(target, "measure_reconstruction")
+        count += len(target)
+        total = total + target.sum(0, dtype=torch.float64)
+    if count == 0:
+        raise InputError("no activations to evaluate on", where="measure_reconstruction", given=0)
+    setting = Setting(d_sae=sae.d_sae, mean=total / count, columns=columns or {})
+    sums = [family(setting) for family in families]
+    counter = _Counter(total.device)
+    for each in rows():
+        piece = _piece(each)
+        for start in range(0, len(piece.x), _ROWS):
+            part = piece.rows(slice(start, start + _ROWS))
+            # ranks that train together measure together
+            own = part.rows(ROWS.share(len(part.x)))
+            counter.add(own)
+            if len(own.x):
+                shown = encoded(sae, own.x, own.target)
+                for one in sums:
+                    one.add(shown)
+    return counter.result(), sums
+
+
+class _Counter:
+    """Rows, and the documents they are of."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rows = 0
+        self.documents = [torch.zeros(0, dtype=torch.int64, device=device)]
+        self.documented = True
+
+    def add(self, piece: Piece) -> None:
+        self.rows += len(piece.x)
+        self.documented &= piece.document is not None
+        if piece.document is not None:
+            self.documents.append(piece.document.to(self.documents[0]))
+
+    def result(self) -> Counted:
+        document = ROWS.gather(torch.cat(self.documents)) if self.documented else None
+        return Counted(rows=ROWS.total(self.rows), document=document)
+
+
+def _piece(rows: Rows) -> Piece:
+    if isinstance(rows, Piece):
+        return rows
+    x, target = (rows, rows) if isinstance(rows, Tensor) else rows
+    return Piece(x, target)
