@@ -25,6 +25,7 @@ from activations import ActivationLoader, ActivationStore, Model
 from activations.loading.unshuffled import aligned_rows
 from activations.models.unembedding import Unembedding
 from sae.analysis.layers import residual_sites
+from sae.evaluation.divergence import divergence_terms
 from saescope.artefact import MANIFEST, atomic_path, read_manifest, sha256_json, write_manifest
 from saescope.config import Config, to_dict
 from saescope.errors import ArtefactError, InputError, check_range
@@ -341,4 +342,4 @@ def _fit(
 
 def _kl(target: Tensor, logits: Tensor) -> Tensor:
     """KL(target || softmax(logits)) of each row; target is log-probabilities."""
-    return (target.exp() * (target - logits.log_softmax(-1))).sum(-1)
+    return divergence_terms(target, logits.log_softmax(-1)).sum(-1)

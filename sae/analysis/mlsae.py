@@ -22,8 +22,8 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
-from torch.nn import functional
 
+from sae.analysis.similarity import cosines_with_others
 from sae.core.batch import RawBatch
 from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
@@ -221,14 +221,8 @@ def max_cosine(W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, " d_sae"]:
     """
     if len(W_dec) < 2:
         raise InputError("needs two features or more", where="max_cosine", given=len(W_dec))
-    unit = functional.normalize(W_dec.detach().float(), dim=1)
-    largest = []
-    for first in range(0, len(unit), _FEATURES):
-        cosine = unit[first : first + _FEATURES] @ unit.T
-        itself = torch.arange(len(cosine))
-        cosine[itself, itself + first] = -torch.inf
-        largest.append(cosine.amax(1))
-    return torch.cat(largest)
+    blocks = cosines_with_others(W_dec.detach().float(), _FEATURES)
+    return torch.cat([cosine.amax(1) for _, cosine in blocks])
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sae.evaluation import metric_family
+from sae.evaluation.divergence import divergence_in_place
 from sae.evaluation.in_model import InModel, Replacement, Splice
 from sae.evaluation.intervals import by_cluster, half_width
 from saescope.errors import InputError
@@ -201,15 +202,7 @@ def _measure_batch(
             z = logits()
         sums[name].append(cross_entropy(z))
         if name == "sae":
-            sums["kl"].append(_kl(clean, z).double())
-
-
-def _kl(clean: Tensor, other: Tensor) -> Tensor:
-    """KL(softmax(clean) || softmax(other)) over the last axis; the arguments are overwritten."""
-    log_p = clean.sub_(clean.logsumexp(-1, keepdim=True))
-    log_q = other.sub_(other.logsumexp(-1, keepdim=True))
-    log_q.neg_().add_(log_p)
-    return log_q.mul_(log_p.exp_()).sum(-1)
+            sums["kl"].append(divergence_in_place(clean, z).double())
 
 
 def _summarise(values: Mapping[str, Tensor], unit: Tensor, *, documented: bool) -> Downstream:

@@ -12,6 +12,7 @@ from einops import repeat
 from torch import Tensor
 
 from activations import ActivationStore, Model
+from sae.analysis.similarity import cosines_with_others
 from sae.core.base import SparseAutoencoder
 from sae.data.harvests import read_chunk
 from sae.data.placement import Placement
@@ -153,11 +154,7 @@ def _add_neighbours(writer: StoreWriter, sae: SparseAutoencoder, count: int) -> 
     count = min(count, sae.d_sae - 1)
     if count == 0:
         return
-    unit = torch.nn.functional.normalize(sae.decoder_directions(), dim=1)
-    for first in range(0, sae.d_sae, _FEATURES):
-        cosine = unit[first : first + _FEATURES] @ unit.T
-        itself = torch.arange(len(cosine))
-        cosine[itself, itself + first] = -torch.inf
+    for first, cosine in cosines_with_others(sae.decoder_directions(), _FEATURES):
         value, other = cosine.topk(count, dim=1)
         feature, rank = _grid(first, value)
         writer.add_neighbours(

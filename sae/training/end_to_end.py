@@ -31,6 +31,7 @@ from activations.loading.outliers import OutlierFilter
 from sae.core.base import SparseAutoencoder, TrainingOutput
 from sae.core.batch import RawBatch, TrainingBatch
 from sae.data.streams import OneSite
+from sae.evaluation.divergence import divergence_terms
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 
@@ -194,7 +195,7 @@ class EndToEnd:
         precision = torch.promote_types(spliced.dtype, torch.float32)
         log_p = clean.to(precision).log_softmax(-1)
         log_q = spliced.to(precision).log_softmax(-1)
-        return (log_p.exp() * (log_p - log_q)).sum().to(x_hat.device), found
+        return divergence_terms(log_p, log_q).sum().to(x_hat.device), found
 
     def batch(
         self, sae: SparseAutoencoder, raw: SequenceRows, batch: TrainingBatch

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from activations import Model
-from sae.evaluation.downstream import _kl, _summarise, measure_downstream
+from sae.evaluation.divergence import divergence_in_place, divergence_terms
+from sae.evaluation.downstream import _summarise, measure_downstream
 from sae.steering.text_features import features_of_text
 from saescope.errors import InputError
 
@@ -201,4 +202,6 @@ def test_divergence_by_hand() -> None:
     clean = torch.tensor([[1 / 2, 1 / 2], [1 / 3, 2 / 3]]).log() + 7  # logits are up to a constant
     other = torch.tensor([[1 / 4, 3 / 4], [1 / 3, 2 / 3]]).log() - 3
     wanted = [math.log(2) / 2 + math.log(2 / 3) / 2, 0.0]
-    assert _kl(clean, other).tolist() == pytest.approx(wanted, abs=1e-6)
+    terms = divergence_terms(clean.log_softmax(-1), other.log_softmax(-1))
+    assert terms.sum(-1).tolist() == pytest.approx(wanted, abs=1e-6)
+    assert divergence_in_place(clean, other).tolist() == pytest.approx(wanted, abs=1e-6)
