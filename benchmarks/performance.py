@@ -31,6 +31,7 @@ from sae.bench.inputs import Shape
 from saescope.artefact import write_bytes
 from saescope.config import Config
 from saescope.errors import InputError
+from saescope.metrics import metric
 from saescope.progress import say
 
 Row = Mapping[str, str]
@@ -246,7 +247,11 @@ def _short(groups: Mapping[str, Sequence[Row]]) -> str:
 
 def _table(group: Sequence[Row]) -> Iterator[str]:
     exact = _fastest(group, (EXACT,))
-    yield "| library | setting | seconds | least | of processor | over our exact | L0 | rounds |"
+    l0 = metric("l0")
+    yield (
+        "| library | setting | seconds | least | of processor | over our exact | "
+        f"{l0.label} | rounds |"
+    )
     yield "|---|---|---|---|---|---|---|---|"
     for row in sorted(group, key=lambda row: float(row["median_s"])):
         seconds = float(row["median_s"])
@@ -255,7 +260,7 @@ def _table(group: Sequence[Row]) -> Iterator[str]:
         yield (
             f"| {row['library']} {row['version']} | {row['setting']}{options} | {seconds:.3f} | "
             f"{float(row['least_s']):.3f} | {float(row['cpu_s']):.2f} | {over} | "
-            f"{float(row['l0']):.1f} | {row['rounds']} |"
+            f"{l0.shown(float(row['l0']))} | {row['rounds']} |"
         )
 
 

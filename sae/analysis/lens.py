@@ -29,6 +29,7 @@ from sae.evaluation.divergence import divergence_terms
 from saescope.artefact import MANIFEST, atomic_path, read_manifest, sha256_json, write_manifest
 from saescope.config import Config, to_dict
 from saescope.errors import ArtefactError, InputError, check_range
+from saescope.metrics import metric
 from saescope.paths import local
 from saescope.progress import Progress
 from saescope.replacing import Kind, only_files
@@ -336,7 +337,7 @@ def _fit(
                 total += float(loss.detach())
             optimiser.step()
             schedule.step()
-            progress.advance(1, f"KL {total / len(sites):.3f}")
+            progress.advance(1, metric("kl").text(total / len(sites)))
     return torch.stack(A).detach(), torch.stack(b).detach()
 
 
