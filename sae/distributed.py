@@ -2,9 +2,9 @@
 
 Ranks share the rows of a batch (each has the whole dictionary), or the features of the dictionary
 (each sees the whole batch). One rule makes both exact: every rank computes the whole loss, the same
-number, from sums over what each has, and going back takes its own part alone. So `sum` and `gather`
-need no communication on the way back, and added up over ranks that share rows, what they find is
-the gradient of one process that has everything.
+number, from sums over what each has, and its backward pass differentiates its own share alone. So
+`sum` and `gather` need no communication in the backward pass, and added up over ranks that share
+rows, the gradients are those of one process that has everything.
 
 In a single process every function here returns what it is given.
 """
@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 Split = Literal["rows", "features"]
-"""what ranks have different parts of"""
+"""what is shared out among ranks"""
 _DRAWN = 4096
 """rows of numbers drawn at a time"""
 
 
 class Axis:
-    """Ranks that have different parts of something; `rank` of `size`.
+    """The ranks that something is shared out among; this one is `rank` of `size`.
 
     >>> ROWS.size, ROWS.sum(torch.ones(2)).tolist(), ROWS.share(7)
     (1, [1.0, 1.0], slice(0, 7, None))
@@ -35,7 +35,7 @@ class Axis:
         self.rank, self.size = 0, 1
 
     def share(self, total: int) -> slice:
-        """This rank's part of `total` things in order; parts differ by one at most."""
+        """The positions that are this rank's, of `total` in order; shares differ by one at most."""
         return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
 
     def sum(self, value: Tensor) -> Tensor:
@@ -65,14 +65,14 @@ class Axis:
         return value if self.size == 1 else _reduced(value, dist.ReduceOp.MIN)
 
     def spread(self, value: Tensor) -> Tensor:
-        """What all ranks hold alike and each uses for its part: its gradient is summed over ranks.
+        """What all ranks hold alike and each uses for its share: its gradient is summed over ranks.
 
         Collective in the backward pass, so every rank has to go through it.
         """
         return value if self.size == 1 else _Spread.apply(value)  # type: ignore[return-value]
 
     def gather(self, value: Tensor) -> Tensor:
-        """All ranks' values [n of the rank, ...] one after another; the gradient is the own part's.
+        """All ranks' values [n of the rank, ...] one after another; the gradient is this rank's.
 
         Ranks may have different n.
         """
@@ -122,14 +122,14 @@ def normal_rows_(own: Tensor, total: int, std: float = 1.0) -> None:
     if FEATURES.size == 1:
         own.normal_(std=std)
         return
-    part, first = FEATURES.share(total), 0
+    share, first = FEATURES.share(total), 0
     while first < total:
         # torch draws numbers sixteen at a time, so a piece is a multiple of it; the rest goes last
         rows = _DRAWN if total - first >= 2 * _DRAWN else total - first
         drawn = torch.empty(rows, *own.shape[1:], dtype=own.dtype).normal_(std=std)
-        start, stop = max(part.start, first), min(part.stop, first + rows)
+        start, stop = max(share.start, first), min(share.stop, first + rows)
         if start < stop:
-            own[start - part.start : stop - part.start] = drawn[start - first : stop - first]
+            own[start - share.start : stop - share.start] = drawn[start - first : stop - first]
         first += rows
 
 
@@ -188,14 +188,13 @@ class _Gather(Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, rank: int) -> Tensor:
         counts = _sizes(len(value), rank)
-        ctx.part = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        ctx.own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
         padded = value.new_zeros(max(counts), *value.shape[1:])
         padded[: len(value)] = value.detach()
         found = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(found, padded)
-        parts = [part[:n] for part, n in zip(found, counts, strict=True)]
-        return torch.cat(parts)
+        return torch.cat([each[:n] for each, n in zip(found, counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0][ctx.part], None
+        return gradients[0][ctx.own], None

@@ -1,7 +1,7 @@
 """The registry: one file here is one architecture, found by its name.
 
 A file `name.py` defines a configuration with `kind: Literal["name"]`, the module and its
-objective, and puts `@register` on the class. Nothing else has to be edited. A file whose name
+loss, and puts `@register` on the class. Nothing else has to be edited. A file whose name
 begins with an underscore holds what several architectures share.
 
 A module of another package does the same, under a kind that is not taken, and is named by an entry

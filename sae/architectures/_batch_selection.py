@@ -41,8 +41,8 @@ class BatchSelectionConfig(AuxKConfig):
     auxiliary: Literal["auxk", "zipf"] = "auxk"
     """Who predicts the residual: dead features, or all under-used ones (aux_zipf)."""
     zipf_share: float = 0.5
-    """Under-used is a density below this part of the one the Zipf law gives its rank. About half of
-    all features lie below the fitted law itself (1.0), by noise alone."""
+    """Under-used is a density below this fraction of what the Zipf law gives its rank. About half
+    of all features lie below the fitted law itself (1.0), by noise alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +85,7 @@ class BatchSelectionSAE(AuxKSAE):
     threshold_updates: Tensor
     """int64, of the threshold's shape"""
     density: Tensor
-    """float32 [d_sae], running average of the part of rows each feature is selected on"""
+    """float32 [d_sae], running average of the fraction of rows each feature is selected on"""
     density_updates: Tensor
     """int64 []"""
     underused: Tensor
@@ -120,8 +120,8 @@ class BatchSelectionSAE(AuxKSAE):
         # one value a feature: a single one would be rounded to the precision of the activations
         threshold = self.threshold.expand(self.d_sae)
         centred = self.encoder_input(y)
-        parts = kernels.encode_above(centred, self.W_enc_T, self.b_enc, threshold)
-        return SparseCodes(*parts, self.d_sae)
+        csr = kernels.encode_above(centred, self.W_enc_T, self.b_enc, threshold)
+        return SparseCodes(*csr, self.d_sae)
 
     @torch.no_grad()
     def calibrate(self, rows: Callable[[], Iterable[Tensor]]) -> None:
@@ -153,27 +153,27 @@ class BatchSelectionSAE(AuxKSAE):
     def largest(self, centred: Tensor) -> SparseCodes:
         """The k B largest pre-activations of the batch."""
         budget = self.config.budget(ROWS.total(len(centred)))
-        parts = kernels.encode_top_of_batch(
+        csr = kernels.encode_top_of_batch(
             centred, self.W_enc_T, self.b_enc, budget, hint=self._last_bar
         )
-        codes = SparseCodes(*parts, self.d_sae)
+        codes = SparseCodes(*csr, self.d_sae)
         smallest = smallest_of(codes.value)
         if smallest.isfinite():
             self._last_bar = float(smallest)
         return codes
 
     def training_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
-        """The objective on a batch; thresholds and densities move in training mode only."""
+        """The loss of a batch; thresholds and densities move in training mode only."""
         centred = self.centred(batch)
         codes = self.select(centred, state)
         assert len(codes.index) <= self.config.budget(batch.total), "a selection exceeds its budget"
         counts = codes.counts()
         if self.training:
             self._observe(codes, counts, state)
-        loss, terms, found = self.objective(batch, centred, codes, state)
+        loss, terms, found = self.selection_loss(batch, centred, codes, state)
         return TrainingOutput(loss, terms, counts, found)
 
-    def objective(
+    def selection_loss(
         self, batch: TrainingBatch, centred: Tensor, codes: SparseCodes, state: TrainingState
     ) -> tuple[Tensor, dict[str, Tensor], Reconstruction]:
         """FVU + coefficient * auxiliary of the selected codes, its terms, the reconstruction."""
@@ -214,35 +214,35 @@ class BatchSelectionSAE(AuxKSAE):
         """aux_zipf (Ayonrinde 2024): AuxK's loss, predicted by under-used features.
 
         They share k_aux activations a row over the batch. An entry that the code has already is
-        left out: its part of the residual is gone, and asking for it twice would shrink it.
+        left out: its share of the residual is gone, and asking for it twice would shrink it.
         """
         residual, features = found.left_over(), chosen.nonzero()[:, 0]
         encoder, decoder = (losses.rows_of(W, features) for W in (self.W_enc_T, self.W_dec))
         if found.batch.visible is not None:  # what the residual is of
             decoder = decoder * ~found.batch.visible
         bias = self.b_enc.index_select(0, features)
-        taken = codes.of(features)
+        held = codes.of(features)
         if len(features) <= self.k_aux:  # none is too many, and dense products on few are cheap
             pre = torch.relu(functional.linear(centred, encoder, bias))
-            free = pre.new_ones(pre.shape).view(-1).index_fill_(0, taken.flat(), 0.0)
+            free = pre.new_ones(pre.shape).view(-1).index_fill_(0, held.flat(), 0.0)
             e_hat = (pre * free.view_as(pre)) @ decoder
             left = kernels.total((residual - e_hat).square())
         else:
-            parts = kernels.encode_top_of_batch(
+            csr = kernels.encode_top_of_batch(
                 centred,
                 encoder,
                 bias,
                 self.k_aux * ROWS.total(len(residual)),
-                taken=(taken.row_ptr, taken.index),
+                excluded=(held.row_ptr, held.index),
             )
-            left = losses.left_by(SparseCodes(*parts, len(features)), residual, decoder)
+            left = losses.left_by(SparseCodes(*csr, len(features)), residual, decoder)
         return losses.unpredicted(residual, left, found.batch.target)
 
     @torch.no_grad()
     def _observe(self, codes: SparseCodes, counts: Tensor, state: TrainingState) -> None:
         config = self.config
-        part = ROWS.sum(counts) / ROWS.total(codes.batch)
-        running_mean_(self.density, part, self.density_updates, config.ema_decay)
+        fraction = ROWS.sum(counts) / ROWS.total(codes.batch)
+        running_mean_(self.density, fraction, self.density_updates, config.ema_decay)
         self.observe_threshold(codes, state)
         known = int(self.density_updates) * (1 - config.ema_decay) >= 1
         if config.auxiliary == "zipf" and known and state.step % _REFIT_EVERY == 0:

@@ -22,7 +22,7 @@ class L1WeightConfig(SAEConfig):
     beside a squared error is it times sqrt(variance), which is about 1 for data of unit mean
     square and sqrt(d_in) for data of mean norm sqrt(d_in) (Anthropic's 5 is 0.2 at d_in 576)."""
     l1_warmup_fraction: float = 0.05
-    """Part of training over which the penalty grows from 0 to its weight."""
+    """Fraction of training over which the penalty grows from 0 to its weight."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,12 +21,12 @@ from sae.kernels.fixed_order_sums import of_rows
 
 
 def nested(
-    parts: list[SparseCodes], batch: TrainingBatch, W_dec: Tensor, b_dec: Tensor
+    added: list[SparseCodes], batch: TrainingBatch, W_dec: Tensor, b_dec: Tensor
 ) -> list[Reconstruction]:
-    """Reconstructions of a batch by no code, by parts[0], by parts[0] and parts[1], and so on."""
-    joined = SparseCodes.concatenate(parts)  # a part's rows below another's
+    """Reconstructions of a batch by no code, by added[0], by added[0] and added[1], and so on."""
+    joined = SparseCodes.concatenate(added)  # a level's rows below another's
     decoded = kernels.decode(joined.row_ptr, joined.index, joined.value, W_dec)
-    steps = decoded.view(len(parts), len(batch), -1)
+    steps = decoded.view(len(added), len(batch), -1)
     if not batch.by_squares:
         y_hats = accumulate(steps, initial=b_dec.expand(len(batch), -1))
         return [Reconstruction.of(y_hat, batch) for y_hat in y_hats]

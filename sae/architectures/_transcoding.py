@@ -130,12 +130,12 @@ class Transcoding(AuxKSAE):
     def plain_parts(self) -> dict[str, Any]:
         """The rule of its activation, of a transcoder."""
         rule = self.rule.activation
-        parts: dict[str, Any] = {"activation": rule, "transcoder": True, "b_enc": self.b_enc}
+        fields: dict[str, Any] = {"activation": rule, "transcoder": True, "b_enc": self.b_enc}
         if rule == "topk":
-            parts["k"] = self.rule.k
+            fields["k"] = self.rule.k
         if rule == "jumprelu":
-            parts["threshold"] = self.threshold.clamp_min(0)
-        return parts
+            fields["threshold"] = self.threshold.clamp_min(0)
+        return fields
 
     def training_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
         """FVU of the target, with AuxK or with the L1 penalty."""

@@ -145,8 +145,8 @@ class ArchetypalSAE(TopKSAE):
             return self._held
         if self.training and torch.is_grad_enabled():
             return self.atoms()
-        parts = (self.mixture, self.points, self.relaxation)
-        version = [(part.data_ptr(), part._version, part.dtype, part.device) for part in parts]
+        factors = (self.mixture, self.points, self.relaxation)
+        version = [(each.data_ptr(), each._version, each.dtype, each.device) for each in factors]
         if self._known is None or self._known[0] != version:
             with torch.no_grad():
                 self._known = version, self.atoms()

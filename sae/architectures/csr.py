@@ -132,11 +132,11 @@ class _Gram(Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, codes: SparseCodes) -> Tensor:
         ctx.codes = codes
-        parts = [
+        blocks = [
             kernels.decode(codes.row_ptr, codes.index, value, some)
             for _, some in _transposed(codes)
         ]
-        return torch.cat(parts, dim=1)
+        return torch.cat(blocks, dim=1)
 
     @staticmethod
     @once_differentiable
@@ -144,9 +144,9 @@ class _Gram(Function):
         codes: SparseCodes = ctx.codes
         both = gradients[0] + gradients[0].T
         d_value = torch.zeros_like(codes.value)
-        for part, some in _transposed(codes):
+        for rows, some in _transposed(codes):
             d_value += kernels.encode_selected(
-                both[:, part].contiguous(), some, None, codes.row_ptr, codes.index
+                both[:, rows].contiguous(), some, None, codes.row_ptr, codes.index
             )
         return d_value, None
 
@@ -155,12 +155,12 @@ def _transposed(codes: SparseCodes) -> Iterator[tuple[slice, Tensor]]:
     """Dense codes of a few rows at a time, transposed [d_sae, rows]."""
     size = max(1, _CHUNK_ELEMENTS // codes.d_sae)
     for start in range(0, codes.batch, size):
-        part = slice(start, min(start + size, codes.batch))
-        low, high = codes.row_ptr[[part.start, part.stop]].tolist()
-        row_ptr = codes.row_ptr[part.start : part.stop + 1] - low
+        rows = slice(start, min(start + size, codes.batch))
+        low, high = codes.row_ptr[[rows.start, rows.stop]].tolist()
+        row_ptr = codes.row_ptr[rows.start : rows.stop + 1] - low
         few = SparseCodes(row_ptr, codes.index[low:high], codes.value[low:high], codes.d_sae)
         dense = few.value.new_zeros(codes.d_sae, few.batch)
-        yield part, dense.index_put_((few.index, few.rows()), few.value)
+        yield rows, dense.index_put_((few.index, few.rows()), few.value)
 
 
 def contrastive_loss(logits: Tensor, labels: Tensor | None) -> Tensor:

@@ -37,7 +37,7 @@ class FeatureChoiceConfig(BatchSelectionConfig):
     auxiliary: Literal["auxk", "zipf"] = "zipf"
     """Who predicts the residual: dead features, or all under-used ones (aux_zipf)."""
     phase_one: float = 0.7
-    """Part of the run trained as Mutual Choice, before quotas are fitted; 1 for all of it."""
+    """Fraction of the run trained as Mutual Choice, before quotas are fitted; 1 for all of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +53,7 @@ class FeatureChoiceSAE(BatchSelectionSAE):
 
     full_precision: ClassVar[tuple[str, ...]] = ("threshold", "density", "share")
     share: Tensor
-    """float32 [d_sae], each feature's part of the budget by the fitted law; 0 before phase two"""
+    """float32 [d_sae], each feature's share of the budget by the fitted law; 0 before phase two"""
 
     def make_parameters(self) -> None:
         """Also the shares of the budget."""
@@ -89,10 +89,10 @@ class FeatureChoiceSAE(BatchSelectionSAE):
                 self.threshold_updates.zero_()
         rows = ROWS.total(len(centred))
         quota = quotas(share, self.config.budget(rows), rows, state.step)
-        parts = kernels.encode_top_of_features(
+        csr = kernels.encode_top_of_features(
             centred, self.W_enc_T, self.b_enc, quota, self.threshold
         )
-        return SparseCodes(*parts, self.d_sae)
+        return SparseCodes(*csr, self.d_sae)
 
     def observe_threshold(self, codes: SparseCodes, state: TrainingState) -> None:
         """Move each feature's threshold towards the smallest value it kept, if it kept any."""

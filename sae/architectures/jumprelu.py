@@ -52,7 +52,7 @@ class JumpReLUConfig(SAEConfig):
     """Weight of the penalty, beside an FVU of at most about 1. step and tanh: the FVU that d_in
     active features must be worth; quadratic: what no active feature costs."""
     l0_warmup_fraction: float = 0.1
-    """Part of training over which the penalty grows from 0 to its weight."""
+    """Fraction of training over which the penalty grows from 0 to its weight."""
     l0_target: float = 32.0
     """quadratic: the mean number of active features to reach."""
     tanh_scale: float = 4.0
@@ -197,19 +197,19 @@ class JumpReLUSAE(SparseAutoencoder):
         unit = self._unit(batch.variance)
         eps = config.bandwidth * unit
         centred, theta = self.centred(batch), self.theta
-        parts = self._near(centred, theta.detach(), eps)
-        owns = [theta.index_select(0, part.index) for part in parts]
+        both = self._near(centred, theta.detach(), eps)
+        owns = [theta.index_select(0, each.index) for each in both]
         codes, silent = (
-            replace(part, value=jump_relu(part.value, own, eps))
-            for part, own in zip(parts, owns, strict=True)
+            replace(each, value=jump_relu(each.value, own, eps))
+            for each, own in zip(both, owns, strict=True)
         )
         found = losses.reconstruct(codes, batch, self.W_dec, self.b_dec, silent)
         if config.penalty == "tanh":
             scale = config.tanh_scale / unit * losses.row_norms(self.W_dec)
-            strengths = [part.value * scale.index_select(0, part.index) for part in (codes, silent)]
+            strengths = [each.value * scale.index_select(0, each.index) for each in (codes, silent)]
             counted = batch.mean(torch.tanh(torch.cat(strengths)))
         else:
-            active = [step(part.value, own, eps) for part, own in zip(parts, owns, strict=True)]
+            active = [step(each.value, own, eps) for each, own in zip(both, owns, strict=True)]
             counted = batch.mean(torch.cat(active))
         if config.penalty == "quadratic":
             penalty = (counted / config.l0_target - 1).square()
@@ -219,7 +219,7 @@ class JumpReLUSAE(SparseAutoencoder):
         loss = found.loss + weight * penalty
         terms = {"fvu": found.loss.detach(), "sparsity": penalty.detach()}
         if config.pre_act_coefficient:
-            above = replace(parts[0], value=parts[0].value - owns[0])
+            above = replace(both[0], value=both[0].value - owns[0])
             short = batch.mean(self._short(centred, theta, above, state.dead)) / (unit * self.d_in)
             loss = loss + config.pre_act_coefficient * short
             terms["pre_act"] = short.detach()

@@ -221,27 +221,27 @@ def _pursue(
         worth_it = d_sae <= _GRAM_WIDTH and d_sae < (k - 1) * len(x)
         gram = atoms @ atoms.T if worth_it else None
         for start in range(0, len(x), rows):
-            part = slice(start, start + rows)
-            correlation = residual[part] @ atoms.T
-            going = torch.ones_like(least[part], dtype=torch.bool)
+            block = slice(start, start + rows)
+            correlation = residual[block] @ atoms.T
+            going = torch.ones_like(least[block], dtype=torch.bool)
             for step in range(k):
                 chosen = topk_by_groups(correlation, 1)[1][:, 0]
                 d = atoms[chosen]
-                c = (residual[part] * d).sum(1, keepdim=True)
-                c = torch.where((c > least[part]) & going, c, 0.0)
-                residual[part] -= c * d
+                c = (residual[block] * d).sum(1, keepdim=True)
+                c = torch.where((c > least[block]) & going, c, 0.0)
+                residual[block] -= c * d
                 if stop.residual:
-                    going &= residual[part].norm(dim=1, keepdim=True) >= stop.residual
+                    going &= residual[block].norm(dim=1, keepdim=True) >= stop.residual
                 if stop.duplicate:
-                    same = (index[part, :step] == chosen[:, None]) & (value[part, :step] > 0)
+                    same = (index[block, :step] == chosen[:, None]) & (value[block, :step] > 0)
                     going &= (c > 0) & ~same.any(1, keepdim=True)
-                index[part, step], value[part, step] = chosen, c[:, 0]
+                index[block, step], value[block, step] = chosen, c[:, 0]
                 if gram is None:
-                    correlation = residual[part] @ atoms.T
+                    correlation = residual[block] @ atoms.T
                 else:
                     correlation.addcmul_(gram[chosen], c, value=-1)
                 if not repeats:
-                    used = index[part, : step + 1]
+                    used = index[block, : step + 1]
                     correlation.scatter_(1, used, -torch.inf)
     return index, value, residual
 
@@ -255,8 +255,8 @@ def orthogonal_pursuit(x: Tensor, atoms: Tensor, k: int) -> tuple[Tensor, Tensor
     """
     rows = max(1, _CHUNK_ELEMENTS // len(atoms))
     with torch.autocast(x.device.type, enabled=False):
-        parts = [_orthogonal(chunk, atoms, k) for chunk in x.split(rows)]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        blocks = [_orthogonal(chunk, atoms, k) for chunk in x.split(rows)]
+    return torch.cat([block[0] for block in blocks]), torch.cat([block[1] for block in blocks])
 
 
 def _orthogonal(x: Tensor, atoms: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -278,9 +278,9 @@ def _orthogonal(x: Tensor, atoms: Tensor, k: int) -> tuple[Tensor, Tensor]:
         before, new = basis[:step].transpose(0, 1), atoms[chosen]
         parallel = torch.zeros_like(triangle[:, :step, step])
         for _ in range(2):  # the second pass removes what rounding left of the first
-            part = torch.bmm(before, new[..., None])
-            new = new - torch.bmm(before.mT, part)[..., 0]
-            parallel = parallel + part[..., 0]
+            in_basis = torch.bmm(before, new[..., None])
+            new = new - torch.bmm(before.mT, in_basis)[..., 0]
+            parallel = parallel + in_basis[..., 0]
         norm = new.norm(dim=1)
         going = (found > least) & (norm > eps)
         new = torch.where(going[:, None], new / norm[:, None], 0.0)
@@ -302,8 +302,8 @@ def merge(index: Tensor, value: Tensor, d_sae: int) -> SparseCodes:
     batch, k = index.shape
     taken = value.detach() != 0
     row = torch.arange(batch, device=index.device)[:, None].expand(batch, k)
-    keys, place = (row * d_sae + index)[taken].unique(return_inverse=True)
-    added = value.new_zeros(len(keys)).index_add(0, place, value[taken])
+    keys, entry = (row * d_sae + index)[taken].unique(return_inverse=True)
+    added = value.new_zeros(len(keys)).index_add(0, entry, value[taken])
     row_ptr = torch.zeros(batch + 1, dtype=torch.int64, device=index.device)
     torch.cumsum(torch.bincount(keys // d_sae, minlength=batch), 0, out=row_ptr[1:])
     return SparseCodes(row_ptr, keys % d_sae, added, d_sae)

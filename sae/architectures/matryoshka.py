@@ -32,7 +32,7 @@ class MatryoshkaConfig(BatchSelectionConfig):
     kind: Literal["matryoshka"] = "matryoshka"
     """Name of the architecture."""
     group_fractions: tuple[float, ...] = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-    """Parts of the dictionary that each level adds; they sum to 1. In a small dictionary levels
+    """Fractions of the dictionary that each level adds; they sum to 1. In a small dictionary levels
     that would add no feature are left out."""
     prefix_widths: tuple[int, ...] | None = None
     """Widths of the prefixes, increasing, the last d_sae; in place of group_fractions."""
@@ -50,7 +50,9 @@ class MatryoshkaConfig(BatchSelectionConfig):
             check_range("sae.group_fractions", fraction, above=0)
         if abs(sum(self.group_fractions) - 1) > 1e-6:
             raise InputError(
-                "the parts must sum to 1", where="sae.group_fractions", given=self.group_fractions
+                "the fractions must sum to 1",
+                where="sae.group_fractions",
+                given=self.group_fractions,
             )
         widths = (0, *(self.prefix_widths or (self.d_sae,)))
         if widths[-1] != self.d_sae or any(low >= high for low, high in pairwise(widths)):
@@ -66,8 +68,8 @@ class MatryoshkaConfig(BatchSelectionConfig):
         """The width of each prefix, increasing; the last is d_sae."""
         if self.prefix_widths is not None:
             return list(self.prefix_widths)
-        parts = torch.tensor(self.group_fractions, dtype=torch.float64).cumsum(0)
-        rounded = [*(round(float(part) * self.d_sae) for part in parts[:-1]), self.d_sae]
+        ends = torch.tensor(self.group_fractions, dtype=torch.float64).cumsum(0)
+        rounded = [*(round(float(end) * self.d_sae) for end in ends[:-1]), self.d_sae]
         return sorted({width for width in rounded if width})
 
     def weights(self) -> list[float]:
@@ -96,7 +98,7 @@ class MatryoshkaSAE(BatchSelectionSAE):
         """Number of prefixes that have features."""
         return len(self.config.widths())
 
-    def objective(
+    def selection_loss(
         self, batch: TrainingBatch, centred: Tensor, codes: SparseCodes, state: TrainingState
     ) -> tuple[Tensor, dict[str, Tensor], Reconstruction]:
         """Weighted FVU of the prefixes + coefficient * auxiliary; "fvu" is the full width's."""
@@ -112,14 +114,14 @@ class MatryoshkaSAE(BatchSelectionSAE):
         if not config.aux_per_level:
             loss = self.add_auxiliary(loss, terms, centred, codes, found[-1], state)
             return loss, terms, found[-1]
-        own, parts = weights[-len(widths) :], {}
+        own, auxiliary = weights[-len(widths) :], {}
         for width, weight, level in zip(widths, own, found[1:], strict=True):
             zero, more = loss.new_zeros(()), {}
             term = self.add_auxiliary(zero, more, centred, codes, level, state, width=width)
             loss = loss + weight / sum(own) * term
             for name, value in more.items():
-                parts[name] = parts.get(name, 0.0) + weight / sum(own) * value
-        return loss, {**terms, **parts}, found[-1]
+                auxiliary[name] = auxiliary.get(name, 0.0) + weight / sum(own) * value
+        return loss, {**terms, **auxiliary}, found[-1]
 
     def _levels(self, codes: SparseCodes) -> list[SparseCodes]:
         """The codes that each prefix adds to the one before."""

@@ -115,11 +115,11 @@ class MSAE(AuxKSAE):
         index, value = kernels.encode_topk(centred, self.W_enc_T, self.b_enc, levels[-1])
         value, order = value.sort(dim=1, descending=True, stable=True)
         index = index.gather(1, order)
-        parts = [
+        added = [
             SparseCodes.from_fixed(index[:, below:k], value[:, below:k], self.d_sae)
             for below, k in pairwise([0, *levels])
         ]
-        at = dict(zip(levels, nested(parts, batch, self.W_dec, self.b_dec)[1:], strict=True))
+        at = dict(zip(levels, nested(added, batch, self.W_dec, self.b_dec)[1:], strict=True))
         loss = torch.stack(
             [w * at[k].loss for k, w in zip(config.levels, config.weights, strict=True)]
         ).sum()

@@ -49,11 +49,11 @@ class ReLUConfig(L1Config):
     p_levels: int = 10
     """Steps in which the exponent is lowered."""
     p_from: float = 0.3
-    """Part of the run after which the exponent is first lowered."""
+    """Fraction of the run after which the exponent is first lowered."""
     p_until: float = 1.0
-    """Part of the run by which the exponent's last step is over."""
+    """Fraction of the run by which the exponent's last step is over."""
     resample_at: tuple[float, ...] = ()
-    """Parts of the run (0.25 0.5, say) after which dead features are started anew from badly
+    """Fractions of the run (0.25 0.5, say) after which dead features are started anew from badly
     reconstructed rows; dead are those that have not fired for the trainer's dead_after_tokens."""
 
     def __post_init__(self) -> None:
@@ -63,8 +63,8 @@ class ReLUConfig(L1Config):
         check_range("sae.p_levels", self.p_levels, low=1)
         check_range("sae.p_from", self.p_from, low=0, below=1)
         check_range("sae.p_until", self.p_until, above=self.p_from, high=1)
-        for part in self.resample_at:
-            check_range("sae.resample_at", part, above=0, below=1)
+        for fraction in self.resample_at:
+            check_range("sae.resample_at", fraction, above=0, below=1)
 
     @property
     def anneals(self) -> bool:
@@ -76,8 +76,8 @@ class ReLUConfig(L1Config):
         if not self.anneals:
             return 0
         width = (self.p_until - self.p_from) / self.p_levels
-        parts = (self.p_from + width * number for number in range(self.p_levels))
-        return sum(state.step >= round(part * state.total_steps) for part in parts)
+        fractions = (self.p_from + width * number for number in range(self.p_levels))
+        return sum(state.step >= round(fraction * state.total_steps) for fraction in fractions)
 
     def exponent(self, level: int) -> float:
         """p after it has been lowered `level` times."""
@@ -148,7 +148,7 @@ class ReLUSAE(L1SAE):
 
     def resamples(self, state: TrainingState) -> bool:
         """At the steps that `resample_at` names, if a feature is dead."""
-        due = {max(1, round(part * state.total_steps)) for part in self.config.resample_at}
+        due = {max(1, round(fraction * state.total_steps)) for fraction in self.config.resample_at}
         return state.step + 1 in due and bool(state.dead.any())
 
     @torch.no_grad()

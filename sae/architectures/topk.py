@@ -37,7 +37,7 @@ class TopKFields(AuxKConfig):
     """Features kept at the first step, falling linearly to k; k throughout if not given. Steps cost
     in proportion to the features kept."""
     k_anneal_fraction: float = 0.5
-    """Part of the run over which k falls from k_start."""
+    """Fraction of the run over which k falls from k_start."""
     multi_topk_coefficient: float = 0.0
     """Weight of the Multi-TopK loss (1/8 in Gao et al. 2024); 0 turns it off."""
     multi_topk: int = 4

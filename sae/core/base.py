@@ -129,7 +129,7 @@ class SparseAutoencoder(ScaledModule, ABC):
 
     @abstractmethod
     def training_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
-        """The objective on a batch at the normaliser's scale."""
+        """The loss of a batch, at the normaliser's scale, and its terms."""
 
     @torch.no_grad()
     def start(self, batch: TrainingBatch) -> None:
@@ -227,7 +227,7 @@ class SparseAutoencoder(ScaledModule, ABC):
 
     def encoder_input(self, y: Tensor) -> Tensor:
         """What the encoder multiplies: y - b_dec, or y without a pre-encoder bias."""
-        return kernels.less(y, FEATURES.spread(self.b_dec)) if self.pre_bias else y
+        return kernels.subtract_bias(y, FEATURES.spread(self.b_dec)) if self.pre_bias else y
 
     def centred(self, batch: TrainingBatch) -> Tensor:
         """The encoder's input for a batch, with hidden coordinates zeroed."""

@@ -1,4 +1,4 @@
-"""A batch as a stream gives it, and as an objective takes it: at the normaliser's scale."""
+"""A batch as a stream gives it, and as a loss takes it: at the normaliser's scale."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -54,7 +54,7 @@ class RawBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingBatch:
-    """What an objective is computed on.
+    """What a loss is computed on.
 
     >>> import torch
     >>> batch = TrainingBatch.of(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), variance=5.0)
@@ -104,7 +104,7 @@ class TrainingBatch:
         if len(self) < ROWS.size:
             raise InputError(
                 "outliers left fewer rows than there are processes",
-                where="a part of a batch",
+                where="a process's share of a batch",
                 given=len(self),
                 allowed=f"at least {ROWS.size}; raise trainer.batch_size",
             )
@@ -118,7 +118,7 @@ class TrainingBatch:
     def mean(self, values: Tensor) -> Tensor:
         """The sum of values, one an entry (row, feature), over the rows of the whole batch.
 
-        A scalar, of all ranks' entries; as of all sums in a loss, its gradient is the own part's.
+        A scalar, of all ranks' entries; as of all sums in a loss, its gradient is this rank's.
         """
         return ALL.sum(total(values)) / self.total
 

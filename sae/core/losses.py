@@ -238,5 +238,5 @@ def _away_from(points: Tensor, guess: Tensor, here: Tensor) -> Tensor:
     offset = others - guess
     weight = 1 / offset.norm(dim=1, keepdim=True)
     pull = (offset * weight).sum(0).norm()  # of the others, against 1 of each point here
-    part = (1 - here.sum() / pull).clamp_min(0) if pull > 0 else 0.0
-    return guess + part * ((others * weight).sum(0) / weight.sum() - guess)
+    fraction = (1 - here.sum() / pull).clamp_min(0) if pull > 0 else 0.0
+    return guess + fraction * ((others * weight).sum(0) / weight.sum() - guess)

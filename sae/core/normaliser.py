@@ -99,19 +99,19 @@ class Normaliser:
         return cls("none", torch.zeros(d_in), torch.ones(()), variance)
 
     @classmethod
-    def side_by_side(cls, parts: list[Self]) -> Self:
+    def side_by_side(cls, normalisers: list[Self]) -> Self:
         """One normaliser for sites concatenated on the last axis; each keeps its own scale.
 
-        Raises InputError for "standardised" parts, whose scale is a row's.
+        Raises InputError for "standardised" ones, whose scale is a row's.
         """
-        kinds = {part.kind for part in parts}
+        kinds = {each.kind for each in normalisers}
         if len(kinds) != 1 or "standardised" in kinds:
             raise InputError(
                 "cannot be put side by side", where="Normaliser.side_by_side", given=sorted(kinds)
             )
-        mean = torch.cat([part.mean for part in parts])
-        scale = torch.cat([part.scale.expand(len(part.mean)) for part in parts])
-        return cls(parts[0].kind, mean, scale, sum(part.variance for part in parts))
+        mean = torch.cat([each.mean for each in normalisers])
+        scale = torch.cat([each.scale.expand(len(each.mean)) for each in normalisers])
+        return cls(normalisers[0].kind, mean, scale, sum(each.variance for each in normalisers))
 
     @property
     def is_identity(self) -> bool:

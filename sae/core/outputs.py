@@ -1,4 +1,4 @@
-"""What an SAE's forward pass and objective return, and what an objective may know of the run."""
+"""What an SAE's forward pass and its training loss return, and what a loss may know of the run."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,12 +20,12 @@ class SAEOutput(NamedTuple):
 
 
 class TrainingOutput(NamedTuple):
-    """What an architecture's objective returns for one batch."""
+    """What an architecture's `training_output` returns for one batch."""
 
     loss: Tensor
     """scalar to minimise"""
     terms: dict[str, Tensor]
-    """named parts of the loss, detached scalars; "fvu" is always one"""
+    """named terms of the loss, detached scalars; "fvu" is always one"""
     counts: Tensor
     """int64 [d_sae], rows of the batch each feature fired on"""
     found: Reconstruction
@@ -44,7 +44,7 @@ class TrainingOutput(NamedTuple):
 
 @dataclass
 class TrainingState:
-    """What an objective may know of the run."""
+    """What a loss may know of the run."""
 
     step: int = 0
     total_steps: int = 1
@@ -53,9 +53,9 @@ class TrainingState:
     penalty: float = 1.0
     """factor on the sparsity coefficient, moved by the trainer to reach a target L0"""
     generator: torch.Generator | None = None
-    """the run's own randomness; an objective uses no other"""
+    """the run's own randomness; a loss uses no other"""
 
     def ramp(self, fraction: float) -> float:
-        """Linear warm-up from 0 (exclusive) to 1 over a part of the run."""
+        """Linear warm-up from 0 (exclusive) to 1 over a fraction of the run."""
         steps = fraction * self.total_steps
         return min(1.0, (self.step + 1) / steps) if steps else 1.0

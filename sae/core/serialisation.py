@@ -68,7 +68,7 @@ class SavedSAE:
                 )
 
     def check_types(self, wanted: Mapping[str, Tensor], folder: Path) -> None:
-        """Raise ArtefactError for a tensor that loses precision in the place it is loaded to.
+        """Raise ArtefactError for a tensor that would lose precision where it is loaded to.
 
         Integers stay what they are, floats may be shorter.
         """

@@ -103,9 +103,9 @@ def released_as(folder: Path, released: PurePosixPath | None = None) -> PurePosi
     """
     if released is not None:
         return released
-    parts = folder.absolute().parts
-    for at in range(len(parts) - 2, 0, -1):
-        if parts[at] == "snapshots" and parts[at - 1].startswith("models--"):
-            repository = parts[at - 1].split("--")[1:]
-            return PurePosixPath(*repository, *parts[at + 2 :])
-    return PurePosixPath(*parts)
+    names = folder.absolute().parts
+    for at in range(len(names) - 2, 0, -1):
+        if names[at] == "snapshots" and names[at - 1].startswith("models--"):
+            repository = names[at - 1].split("--")[1:]
+            return PurePosixPath(*repository, *names[at + 2 :])
+    return PurePosixPath(*names)

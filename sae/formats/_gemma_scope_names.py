@@ -157,24 +157,26 @@ def site_of(point: str) -> str:
 def _named(name: str) -> Facts:
     first, second = _FIRST.fullmatch(name), _SECOND.fullmatch(name)
     if first:
-        size, tuned, part, layer, embedding = first.groups()
+        size, tuned, release, layer, embedding = first.groups()
         model = f"google/gemma-2-{size}{'-it' if tuned == 'it' else ''}"
         if embedding:
             # the embedding is scaled only in the release of the residual stream
-            return Facts(transcodes=False, site="hook_embed", model=model, embedding=part == "res")
-        if part == "transcoders":
+            return Facts(
+                transcodes=False, site="hook_embed", model=model, embedding=release == "res"
+            )
+        if release == "transcoders":
             return Facts(
                 transcodes=True,
                 site=f"blocks.{layer}.ln2.hook_normalized",
                 target_site=f"blocks.{layer}.hook_mlp_out",
                 model=model,
             )
-        return Facts(transcodes=False, site=f"blocks.{layer}.{_FIRST_SITES[part]}", model=model)
+        return Facts(transcodes=False, site=f"blocks.{layer}.{_FIRST_SITES[release]}", model=model)
     if second:
-        size, tuned, part, layer = second.groups()
+        size, tuned, release, layer = second.groups()
         read, written = (
             site_of(f"model.layers.{layer}.{point}") if point else None
-            for point in _SECOND_POINTS[part]
+            for point in _SECOND_POINTS[release]
         )
         return Facts(
             transcodes=written is not None,

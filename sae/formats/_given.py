@@ -87,7 +87,7 @@ class Given(Mapping[str, Any]):
             raise self._wrong(name, "a text")
         return value
 
-    def part(self, name: str) -> "Given":
+    def table(self, name: str) -> "Given":
         """An object inside, empty where it is missing or null; ArtefactError for any other."""
         value = self.get(name)
         if value is None:

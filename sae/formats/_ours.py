@@ -58,6 +58,6 @@ def put(sae: SparseAutoencoder, plain: PlainSAE) -> None:
         tensors["W_enc_T"] = tensors.pop("W_enc").T
     missing = sorted(set(tensors) - set(state))
     if missing:
-        raise InputError("has no place for these weights", where="sae", given=missing)
+        raise InputError("has no parameters for these weights", where="sae", given=missing)
     for name, value in tensors.items():
         state[name].copy_(value.reshape(state[name].shape))

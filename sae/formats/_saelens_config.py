@@ -2,7 +2,7 @@
 
 Since version 6 a configuration has few keys, all of them known here: another is an error. Before,
 it was the whole training run's: the keys that decide the function are read, and every tensor of the
-weights must have a place. What a missing key means depends on the version that wrote the file,
+weights must be known. What a missing key means depends on the version that wrote the file,
 which `sae_lens_version` says (SAELens' changelog and history):
 
     before 3.19.3   the model's weights were processed by TransformerLens' defaults (centred, norms
@@ -122,7 +122,7 @@ NOT_FOLDED = (
 
 @dataclass(frozen=True, kw_only=True)
 class SaelensConfig:
-    """The part of a configuration that decides the function, and what it says of the data."""
+    """What of a configuration decides the function, and what it says of the data."""
 
     architecture: str
     d_in: int
@@ -145,7 +145,7 @@ def read_config(path: Path) -> SaelensConfig:
     Raises ArtefactError if it is damaged, InputError for what saescope cannot represent.
     """
     given = Given.read(path)
-    metadata = given.part("metadata")
+    metadata = given.table("metadata")
     name = next((g for g in (given, metadata) if g.get("sae_lens_version") is not None), None)
     version = _version(name.text("sae_lens_version") if name else "0", str(path))
     return _new(given, metadata, version) if version >= (6,) else _old(given, metadata, version)
@@ -160,7 +160,7 @@ def _version(text: str, where: str) -> tuple[int, ...]:
     found = re.match(r"v?(\d{1,4})(?:\.(\d{1,4}))?(?:\.(\d{1,4}))?(?![\d.])", text)
     if not found:
         raise ArtefactError("no version of SAELens", where=where, given=text[:60])
-    return tuple(int(part or 0) for part in found.groups())
+    return tuple(int(number or 0) for number in found.groups())
 
 
 def _new(given: Given, metadata: Given, version: tuple[int, ...]) -> SaelensConfig:
@@ -188,7 +188,7 @@ def _old(given: Given, metadata: Given, version: tuple[int, ...]) -> SaelensConf
     architecture = values.get("architecture") or "standard"
     if activation == "topk":
         architecture = "topk"
-        options = given.part("activation_fn_kwargs")
+        options = given.table("activation_fn_kwargs")
         values["k"] = options.get("k", values.get("k"))
     normalisation = values.get("normalize_activations")
     if isinstance(normalisation, bool):
@@ -271,7 +271,7 @@ def _describes(metadata: Given) -> dict[str, Any]:
     if "prepend_bos" in found:
         metadata.flag("prepend_bos")
     if "held_out" in found:
-        held_out = metadata.part("held_out")
+        held_out = metadata.table("held_out")
         for name in held_out:
             if held_out[name] is not None and name in ("l0", "fvu", "ce_recovered"):
                 held_out.number(name)
@@ -286,7 +286,7 @@ def _k(given: Given) -> int:
 
 def _processing(metadata: Given, version: tuple[int, ...]) -> tuple[str, ...]:
     """What TransformerLens did to the weights of the model that an SAE was trained on."""
-    asked = metadata.part("model_from_pretrained_kwargs")
+    asked = metadata.table("model_from_pretrained_kwargs")
     lens = metadata.get("model_class_name") in (None, "HookedTransformer")
     always = lens and version < PROCESSED_BEFORE and metadata.get("model_name") is not None
     defaults = {"center_writing_weights", "fold_ln", "fold_value_biases"} if always else set()

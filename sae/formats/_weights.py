@@ -57,10 +57,10 @@ class Weights:
             stored = safe_open(path, framework="pt")
             entries = {}
             for name in stored.keys():  # noqa: SIM118 (it has no other way)
-                part = stored.get_slice(name)
-                dtype = _SAFETENSORS.get(part.get_dtype())
+                found = stored.get_slice(name)
+                dtype = _SAFETENSORS.get(found.get_dtype())
                 read = _reader(stored.get_tensor, name)
-                entries[name] = Entry(tuple(part.get_shape()), dtype, read)
+                entries[name] = Entry(tuple(found.get_shape()), dtype, read)
         except FileNotFoundError:
             raise ArtefactError("weights are missing", where=str(path)) from None
         except (SafetensorError, OSError, ValueError) as error:

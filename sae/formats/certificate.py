@@ -279,14 +279,14 @@ def _ce_recovered(
     if tokens is None or written is None:
         what = "tokens" if tokens is None else "target"
         raise InputError(f"needs {what} as well", where="model", given=None)
-    place = placement_of(sae)
+    placement = placement_of(sae)
     found = measure_downstream(
         model,
-        place.read,
-        lambda x: place.sae(x).x_hat,
+        placement.read,
+        lambda x: placement.sae(x).x_hat,
         written.float().mean(0),
         tokens,
         model.keep_mask(tokens),
-        target=place.written,
+        target=placement.written,
     )
     return found.recovered_zero

@@ -58,7 +58,7 @@ class DictionaryLearning(Format):
         """The SAE in a folder; see `Format.read`."""
         path = folder / CONFIG
         described = Given.read(path) if path.is_file() else Given({}, str(path))
-        trainer = described.part("trainer")
+        trainer = described.table("trainer")
         weights = Weights.state_dict(folder / WEIGHTS)
         stated = trainer.text("dict_class") if trainer.get("dict_class") is not None else None
         kind = _kind(weights, stated)
@@ -185,55 +185,55 @@ def _linear(weights: Weights) -> dict[str, Any]:
 
 def _read_autoencoder(weights: Weights, k: int | None) -> PlainSAE:
     del k
-    parts = _linear(weights)
-    d_in, d_sae = parts["W_enc"].shape
+    fields = _linear(weights)
+    d_in, d_sae = fields["W_enc"].shape
     own = "bias" in weights
     return PlainSAE(
         activation="relu",
         b_enc=weights.take("encoder.bias", (d_sae,)),
         b_dec=weights.take("bias" if own else "decoder.bias", (d_in,)),
         pre_bias=own,
-        **parts,
+        **fields,
     )
 
 
 def _read_gated(weights: Weights, k: int | None) -> PlainSAE:
     del k
-    parts = _linear(weights)
-    d_in, d_sae = parts["W_enc"].shape
+    fields = _linear(weights)
+    d_in, d_sae = fields["W_enc"].shape
     return PlainSAE(
         activation="gated",
         b_dec=weights.take("decoder_bias", (d_in,)),
         b_gate=weights.take("gate_bias", (d_sae,)),
         b_mag=weights.take("mag_bias", (d_sae,)),
         r_mag=weights.take("r_mag", (d_sae,)),
-        **parts,
+        **fields,
     )
 
 
 def _read_topk(weights: Weights, k: int | None) -> PlainSAE:
-    parts = _linear(weights)
-    d_in, d_sae = parts["W_enc"].shape
+    fields = _linear(weights)
+    d_in, d_sae = fields["W_enc"].shape
     weights.drop("threshold")
     return PlainSAE(
         activation="topk",
         k=_agreed_k(weights, k),
         b_enc=weights.take("encoder.bias", (d_sae,)),
         b_dec=weights.take("b_dec", (d_in,)),
-        **parts,
+        **fields,
     )
 
 
 def _read_batchtopk(weights: Weights, k: int | None) -> PlainSAE:
-    parts = _linear(weights)
-    d_in, d_sae = parts["W_enc"].shape
+    fields = _linear(weights)
+    d_in, d_sae = fields["W_enc"].shape
     _agreed_k(weights, k)
     return PlainSAE(
         activation="jumprelu",
         b_enc=weights.take("encoder.bias", (d_sae,)),
         b_dec=weights.take("b_dec", (d_in,)),
         threshold=_one_threshold(weights, d_sae),
-        **parts,
+        **fields,
     )
 
 

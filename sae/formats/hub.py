@@ -37,20 +37,20 @@ class HubFolder:
         Raises InputError for another form.
         """
         before, at, after = name.removeprefix(SCHEME).partition("@")
-        parts = [part for part in before.split("/") if part]
+        names = [each for each in before.split("/") if each]
         revision = _REVISION.fullmatch(after) if at else None
-        if len(parts) < 2 or (at and revision is None) or ".." in parts:
+        if len(names) < 2 or (at and revision is None) or ".." in names:
             raise InputError(
                 "not a folder on the hub",
                 where="hub",
                 given=name,
                 allowed="hf://owner/repo[/folder][@revision]",
             )
-        folder = parts[2:]
+        folder = names[2:]
         if revision and revision[2]:
-            folder = [*folder, *(part for part in revision[2].split("/") if part)]
+            folder = [*folder, *(each for each in revision[2].split("/") if each)]
         return cls(
-            repo="/".join(parts[:2]),
+            repo="/".join(names[:2]),
             folder="/".join(folder),
             revision=revision[1] if revision else None,
         )
@@ -66,7 +66,7 @@ class HubFolder:
 
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision else ""
-        return SCHEME + "/".join(part for part in (self.repo, self.folder) if part) + at
+        return SCHEME + "/".join(each for each in (self.repo, self.folder) if each) + at
 
 
 def fetch(wanted: HubFolder) -> tuple[Path, str | None]:

@@ -116,24 +116,24 @@ def _plain(config: SaelensConfig, weights: Weights) -> PlainSAE:
     d_in, d_out = config.d_in, config.d_out or config.d_in
     d_sae = config.d_sae or weights.matrix("W_dec")[0]
     pursuit = config.architecture == "matching_pursuit"
-    parts: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "W_dec": weights.take("W_dec", (d_sae, d_out)),
         "b_dec": weights.take("b_dec", (d_out,)),
     }
     if not pursuit:
-        parts["W_enc"] = weights.take("W_enc", (d_in, d_sae))
+        fields["W_enc"] = weights.take("W_enc", (d_in, d_sae))
     if config.architecture == "gated":
         for name in ("b_gate", "b_mag", "r_mag"):
-            parts[name] = weights.take(name, (d_sae,))
+            fields[name] = weights.take(name, (d_sae,))
     elif not pursuit:
-        parts["b_enc"] = weights.take("b_enc", (d_sae,))
+        fields["b_enc"] = weights.take("b_enc", (d_sae,))
     if "jumprelu" in config.architecture:
-        parts["threshold"] = _threshold(weights, d_sae)
+        fields["threshold"] = _threshold(weights, d_sae)
     if config.architecture in CHECKPOINTS:
-        parts["threshold"] = weights.take("topk_threshold", ()).clamp_min(0).expand(d_sae)
+        fields["threshold"] = weights.take("topk_threshold", ()).clamp_min(0).expand(d_sae)
     if "skip" in config.architecture:
-        parts["W_skip"] = weights.take("W_skip", (d_out, d_in)).T
-    parts["W_dec"] = parts["W_dec"] * _finetuned(config, weights, d_sae)
+        fields["W_skip"] = weights.take("W_skip", (d_out, d_in)).T
+    fields["W_dec"] = fields["W_dec"] * _finetuned(config, weights, d_sae)
     weights.finish()
     plain = PlainSAE(
         activation=_ACTIVATIONS.get(config.architecture, config.architecture),  # type: ignore[arg-type]
@@ -142,7 +142,7 @@ def _plain(config: SaelensConfig, weights: Weights) -> PlainSAE:
         transcoder=config.architecture in TRANSCODERS,
         standardised=config.normalisation == "layer_norm",
         pursuit=_pursuit(config) if pursuit else None,
-        **parts,
+        **fields,
     )
     return plain.fold_decoder_norm() if config.rescale_by_decoder_norm else plain
 

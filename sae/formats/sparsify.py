@@ -79,7 +79,7 @@ class Sparsify(Format):
             W_skip=skip,
             # transcoders before February 2025 have no "transcode" here, and subtract it
             pre_bias=not transcoder,
-            # a skip connection makes it one of ours that has a place for it
+            # a skip connection makes it one of ours that has such a path
             transcoder=transcoder or skip is not None,
         )
         weights.finish()
@@ -161,9 +161,9 @@ def _sites(hookpoint: str, *, transcoder: bool) -> dict[str, str]:
     found = _HOOKPOINT.fullmatch(hookpoint)
     if not found:
         return {}
-    part = "mlp" if found[2] == "mlp" else "attn" if found[2] else None
-    before = f"{part}.hook_in" if part else "hook_resid_pre"
-    after = f"{part}.hook_out" if part else "hook_resid_post"
+    module = "mlp" if found[2] == "mlp" else "attn" if found[2] else None
+    before = f"{module}.hook_in" if module else "hook_resid_pre"
+    after = f"{module}.hook_out" if module else "hook_resid_post"
     block = f"blocks.{int(found[1])}"
     if transcoder:
         return {"site": f"{block}.{before}", "target_site": f"{block}.{after}"}

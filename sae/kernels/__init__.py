@@ -103,9 +103,9 @@ def _for(like: Tensor) -> ModuleType:
     return module(backend(like))
 
 
-def less(y: Tensor, shift: Tensor) -> Tensor:
+def subtract_bias(y: Tensor, shift: Tensor) -> Tensor:
     """y [batch, d] - shift [d]; before an encoding the gradient of shift costs next to nothing."""
-    return autograd.Less.apply(y, shift)  # type: ignore[return-value]
+    return autograd.SubtractBias.apply(y, shift)  # type: ignore[return-value]
 
 
 def encode_topk(
@@ -154,12 +154,12 @@ def encode_top_of_batch(
     *,
     weight: Tensor | None = None,
     hint: float = 0.0,
-    taken: tuple[Tensor, Tensor] | None = None,
+    excluded: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The n largest positive pre-activations of the batch: (row_ptr, index, value), ragged.
 
     Exactly n if as many are positive, otherwise those that are; of equals the first. They are
-    compared by weight [d_sae] times value, if given; entries taken = (row_ptr, index) are left out.
+    compared by weight [d_sae] times value, if given; excluded = (row_ptr, index) are left out.
     A hint, such as the last batch's smallest choice, saves a sample and changes nothing else.
     Differentiable in x, W_enc_T and b_enc. Raises InputError for n < 1.
     """
@@ -167,14 +167,14 @@ def encode_top_of_batch(
 
     def select(x: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         codes = selection.top_of_batch(
-            chosen,
+            chosen,  # type: ignore[arg-type]
             x,
             W,
             b,
             n,
             weight=weight,
             hint=hint,
-            taken=taken,  # type: ignore[arg-type]
+            excluded=excluded,
         )
         return codes.row_ptr, codes.index, codes.value
 
@@ -208,7 +208,7 @@ def _encode(
     rectify: bool,
     chosen: ModuleType,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shift = autograd.Less.shift_of(x)
+    shift = autograd.SubtractBias.shift_of(x)
     x = x if shift is None else x.detach()
     return autograd.Encode.apply(x, W, b, shift, select, rectify, chosen)  # type: ignore[return-value]
 

@@ -20,8 +20,8 @@ Selection = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tens
 """(x, W, b) to (row_ptr, index, value): which pre-activations are kept"""
 
 
-class Less(Function):
-    """Rows y [batch, d] less a vector [d]. `Encode` knows it, and spares the gradient of its rows.
+class SubtractBias(Function):
+    """y [batch, d] minus a vector [d]. `Encode` recognises it, and skips the gradient of its rows.
 
     The gradient of b_dec, say, is a sum over rows of what went back through the encoder; which is
     W_enc times a sum over rows, one vector for all of them.
@@ -41,16 +41,17 @@ class Less(Function):
 
     @staticmethod
     def shift_of(x: Tensor) -> Tensor | None:
-        """The vector, where x is rows without a gradient less a vector with one."""
+        """The vector, if x is rows without a gradient minus a vector with one; else None."""
         node: Any = x.grad_fn
-        mine = isinstance(node, Less._backward_cls) and node.needs_input_grad == (False, True)
-        return node.shift if mine else None
+        if not isinstance(node, SubtractBias._backward_cls):
+            return None
+        return node.shift if node.needs_input_grad == (False, True) else None
 
 
 class Encode(Function):
     """Pre-activations of the entries that `select` keeps, rectified if asked.
 
-    shift [d_in]: what x has been made less by, if only that is to have a gradient of x.
+    shift [d_in]: what was subtracted from x, if of the two it alone is to have a gradient.
     """
 
     @staticmethod

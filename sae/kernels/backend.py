@@ -17,7 +17,7 @@ class Backend(Protocol):
     NAME: str
     """as SAESCOPE_KERNELS and manifests have it"""
     DENSE: float
-    """codes fuller than this part of [batch, d_sae] are multiplied as dense matrices instead"""
+    """codes fuller than this fraction of [batch, d_sae] are multiplied as dense matrices instead"""
 
     def topk(
         self, x: Tensor, W: Tensor, b: Tensor | None, k: int, *, signed: bool = False

@@ -66,18 +66,18 @@ class SparseCodes:
         return cls(row_ptr, row_ptr[:0], like.new_zeros(0), d_sae)
 
     @classmethod
-    def concatenate(cls, parts: list[Self]) -> Self:
+    def concatenate(cls, several: list[Self]) -> Self:
         """Codes of consecutive chunks of one batch, as one."""
-        if not parts:
+        if not several:
             raise InputError("no codes to join", where="SparseCodes.concatenate", given=[])
-        counts = torch.cat([part.row_ptr.diff() for part in parts])
+        counts = torch.cat([each.row_ptr.diff() for each in several])
         row_ptr = torch.zeros(len(counts) + 1, dtype=torch.int64, device=counts.device)
         torch.cumsum(counts, 0, out=row_ptr[1:])
         return cls(
             row_ptr,
-            torch.cat([part.index for part in parts]),
-            torch.cat([part.value for part in parts]),
-            parts[0].d_sae,
+            torch.cat([each.index for each in several]),
+            torch.cat([each.value for each in several]),
+            several[0].d_sae,
         )
 
     @property
@@ -128,11 +128,11 @@ class SparseCodes:
 
     def of(self, features: Tensor) -> "SparseCodes":
         """The codes of a few distinct features, which are numbered in the order given."""
-        place = torch.full((self.d_sae,), -1, dtype=torch.int64, device=self.index.device)
-        place[features] = torch.arange(len(features), device=self.index.device)
-        column = place[self.index]
+        column_of = torch.full((self.d_sae,), -1, dtype=torch.int64, device=self.index.device)
+        column_of[features] = torch.arange(len(features), device=self.index.device)
+        column = column_of[self.index]
         found = self.select(column >= 0)
-        return SparseCodes(found.row_ptr, place[found.index], found.value, len(features))
+        return SparseCodes(found.row_ptr, column_of[found.index], found.value, len(features))
 
     def columns(self, features: Tensor) -> Tensor:
         """Dense activations of a few distinct features [batch, features], in the order given."""

@@ -80,7 +80,7 @@ def topk(
     work = torch.empty(threads, 2 * width + groups, dtype=torch.int64)
     b = None if b is None else _shaped("b", b, width)
     for start, pre in _chunks(x, W):
-        part = slice(start, start + len(pre))
+        block = slice(start, start + len(pre))
         _call(
             "top_of_rows",
             pre,
@@ -90,8 +90,8 @@ def topk(
             k,
             signed,
             groups,
-            index[part],
-            value[part],
+            index[block],
+            value[block],
             work,
             threads,
         )
@@ -110,7 +110,7 @@ def above(
     threshold = _shaped("threshold", threshold, width)
     b = None if b is None else _shaped("b", b, width)
     row_ptr = torch.zeros(len(x) + 1, dtype=torch.int64)
-    parts: list[tuple[Tensor, Tensor]] = []
+    blocks: list[tuple[Tensor, Tensor]] = []
     for start, pre in _chunks(x, W):
         size = len(pre)
         counts, begins = torch.empty(size, dtype=torch.int64), torch.zeros_like(row_ptr[: size + 1])
@@ -120,20 +120,20 @@ def above(
         index, value = torch.empty(found, dtype=torch.int64), torch.empty(found)
         _call("fill_above", pre, b, threshold, size, width, begins, index, value, threads)
         row_ptr[start + 1 : start + size + 1] = row_ptr[start] + begins[1:]
-        parts.append((index, value))
-    if len(parts) == 1:
-        return row_ptr, *parts[0]
+        blocks.append((index, value))
+    if len(blocks) == 1:
+        return row_ptr, *blocks[0]
     none = [(torch.empty(0, dtype=torch.int64), torch.empty(0))]
-    indices, values = zip(*(parts or none), strict=True)
+    indices, values = zip(*(blocks or none), strict=True)
     return row_ptr, torch.cat(indices), torch.cat(values)
 
 
 def _chunks(x: Tensor, W: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """First row and x W^T of consecutive chunks of rows; a chunk's place is used for the next."""
+    """First row and x W^T of consecutive chunks of rows; a chunk's memory is used for the next."""
     rows = max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(1, len(W)), len(x)))
-    place = torch.empty(rows, len(W))
+    buffer = torch.empty(rows, len(W))
     for start in range(0, len(x), rows):
-        yield start, matmul.rows_by_features(x[start : start + rows], W, place)
+        yield start, matmul.rows_by_features(x[start : start + rows], W, buffer)
 
 
 @_float32

@@ -25,10 +25,10 @@ def of_rows(weight: Tensor, rows: Tensor) -> Tensor:
     """The sum of weight [n] times rows [n, d], [d]; as `total`, and unlike a matrix product."""
     n = torch.arange(len(rows), device=rows.device)
     # by bags of rows, since a bag is summed by one thread
-    parts = torch.nn.functional.embedding_bag(
+    sums = torch.nn.functional.embedding_bag(
         n, rows, n[::_ROWS], mode="sum", per_sample_weights=weight
     )
-    return parts.sum(0)
+    return sums.sum(0)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

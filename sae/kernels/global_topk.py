@@ -1,8 +1,9 @@
-"""Which of this rank's candidates win against those of all ranks: exact, and without gradient.
+"""Global top-k over ranks: exact, and without gradient.
 
-Every rank first finds its own best, as many as could win if the others had none; their values are
-gathered, and each rank keeps what is among the best of all. Of equal values the lower rank's win,
-and on a rank those that come first, so that exactly as many are kept as in one process.
+Every rank first selects its own largest, as many as there could be if the other ranks had none;
+their values are gathered, and each rank keeps those that are among the largest of all. Of equal
+values the lower rank's are kept, and on a rank those that come first, so that exactly as many are
+kept as in one process.
 """
 
 import torch
@@ -42,17 +43,17 @@ def strongest(index: Tensor, value: Tensor, k: int, d_sae: int) -> SparseCodes:
             kept = size.topk(k, dim=1, sorted=False).indices
             index, value = index.gather(1, kept), value.gather(1, kept)
         return SparseCodes.from_fixed(index, value, d_sae)
-    winners = largest_of_rows(size, k) & (size > 0)
+    kept = largest_of_rows(size, k) & (size > 0)
     row_ptr = torch.zeros(len(size) + 1, dtype=torch.int64, device=size.device)
-    torch.cumsum(winners.sum(1), 0, out=row_ptr[1:])
-    return SparseCodes(row_ptr, index[winners], value[winners], d_sae)
+    torch.cumsum(kept.sum(1), 0, out=row_ptr[1:])
+    return SparseCodes(row_ptr, index[kept], value[kept], d_sae)
 
 
 @torch.no_grad()
 def largest_of_rows(values: Tensor, k: int) -> Tensor:
     """Which of values [batch, own] are among the k largest of their row over all ranks' features.
 
-    Ranks may have different numbers of candidates; of equals the first win. bool [batch, own].
+    Ranks may have different numbers of candidates; of equals the first are kept. bool [batch, own].
     """
     whole = FEATURES.gather(values.T.contiguous())  # [candidates of all ranks, batch]
     if len(whole) <= k:
@@ -61,8 +62,8 @@ def largest_of_rows(values: Tensor, k: int) -> Tensor:
     left = k - (whole > bar).sum(0)
     before = (whole[: FEATURES.before(values.shape[1])] == bar).sum(0)
     equal = values == bar[:, None]
-    taken = equal & (equal.cumsum(1) + before[:, None] <= left[:, None])
-    return (values > bar[:, None]) | taken
+    tied = equal & (equal.cumsum(1) + before[:, None] <= left[:, None])
+    return (values > bar[:, None]) | tied
 
 
 @torch.no_grad()
@@ -76,8 +77,8 @@ def largest_of_columns(values: Tensor, column: Tensor, quota: Tensor) -> Tensor:
     order = order[columns[order].argsort(stable=True)]
     counts = torch.bincount(columns, minlength=len(quota))
     ordered = columns[order]
-    place = torch.arange(len(whole), device=whole.device) - (counts.cumsum(0) - counts)[ordered]
+    rank = torch.arange(len(whole), device=whole.device) - (counts.cumsum(0) - counts)[ordered]
     kept = torch.zeros_like(whole, dtype=torch.bool)
-    kept[order[place < quota[ordered]]] = True
+    kept[order[rank < quota[ordered]]] = True
     first = ROWS.before(len(values))
     return kept[first : first + len(values)]

@@ -29,11 +29,11 @@ _BETTER = 0.85
 """oneDNN must take less than this part of the default's time"""
 
 
-def rows_by_features(x: Tensor, W: Tensor, place: Tensor) -> Tensor:
-    """x W^T [rows, d_sae] for x [rows, d] and W [d_sae, d]; in `place` where that can be."""
+def rows_by_features(x: Tensor, W: Tensor, buffer: Tensor) -> Tensor:
+    """x W^T [rows, d_sae] for x [rows, d] and W [d_sae, d]; in `buffer` where that can be."""
     if faster() == _ONEDNN:
         return _by_onednn(x, W)
-    return torch.mm(x, W.T, out=place[: len(x)])
+    return torch.mm(x, W.T, out=buffer[: len(x)])
 
 
 @contextmanager
@@ -102,9 +102,9 @@ def _remember(path: Path, name: str) -> None:
 
 def _measured() -> str:
     x, W = torch.ones(_ROWS, _WIDTH), torch.ones(_FEATURES, _WIDTH)
-    place = torch.empty(_ROWS, _FEATURES)
+    buffer = torch.empty(_ROWS, _FEATURES)
     ways: dict[str, Callable[[], Tensor]] = {
-        _DEFAULT: lambda: torch.mm(x, W.T, out=place),
+        _DEFAULT: lambda: torch.mm(x, W.T, out=buffer),
         _ONEDNN: lambda: _by_onednn(x, W),
     }
     spent: dict[str, list[float]] = {name: [] for name in ways}

@@ -220,22 +220,22 @@ class _Call:
             return None
         left, right = self.x if rounded[0] is None else rounded[0], rounded[1]
         right = self.W if right is None else right
-        parts, rows = [], max(1, _CHUNK_ELEMENTS // len(self.W))
+        blocks, rows = [], max(1, _CHUNK_ELEMENTS // len(self.W))
         for start in range(0, len(self.x), rows):
-            part = slice(start, start + rows)
-            scores = left[part] @ right.T
+            block = slice(start, start + rows)
+            scores = left[block] @ right.T
             more = {
                 "scores": scores,
-                "row_bounds": row_bounds[part],
+                "row_bounds": row_bounds[block],
                 "feature_bounds": feature_bounds,
-                "upper": None if self.upper is None else self.upper[part],
+                "upper": None if self.upper is None else self.upper[block],
             }
-            found = self._run("screen_scores", self.x[part], more, half=half)
+            found = self._run("screen_scores", self.x[block], more, half=half)
             if found is None:
                 return None
-            parts.append(found)
+            blocks.append(found)
             self.limit = 0.0  # the first chunk has shown that it pays
-        return _joined(parts)
+        return _joined(blocks)
 
     def _bounds(self, rows: Tensor, rounded: Tensor | None, weights: bool) -> Tensor | None:
         out = torch.empty(len(rows), 2)
@@ -294,11 +294,11 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous()
 
 
-def _joined(parts: list[Found]) -> Found:
-    index, value = torch.cat([p.index for p in parts]), torch.cat([p.value for p in parts])
-    row_ptr, candidates = None, sum(part.candidates for part in parts)
-    if parts[0].row_ptr is not None:
-        counts = torch.cat([p.row_ptr.diff() for p in parts if p.row_ptr is not None])
+def _joined(blocks: list[Found]) -> Found:
+    index, value = torch.cat([p.index for p in blocks]), torch.cat([p.value for p in blocks])
+    row_ptr, candidates = None, sum(block.candidates for block in blocks)
+    if blocks[0].row_ptr is not None:
+        counts = torch.cat([p.row_ptr.diff() for p in blocks if p.row_ptr is not None])
         row_ptr = torch.zeros(len(counts) + 1, dtype=torch.int64)
         torch.cumsum(counts, 0, out=row_ptr[1:])
     return Found(row_ptr, index, value, candidates)

@@ -24,10 +24,10 @@ _MANY = 8
 """times as many entries as wanted are too many"""
 _SAMPLE_ELEMENTS = 2**22
 """pre-activations in a sample, at most"""
-_SPARE = 1.5
+_MARGIN = 1.5
 """how many more than wanted a bar from a sample aims at"""
 _BELOW = 0.9
-"""the part of the last batch's bar that this one's begins at"""
+"""the fraction of the last batch's bar that this one's begins at"""
 _BELOW_EACH = 0.5
 """the same for the bar of a single feature, which wanders more"""
 _BLOCK_ELEMENTS = 2**22
@@ -45,7 +45,7 @@ def top_of_batch(
     *,
     weight: Tensor | None = None,
     hint: float = 0.0,
-    taken: tuple[Tensor, Tensor] | None = None,
+    excluded: tuple[Tensor, Tensor] | None = None,
 ) -> SparseCodes:
     """The n largest positive entries of x W^T + b over the whole batch, in rising order.
 
@@ -54,13 +54,13 @@ def top_of_batch(
     entries, as far as a sample of rows can tell.
 
     Args: weight [d_sae], positive, is what entries are multiplied by to be compared; hint: the
-    last chosen in a batch like this one, if there was one; taken: entries (row_ptr, index) that
+    last chosen in a batch like this one, if there was one; excluded: entries (row_ptr, index) that
     are left out, none twice.
     """
     if n < 1:
         raise InputError("nothing to select", where="top_of_batch", given=n, allowed="at least 1")
-    # as many are there without those taken
-    wanted = n if taken is None else n + ALL.total(len(taken[1]))
+    # as many are there without those excluded
+    wanted = n if excluded is None else n + ALL.total(len(excluded[1]))
     codes, failed = SparseCodes.none(x, len(W)), torch.inf
     for bar in _bars(x, W, b, wanted, weight, hint):
         if bar < failed:
@@ -68,7 +68,7 @@ def top_of_batch(
             codes, failed = _cut(SparseCodes(*found, len(W)), wanted, weight), bar
         if ALL.total(len(codes.value)) >= wanted:
             break
-    codes = codes if taken is None else _without(codes, *taken)
+    codes = codes if excluded is None else _without(codes, *excluded)
     if ALL.size == 1:
         return _cut(codes, n, weight)
     return codes.select(global_topk.largest(_score(codes, weight), n))
@@ -80,9 +80,9 @@ def _bars(
     """Guesses of a bar that somewhat more than n entries pass; the last is 0."""
     if hint > 0 and _is_sparse(x, W, b, _each(_BELOW * hint, W, weight), n, ALL):
         yield _BELOW * hint
-    sample, part = _sample(x, W, b, _SAMPLE_ROWS, ALL)
+    sample, fraction = _sample(x, W, b, _SAMPLE_ROWS, ALL)
     score = sample[sample > 0] if weight is None else (sample * weight)[sample > 0]
-    rank, found = _SPARE * n * part, ALL.total(len(score))
+    rank, found = _MARGIN * n * fraction, ALL.total(len(score))
     while rank < found:
         best = score.topk(min(int(rank) + 1, len(score)), sorted=False).values
         yield float(ALL.gather(best).topk(int(rank) + 1, sorted=False).values.min())
@@ -91,17 +91,17 @@ def _bars(
 
 
 def _sample(x: Tensor, W: Tensor, b: Tensor | None, rows: int, axis: Axis) -> tuple[Tensor, float]:
-    """Pre-activations of a few rows from all over the batch, and the part that they are of all."""
+    """Pre-activations of a few rows from all over the batch, and which fraction of all it is."""
     rows = min(len(x), rows, max(1, _SAMPLE_ELEMENTS // len(W)))
     spread = torch.arange(rows, device=x.device) * len(x) // max(1, rows)
-    part = axis.total(rows * len(W)) / axis.total(max(1, len(x) * len(W)))
-    return functional.linear(x[spread], W, b).float(), part
+    fraction = axis.total(rows * len(W)) / axis.total(max(1, len(x) * len(W)))
+    return functional.linear(x[spread], W, b).float(), fraction
 
 
 def _is_sparse(x: Tensor, W: Tensor, b: Tensor | None, bars: Tensor, n: int, axis: Axis) -> bool:
     """Whether not very many more than n entries seem to pass the bars [d_sae]."""
-    sample, part = _sample(x, W, b, _CHECKED_ROWS, axis)
-    return axis.total(int((sample > bars).sum())) <= _MANY * (n * part + 1)
+    sample, fraction = _sample(x, W, b, _CHECKED_ROWS, axis)
+    return axis.total(int((sample > bars).sum())) <= _MANY * (n * fraction + 1)
 
 
 def _each(bar: float, W: Tensor, weight: Tensor | None) -> Tensor:
@@ -133,11 +133,11 @@ def _cut(codes: SparseCodes, n: int, weight: Tensor | None) -> SparseCodes:
 
 def _without(codes: SparseCodes, row_ptr: Tensor, index: Tensor) -> SparseCodes:
     """Codes, in rising order, without the given entries."""
-    taken = SparseCodes(row_ptr, index, index, codes.d_sae).flat()
+    excluded = SparseCodes(row_ptr, index, index, codes.d_sae).flat()
     flat = codes.flat()
-    place = torch.searchsorted(flat, taken)
-    place = place[flat[place.clamp_max(len(flat) - 1)] == taken] if len(flat) else place[:0]
-    return codes.select(torch.ones_like(flat, dtype=torch.bool).index_fill_(0, place, False))
+    at = torch.searchsorted(flat, excluded)
+    at = at[flat[at.clamp_max(len(flat) - 1)] == excluded] if len(flat) else at[:0]
+    return codes.select(torch.ones_like(flat, dtype=torch.bool).index_fill_(0, at, False))
 
 
 # ---- features that choose rows ----------------------------------------------------------------
@@ -201,8 +201,8 @@ def _first_of_columns(column: Tensor, value: Tensor, quota: Tensor) -> Tensor:
     order = order[column[order].argsort(stable=True)]
     counts = torch.bincount(column, minlength=len(quota))
     ordered = column[order]
-    place = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[ordered]
-    return order[place < quota[ordered]]
+    rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[ordered]
+    return order[rank < quota[ordered]]
 
 
 def _column_bars(values: Tensor, quota: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ def _chunks(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[tuple[slice, Ten
     """Consecutive rows of x and their pre-activations, so many that they stay in the cache."""
     rows = max(1, _CHUNK_ELEMENTS // len(W))
     for start in range(0, len(x), rows):
-        part = slice(start, min(start + rows, len(x)))
-        yield part, functional.linear(x[part], W, b)
+        block = slice(start, min(start + rows, len(x)))
+        yield block, functional.linear(x[block], W, b)
 
 
 def topk(
@@ -37,12 +37,12 @@ def topk(
     """The k largest pre-activations of each row (in magnitude, if signed)."""
     index = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     value = torch.empty(len(x), k, dtype=x.dtype, device=x.device)
-    for part, pre in _chunks(x, W, b):
+    for block, pre in _chunks(x, W, b):
         if signed:
-            index[part] = topk_by_groups(pre.abs(), k)[1]
-            value[part] = pre.gather(1, index[part])
+            index[block] = topk_by_groups(pre.abs(), k)[1]
+            value[block] = pre.gather(1, index[block])
         else:
-            value[part], index[part] = topk_by_groups(pre, k)
+            value[block], index[block] = topk_by_groups(pre, k)
     return index, value
 
 
@@ -67,14 +67,14 @@ def above(
     x: Tensor, W: Tensor, b: Tensor | None, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pre-activations above their feature's threshold, by chunks of rows."""
-    parts = []
+    blocks = []
     for _, pre in _chunks(x, W, b):
         mask = pre > threshold
-        parts.append(SparseCodes(*csr_of(mask), pre[mask].to(x.dtype), len(W)))
-    if not parts:
+        blocks.append(SparseCodes(*csr_of(mask), pre[mask].to(x.dtype), len(W)))
+    if not blocks:
         none = torch.zeros(1, dtype=torch.int64, device=x.device)
         return none, none[:0], x.new_zeros(0)
-    codes = SparseCodes.concatenate(parts)
+    codes = SparseCodes.concatenate(blocks)
     return codes.row_ptr, codes.index, codes.value
 
 

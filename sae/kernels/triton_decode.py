@@ -56,14 +56,14 @@ def _decode_error(
 ):
     """Of one row and some columns: the error, its squared norm, and its dots with W's rows."""
     row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1).to(tl.int64)
+    column_block = tl.program_id(1).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < d
     start = tl.load(row_ptr + row)
     count = (tl.load(row_ptr + row + 1) - start).to(tl.int32)
     wanted = tl.load(target + row * d + column, mask=inside, other=0.0).to(tl.float32)
     e = tl.load(b + column, mask=inside, other=0.0).to(tl.float32) - wanted
-    dots += part * entries + start
+    dots += column_block * entries + start
     if count <= ENTRIES:  # the tile is read once and kept
         entry = tl.arange(0, ENTRIES)
         held = entry < count
@@ -93,7 +93,7 @@ def _decode_error(
             tile = tl.load(W + where, mask=valid, other=0.0).to(tl.float32)
             tl.store(dots + entry, tl.sum(tile * e[None, :], 1), mask=held)
     tl.store(error + row * d + column, e, mask=inside)
-    tl.store(squares + part * tl.num_programs(0) + row, tl.sum(e * e, 0))
+    tl.store(squares + column_block * tl.num_programs(0) + row, tl.sum(e * e, 0))
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def _entry_dots(
 ):
     """Of one row and `span` columns (a multiple of WIDTH)."""
     row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1).to(tl.int64)
+    column_block = tl.program_id(1).to(tl.int64)
     begin = tl.program_id(1) * span
     start = tl.load(row_ptr + row)
     count = (tl.load(row_ptr + row + 1) - start).to(tl.int32)
@@ -118,7 +118,7 @@ def _entry_dots(
             where = feature[:, None] * d + column[None, :]
             valid = held[:, None] & inside[None, :]
             total += tl.load(W + where, mask=valid, other=0.0).to(tl.float32) * x[None, :]
-        tl.store(dots + part * entries + start + entry, tl.sum(total, 1), mask=held)
+        tl.store(dots + column_block * entries + start + entry, tl.sum(total, 1), mask=held)
 
 
 def decode(row_ptr: Tensor, index: Tensor, value: Tensor, W: Tensor) -> Tensor:
@@ -135,12 +135,12 @@ def entry_dots(row_ptr: Tensor, index: Tensor, rows: Tensor, W: Tensor) -> Tenso
     """The dot product of an entry's row and its feature's row of W."""
     batch, d = rows.shape
     tile = _tile(len(index), batch, d)
-    span, parts = tile["WIDTH"], blocks(d, tile["WIDTH"])
-    if parts * len(index) > _PARTIAL:
-        span, parts = span * parts, 1
-    dots = torch.empty(parts, len(index), dtype=torch.float32, device=rows.device)
+    span, column_blocks = tile["WIDTH"], blocks(d, tile["WIDTH"])
+    if column_blocks * len(index) > _PARTIAL:
+        span, column_blocks = span * column_blocks, 1
+    dots = torch.empty(column_blocks, len(index), dtype=torch.float32, device=rows.device)
     given = [each.contiguous() for each in (row_ptr, index, rows, W)]
-    launch(_entry_dots, (batch, parts), W, *given, dots, len(index), d, span, **tile)
+    launch(_entry_dots, (batch, column_blocks), W, *given, dots, len(index), d, span, **tile)
     return dots.sum(0).to(rows.dtype)
 
 
@@ -150,18 +150,18 @@ def decode_error(
     """The reconstruction's error, its squared norms and its dots with the entries' rows of W."""
     batch, d = target.shape
     tile = _tile(len(index), batch, d)
-    parts = blocks(d, tile["WIDTH"])
-    if parts * len(index) > _PARTIAL:  # rather read W twice
+    column_blocks = blocks(d, tile["WIDTH"])
+    if column_blocks * len(index) > _PARTIAL:  # rather read W twice
         error = decode(row_ptr, index, value, W).add_(b).sub_(target)
         return error, error.square().sum(1), entry_dots(row_ptr, index, error, W)
     error = torch.empty(batch, d, dtype=value.dtype, device=value.device)
     squares, dots = (
-        torch.empty(parts, size, dtype=torch.float32, device=value.device)
+        torch.empty(column_blocks, size, dtype=torch.float32, device=value.device)
         for size in (batch, len(index))
     )
     given = [each.contiguous() for each in (row_ptr, index, value, W, b, target)]
     made = (error, squares, dots)
-    launch(_decode_error, (batch, parts), W, *given, *made, len(index), d, **tile)
+    launch(_decode_error, (batch, column_blocks), W, *given, *made, len(index), d, **tile)
     return error, squares.sum(0).to(value.dtype), dots.sum(0).to(value.dtype)
 
 

@@ -83,10 +83,10 @@ def _candidates(
         inside = column < d_sae
         value = tl.load(pre + column, mask=inside, other=0.0)
         passed = ((_keys(value, MASK, SIGNED) >= bar) & inside).to(tl.int32)
-        place = count + tl.cumsum(passed, 0) - 1
-        kept = (passed > 0) & (place < CAPACITY)
-        tl.store(found + place, value, mask=kept)
-        tl.store(found_index + place, column, mask=kept)
+        slot = count + tl.cumsum(passed, 0) - 1
+        kept = (passed > 0) & (slot < CAPACITY)
+        tl.store(found + slot, value, mask=kept)
+        tl.store(found_index + slot, column, mask=kept)
         count += tl.sum(passed, 0)
     tl.store(counts + row, count)
 
@@ -147,7 +147,7 @@ def _choose(
         kth = tl.where(above >= k, kth + step, kth)
         step = step >> 1
     wanted_ties = k - _count_above(found, pre, narrow, number, kth, MASK, SIGNED, LANES)
-    taken = tl.full([], 0, tl.int32)
+    written = tl.full([], 0, tl.int32)
     ties = tl.full([], 0, tl.int32)
     for first in range(0, number, LANES):
         position = first + tl.arange(0, LANES)
@@ -157,12 +157,12 @@ def _choose(
         tie = ((key == kth) & inside).to(tl.int32)
         early = (tie > 0) & (ties + tl.cumsum(tie, 0) <= wanted_ties)
         chosen = (((key > kth) & inside) | early).to(tl.int32)
-        place = taken + tl.cumsum(chosen, 0) - 1
+        slot = written + tl.cumsum(chosen, 0) - 1
         column = tl.load(found_index + position, mask=inside & narrow, other=0)
         column = tl.where(narrow, column, position)
-        tl.store(index + place, column.to(tl.int64), mask=chosen > 0)
-        tl.store(values + place, value, mask=chosen > 0)
-        taken += tl.sum(chosen, 0)
+        tl.store(index + slot, column.to(tl.int64), mask=chosen > 0)
+        tl.store(values + slot, value, mask=chosen > 0)
+        written += tl.sum(chosen, 0)
         ties += tl.sum(tie, 0)
 
 
@@ -189,9 +189,9 @@ def _fill(pre, threshold, row_ptr, index, values, d_sae, LANES: tl.constexpr):
         value = tl.load(pre + row * d_sae + column, mask=inside, other=0.0)
         bar = tl.load(threshold + column, mask=inside, other=0.0)
         passed = ((value.to(tl.float32) > bar) & inside).to(tl.int32)
-        place = start + tl.cumsum(passed, 0) - 1
-        tl.store(index + place, column.to(tl.int64), mask=passed > 0)
-        tl.store(values + place, value, mask=passed > 0)
+        slot = start + tl.cumsum(passed, 0) - 1
+        tl.store(index + slot, column.to(tl.int64), mask=passed > 0)
+        tl.store(values + slot, value, mask=passed > 0)
         start += tl.sum(passed, 0)
 
 
@@ -208,8 +208,8 @@ def topk(
         )
     index = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     value = torch.empty(len(x), k, dtype=x.dtype, device=x.device)
-    for part, pre in _products(x, W, b):
-        _largest(pre, index[part], value[part], signed=signed)
+    for block, pre in _products(x, W, b):
+        _largest(pre, index[block], value[block], signed=signed)
         del pre  # before the next is made
     return index, value
 
@@ -238,11 +238,11 @@ def above(
     row_ptr = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
     size = {"LANES": min(power_of_2(d_sae), _LANES), "num_warps": 4}
     indices, values, before = [row_ptr[:0]], [x.new_zeros(0)], 0
-    for part, pre in _products(x, W, b):
+    for block, pre in _products(x, W, b):
         counts = torch.empty(len(pre), dtype=torch.int64, device=x.device)
         launch(_count, (len(pre),), x, pre, bars, counts, d_sae, **size)
         starts = functional.pad(counts.cumsum(0), (1, 0))
-        row_ptr[part.start + 1 : part.stop + 1] = starts[1:] + before
+        row_ptr[block.start + 1 : block.stop + 1] = starts[1:] + before
         total = int(starts[-1])
         index = torch.empty(total, dtype=torch.int64, device=x.device)
         value = torch.empty(total, dtype=x.dtype, device=x.device)
@@ -261,5 +261,5 @@ def _products(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[tuple[slice, T
         x, W, b = x.to(low), W.to(low), None if b is None else b.to(low)
     rows = max(1, _CHUNK_ELEMENTS // len(W))
     for start in range(0, len(x), rows):
-        part = slice(start, min(start + rows, len(x)))
-        yield part, functional.linear(x[part], W, b)
+        block = slice(start, min(start + rows, len(x)))
+        yield block, functional.linear(x[block], W, b)

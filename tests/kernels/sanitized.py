@@ -13,14 +13,14 @@ import sys
 from pathlib import Path
 
 _TESTS = (
-    *(f"kernels/test_{name}.py" for name in ("cpu", "cpu_gradients", "screen", "optimiser")),
+    *(f"kernels/test_{name}.py" for name in ("cpu", "cpu_gradients", "screen", "adam")),
     "unit/test_gather.py",
 )
 _FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 _RUNTIMES = ("libasan.so", "libubsan.so")
 _LOADED = (
-    "from sae.kernels import native; from activations import taking; "
-    "raise SystemExit(native.library() is None or taking.library() is None)"
+    "from sae.kernels import cpp_library; from activations.loading import gather; "
+    "raise SystemExit(cpp_library.library() is None or gather.library() is None)"
 )
 
 

@@ -83,17 +83,17 @@ def test_top_of_batch_is_exact(
 
 
 @settings(max_examples=100, deadline=None)
-@given(**shapes, share=st.floats(0.001, 1.0), taken=st.floats(0.0, 1.0))
-def test_taken_entries_are_left_out(
-    rows: int, width: int, levels: int, seed: int, share: float, taken: float
+@given(**shapes, share=st.floats(0.001, 1.0), excluded=st.floats(0.0, 1.0))
+def test_excluded_entries_are_left_out(
+    rows: int, width: int, levels: int, seed: int, share: float, excluded: float
 ) -> None:
     values = few_levels(rows, width, levels, seed)
     n = max(1, int(share * values.numel()))
     generator = torch.Generator().manual_seed(seed + 1)
-    gone = torch.rand(rows, width, generator=generator) < taken
+    gone = torch.rand(rows, width, generator=generator) < excluded
     codes = SparseCodes.from_dense(gone.float())
     found = kernels.encode_top_of_batch(
-        *as_problem(values), None, n, taken=(codes.row_ptr, codes.index)
+        *as_problem(values), None, n, excluded=(codes.row_ptr, codes.index)
     )
     assert torch.equal(as_mask(found, values), top(values.masked_fill(gone, -1.0), n))
 

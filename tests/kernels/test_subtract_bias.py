@@ -35,7 +35,7 @@ def test_finite_differences(name: str, *, biased: bool) -> None:
     y, shift, W, b = problem()
 
     def encoded(shift: Tensor, W: Tensor, b: Tensor) -> Tensor:
-        return ENCODE[name](kernels.less(y, shift), W, b if biased else None).square()
+        return ENCODE[name](kernels.subtract_bias(y, shift), W, b if biased else None).square()
 
     assert torch.autograd.gradcheck(encoded, (shift, W, b))
 
@@ -46,8 +46,8 @@ def test_as_a_plain_difference(name: str, backend: str, monkeypatch: pytest.Monk
     monkeypatch.setenv("SAESCOPE_KERNELS", backend)
     y, *weights = problem(torch.float32)
     found = []
-    for less in (kernels.less, torch.sub):
-        value = ENCODE[name](less(y, weights[0]), *weights[1:])
+    for subtract in (kernels.subtract_bias, torch.sub):
+        value = ENCODE[name](subtract(y, weights[0]), *weights[1:])
         found.append((value, *torch.autograd.grad(value.square().sum(), weights)))
     for mine, plain in zip(*found, strict=True):
         torch.testing.assert_close(mine, plain)
@@ -59,7 +59,7 @@ def test_no_gradient_of_rows_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> Tensor:
         raise AssertionError("a gradient of every row")
 
-    value = ENCODE["topk"](kernels.less(y, shift), W, b)
+    value = ENCODE["topk"](kernels.subtract_bias(y, shift), W, b)
     monkeypatch.setattr(autograd, "_decode", fail)
     value.sum().backward()
     assert shift.grad is not None
@@ -70,7 +70,7 @@ def test_rows_with_a_gradient_and_masked_rows_go_the_long_way() -> None:
     visible = torch.tensor([True, False, True, True])
 
     def of(y: Tensor, shift: Tensor) -> Tensor:
-        return ENCODE["topk"](kernels.less(y, shift) * visible, W, b)
+        return ENCODE["topk"](kernels.subtract_bias(y, shift) * visible, W, b)
 
     assert torch.autograd.gradcheck(of, (y.clone().requires_grad_(), shift))
     assert torch.autograd.gradcheck(lambda shift: of(y, shift), (shift,))
@@ -83,7 +83,7 @@ def test_used_again_after_the_encoder() -> None:
     y, shift, W, b = problem()
 
     def twice(shift: Tensor) -> Tensor:
-        x = kernels.less(y, shift)
+        x = kernels.subtract_bias(y, shift)
         encoded = ENCODE["topk"](x, W, b).sum() + ENCODE["selected"](x, W, None).sum()
         return encoded + x.square().sum()
 

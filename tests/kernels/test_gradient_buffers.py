@@ -1,4 +1,4 @@
-"""Gradients' memory is used again, and nothing of what was in it is seen."""
+"""Gradient buffers are reused, and nothing of what was in it is seen."""
 
 import math
 from pathlib import Path
@@ -46,12 +46,12 @@ def test_training_uses_it_and_sees_nothing_of_it(
     reused: list[bool] = []
 
     def taken(rows: int, width: int) -> torch.Tensor:
-        before = {each.data_ptr() for kept in gradient_buffers._spare.values() for each in kept}
+        before = {each.data_ptr() for kept in gradient_buffers._unused.values() for each in kept}
         found = gradient_buffers.take(rows, width)
         reused.append(found.data_ptr() in before)
         return found
 
-    monkeypatch.setattr(cpp_backend, "spare", SimpleNamespace(take=taken))
+    monkeypatch.setattr(cpp_backend, "gradient_buffers", SimpleNamespace(take=taken))
     for step in range(6):
         x = torch.randn(16, D_IN, generator=generator)
         plain.train_step(x)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import activations
+from activations.loading import gather
 from sae import kernels
 from sae.kernels import cpp_backend, cpp_library
 from saescope import compiled
@@ -73,8 +73,8 @@ def test_whatever_matters_makes_another_library(
 @with_compiler
 def test_two_processes_build_at_once(sources: Path) -> None:
     code = (
-        "from pathlib import Path; from sae.kernels import native; "
-        f"native.FOLDER = Path({str(sources)!r}); print(native.library().answer())"
+        "from pathlib import Path; from sae.kernels import cpp_library; "
+        f"cpp_library.FOLDER = Path({str(sources)!r}); print(cpp_library.library().answer())"
     )
     running = [
         subprocess.Popen(
@@ -171,7 +171,7 @@ def test_a_process_without_a_compiler_says_so_once(tmp_path: Path) -> None:
 
 @with_compiler
 @pytest.mark.parametrize("target", ["native", "baseline"])
-@pytest.mark.parametrize("folder", [cpp_library.FOLDER, Path(activations.__file__).parent])
+@pytest.mark.parametrize("folder", [cpp_library.FOLDER, Path(gather.__file__).parent])
 def test_it_builds_without_warnings(target: str, folder: Path, tmp_path: Path) -> None:
     """For this processor, and without the vectors of newer ones."""
     if target == "baseline" and platform.machine() != "x86_64":
@@ -201,16 +201,16 @@ def test_it_shares_torchs_threads() -> None:
     """One OpenMP runtime in the process, and no threads beyond those torch has made."""
     code = """
 import os, torch
-from sae.kernels import cpu, native
+from sae.kernels import cpp_backend, cpp_library
 torch.set_num_threads(3)
 x, W = torch.ones(64, 512), torch.ones(4096, 512)
 (x @ W.T).exp().sum()
 before = len(os.listdir("/proc/self/task"))
-cpu.topk(x, W, None, 3)
+cpp_backend.topk(x, W, None, 3)
 torch.ones(10**6).exp()
 row_ptr, index, value = torch.arange(65), torch.arange(64), torch.ones(64)
-cpu.weight_gradient(row_ptr, index, value, x, 4096)
-print(len(native._openmp_runtimes()), len(os.listdir("/proc/self/task")) - before)
+cpp_backend.weight_gradient(row_ptr, index, value, x, 4096)
+print(len(cpp_library._openmp_runtimes()), len(os.listdir("/proc/self/task")) - before)
 """
     environment = {**os.environ, "SAESCOPE_SCREEN": "none"}
     done = subprocess.run(
