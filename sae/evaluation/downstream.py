@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from sae.evaluation import metric_family
@@ -142,7 +143,9 @@ def measure_in_model(given: InModel) -> Downstream:
     if not counted.any():
         raise InputError("no kept positions to evaluate on", where="measure_downstream", given=0)
     document = given.document
-    unit = torch.arange(len(tokens))[:, None].expand(tokens.shape) if document is None else document
+    if (unit := document) is None:
+        own = torch.arange(len(tokens))
+        unit = repeat(own, "sequence -> sequence position", position=tokens.shape[1])
     values = {name: torch.cat(parts)[counted] for name, parts in sums.items()}
     return _summarise(values, unit[:, :-1][counted], documented=document is not None)
 
