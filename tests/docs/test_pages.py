@@ -1,0 +1,75 @@
+"""Every block of code in README.md and docs/ runs, with a tiny model behind the packaged name."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import (
+    PAGES,
+    ROOT,
+    Block,
+    blocks,
+    check_toml,
+    make_world,
+    run_page,
+    use_tiny_packages,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_world(folder, monkeypatch)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page_runs(
+    page: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = blocks(page)
+    if not found:
+        pytest.skip("has no code")
+    folder = tmp_path / "world"
+    shutil.copytree(world, folder, symlinks=True)
+    use_tiny_packages(folder, monkeypatch)
+    monkeypatch.chdir(folder)
+    run_page(found)
+
+
+def test_a_reason_is_given_for_what_does_not_run() -> None:
+    marks = {str(block): block.mark for page in PAGES for block in blocks(page) if block.mark}
+    short = {
+        where: mark
+        for where, mark in marks.items()
+        if mark.startswith("not run:") and len(mark.split()) < 4
+    }
+    assert short == {}
+
+
+@pytest.mark.parametrize(
+    ("language", "body", "mark"),
+    [
+        ("bash", "saescope train --no-such-option 3\n", ""),
+        ("bash", "saescope train --no-such-option 3\n", "not run: it takes an hour"),
+        ("bash", "make no-such-target\n", "not run: it takes an hour"),
+        ("bash", "saescope eval runs/nothing\n", ""),
+        ("bash", "curl example.org\n", ""),
+        ("python", "assert False\n", ""),
+        ("toml", "contxt = 3\n", "config: harvest"),
+        ("toml", "context = 3\n", ""),
+        ("", "saescope train\n", ""),
+    ],
+)
+def test_what_is_wrong_in_a_block_is_found(
+    language: str, body: str, mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((Exception, pytest.fail.Exception)):
+        run_page([Block(ROOT / "README.md", 1, language, body, mark)])
+
+
+def test_pieces_of_configurations_are_checked() -> None:
+    check_toml(Block(ROOT / "README.md", 1, "toml", "context = 64\n", "config: harvest"))
