@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from saescope.metrics import metric_table
 from tests.docs.pages import (
     PAGES,
     ROOT,
@@ -73,3 +74,14 @@ def test_what_is_wrong_in_a_block_is_found(
 
 def test_pieces_of_configurations_are_checked() -> None:
     check_toml(Block(ROOT / "README.md", 1, "toml", "context = 64\n", "config: harvest"))
+
+
+def test_the_table_of_metrics_is_that_of_the_code() -> None:
+    page = (ROOT / "docs" / "reference" / "evaluation.md").read_text(encoding="utf-8")
+    rows = [
+        f"| `{m.name}` | {m.label} | {m.unit} | {m.better} | "
+        f"{m.help}{f' ({m.source})' if m.source else ''} |"
+        for m in metric_table().values()
+    ]
+    table = page.split("<!-- table: saescope.metrics -->")[1].split("<!-- end of table -->")[0]
+    assert table.split("|---|---|---|---|---|\n")[1].strip().splitlines() == rows
