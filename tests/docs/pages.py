@@ -5,6 +5,7 @@ A block is run as it stands, unless an HTML comment on the line before its fence
     <!-- not run: the reason -->            its `saescope` commands are still parsed
     <!-- config: harvest -->                a TOML file, or a piece of one, of this command
     <!-- config: harvest, file: my.toml --> the same, and later blocks can use the file
+    <!-- file: my.py -->                    a module, for later blocks to import
 
 Blocks of `text` are output and of `json` and `html` are shown only. All blocks of a page run in one
 folder, in order; Python blocks share their names.
@@ -17,8 +18,10 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +29,20 @@ from typing import Any
 import pytest
 
 import tests.tiny
-from saescope import config
+from sae import architectures, evaluation
+from saescope import config, metrics, plugins
 from saescope.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHOWN = ("text", "json", "html")
 FENCE = re.compile(
-    r"(?:^[ ]*<!-- (?P<mark>(?:not run|config): [^\n]*?) -->\n)?"
+    r"(?:^[ ]*<!-- (?P<mark>(?:not run|config|file): [^\n]*?) -->\n)?"
     r"^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```$",
     re.DOTALL | re.MULTILINE,
 )
+
+INCLUDED = re.compile(r"^--8<--\n(.+?)\n--8<--\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def blocks(page: Path) -> list[Block]:
     for match in FENCE.finditer(text):
         indent = len(match["indent"])
         body = "".join(line[indent:] or "\n" for line in match["body"].splitlines(keepends=True))
-        body = re.sub(r'^--8<-- "(.+?)"$', lambda m: (ROOT / m[1]).read_text(), body, flags=re.M)
+        body = INCLUDED.sub(lambda m: (ROOT / m[1]).read_text(encoding="utf-8"), body)
         line = text.count("\n", 0, match.start("language")) + 1
         language = match["language"].split(" ")[0]
         found.append(Block(page, line, language, body, match["mark"] or ""))
@@ -89,9 +95,10 @@ def parse(words: list[str]) -> config.Config:
     """The configuration of a command; as the command line does it, but nothing is run."""
     command = COMMANDS[words[0]]
     cls = getattr(importlib.import_module(command.module), command.config)
-    return config.parse(
-        cls, words[1:], program=words[0], description="", positional=command.positional
-    )
+    with plugins.taken_from(words[1:]) as rest:
+        return config.parse(
+            cls, rest, program=words[0], description="", positional=command.positional
+        )
 
 
 def check_commands(block: Block) -> None:
@@ -147,6 +154,8 @@ def run_page(found: list[Block]) -> None:
         if not block.runs:
             if block.language == "bash":
                 check_commands(block)
+        elif block.language == "python" and block.mark:
+            Path(block.mark.removeprefix("file: ")).write_text(block.body, encoding="utf-8")
         elif block.language == "python":
             source = "\n" * block.line + block.body
             exec(compile(source, str(block.page), "exec"), names)
@@ -189,6 +198,26 @@ def make_world(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree("data/smollm2-135m-wikipedia", "data/smollm2-135m-quick")
     for path in (run, store):
         shutil.copytree(path, f"{path}-quick")
+
+
+@contextmanager
+def known_as_before() -> Iterator[None]:
+    """Architectures, metrics and modules that blocks add are forgotten at the end."""
+    registries: list[Any] = [architectures._REGISTRY, evaluation._REGISTRY, metrics._TABLE]
+    architectures.list_architectures()
+    evaluation.families()
+    before = [dict(registry) for registry in registries]
+    loaded, modules = set(architectures._LOADED), set(sys.modules)
+    here = {path.stem for path in (ROOT / "docs" / "examples").glob("*.py")}
+    try:
+        yield
+    finally:
+        for registry, known in zip(registries, before, strict=True):
+            registry.clear()
+            registry.update(known)
+        architectures._LOADED.intersection_update(loaded)
+        for name in here & (set(sys.modules) - modules):
+            del sys.modules[name]
 
 
 def use_tiny_packages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from tests.docs.pages import (
     Block,
     blocks,
     check_toml,
+    known_as_before,
     make_world,
     run_page,
     use_tiny_packages,
@@ -37,7 +38,9 @@ def test_page_runs(
     shutil.copytree(world, folder, symlinks=True)
     use_tiny_packages(folder, monkeypatch)
     monkeypatch.chdir(folder)
-    run_page(found)
+    monkeypatch.syspath_prepend(str(folder))
+    with known_as_before():
+        run_page(found)
 
 
 def test_a_reason_is_given_for_what_does_not_run() -> None:
