@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -26,7 +27,7 @@ def nested(
     """Reconstructions of a batch by no code, by added[0], by added[0] and added[1], and so on."""
     joined = SparseCodes.concatenate(added)  # a level's rows below another's
     decoded = kernels.decode(joined.row_ptr, joined.index, joined.value, W_dec)
-    steps = decoded.view(len(added), len(batch), -1)
+    steps = rearrange(decoded, "(level row) d_out -> level row d_out", level=len(added))
     if not batch.by_squares:
         y_hats = accumulate(steps, initial=b_dec.expand(len(batch), -1))
         return [Reconstruction.of(y_hat, batch) for y_hat in y_hats]
@@ -63,4 +64,8 @@ class _Squares(Function):
         for level in range(len(errors) - 2, 0, -1):
             later = d_steps[level]
             torch.addcmul(later, errors[level], weight[level, :, None], out=d_steps[level - 1])
-        return d_steps, of_rows(weight.view(-1), errors.flatten(0, 1)), None
+        d_b_dec = of_rows(
+            rearrange(weight, "level row -> (level row)"),
+            rearrange(errors, "level row d_out -> (level row) d_out"),
+        )
+        return d_steps, d_b_dec, None

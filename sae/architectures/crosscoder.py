@@ -157,8 +157,8 @@ class Crosscoder(AuxKSAE):
     def site_norms(self) -> Tensor:
         """||W_dec,i^l|| [d_sae, sites], in units of each site's training scale."""
         widths = self.widths
-        scale = torch.stack([part[0] for part in self.norm_scale.split(widths)])
-        norms = [part.norm(dim=1) for part in self.W_dec.split(widths, dim=1)]
+        scale = torch.stack([of_site[0] for of_site in self.norm_scale.split(widths)])
+        norms = [of_site.norm(dim=1) for of_site in self.W_dec.split(widths, dim=1)]
         return torch.stack(norms, dim=1) * scale.to(self.W_dec)
 
     def decoder_directions(self) -> Tensor:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -275,7 +276,8 @@ def _orthogonal(x: Tensor, atoms: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for step in range(k):
         size = (residual @ atoms.T).abs_().scatter_(1, index[:, :step], -1.0)
         found, chosen = (each[:, 0] for each in topk_by_groups(size, 1))
-        before, new = basis[:step].transpose(0, 1), atoms[chosen]
+        before = rearrange(basis[:step], "earlier row d_in -> row earlier d_in")
+        new = atoms[chosen]
         parallel = torch.zeros_like(triangle[:, :step, step])
         for _ in range(2):  # the second pass removes what rounding left of the first
             in_basis = torch.bmm(before, new[..., None])

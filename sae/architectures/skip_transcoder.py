@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from sae.architectures import register
@@ -67,6 +68,8 @@ class SkipTranscoder(Transcoding):
         """With y = (x - m) s: W_skip' = s W_skip / s_out, and b_dec' loses m W_skip'."""
         super().fold_parameters(feature_scale)
         inside, outside = self.normaliser, self.normaliser_out
-        by_input = inside.scale.reshape(-1, 1) if inside.scale.ndim else inside.scale
+        by_input = inside.scale
+        if by_input.ndim:  # sites side by side have a scale each
+            by_input = rearrange(by_input, "d_in -> d_in 1")
         self.W_skip.mul_(by_input).div_(outside.scale)
         self.b_dec.sub_(inside.mean @ self.W_skip)

@@ -8,6 +8,7 @@ then by feature, so what comes out does not depend on how good the guess of the 
 from collections.abc import Iterator
 
 import torch
+from einops import reduce
 from torch import Tensor
 from torch.nn import functional
 
@@ -211,8 +212,13 @@ def _column_bars(values: Tensor, quota: Tensor) -> Tensor:
     bars = torch.full_like(values[0], torch.inf)
     few = ((quota > 0) & (quota <= groups)).nonzero()[:, 0]
     if len(few):
-        dealt = values[: groups * _GROUP].view(_GROUP, groups, -1).amax(0)
-        ranked = dealt.T[few].contiguous().sort(dim=1, descending=True).values
+        largest = reduce(
+            values[: groups * _GROUP],
+            "(member group) feature -> group feature",
+            "max",
+            member=_GROUP,
+        )
+        ranked = largest.T[few].contiguous().sort(dim=1, descending=True).values
         bars[few] = ranked.gather(1, quota[few, None] - 1)[:, 0]
     many = (quota > groups).nonzero()[:, 0]
     if len(many):
