@@ -1,4 +1,4 @@
-"""Several processes that train one SAE: who has what, and sums over all of it.
+"""Several processes that train one SAE: what each has, and sums over all of them.
 
 Ranks share the rows of a batch (each has the whole dictionary), or the features of the dictionary
 (each sees the whole batch). One rule makes both exact: every rank computes the whole loss, the same

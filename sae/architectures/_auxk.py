@@ -1,4 +1,4 @@
-"""AuxK, shared by the architectures that have it: dead features learn what the living left over."""
+"""AuxK, shared by the architectures that have it: dead features learn to predict the residual."""
 
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -32,7 +32,7 @@ class AuxKSAE(SparseAutoencoder):
     """An SAE whose dead features are revived by AuxK."""
 
     signed_auxk: ClassVar[bool] = False
-    """AuxK takes dead features by magnitude, and does not rectify them"""
+    """AuxK chooses dead features by magnitude, and does not rectify them"""
     refits_visible: ClassVar[bool] = False
     """where coordinates are hidden, codes are those of the dictionary's visible part"""
 

@@ -1,8 +1,8 @@
 """Selectors that share a budget of k B activations among all rows of a training batch.
 
-Selection over a batch lets tokens compete with each other, so it cannot be used where tokens arrive
-one by one: at inference a feature fires where it passes a threshold learnt in training, the running
-average of the smallest selected value, or the one `calibrate` found on held-out rows.
+Selection over a batch makes tokens compete with each other, so it cannot be used where tokens
+arrive one by one. At inference a feature fires where its pre-activation is above a threshold: the
+running average of the smallest selected value, or what `calibrate` found on held-out rows.
 """
 
 from collections.abc import Callable, Iterable
@@ -39,7 +39,7 @@ class BatchSelectionConfig(AuxKConfig):
     ema_decay: float = 0.99
     """Decay a step of the running averages: of the threshold, and of features' densities."""
     auxiliary: Literal["auxk", "zipf"] = "auxk"
-    """Who predicts the residual: dead features, or all under-used ones (aux_zipf)."""
+    """Which features predict the residual: dead ones, or all under-used ones (aux_zipf)."""
     zipf_share: float = 0.5
     """Under-used is a density below this fraction of what the Zipf law gives its rank. About half
     of all features lie below the fitted law itself (1.0), by noise alone."""
@@ -89,7 +89,7 @@ class BatchSelectionSAE(AuxKSAE):
     density_updates: Tensor
     """int64 []"""
     underused: Tensor
-    """bool [d_sae], whom aux_zipf trains; all false before the first fit"""
+    """bool [d_sae], the features that aux_zipf trains; all false before the first fit"""
 
     def make_parameters(self) -> None:
         """Also the buffers, which are all of a run's state that is not in the weights."""

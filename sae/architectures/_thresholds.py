@@ -41,7 +41,7 @@ def calibrated_threshold(
 ) -> float:
     """The threshold that pre-activations, times weight [d_sae], pass k times a row on average.
 
-    0, and a word for people, if fewer are positive: all of these then pass. rows gives fresh
+    0, with a printed notice, if fewer are positive: all of these then pass. rows gives fresh
     iterators of y [n, d_in] at the normaliser's scale. Raises InputError without rows.
     """
     hint = 0.0

@@ -10,14 +10,14 @@ from saescope.errors import InputError
 
 
 class TiedSAE(AuxKSAE):
-    """Holds one dictionary with unit rows, W_dec; W_enc_T is another name for it.
+    """Has one dictionary with unit rows, W_dec; W_enc_T is the same tensor.
 
     A scale that all coordinates share leaves it tied, because features are divided by that scale
     too. A scale for each site would not, and `fold` refuses it with an InputError.
     """
 
     has_encoder_bias: ClassVar[bool] = True
-    """whether b_enc is a parameter, or zeros for those who read one"""
+    """whether b_enc is a parameter; otherwise it is a buffer of zeros"""
 
     def make_parameters(self) -> None:
         """Create W_dec and b_dec, and b_enc if there is one."""

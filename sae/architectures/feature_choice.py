@@ -35,7 +35,7 @@ class FeatureChoiceConfig(BatchSelectionConfig):
     kind: Literal["feature_choice"] = "feature_choice"
     """Name of the architecture."""
     auxiliary: Literal["auxk", "zipf"] = "zipf"
-    """Who predicts the residual: dead features, or all under-used ones (aux_zipf)."""
+    """Which features predict the residual: dead ones, or all under-used ones (aux_zipf)."""
     phase_one: float = 0.7
     """Fraction of the run trained as Mutual Choice, before quotas are fitted; 1 for all of it."""
 

@@ -19,7 +19,7 @@ class MutualChoiceConfig(BatchSelectionConfig):
     kind: Literal["mutual_choice"] = "mutual_choice"
     """Name of the architecture."""
     auxiliary: Literal["auxk", "zipf"] = "zipf"
-    """Who predicts the residual: dead features, or all under-used ones (aux_zipf)."""
+    """Which features predict the residual: dead ones, or all under-used ones (aux_zipf)."""
 
 
 @register

@@ -1,4 +1,4 @@
-"""Rows that are not finite are found before anything is made of them."""
+"""Checks that rows of activations are finite, naming the first that is not."""
 
 import torch
 from torch import Tensor

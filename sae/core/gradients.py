@@ -1,4 +1,4 @@
-"""Training turns gradients on itself, whatever the caller had; inference mode it cannot undo."""
+"""A check that training can have gradients: inference mode cannot be left from inside."""
 
 import torch
 

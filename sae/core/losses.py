@@ -16,7 +16,7 @@ from sae.kernels import global_topk
 from sae.kernels.codes import SparseCodes
 
 _ROUNDING = 16
-"""so many rounding errors of what is subtracted are no difference"""
+"""differences below this many rounding errors of what is subtracted count as 0"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Reconstruction:
         return self.decoded
 
     def left_over(self) -> Tensor:
-        """What y_hat leaves unexplained [batch, d_out], without gradient.
+        """The residual, target - y_hat [batch, d_out], without gradient.
 
         Of a batch with hidden coordinates, of those alone.
         """
@@ -65,7 +65,7 @@ def reconstruct(
 ) -> Reconstruction:
     """A batch by codes W_dec + b_dec, and in the same pass, if possible, its gradient's dots.
 
-    silent: other entries, whose values are 0 but have a gradient.
+    silent: further entries, whose values are 0 but have a gradient (JumpReLU, near thresholds).
     """
     row_ptr, index, value = codes.row_ptr, codes.index, codes.value
     if not batch.by_squares:
@@ -96,7 +96,7 @@ def auxk(
     refit: bool = False,
     size: Tensor | None = None,
 ) -> Tensor:
-    """AuxK: let the k_aux strongest dead features reconstruct what the living ones left over.
+    """AuxK: the k_aux strongest dead features of each row reconstruct the residual.
 
     ||e - e_hat||^2 / ||e - mean e||^2 over the batch, with e = y - y_hat detached and e_hat
     without bias (Gao et al. 2024, appendix A.2); 0 where there is no dead feature or nothing left.
@@ -150,8 +150,8 @@ def left_by(codes: SparseCodes, residual: Tensor, W_dec: Tensor) -> Tensor:
 def unpredicted(residual: Tensor, left: Tensor, size: Tensor | None = None) -> Tensor:
     """left / ||e - mean e||^2 over a batch e [batch, d_out]; 0 where e does not vary.
 
-    All are of this rank's rows, and summed over ranks that have others. What rounding makes of e,
-    or of numbers as large as `size` [batch, d_out] (the targets), is no variation.
+    Sums are over the rows of all ranks. Variation below the rounding error of e, or of numbers as
+    large as `size` [batch, d_out] (the targets), counts as none.
     """
     total = kernels.total((residual - ROWS.mean(residual)).square())
     largest = residual.square() if size is None else residual.square() + size.square()

@@ -1,4 +1,4 @@
-"""Whether an SAE's numbers can be an SAE's at all: looked at once, whoever wrote the files."""
+"""Checks that an SAE's numbers are usable: finite weights, possible scales; run at each load."""
 
 import math
 

@@ -9,7 +9,7 @@ from saescope.errors import InputError, check_range
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """Metrics that an SAE is released with, by whoever says so."""
+    """Metrics that an SAE is said to have, and by which source."""
 
     l0: float | None = None
     """mean number of features active on a row"""
@@ -18,7 +18,7 @@ class Claim:
     ce_recovered: float | None = None
     """cross-entropy recovered, against zero-ablation"""
     source: str = "the caller"
-    """who says so: a folder's name, the SAE's own files, the caller"""
+    """where it is said: a folder's name, the SAE's own files, the caller"""
 
     def __post_init__(self) -> None:
         if self.l0 is not None:

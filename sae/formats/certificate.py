@@ -72,7 +72,7 @@ class Certificate:
     ce_recovered: float | None
     """cross-entropy recovered against zero-ablation, where a model was given"""
     claimed: Claim | None
-    """what was compared with; None if nobody claims anything"""
+    """what was compared with; None if nothing is claimed"""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""

@@ -1,6 +1,6 @@
 """Other ways of reading an SAE's weights: the mistakes that converters make, each undone.
 
-Every reading is the SAE as it would be if one thing about its file had been taken otherwise.
+Every reading is the SAE as it would be if one fact about its file were otherwise.
 """
 
 from collections.abc import Iterator

@@ -84,9 +84,9 @@ void sum_slice(const int32_t* start, const Entry* entries, const float* rows, co
 }
 
 // The row at which a thread's share starts, by entries.
-int64_t share(const int64_t* row_ptr, int64_t batch, int64_t part, int64_t parts) {
-  if (part == parts) return batch;
-  return std::lower_bound(row_ptr, row_ptr + batch, row_ptr[batch] * part / parts) - row_ptr;
+int64_t share(const int64_t* row_ptr, int64_t batch, int64_t piece, int64_t pieces) {
+  if (piece == pieces) return batch;
+  return std::lower_bound(row_ptr, row_ptr + batch, row_ptr[batch] * piece / pieces) - row_ptr;
 }
 
 // sum [d] += value times row of W over entries [begin, end): four at a time, the next four fetched.
@@ -101,12 +101,12 @@ void add_rows(const int64_t* index, const float* value, int64_t begin, int64_t e
     }
     int64_t j = 0;
     for (; j + LANES <= d; j += LANES) {
-      Lanes part = lanes(sum + j);
+      Lanes piece = lanes(sum + j);
       for (int i = 0; i < 4; i++) {
         __builtin_prefetch(next[i] + j);
-        part += value[e + i] * lanes(rows[i] + j);
+        piece += value[e + i] * lanes(rows[i] + j);
       }
-      lanes(sum + j) = part;
+      lanes(sum + j) = piece;
     }
     for (; j < d; j++)
       for (int i = 0; i < 4; i++) sum[j] += value[e + i] * rows[i][j];
@@ -176,28 +176,28 @@ EXPORT void saescope_deal(const int64_t* row_ptr, const int64_t* index, const fl
     return by_row ? feature / BLOCK * segments + row : row / BLOCK * segments + feature;
   };
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int64_t part = 0; part < threads; part++) {
-    int32_t* mine = counts + part * keys;
+  for (int64_t piece = 0; piece < threads; piece++) {
+    int32_t* mine = counts + piece * keys;
     std::memset(mine, 0, keys * sizeof(int32_t));
-    const int64_t last = share(row_ptr, batch, part + 1, threads);
-    for (int64_t row = share(row_ptr, batch, part, threads); row < last; row++)
+    const int64_t last = share(row_ptr, batch, piece + 1, threads);
+    for (int64_t row = share(row_ptr, batch, piece, threads); row < last; row++)
       for (int64_t e = row_ptr[row]; e < row_ptr[row + 1]; e++) mine[key_of(row, index[e])]++;
   }
   int32_t total = 0;
   for (int64_t key = 0; key < keys; key++) {
     start[key] = total;
-    for (int64_t part = 0; part < threads; part++) {
-      const int32_t count = counts[part * keys + key];
-      counts[part * keys + key] = total;
+    for (int64_t piece = 0; piece < threads; piece++) {
+      const int32_t count = counts[piece * keys + key];
+      counts[piece * keys + key] = total;
       total += count;
     }
   }
   start[keys] = total;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int64_t part = 0; part < threads; part++) {
-    int32_t* next = counts + part * keys;
-    const int64_t last = share(row_ptr, batch, part + 1, threads);
-    for (int64_t row = share(row_ptr, batch, part, threads); row < last; row++)
+  for (int64_t piece = 0; piece < threads; piece++) {
+    int32_t* next = counts + piece * keys;
+    const int64_t last = share(row_ptr, batch, piece + 1, threads);
+    for (int64_t row = share(row_ptr, batch, piece, threads); row < last; row++)
       for (int64_t e = row_ptr[row]; e < row_ptr[row + 1]; e++) {
         const int64_t source = by_row ? index[e] : row;
         entries[next[key_of(row, index[e])]++] = {static_cast<int32_t>(source % BLOCK), value[e]};
@@ -217,15 +217,15 @@ EXPORT void saescope_segment_sum(const int32_t* start, const Entry* entries, con
   const int64_t slices = shape.slices();
   // pieces enough for every thread, but no more: a tile is packed anew for each
   const bool whole = threads == 1 || slices >= 4 * threads;
-  const int64_t parts = whole ? 1 : (4 * threads + slices - 1) / slices;
+  const int64_t pieces = whole ? 1 : (4 * threads + slices - 1) / slices;
   const bool aligned = d % SLICE == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(Lanes) == 0;
   const bool large = segments * d * static_cast<int64_t>(sizeof(float)) >= STREAMED;
   const bool stream = aligned && large && shape.blocks() == 1;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t task = 0; task < slices * parts; task++) {
-    const int64_t part = task % parts;
-    sum_slice(start, entries, rows, shape, task / parts * SLICE, segments * part / parts,
-              segments * (part + 1) / parts, stream, tiles + omp_get_thread_num() * BLOCK * SLICE,
+  for (int64_t task = 0; task < slices * pieces; task++) {
+    const int64_t piece = task % pieces;
+    sum_slice(start, entries, rows, shape, task / pieces * SLICE, segments * piece / pieces,
+              segments * (piece + 1) / pieces, stream, tiles + omp_get_thread_num() * BLOCK * SLICE,
               out);
   }
 }

@@ -135,24 +135,24 @@ void keep_above(const Job& job, const float* value, const int32_t* feature, int6
 }
 
 // Exact values of what is in the pool, and what is kept of them: of row r in the entries of its
-// block. Returns the products taken; the pool is empty then.
+// block. Returns the products computed; the pool is empty then.
 int64_t settle(const Job& job, Pool& pool, Scratch& scratch, std::vector<Entries>& entries,
                int64_t block) {
   pool.rescore(job);
-  int64_t taken = 0;
+  int64_t computed = 0;
   for (size_t r = 0; r < pool.row.size(); r++) {
     const int64_t at = pool.row[r], n = pool.start[r + 1] - pool.start[r];
     const float* value = pool.value + pool.start[r];
     const int32_t* feature = pool.feature.data() + pool.start[r];
     if (!pool.overflown[r]) {
-      taken += n;
+      computed += n;
       if (job.k == 0) {
         keep_above(job, value, feature, n, at, entries[at / block]);
         continue;
       }
       if (choose(job, value, feature, n, pool.bar[r], at, scratch)) continue;
     }
-    taken += job.features;
+    computed += job.features;
     scratch.dense.resize(job.features);
     for (int64_t f = 0; f < job.features; f++) {
       scratch.dense[f] = exact(job, job.x + at * job.d, f);
@@ -164,19 +164,19 @@ int64_t settle(const Job& job, Pool& pool, Scratch& scratch, std::vector<Entries
     }
   }
   pool.clear();
-  return taken;
+  return computed;
 }
 
 // Whether a sample of rows has few enough candidates. The same for any number of threads.
 Status trial(const Job& job, const Collect& collect) {
   const int64_t sample = std::min(job.rows, std::clamp<int64_t>(job.rows / 32, 24, 96));
   const int64_t step = job.rows / sample;
-  const int64_t parts = std::min<int64_t>(job.threads, sample);
+  const int64_t pieces = std::min<int64_t>(job.threads, sample);
   int64_t candidates = 0;
   bool good = true;
 #pragma omp parallel for num_threads(job.threads) reduction(+ : candidates) reduction(&& : good)
-  for (int64_t part = 0; part < parts; part++) {
-    const int64_t from = sample * part / parts, rows = sample * (part + 1) / parts - from;
+  for (int64_t piece = 0; piece < pieces; piece++) {
+    const int64_t from = sample * piece / pieces, rows = sample * (piece + 1) / pieces - from;
     Lists lists(job, rows);
     good = good && collect(lists, from * step, step, rows);
     for (const Row& row : lists.rows) candidates += row.overflown ? job.features : row.count;
@@ -243,16 +243,16 @@ void run(Job& job, int64_t block, const Collect& collect) {
   if (job.status != DONE) return;
   const int64_t blocks = (job.rows + block - 1) / block;
   auto entries = std::make_unique<std::vector<Entries>>(job.k ? 0 : blocks);
-  int64_t taken = 0;
+  int64_t computed = 0;
   bool good = true;
-#pragma omp parallel num_threads(job.threads) reduction(+ : taken) reduction(&& : good)
+#pragma omp parallel num_threads(job.threads) reduction(+ : computed) reduction(&& : good)
   {
     Scratch scratch;
     Pool pool;
     Lists lists(job, std::min(block, job.rows));
 #pragma omp for schedule(dynamic) nowait
-    for (int64_t part = 0; part < blocks; part++) {
-      const int64_t first = part * block, rows = std::min(block, job.rows - first);
+    for (int64_t piece = 0; piece < blocks; piece++) {
+      const int64_t first = piece * block, rows = std::min(block, job.rows - first);
       good = good && collect(lists, first, 1, rows);
       if (!good) continue;
       if (job.upper) {
@@ -264,15 +264,15 @@ void run(Job& job, int64_t block, const Collect& collect) {
         continue;
       }
       for (int64_t r = 0; r < rows; r++) pool.add(lists.rows[r], first + r);
-      if (pool.full()) taken += settle(job, pool, scratch, *entries, block);
+      if (pool.full()) computed += settle(job, pool, scratch, *entries, block);
     }
-    taken += settle(job, pool, scratch, *entries, block);
+    computed += settle(job, pool, scratch, *entries, block);
   }
   if (!good) {
     job.status = UNFIT;
     return;
   }
-  job.candidates += taken;
+  job.candidates += computed;
   if (job.k == 0) {
     job.row_ptr[0] = 0;
     for (int64_t r = 0; r < job.rows; r++) job.row_ptr[r + 1] += job.row_ptr[r];
@@ -286,8 +286,8 @@ void run(Job& job, int64_t block, const Collect& collect) {
 EXPORT void screen_take(void* found, int64_t* index, float* value) {
   std::unique_ptr<std::vector<screen::Entries>> entries(
       static_cast<std::vector<screen::Entries>*>(found));
-  for (const auto& part : *entries) {
-    index = std::copy(part.index.begin(), part.index.end(), index);
-    value = std::copy(part.value.begin(), part.value.end(), value);
+  for (const auto& piece : *entries) {
+    index = std::copy(piece.index.begin(), piece.index.end(), index);
+    value = std::copy(piece.value.begin(), piece.value.end(), value);
   }
 }

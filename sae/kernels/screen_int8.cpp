@@ -93,10 +93,10 @@ float norm(const float* x, int64_t d) { return std::sqrt(dot(x, x, d)) * SUMMED;
 std::vector<double> mean_squares(const float* x, int64_t rows, int64_t d, int64_t sample) {
   std::vector<double> sums(d, 0.0);
   const int64_t step = std::max<int64_t>(1, rows / sample);
-  std::vector<float> part(d);
+  std::vector<float> piece(d);
   for (int64_t r = 0; r < rows; r += step) {
-    for (int64_t j = 0; j < d; j++) part[j] = x[r * d + j] * x[r * d + j];
-    for (int64_t j = 0; j < d; j++) sums[j] += part[j];
+    for (int64_t j = 0; j < d; j++) piece[j] = x[r * d + j] * x[r * d + j];
+    for (int64_t j = 0; j < d; j++) sums[j] += piece[j];
   }
   double total = 0;
   for (double& sum : sums) total += sum;
@@ -305,8 +305,8 @@ EXPORT void screen_int8(screen::Job* job) {
     return;
   }
   const int64_t share = (job->rows + job->threads - 1) / job->threads;
-  const int64_t parts = (share + BLOCK - 1) / BLOCK;
-  const int64_t block = ((share + parts - 1) / parts + ROWS - 1) / ROWS * ROWS;
+  const int64_t pieces = (share + BLOCK - 1) / BLOCK;
+  const int64_t block = ((share + pieces - 1) / pieces + ROWS - 1) / ROWS * ROWS;
   run(*job, block, [&](Lists& lists, int64_t first, int64_t step, int64_t rows) {
     lists.reset(*job);
     std::vector<int8_t> x((rows + ROWS - 1) / ROWS * ROWS * W.padded);

@@ -144,15 +144,15 @@ void Pool::add_slice(const float* x, const float* W, int64_t distance) {
   for (int64_t i = 0; i < places_; i += AT_ONCE) {
     const float* later = W + of[std::min(i + AHEAD, places_ - 1) / GROUP] * distance;
     for (int64_t c = 0; c < SLICE; c += LANES) __builtin_prefetch(later + c);
-    Lanes part[AT_ONCE];
+    Lanes piece[AT_ONCE];
     UNROLL for (int64_t g = 0; g < AT_ONCE; g += GROUP) {
       const float* w = W + of[(i + g) / GROUP] * distance;
       const Lanes w0 = lanes(w), w1 = lanes(w + LANES), w2 = lanes(w + 2 * LANES),
                   w3 = lanes(w + 3 * LANES);
       UNROLL for (int64_t n = g; n < g + GROUP; n++)
-        part[n] = products(x + source[i + n] * SLICE, w0, w1, w2, w3);
+        piece[n] = products(x + source[i + n] * SLICE, w0, w1, w2, w3);
     }
-    lanes(sum + i) += sums_of([&](int n) __attribute__((always_inline)) { return part[n]; });
+    lanes(sum + i) += sums_of([&](int n) __attribute__((always_inline)) { return piece[n]; });
   }
 }
 
