@@ -30,7 +30,7 @@ from activations.corpora.documents import CorpusConfig
 from activations.corpora.sequences import PackingCounts, Sequences
 from activations.harvesting.compute import run_window
 from activations.harvesting.config import HarvestConfig
-from activations.harvesting.corpus_reader import Text
+from activations.harvesting.corpus_reader import CorpusReader
 from activations.harvesting.pipeline import fill
 from activations.harvesting.plan import planned_facts
 from activations.models.config import ModelConfig
@@ -152,7 +152,7 @@ def blocks_of(model: Model) -> str:
 def text_of(config: HarvestConfig, model: Model, facts: dict[str, Any]) -> list[Sequences]:
     """The windows' sequences, as the harvest has them."""
     return list(
-        Text.of(config).packed(
+        CorpusReader.of(config).packed(
             "train", model, per_group=facts["sequences_per_window"], counts=PackingCounts(),
             limit=facts["planned_sequences"]["train"],
         )

@@ -72,11 +72,11 @@ def work_left(
 
     Raises InputError if the harvest's folder holds another harvest.
     """
-    from activations.harvesting.resume import begun
+    from activations.harvesting.resume import existing_harvest
     from sae.formats.hub import evaluation_file
     from sae.formats.load import SAE_FOLDER
 
-    harvest = begun(harvesting, as_path(harvesting.out))
+    harvest = existing_harvest(harvesting, as_path(harvesting.out))
     planned = harvesting.max_tokens or 0
     there = 0 if harvest is None else planned if harvest.complete else harvest.n_tokens
     tokens, product, seconds = float(planned - there), 0.0, _LOADING
@@ -96,14 +96,14 @@ def measured_here(harvesting: "HarvestConfig") -> Machine:
     """Run the model over some batches of the text, and multiply some matrices."""
     import torch
 
-    from activations.harvesting.corpus_reader import Text
+    from activations.harvesting.corpus_reader import CorpusReader
     from activations.harvesting.plan import measured, planned_facts
-    from activations.harvesting.resume import begun, model_of
+    from activations.harvesting.resume import existing_harvest, model_of
     from activations.models.matmul_precision import PRODUCT, seconds_of_product
 
-    store = begun(harvesting, as_path(harvesting.out))
+    store = existing_harvest(harvesting, as_path(harvesting.out))
     model = model_of(harvesting, store)
     facts = planned_facts(harvesting, model) if store is None else store.manifest
-    seconds, _ = measured(harvesting, facts, Text.of(harvesting), model)
+    seconds, _ = measured(harvesting, facts, CorpusReader.of(harvesting), model)
     operations = 2.0 * PRODUCT[0] * PRODUCT[1] * PRODUCT[2]
     return Machine(1 / seconds, operations / seconds_of_product(torch.float32))

@@ -226,7 +226,7 @@ def documents(
 _MOST_LOOSE = 1 << 16
 
 
-class Seen:
+class TextHashes:
     """A set of 64-bit numbers in about 20 bytes each; of 10^8 texts two have one by chance 3e-4."""
 
     def __init__(self, numbers: ArrayLike = ()) -> None:
@@ -235,8 +235,8 @@ class Seen:
 
     def add(self, number: int) -> bool:
         """Take a number in; whether it is new."""
-        place = int(np.searchsorted(self._sorted, np.uint64(number)))
-        known = place < len(self._sorted) and int(self._sorted[place]) == number
+        index = int(np.searchsorted(self._sorted, np.uint64(number)))
+        known = index < len(self._sorted) and int(self._sorted[index]) == number
         if known or number in self._loose:
             return False
         self._loose.add(number)

@@ -45,16 +45,16 @@ class _Border:
 class _Flow:
     """Tokens that wait to be cut into sequences, and the documents that are not described yet."""
 
-    def __init__(self, payload: int, bos: int | None, place: Mapping[str, Any] | None) -> None:
+    def __init__(self, payload: int, bos: int | None, cursor: Mapping[str, Any] | None) -> None:
         self._payload, self._bos = payload, bos
         self.tokens = np.empty(0, np.int32)
         self._ids = np.empty(0, np.int32)
         self._waiting: list[Described] = []
         self._borders: deque[_Border] = deque()
-        self._taken = int(place["taken"]) if place else 0
-        self._skip = int(place["skip"]) if place else 0
-        self._described = int(place["described"]) if place else -1
-        self.sequences = int(place["sequences"]) if place else 0
+        self._taken = int(cursor["taken"]) if cursor else 0
+        self._skip = int(cursor["skip"]) if cursor else 0
+        self._described = int(cursor["described"]) if cursor else -1
+        self.sequences = int(cursor["sequences"]) if cursor else 0
 
     def border(self, first: int, reader: Any) -> None:
         """A batch of documents begins here."""
@@ -64,10 +64,10 @@ class _Flow:
         """Say what there is to say of the documents that follow."""
         self._waiting += [entry for entry in batch if entry[0] > self._described]
 
-    def extend(self, numbers: Sequence[int], parts: Sequence[NDArray[np.int32]]) -> None:
+    def extend(self, numbers: Sequence[int], arrays: Sequence[NDArray[np.int32]]) -> None:
         """Add tokens of documents with these numbers, -1 - token where it is filled up."""
-        flat = np.concatenate(parts)
-        ids = np.repeat(np.array(numbers, np.int32), [len(part) for part in parts])
+        flat = np.concatenate(arrays)
+        ids = np.repeat(np.array(numbers, np.int32), [len(array) for array in arrays])
         ids[flat < 0] = -1
         skip = min(self._skip, len(flat))
         self._skip, self._taken = self._skip - skip, self._taken + skip
@@ -76,20 +76,20 @@ class _Flow:
 
     def cut(self, n: int) -> Sequences:
         """The next n sequences."""
-        place, size = self._place(), n * self._payload
-        parts = [part[:size].reshape(n, self._payload) for part in (self.tokens, self._ids)]
+        cursor, size = self._cursor(), n * self._payload
+        arrays = [array[:size].reshape(n, self._payload) for array in (self.tokens, self._ids)]
         self.tokens, self._ids = self.tokens[size:], self._ids[size:]
         if self._bos is not None:
-            parts[0] = np.insert(parts[0], 0, self._bos, axis=1)
-            parts[1] = np.insert(parts[1], 0, parts[1][:, 0], axis=1)
-        self._described = max(self._described, int(parts[1].max()))
-        begun = [entry for entry in self._waiting if entry[0] <= self._described]
-        self._waiting = self._waiting[len(begun) :]
+            arrays[0] = np.insert(arrays[0], 0, self._bos, axis=1)
+            arrays[1] = np.insert(arrays[1], 0, arrays[1][:, 0], axis=1)
+        self._described = max(self._described, int(arrays[1].max()))
+        beginning = [entry for entry in self._waiting if entry[0] <= self._described]
+        self._waiting = self._waiting[len(beginning) :]
         self._taken += size
         self.sequences += n
-        return Sequences(parts[0], parts[1], begun, place=place)
+        return Sequences(arrays[0], arrays[1], beginning, cursor=cursor)
 
-    def _place(self) -> dict[str, Any] | None:
+    def _cursor(self) -> dict[str, Any] | None:
         """The last border from which on all that is needed for the next sequence is read again."""
         borders = self._borders
         while len(borders) > 1 and borders[1].taken <= self._taken:
@@ -137,7 +137,7 @@ def pack(
     Raises InputError for packing "separate" without an EOS.
     """
     payload = context - (bos is not None)
-    flow = _Flow(payload, bos, packing.place)
+    flow = _Flow(payload, bos, packing.cursor)
     finish = _finisher(eos, payload, packing.kind)
     most = sys.maxsize if limit is None else limit
 
@@ -149,8 +149,8 @@ def pack(
         flow.border(batch[0].id, reader)
         flow.describe([packing.describe(document) for document in batch])
         with closing(_tokenised(batch, tokenize, finish, counts)) as portions:
-            for found, parts in portions:
-                flow.extend([document.id for document in found], parts)
+            for found, arrays in portions:
+                flow.extend([document.id for document in found], arrays)
                 while size() and len(flow.tokens) >= payload * size():
                     yield flow.cut(size())
                 if not size() and not packing.to_end:
@@ -159,8 +159,8 @@ def pack(
             counts.unused_tokens = len(flow.tokens)
             for rest, _ in batches if packing.to_end else ():
                 counts.unused_documents += len(rest)
-                for _, parts in _tokenised(rest, tokenize, finish, PackingCounts()):
-                    counts.unused_tokens += sum(int((ids >= 0).sum()) for ids in parts)
+                for _, arrays in _tokenised(rest, tokenize, finish, PackingCounts()):
+                    counts.unused_tokens += sum(int((ids >= 0).sum()) for ids in arrays)
             return
     counts.dropped_tokens = len(flow.tokens) % payload
     if len(flow.tokens) >= payload:

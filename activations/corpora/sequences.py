@@ -29,7 +29,7 @@ class Sequences:
     """What is said of each document that first appears here."""
     inputs: list[Any] | None = None
     """What each sequence is computed from, where that is not its tokens."""
-    place: dict[str, Any] | None = None
+    cursor: dict[str, Any] | None = None
     """Where to go on from to have these sequences again; None if reading has to begin anew."""
 
     def positions(self, candidates: int, kept: int) -> dict[str, int]:
@@ -111,12 +111,12 @@ def grouped(
         nonlocal waiting, left, last
         marks = np.array([int(digest[:8], 16) >> 1 for _, digest, _ in waiting], np.int32)
         ids = np.array([document.id for document, _, _ in waiting], np.int32)
-        begun = {d.id: (d.id, d.key, d.title) for d, _, _ in waiting if d.id > last}
+        beginning = {d.id: (d.id, d.key, d.title) for d, _, _ in waiting if d.id > last}
         last = int(ids[-1])
         inputs = [each for _, _, each in waiting]
         left, waiting = left - len(waiting), []
         tokens, document = (np.repeat(each[:, None], context, 1) for each in (marks, ids))
-        return Sequences(tokens, document, list(begun.values()), inputs)
+        return Sequences(tokens, document, list(beginning.values()), inputs)
 
     counted = -1
     for entry in entries:
@@ -149,7 +149,7 @@ class PackingOptions:
     """What to store of a document."""
     state: Callable[[], Any] = lambda: None
     """Asked at each border between batches of documents: what a later reading goes on from."""
-    place: Mapping[str, Any] | None = None
+    cursor: Mapping[str, Any] | None = None
     """Of a group in an earlier reading, whose documents begin at its border: where to go on."""
     to_end: bool = False
     """Whether documents behind the last sequence that is asked for are read, to be counted."""

@@ -4,11 +4,11 @@ from typing import Any
 
 from activations.harvesting import window_locks
 from activations.harvesting.config import HarvestConfig
-from activations.harvesting.corpus_reader import Text
+from activations.harvesting.corpus_reader import CorpusReader
 from activations.harvesting.pipeline import assist, fill
 from activations.harvesting.plan import check_space
 from activations.harvesting.resume import check_same_settings, model_of
-from activations.harvesting.segments import document_numbers, parts
+from activations.harvesting.segments import document_numbers, segments
 from activations.models.base import HarvestModel
 from activations.storage.layout import SPLITS
 from activations.storage.reader import ActivationStore
@@ -39,7 +39,7 @@ def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationSt
     """
     out = as_path(config.out)
     if this_rank().number > 0:
-        return assist(config, lambda: _begun(config, out))
+        return assist(config, lambda: _existing(config, out))
     with window_locks.leading(out) as team:
         store = ActivationStore.open(out)
         if is_there(config, store):
@@ -47,10 +47,10 @@ def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationSt
             return store
         model = model_of(config, store)
         begins = store.complete
-        entry = planned_part(config, model, store) if begins else {}
+        entry = planned_segment(config, model, store) if begins else {}
         if begins and not ignore_space:
             planned = entry["planned_sequences"]
-            check_space(store.manifest, planned, Text.of(config), model, out)
+            check_space(store.manifest, planned, CorpusReader.of(config), model, out)
         writer = HarvestWriter(store)
         writer.trim()
         if begins:
@@ -58,7 +58,7 @@ def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationSt
         return fill(config, model, writer, team)
 
 
-def _begun(config: HarvestConfig, out: AnyPath) -> ActivationStore | None:
+def _existing(config: HarvestConfig, out: AnyPath) -> ActivationStore | None:
     """The harvest once rank 0 has begun to append this text, or if it is there."""
     store = ActivationStore.open(out)
     there = is_there(config, store)
@@ -68,7 +68,7 @@ def _begun(config: HarvestConfig, out: AnyPath) -> ActivationStore | None:
 def is_there(config: HarvestConfig, store: ActivationStore) -> bool:
     """Whether the text was harvested to its end; False if it is to be begun or gone on with."""
     check_same_settings(store, config, ("out", "corpus", "max_tokens"))
-    known = [(part.corpus, part.max_tokens) for part in parts(store)]
+    known = [(segment.corpus, segment.max_tokens) for segment in segments(store)]
     wanted = (config.corpus, config.max_tokens)
     if not store.complete:
         if len(known) == 1 or known[-1] != wanted:
@@ -87,10 +87,10 @@ def is_there(config: HarvestConfig, store: ActivationStore) -> bool:
     return wanted in known
 
 
-def planned_part(
+def planned_segment(
     config: HarvestConfig, model: HarvestModel, store: ActivationStore
 ) -> dict[str, Any]:
-    """What the manifest says of a part from its start; what is wrong with it is found here."""
+    """What the manifest says of a segment from its start; what is wrong with it is found here."""
     windows = range(len(store.windows))
     lists = [store.read_documents(number)["document"].to_numpy() for number in windows]
     first = 1 + max((int(ids.max()) for ids in lists if len(ids)), default=-1)
@@ -98,7 +98,7 @@ def planned_part(
     if config.corpus.deduplicate:
         end = len(store.windows)
         before = {split: document_numbers(store, split, end_window=end) for split in SPLITS}
-    text = Text.of(config)
+    text = CorpusReader.of(config)
     return {
         "corpus": to_dict(config.corpus),
         "max_tokens": config.max_tokens,

@@ -80,7 +80,7 @@ def bring(
     )
     out = as_path(str(path) if isinstance(path, Path) else path)
     with locked(out, "harvest"):
-        store = _begun(out, facts)
+        store = _existing(out, facts)
         if store is not None and store.complete:
             say(f"{out}: complete already, {store.n_rows():,} rows")
             return store
@@ -186,7 +186,7 @@ def _facts(
     }
 
 
-def _begun(out: AnyPath, facts: Mapping[str, Any]) -> ActivationStore | None:
+def _existing(out: AnyPath, facts: Mapping[str, Any]) -> ActivationStore | None:
     """The store that is there, if any; it must be of these rows, stored in this way."""
     if not exists(out / MANIFEST):
         if holds_another(out):
@@ -260,7 +260,7 @@ def _window(
         order=np.random.default_rng(seed).permutation(int(kept.sum())),
         sums={name: each.sums() for name, each in found.items()} if split == SPLITS[0] else {},
         positions={"kept": int(kept.sum()), "left out": int((~kept).sum())},
-        place={"row": int(rows[-1]) + 1},
+        cursor={"row": int(rows[-1]) + 1},
     )
 
 

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
-from activations.harvesting.append import append, is_there, planned_part
+from activations.harvesting.append import append, is_there, planned_segment
 from activations.harvesting.bring_command import BringCommand, run_bring
 from activations.harvesting.config import HarvestConfig
-from activations.harvesting.corpus_reader import Text
+from activations.harvesting.corpus_reader import CorpusReader
 from activations.harvesting.pipeline import harvest
 from activations.harvesting.plan import describe, planned_facts, refuse_too_much
-from activations.harvesting.resume import begun, model_of
-from activations.harvesting.segments import parts
+from activations.harvesting.resume import existing_harvest, model_of
+from activations.harvesting.segments import segments
 from activations.storage.reader import ActivationStore
 from saescope.paths import as_path
 from saescope.process_rank import this_rank
@@ -67,24 +67,24 @@ def run(command: HarvestCommand | BringCommand) -> ActivationStore | None:
 def _say_plan(config: HarvestConfig, *, appends: bool, ignore_space: bool) -> None:
     """Print what a harvest would take. InputError if it does not fit on the disk."""
     out = as_path(config.out)
-    store = ActivationStore.open(out) if appends else begun(config, out)
+    store = ActivationStore.open(out) if appends else existing_harvest(config, out)
     if store is not None and (is_there(config, store) if appends else store.complete):
         say(f"{out}: complete already, {store.n_rows():,} rows")
         return
     model = model_of(config, store)
-    text, left = Text.of(config), {}
+    text, left = CorpusReader.of(config), {}
     facts: Mapping[str, Any]
     if store is None:
         facts = planned_facts(config, model)
         left = facts["planned_sequences"]
     elif appends and store.complete:
         facts = store.manifest
-        left = planned_part(config, model, store)["planned_sequences"]
+        left = planned_segment(config, model, store)["planned_sequences"]
     else:
-        facts, part = store.manifest, parts(store)[-1]
-        text = Text.of(config, part)
-        for split, planned in part.planned_sequences.items():
-            windows = part.windows(store, split)
+        facts, segment = store.manifest, segments(store)[-1]
+        text = CorpusReader.of(config, segment)
+        for split, planned in segment.planned_sequences.items():
+            windows = segment.windows(store, split)
             left[split] = planned - sum(store.windows[number].sequences for number in windows)
     lines, needed = describe(config, facts, left, text, model)
     for line in lines:

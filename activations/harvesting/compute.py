@@ -22,18 +22,18 @@ def compute(
     window: MissingWindow,
     model: HarvestModel,
     config: HarvestConfig,
-    begun: ActivationStore,
+    store: ActivationStore,
     progress: Progress,
 ) -> WindowData:
     """A window as it is to be stored."""
-    limits = norm_limits(begun.manifest)
+    limits = norm_limits(store.manifest)
     needed = window.measured or config.storage != "none" or limits
     data = run_window(
         window.split,
         window.group,
         window.first_sequence,
         model,
-        begun.sites if needed else (),
+        store.sites if needed else (),
         config,
         window.seed,
         progress,
@@ -61,7 +61,7 @@ def run_window(
     norms are within the limits of all sites.
     """
     window = WindowRows(model, group, config.rows, keep)
-    candidates = len(window.places)
+    candidates = len(window.flat_positions)
     rows = {site: SiteRows(site, candidates, model.d_in(site), config.storage) for site in sites}
     for start in range(0, len(window.running), config.batch_sequences):
         batch = window.running[start : start + config.batch_sequences]
@@ -71,7 +71,7 @@ def run_window(
         for site, x in found.items():
             rows[site].append(window.of(site, x, batch))
         progress.advance(len(batch) * config.context)
-    kept = len(window.places)
+    kept = len(window.flat_positions)
     if kept == 0:
         raise InputError("no position of a whole window is kept", where=config.corpus.source)
     packed = config.model.kind == "language" and config.rows == "position"
@@ -81,10 +81,10 @@ def run_window(
         document=group.document,
         keep=window.keep,
         described=group.described,
-        row_token=first_sequence * config.context + window.places,
-        rows={name: x[:kept] for part in rows.values() for name, x in part.arrays.items()},
+        row_token=first_sequence * config.context + window.flat_positions,
+        rows={name: x[:kept] for segment in rows.values() for name, x in segment.arrays.items()},
         order=window.order(seed),
-        sums={site: part.sums() for site, part in rows.items()},
+        sums={site: segment.sums() for site, segment in rows.items()},
         positions=group.positions(candidates, kept) if packed else {},
-        place=group.place,
+        cursor=group.cursor,
     )

@@ -6,11 +6,16 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from activations.corpora.documents import CorpusConfig, Document, DocumentStream, Seen
-from activations.corpora.packing import JOINED
-from activations.corpora.sequences import Described, PackingCounts, PackingOptions, Sequences
+from activations.corpora.documents import CorpusConfig, Document, DocumentStream, TextHashes
+from activations.corpora.sequences import (
+    JOINED,
+    Described,
+    PackingCounts,
+    PackingOptions,
+    Sequences,
+)
 from activations.harvesting.config import HarvestConfig
-from activations.harvesting.segments import Part
+from activations.harvesting.segments import Segment
 from activations.models.base import HarvestModel
 from activations.storage.layout import SPLITS
 from saescope.errors import InputError
@@ -18,7 +23,7 @@ from saescope.progress import say
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class CorpusReader:
     """A corpus, and how a harvest reads it."""
 
     corpus: CorpusConfig
@@ -31,14 +36,14 @@ class Text:
     """Whether sequences begin with BOS; None: where the tokenizer adds one."""
 
     @classmethod
-    def of(cls, config: HarvestConfig, part: Part | None = None) -> "Text":
-        """The text that a configuration asks for, or that of a part of its harvest."""
+    def of(cls, config: HarvestConfig, segment: Segment | None = None) -> "CorpusReader":
+        """The text that a configuration asks for, or that of a segment of its harvest."""
         return cls(
-            corpus=config.corpus if part is None else part.corpus,
+            corpus=config.corpus if segment is None else segment.corpus,
             context=config.context,
             held_out_fraction=config.held_out_fraction,
             packing=config.packing,
-            first_document=0 if part is None else part.first_document,
+            first_document=0 if segment is None else segment.first_document,
             prepend_bos=config.prepend_bos,
         )
 
@@ -51,7 +56,7 @@ class Text:
         counts: PackingCounts,
         limit: int | None,
         before: ArrayLike = (),
-        place: Mapping[str, Any] | None = None,
+        cursor: Mapping[str, Any] | None = None,
         to_end: bool = False,
     ) -> Iterator[Sequences]:
         """The sequences of one split's documents, always the same ones; a language model's packed.
@@ -64,7 +69,7 @@ class Text:
         """
         if limit == 0:
             return iter(())
-        reader = place["reader"] if place else None
+        reader = cursor["reader"] if cursor else None
         stream = model.documents(
             self.corpus, first=self.first_document, state=reader["stream"] if reader else None
         )
@@ -81,7 +86,7 @@ class Text:
             prepend_bos=self.prepend_bos,
             describe=self._describe,
             state=state,
-            place=place,
+            cursor=cursor,
             to_end=to_end,
         )
         return model.sequences(
@@ -98,7 +103,7 @@ class Text:
     ) -> Iterator[Document]:
         """The documents of a split that are to be packed; the others of the split are counted."""
         held_out = split == SPLITS[1]
-        seen = Seen(before) if self.corpus.deduplicate else None
+        seen = TextHashes(before) if self.corpus.deduplicate else None
         for document in stream:
             if document.is_held_out(self.held_out_fraction) != held_out:
                 continue

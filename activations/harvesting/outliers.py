@@ -9,7 +9,7 @@ from torch import Tensor
 
 from activations.corpora.sequences import PackingCounts, Sequences
 from activations.harvesting.config import HarvestConfig
-from activations.harvesting.corpus_reader import Text
+from activations.harvesting.corpus_reader import CorpusReader
 from activations.loading.outliers import OutlierFilter
 from activations.models.base import HarvestModel
 
@@ -52,7 +52,7 @@ def outlier_facts(
     if config.outliers is None:
         return {}
     wanted = -(-_POSITIONS // config.context)
-    found = Text.of(config).packed(
+    found = CorpusReader.of(config).packed(
         "train", model, per_group=wanted, counts=PackingCounts(), limit=wanted
     )
     medians = median_norms(found, model, sites, config.batch_sequences)

@@ -16,10 +16,10 @@ from activations.harvesting.config import (
     HarvestConfig,
     in_planned_batches,
 )
-from activations.harvesting.corpus_reader import Text
+from activations.harvesting.corpus_reader import CorpusReader
 from activations.harvesting.plan import check_space, planned_facts
-from activations.harvesting.resume import begun, model_of
-from activations.harvesting.segments import parts
+from activations.harvesting.resume import existing_harvest, model_of
+from activations.harvesting.segments import segments
 from activations.harvesting.staging import Staging
 from activations.harvesting.windows import MissingWindow, missing_windows
 from activations.harvesting.workers import help_with, lead
@@ -54,11 +54,11 @@ def harvest(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationS
     """
     out = as_path(config.out)
     if this_rank().number > 0:
-        return assist(config, lambda: begun(config, out))
-    store = begun(config, out)
+        return assist(config, lambda: existing_harvest(config, out))
+    store = existing_harvest(config, out)
     if store is None or not store.complete:
         with window_locks.leading(out) as team:
-            store = begun(config, out)  # another process may have written until now
+            store = existing_harvest(config, out)  # another process may have written until now
             if store is None or not store.complete:
                 return _go_on(config, out, store, team, ignore_space=ignore_space)
     say(f"{out}: complete already, {store.n_rows():,} rows")
@@ -78,7 +78,7 @@ def _go_on(
     if store is None:
         facts = planned_facts(config, model)
         if not ignore_space:
-            check_space(facts, facts["planned_sequences"], Text.of(config), model, out)
+            check_space(facts, facts["planned_sequences"], CorpusReader.of(config), model, out)
         remove_leftovers(out)
         writer = HarvestWriter.create(out, facts)
     else:
@@ -98,14 +98,14 @@ def fill(
     Args: team is this process's place, the first, where several harvest.
     """
     store = writer.store
-    part = parts(store)[-1]
+    segment = segments(store)[-1]
     config = in_planned_batches(config, store.manifest)
-    total = sum(part.planned_sequences.values()) * config.context
-    done = store.n_tokens - part.first_sequence * config.context
+    total = sum(segment.planned_sequences.values()) * config.context
+    done = store.n_tokens - segment.first_sequence * config.context
     name = f"harvest of {len(store.sites)} site(s)" if len(store.sites) > 1 else "harvest"
     counts = {split: PackingCounts() for split in SPLITS}
     with Progress(name, total, "tokens", done=done) as progress:
-        missing = missing_windows(part, config, model, store, counts)
+        missing = missing_windows(segment, config, model, store, counts)
 
         def run(window: MissingWindow) -> WindowData:
             return compute(window, model, config, store, progress)
@@ -114,12 +114,12 @@ def fill(
             _write_all(missing, run, writer)
         else:
             lead(missing, run, writer, team, progress)
-    text = Text.of(config, part)
+    text = CorpusReader.of(config, segment)
     writer.finish({split: text.counted(count) for split, count in counts.items()})
     store = writer.store
     row = sum(each.nbytes for each in row_arrays(store.manifest).values())
     say(f"{store.path}: {store.n_rows():,} rows, {as_size(store.n_rows() * row)}")
-    found = store.n_tokens - part.first_sequence * config.context
+    found = store.n_tokens - segment.first_sequence * config.context
     if found < total:
         say(f"the corpus ended after {found:,} of the {total:,} tokens that were asked for")
     if store.n_rows("held_out") == 0:
@@ -171,7 +171,7 @@ def assist(config: HarvestConfig, find: Callable[[], ActivationStore | None]) ->
             model = model_of(config, store)
             config = in_planned_batches(config, store.manifest)
             counts = {split: PackingCounts() for split in SPLITS}
-            missing = missing_windows(parts(store)[-1], config, model, store, counts)
+            missing = missing_windows(segments(store)[-1], config, model, store, counts)
             with Progress("harvest", 0, "tokens") as progress:
                 help_with(
                     missing,

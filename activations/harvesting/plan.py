@@ -10,7 +10,7 @@ from typing import Any
 from activations.corpora.sequences import PackingCounts, Sequences
 from activations.harvesting.compute import run_window
 from activations.harvesting.config import HarvestConfig, in_planned_batches
-from activations.harvesting.corpus_reader import Text
+from activations.harvesting.corpus_reader import CorpusReader
 from activations.harvesting.outliers import norm_limits, outlier_facts
 from activations.harvesting.row_selection import WindowRows
 from activations.models.base import HarvestModel
@@ -66,7 +66,7 @@ def _per_sequence(facts: Mapping[str, Any]) -> int:
 def check_space(
     facts: Mapping[str, Any],
     planned: Mapping[str, int],
-    text: Text,
+    text: CorpusReader,
     model: HarvestModel,
     out: AnyPath,
 ) -> None:
@@ -94,14 +94,14 @@ def refuse_too_much(needed: Needs, free: int | None, out: AnyPath) -> None:
 def _share(group: Sequences, model: HarvestModel, facts: Mapping[str, Any]) -> float:
     """Of the rows that a group of sequences could have, those that it has."""
     rows = WindowRows(model, group, facts["config"].get("rows", "position"))
-    return len(rows.places) / (len(group.tokens) * _per_sequence(facts))
+    return len(rows.flat_positions) / (len(group.tokens) * _per_sequence(facts))
 
 
 def describe(
     config: HarvestConfig,
     facts: Mapping[str, Any],
     left: Mapping[str, int],
-    text: Text,
+    text: CorpusReader,
     model: HarvestModel,
 ) -> tuple[list[str], Needs]:
     """Lines for people on what the rest of a harvest takes; a few batches are measured."""
@@ -138,7 +138,7 @@ def _room(free: int | None) -> str:
 
 
 def measured(
-    config: HarvestConfig, facts: Mapping[str, Any], text: Text, model: HarvestModel
+    config: HarvestConfig, facts: Mapping[str, Any], text: CorpusReader, model: HarvestModel
 ) -> tuple[float, float]:
     """Seconds a token, the median over a few batches, and the share of positions with a row."""
     batches, rows, sequences, times = _WARM + _MEASURED, 0, 0, []
@@ -216,6 +216,6 @@ def planned_facts(config: HarvestConfig, model: HarvestModel) -> dict[str, Any]:
         "chunk_rows": config.chunk_rows,
         "window_chunks": window_chunks,
         "sequences_per_window": sequences,
-        "planned_sequences": Text.of(config).planned_sequences(model, config.max_tokens),
+        "planned_sequences": CorpusReader.of(config).planned_sequences(model, config.max_tokens),
         **outlier_facts(config, model, names),
     }

@@ -46,14 +46,14 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same_model(model: HarvestModel, begun: ActivationStore) -> None:
+def check_same_model(model: HarvestModel, store: ActivationStore) -> None:
     """Raise InputError unless a harvest is of this very model, with the same inputs."""
-    facts = begun.manifest["model"]
+    facts = store.manifest["model"]
     for name in ("weights_hash", "tokenizer_hash", "inputs_hash", "code_hash"):
         if name in facts and getattr(model, name) != facts[name]:
             raise InputError(
                 f"the model is not the one this harvest began with ({name} differs)",
-                where=str(begun.path),
+                where=str(store.path),
             )
 
 
@@ -79,7 +79,7 @@ def model_of(config: HarvestConfig, store: ActivationStore | None) -> HarvestMod
     return model
 
 
-def begun(config: HarvestConfig, out: AnyPath) -> ActivationStore | None:
+def existing_harvest(config: HarvestConfig, out: AnyPath) -> ActivationStore | None:
     """The harvest that `out` already holds, if any; it must be of this configuration."""
     if not exists(out / MANIFEST):
         if holds_another(out):

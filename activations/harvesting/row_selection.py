@@ -45,7 +45,7 @@ class WindowRows:
         return self._counted if self._kind == "position" else last_of(self._counted)
 
     @property
-    def places(self) -> NDArray[np.int64]:
+    def flat_positions(self) -> NDArray[np.int64]:
         """sequence * context + position of each row, in the order in which they are computed."""
         numbers = np.arange(self._counted.size).reshape(self._counted.shape)
         return numbers[self.running][self.keep[self.running]]
@@ -59,8 +59,10 @@ class WindowRows:
 
     def order(self, seed: tuple[int, ...]) -> NDArray[np.int64]:
         """The shuffled order in which the rows are written."""
-        places = self.places
-        return np.argsort(places)[np.random.default_rng(seed).permutation(len(places))]
+        flat_positions = self.flat_positions
+        return np.argsort(flat_positions)[
+            np.random.default_rng(seed).permutation(len(flat_positions))
+        ]
 
     def of(self, site: str, x: Tensor, batch: NDArray[np.int64]) -> Tensor:
         """The rows [row, d_in] of some sequences' activations [batch, position, d_in].

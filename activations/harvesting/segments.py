@@ -15,7 +15,7 @@ from saescope.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Segment:
     """One corpus of a harvest, and what of the harvest is of it."""
 
     corpus: CorpusConfig
@@ -35,8 +35,8 @@ class Part:
         return [number for number in numbers if store.windows[number].split == split]
 
 
-def parts(store: ActivationStore) -> list[Part]:
-    """The parts of a harvest, in the order harvested."""
+def segments(store: ActivationStore) -> list[Segment]:
+    """The segments of a harvest, in the order harvested."""
     manifest, where = store.manifest, str(store.path / MANIFEST)
     first = {
         "corpus": manifest["config"]["corpus"],
@@ -49,9 +49,9 @@ def parts(store: ActivationStore) -> list[Part]:
     }
     entries = [first, *manifest.get("appended", [])]
     ends = [entry["first_window"] for entry in entries[1:]] + [len(store.windows)]
-    names = [f.name for f in fields(Part) if f.name not in ("corpus", "end_window")]
+    names = [f.name for f in fields(Segment) if f.name not in ("corpus", "end_window")]
     return [
-        Part(
+        Segment(
             corpus=from_dict(CorpusConfig, entry["corpus"], where),
             end_window=end,
             **{name: entry[name] for name in names},
@@ -84,11 +84,11 @@ def document_numbers(
 
 
 def numbers_before(
-    begun: ActivationStore, part: Part, split: str, place: Mapping[str, Any] | None
+    store: ActivationStore, segment: Segment, split: str, cursor: Mapping[str, Any] | None
 ) -> NDArray[np.uint64]:
     """The numbers of documents that are not read again, but whose repetitions are left out."""
-    if not part.corpus.deduplicate:
+    if not segment.corpus.deduplicate:
         return np.empty(0, np.uint64)
-    end = part.first_window if place is None else part.end_window
-    below = None if place is None else int(place["first"])
-    return document_numbers(begun, split, end_window=end, below=below)
+    end = segment.first_window if cursor is None else segment.end_window
+    below = None if cursor is None else int(cursor["first"])
+    return document_numbers(store, split, end_window=end, below=below)

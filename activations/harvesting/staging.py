@@ -99,7 +99,7 @@ class Staging:
                     for site, sums in data.sums.items()
                 },
                 "positions": data.positions,
-                "place": data.place,
+                "place": data.cursor,
             }
             write_json(temporary / _RECORD, {"sha256": sha256_json(record), **record})
 
@@ -127,7 +127,7 @@ class Staging:
                 for site, (count, total, square) in record["sums"].items()
             },
             positions=record["positions"],
-            place=record["place"],
+            cursor=record["place"],
             staged=StagedRows(folder, {array: crcs[array] for array in self._arrays}),
         )
 

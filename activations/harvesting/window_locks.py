@@ -69,12 +69,12 @@ class Team:
             time.sleep(_POLL[0])
 
     def _lock(
-        self, place: int, *, wait: bool = False, length: int = 1, shared: bool = False
+        self, offset: int, *, wait: bool = False, length: int = 1, shared: bool = False
     ) -> bool:
         """Lock bytes of the file; whether no other process has them."""
         kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         try:
-            fcntl.lockf(self._descriptor, kind, length, place)
+            fcntl.lockf(self._descriptor, kind, length, offset)
         except (BlockingIOError, PermissionError):
             return False
         except OSError as error:

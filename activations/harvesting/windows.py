@@ -7,8 +7,8 @@ import numpy as np
 
 from activations.corpora.sequences import PackingCounts, Sequences
 from activations.harvesting.config import HarvestConfig
-from activations.harvesting.corpus_reader import Text
-from activations.harvesting.segments import Part, numbers_before
+from activations.harvesting.corpus_reader import CorpusReader
+from activations.harvesting.segments import Segment, numbers_before
 from activations.models.base import HarvestModel
 from activations.storage.layout import SPLITS
 from activations.storage.ledger import Window
@@ -31,68 +31,68 @@ class MissingWindow:
 
 
 def missing_windows(
-    part: Part,
+    segment: Segment,
     config: HarvestConfig,
     model: HarvestModel,
-    begun: ActivationStore,
+    store: ActivationStore,
     counts: Mapping[str, PackingCounts],
 ) -> Iterator[MissingWindow]:
-    """The windows of a store's last part that it does not have committed, in their order.
+    """The windows of a store's last segment that it does not have committed, in their order.
 
     The counts of both splits are those of a whole reading once this has ended.
 
     Raises ArtefactError if the text of what is committed has changed.
     """
-    number, first = part.first_window, part.first_sequence
+    number, first = segment.first_window, segment.first_sequence
     for split in SPLITS:
-        committed = [begun.windows[each] for each in part.windows(begun, split)]
-        earlier = sum(w.split == split for w in begun.windows[: part.first_window])
-        # a place is that of the last window committed, which is thus read and compared again
-        place = begun.manifest.get("places", {}).get(split) if committed else None
+        committed = [store.windows[each] for each in segment.windows(store, split)]
+        earlier = sum(w.split == split for w in store.windows[: segment.first_window])
+        # a cursor is that of the last window committed, which is thus read and compared again
+        cursor = store.manifest.get("places", {}).get(split) if committed else None
         at = 0
-        if place is not None:
+        if cursor is not None:
             at = len(committed) - 1
             number, first = number + at, committed[at].first_sequence
-        groups = Text.of(config, part).packed(
+        groups = CorpusReader.of(config, segment).packed(
             split,
             model,
-            per_group=begun.manifest["sequences_per_window"],
+            per_group=store.manifest["sequences_per_window"],
             counts=counts[split],
-            limit=part.planned_sequences[split],
-            before=numbers_before(begun, part, split, place),
-            place=place,
-            to_end=part.max_tokens is None,
+            limit=segment.planned_sequences[split],
+            before=numbers_before(store, segment, split, cursor),
+            cursor=cursor,
+            to_end=segment.max_tokens is None,
         )
         for group in groups:
             if at < len(committed):
-                _check_same_text(group, begun, committed[at])
+                _check_same_text(group, store, committed[at])
             else:
                 seed = (config.seed, SPLITS.index(split), earlier + at)
-                measured = _is_measured(split, at, part, begun)
+                measured = _is_measured(split, at, segment, store)
                 yield MissingWindow(number, split, group, first, seed, measured)
             at, number, first = at + 1, number + 1, first + len(group.tokens)
         if at < len(committed):
-            raise _has_changed(begun)
+            raise _has_changed(store)
 
 
-def _is_measured(split: str, number: int, part: Part, begun: ActivationStore) -> bool:
-    """Whether the statistics are of this window, among others, of a part's split."""
-    wanted = begun.manifest["config"].get("statistics_windows")
-    total = -(-part.planned_sequences[split] // begun.manifest["sequences_per_window"])
+def _is_measured(split: str, number: int, segment: Segment, store: ActivationStore) -> bool:
+    """Whether the statistics are of this window, among others, of a segment's split."""
+    wanted = store.manifest["config"].get("statistics_windows")
+    total = -(-segment.planned_sequences[split] // store.manifest["sequences_per_window"])
     if split != "train" or wanted is None or wanted >= total:
         return split == "train"
     return number in {n * total // wanted for n in range(wanted)}
 
 
-def _check_same_text(group: Sequences, begun: ActivationStore, window: Window) -> None:
+def _check_same_text(group: Sequences, store: ActivationStore, window: Window) -> None:
     first = window.first_sequence
-    stored = begun.tokens[first : first + window.sequences]
+    stored = store.tokens[first : first + window.sequences]
     if not np.array_equal(group.tokens, stored):
-        raise _has_changed(begun)
+        raise _has_changed(store)
 
 
-def _has_changed(begun: ActivationStore) -> ArtefactError:
+def _has_changed(store: ActivationStore) -> ArtefactError:
     return ArtefactError(
         "the corpus has changed since this harvest began; remove it and begin anew",
-        where=str(begun.path),
+        where=str(store.path),
     )

@@ -1,10 +1,10 @@
-"""In which order an epoch goes through a split: groups of parts, whose rows are shuffled together.
+"""In which order an epoch goes through a split: groups of slices, whose rows are shuffled together.
 
-Rows of a window are dealt over its chunks, so any part of a chunk is a fair sample of its window.
-How near batches are to independent draws depends on how many windows a group has parts of:
+Rows of a window are dealt over its chunks, so any slice of a chunk is a fair sample of its window.
+How near batches are to independent draws depends on how many windows a group has slices of:
 
-    spread    (default) groups of 32 times `mix_chunks` parts, each from another stretch of the
-              split; a chunk is checked whole before the first of its parts is read
+    spread    (default) groups of 32 times `mix_chunks` slices, each from another stretch of the
+              split; a chunk is checked whole before the first of its slices is read
     chunks    as many rows a group, in whole chunks drawn at random; every chunk read is checked
     windows   windows in a random order, each one's chunks one after another: a window that has to
               be computed is computed once an epoch
@@ -23,14 +23,14 @@ from activations.storage.row_formats import RowArray
 from saescope.errors import InputError
 
 Order = Literal["spread", "chunks", "windows"]
-_PARTS = 32
+_SLICES = 32
 """of a chunk, where it is spread over groups: 512 rows, which disks still read in one go"""
 _GROUPS = 2
 """in memory: the one that batches are made of, and the next"""
 _GOLDEN = (5**0.5 - 1) / 2
 
 
-class Part(NamedTuple):
+class ChunkSlice(NamedTuple):
     """Some rows of a chunk, one after another."""
 
     chunk: int
@@ -51,40 +51,42 @@ class ReadingOrder:
         self._seed = seed
         chunks = store.chunks(split)
         chunk_rows = int(store.manifest["chunk_rows"])
-        parts = _PARTS if self.order == "spread" else 1
-        size = -(-chunk_rows // parts)
+        slices = _SLICES if self.order == "spread" else 1
+        size = -(-chunk_rows // slices)
         cut = [
             [(c.index, at, min(size, c.rows - at)) for at in range(0, c.rows, size)] for c in chunks
         ]
-        self._parts = np.array([part for each in cut for part in each], np.int64).reshape(-1, 3)
-        self.part_rows = size
-        """rows of a part, but for the last of a chunk that is not full"""
-        self._group = mix_chunks * parts
+        self._slices = np.array([piece for each in cut for piece in each], np.int64).reshape(-1, 3)
+        self.slice_rows = size
+        """rows of a slice, but for the last of a chunk that is not full"""
+        self._group = mix_chunks * slices
         if self.order == "spread" and 0 < len(chunks) < self._group:
             self._group -= self._group % len(chunks)  # as many of each chunk
-        self.longest = min(mix_chunks, len(chunks)) * parts * size
-        """rows that a group has at most, each of its parts taken as whole"""
+        self.longest = min(mix_chunks, len(chunks)) * slices * size
+        """rows that a group has at most, each of its slices taken as whole"""
         counts = np.array([len(each) for each in cut], np.int64)
         self._table = _numbered(counts)
         lengths = [len(w.chunks(chunk_rows)) for w in store.windows if w.split == split]
         self._windows = _numbered(np.array(lengths, np.int64))
 
-    def groups(self, epoch: int) -> Iterator[list[Part]]:
-        """The groups of an epoch, each part of the split in one of them."""
+    def groups(self, epoch: int) -> Iterator[list[ChunkSlice]]:
+        """The groups of an epoch, each slice of the split in one of them."""
         random = np.random.default_rng((self._seed, epoch))
         if self.order == "chunks":
-            order = random.permutation(len(self._parts))
+            order = random.permutation(len(self._slices))
         elif self.order == "windows":
             order = _present(random.permutation(self._windows))
         else:
             order = self._spread(random)
         for start in range(0, len(order), self._group):
-            yield [Part(*map(int, self._parts[n])) for n in order[start : start + self._group]]
+            yield [
+                ChunkSlice(*map(int, self._slices[n])) for n in order[start : start + self._group]
+            ]
 
     def _spread(self, random: np.random.Generator) -> NDArray[np.int64]:
-        """Part numbers, so that any that follow each other are from evenly all over the split.
+        """Slice numbers, so that any that follow each other are from evenly all over the split.
 
-        Each chunk's parts are as far from each other as can be, and where in their round a chunk's
+        Each chunk's slices are as far from each other as can be, and where in their round a chunk's
         turn is goes by the golden ratio: chunks whose turns are close are then evenly spaced.
         """
         table = random.permuted(self._table, axis=1)
@@ -93,14 +95,14 @@ class ReadingOrder:
         return _present(table.reshape(-1)[when.reshape(-1).argsort(kind="stable")])
 
 
-class PartReader:
-    """Reads parts of chunks; each chunk is checked whole the first time."""
+class SliceReader:
+    """Reads slices of chunks; each chunk is checked whole the first time."""
 
-    def __init__(self, store: ActivationStore, part_rows: int) -> None:
-        self._store, self._part_rows = store, part_rows
+    def __init__(self, store: ActivationStore, slice_rows: int) -> None:
+        self._store, self._slice_rows = store, slice_rows
         self._checked: set[tuple[str, int]] = set()
         self._mapped: dict[str, MappedRows] = {}
-        self._shown: deque[list[Part]] = deque()
+        self._shown: deque[list[ChunkSlice]] = deque()
 
     def room(self, arrays: Mapping[str, RowArray], rows: int, whole: bool) -> dict[str, NDArray]:
         """Space for `read`, for so many rows of each array; or all rows, where they are mapped."""
@@ -109,35 +111,38 @@ class PartReader:
         return {name: np.empty((rows, *each.tail), each.dtype) for name, each in arrays.items()}
 
     def read(
-        self, group: list[Part], whole: bool, space: Mapping[str, NDArray[Any]]
+        self, group: list[ChunkSlice], whole: bool, space: Mapping[str, NDArray[Any]]
     ) -> NDArray[np.int64]:
-        """Put the rows of parts into each array of `space`, a part every `part_rows`.
+        """Put the rows of slices into each array of `space`, a slice every `slice_rows`.
 
         Returns where each of their rows is. Rows that are mapped are only looked for.
 
-        Args: whole: whether parts are whole chunks, that are read and checked each time.
+        Args: whole: whether slices are whole chunks, that are read and checked each time.
 
         Raises DamagedError if a chunk is missing, damaged, or not the one that was committed.
         """
         for name in () if whole else space:
-            for chunk in dict.fromkeys(part.chunk for part in group):
+            for chunk in dict.fromkeys(piece.chunk for piece in group):
                 self._check(name, chunk)
-        starts = [number * self._part_rows for number in range(len(group))]
+        starts = [number * self._slice_rows for number in range(len(group))]
         if not all(array.flags.writeable for array in space.values()):
             for name in space:
                 starts = self._mapped[name].show(group)
             self._forget(group)
         else:
-            for part, first in zip(group, starts, strict=True):
+            for piece, first in zip(group, starts, strict=True):
                 for name, array in space.items():
                     if whole:
-                        out = array[first : first + self._part_rows]
-                        self._store.read_rows(name, part.chunk, out)
+                        out = array[first : first + self._slice_rows]
+                        self._store.read_rows(name, piece.chunk, out)
                     else:
-                        out = array[first : first + part.rows]
-                        self._store.read_part(name, part.chunk, part.start, out)
+                        out = array[first : first + piece.rows]
+                        self._store.read_slice(name, piece.chunk, piece.start, out)
         return np.concatenate(
-            [np.arange(first, first + part.rows) for part, first in zip(group, starts, strict=True)]
+            [
+                np.arange(first, first + piece.rows)
+                for piece, first in zip(group, starts, strict=True)
+            ]
         )
 
     def _map(self, arrays: Mapping[str, RowArray]) -> bool:
@@ -151,13 +156,13 @@ class PartReader:
             self._store.check_rows(name, chunk)
             self._checked.add((name, chunk))
 
-    def _forget(self, group: list[Part]) -> None:
+    def _forget(self, group: list[ChunkSlice]) -> None:
         """Let go of what was shown before the last group, and take note of this one."""
         self._shown.append(group)
         if len(self._shown) > _GROUPS:
-            for part in self._shown.popleft():
+            for piece in self._shown.popleft():
                 for rows in self._mapped.values():
-                    rows.forget(*part)
+                    rows.forget(*piece)
 
 
 def _numbered(counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -90,8 +90,8 @@ void take(const void* rows, const float* scale, const int64_t* places, int64_t c
     take<From, To>(rows, scale, places, count, width, out, Turn());                       \
   }
 
-TAKE(take_uint16, uint16_t, uint16_t, Same)
-TAKE(take_int8, int8_t, int8_t, Same)
-TAKE(take_bfloat16_as_float32, uint16_t, float, OfBfloat16)
-TAKE(take_int8_as_float32, int8_t, float, Scaled)
-TAKE(take_int8_as_bfloat16, int8_t, uint16_t, ScaledBfloat16)
+TAKE(gather_uint16, uint16_t, uint16_t, Same)
+TAKE(gather_int8, int8_t, int8_t, Same)
+TAKE(gather_bfloat16_as_float32, uint16_t, float, OfBfloat16)
+TAKE(gather_int8_as_float32, int8_t, float, Scaled)
+TAKE(gather_int8_as_bfloat16, int8_t, uint16_t, ScaledBfloat16)

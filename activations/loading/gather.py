@@ -1,4 +1,4 @@
-"""Rows by their places, as they are stored or in the dtype of batches: one pass over memory.
+"""Rows by their indices, as they are stored or in the dtype of batches: one pass over memory.
 
 In C++ each row is read once and written past the caches; without a compiler torch and numpy do it
 in two passes. The numbers are the same.
@@ -20,25 +20,25 @@ from activations.storage.row_formats import rows_in
 from saescope import compiled
 
 _NATIVE = {
-    ("uint16", torch.uint16): "take_uint16",
-    ("int8", torch.int8): "take_int8",
-    ("uint16", torch.bfloat16): "take_uint16",
-    ("uint16", torch.float32): "take_bfloat16_as_float32",
-    ("int8", torch.float32): "take_int8_as_float32",
-    ("int8", torch.bfloat16): "take_int8_as_bfloat16",
+    ("uint16", torch.uint16): "gather_uint16",
+    ("int8", torch.int8): "gather_int8",
+    ("uint16", torch.bfloat16): "gather_uint16",
+    ("uint16", torch.float32): "gather_bfloat16_as_float32",
+    ("int8", torch.float32): "gather_int8_as_float32",
+    ("int8", torch.bfloat16): "gather_int8_as_bfloat16",
 }
 """by what is stored and what is wanted"""
 
 
-class Taker:
-    """Takes rows into one batch after another, in `threads` threads; with none, when it is asked.
+class Gatherer:
+    """Gathers rows into one batch after another, in `threads` threads; with none, when it is asked.
 
-    A context: where that is left in good order, all has been taken; the threads end with it.
+    A context: where that is left in good order, all has been gathered; the threads end with it.
     """
 
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, "activation-loader") if threads else None
-        self._begun: list[Future[None]] = []
+        self._running: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -47,52 +47,52 @@ class Taker:
         if self._pool:
             self._pool.shutdown(cancel_futures=error is not None)
 
-    def begin(
-        self, pieces: Sequence[tuple[Sequence[NDArray[Any]], Tensor]], places: NDArray[np.int64]
+    def start(
+        self, pieces: Sequence[tuple[Sequence[NDArray[Any]], Tensor]], index: NDArray[np.int64]
     ) -> list[Future[None]]:
-        """Have `take` put the rows at some places into each piece: what is stored, and `out`.
+        """Have `gather` put the rows at some indices into each piece: what is stored, and `out`.
 
         Returns what is to be waited for.
         """
 
-        def taken() -> None:
+        def run() -> None:
             for arrays, out in pieces:
-                take(arrays, places, out)
+                gather(arrays, index, out)
 
         if self._pool is None:
-            taken()
+            run()
             return []
-        self._begun.append(self._pool.submit(taken))
-        return self._begun[-1:]
+        self._running.append(self._pool.submit(run))
+        return self._running[-1:]
 
     def wait(self) -> None:
-        """Until nothing is taken any more from the arrays given so far."""
-        wait(self._begun)
-        self._begun.clear()
+        """Until nothing is gathered any more from the arrays given so far."""
+        wait(self._running)
+        self._running.clear()
 
 
-def take(arrays: Sequence[NDArray[Any]], places: NDArray[np.int64], out: Tensor) -> None:
-    """Put the rows [n, width] at some places of a site's arrays into out [places, width].
+def gather(arrays: Sequence[NDArray[Any]], index: NDArray[np.int64], out: Tensor) -> None:
+    """Put the rows [n, width] at some indices of a site's arrays into out [indices, width].
 
     Args: arrays: those of `site_arrays`, or one array whose dtype is that of `out`.
     """
-    assert out.shape == (len(places), *arrays[0].shape[1:]), "a row a place"
+    assert out.shape == (len(index), *arrays[0].shape[1:]), "a row for each index"
     name = _NATIVE.get((arrays[0].dtype.name, out.dtype)) if out.ndim == 2 else None
     found = library() if name else None
     if name and found:
         scale = arrays[1].ctypes.data if len(arrays) == 2 else None
-        assert all(each.flags.c_contiguous for each in (*arrays, places))
+        assert all(each.flags.c_contiguous for each in (*arrays, index))
         assert out.is_contiguous()
-        assert places.dtype == np.int64
+        assert index.dtype == np.int64
         getattr(found, name)(
-            arrays[0].ctypes.data, scale, places.ctypes.data, *out.shape, out.data_ptr()
+            arrays[0].ctypes.data, scale, index.ctypes.data, *out.shape, out.data_ptr()
         )
     elif len(arrays) == 1 and _is_as_stored(arrays[0], out.dtype):
         into = out.view(torch.uint16) if out.dtype == torch.bfloat16 else out
         # without clip it copies `out` first
-        np.take(arrays[0], places, axis=0, out=into.numpy(), mode="clip")
+        np.take(arrays[0], index, axis=0, out=into.numpy(), mode="clip")
     else:
-        out.copy_(rows_in([torch.from_numpy(each[places]) for each in arrays], out.dtype))
+        out.copy_(rows_in([torch.from_numpy(each[index]) for each in arrays], out.dtype))
 
 
 def _is_as_stored(array: NDArray[Any], dtype: torch.dtype) -> bool:

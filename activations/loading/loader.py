@@ -22,8 +22,8 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from activations.loading.epoch_order import Order, PartReader, ReadingOrder
-from activations.loading.gather import Taker
+from activations.loading.epoch_order import Order, ReadingOrder, SliceReader
+from activations.loading.gather import Gatherer
 from activations.loading.unshuffled import _checked_sites
 from activations.storage.layout import ROW_TOKEN
 from activations.storage.reader import ActivationStore
@@ -38,10 +38,10 @@ BatchDtype = Literal["float32", "bfloat16"]
 Space = dict[str, NDArray[Any]]
 """Room for a group's rows, by array."""
 _Batch = tuple[dict[str, Tensor], list[Future[None]]]
-"""By name (see `_parts`), and what is to be waited for until it is filled."""
-_TAKERS = 2
+"""By name (see `_sources`), and what is to be waited for until it is filled."""
+_GATHERERS = 2
 """Threads: one alone does not fill the memory's bus."""
-_Part = tuple[tuple[str, ...], tuple[int, ...], torch.dtype]
+_Sources = tuple[tuple[str, ...], tuple[int, ...], torch.dtype]
 """Of a batch: the arrays it is made from, shape of an entry, and dtype."""
 
 
@@ -70,7 +70,7 @@ class ActivationLoader(Generic[BatchT]):
     comes from.
 
     Args:
-        order: spread (nearest to independent draws), chunks or windows; see reading_order. Where
+        order: spread (nearest to independent draws), chunks or windows; see epoch_order. Where
             activations are computed there is windows alone, else spread if it is not given.
         device: where batches are put; on CUDA through pinned memory, turned to float32 there.
         dtype: of batches: float32, or bfloat16, which is what most stores have and takes half the
@@ -149,7 +149,7 @@ class ActivationLoader(Generic[BatchT]):
         self.epochs = epochs
         self._reading = ReadingOrder(store, split, order, mix_chunks=mix_chunks, seed=seed)
         self._whole = self._reading.order != "spread"
-        self._reader = PartReader(store, self._reading.part_rows)
+        self._reader = SliceReader(store, self._reading.slice_rows)
         self.device = torch.device(device)
         self._dtype: torch.dtype = getattr(torch, dtype)
         # elsewhere rows go as they are stored, which is less to move, and are turned there
@@ -169,7 +169,7 @@ class ActivationLoader(Generic[BatchT]):
         }
         self._seed = seed
         self._epoch = self._batch = 0
-        self._spare: list[Space] = []
+        self._buffers: list[Space] = []
 
     @property
     def d_in(self) -> int:
@@ -213,8 +213,8 @@ class ActivationLoader(Generic[BatchT]):
     def with_rows(self) -> Iterator[tuple[BatchT, Int64[Tensor, " batch"]]]:
         """The same batches, each with the flat token index (row_token) of its rows."""
         made = self._made(self._epoch, self._batch)
-        for batch, begun in _made_ahead(made, self._prefetch):
-            for each in begun:
+        for batch, pending in _made_ahead(made, self._prefetch):
+            for each in pending:
                 each.result()
             # moved before the batch is handed out: a state taken now goes on after it
             self._batch += 1
@@ -236,55 +236,59 @@ class ActivationLoader(Generic[BatchT]):
         for site in self.sites:
             arrays |= self._store.arrays_of(site)
         spaces = [self._space(arrays) for _ in range(2 if self._prefetch else 1)]
-        with Taker(_TAKERS if self._prefetch else 0) as taker:
+        with Gatherer(_GATHERERS if self._prefetch else 0) as gatherer:
             while self.epochs is None or epoch < self.epochs:
                 groups = self._groups(epoch, first * self.batch_size, spaces)
                 groups = _made_ahead(groups, len(spaces) - 1)
-                yield from self._taken(groups, first, self._parts(arrays), taker)
+                yield from self._filled(groups, first, self._sources(arrays), gatherer)
                 epoch, first = epoch + 1, 0
-        self._spare = spaces
+        self._buffers = spaces
 
-    def _taken(
+    def _filled(
         self,
         groups: Iterator[tuple[Space, NDArray[np.int64]]],
         first: int,
-        parts: Mapping[str, _Part],
-        taker: Taker,
+        sources: Mapping[str, _Sources],
+        gatherer: Gatherer,
     ) -> Iterator[_Batch]:
         """The batches of an epoch from number `first` on, out of its groups."""
         space, order = Space(), np.empty(0, np.int64)
         for number in range(first, self.batches_per_epoch):
             size = min(self.batch_size, self._rows - number * self.batch_size)
-            batch = {name: self._empty(size, tail, kind) for name, (_, tail, kind) in parts.items()}
-            begun: list[Future[None]] = []
+            batch = {
+                name: self._empty(size, tail, kind) for name, (_, tail, kind) in sources.items()
+            }
+            pending: list[Future[None]] = []
             filled = 0
             while filled < size:
                 if not len(order):
-                    taker.wait()  # from here on the group before is overwritten
+                    gatherer.wait()  # from here on the group before is overwritten
                     space, order = next(groups)
-                places, order = np.split(order, [size - filled])
-                now = slice(filled, filled + len(places))
-                pieces = [([space[a] for a in parts[name][0]], batch[name][now]) for name in parts]
-                begun += taker.begin(pieces, places)
-                filled += len(places)
-            yield batch, begun
+                index, order = np.split(order, [size - filled])
+                now = slice(filled, filled + len(index))
+                pieces = [
+                    ([space[a] for a in sources[name][0]], batch[name][now]) for name in sources
+                ]
+                pending += gatherer.start(pieces, index)
+                filled += len(index)
+            yield batch, pending
 
-    def _parts(self, arrays: Mapping[str, RowArray]) -> dict[str, _Part]:
+    def _sources(self, arrays: Mapping[str, RowArray]) -> dict[str, _Sources]:
         """What a batch is made of: each array that is read, or where it stays here, each site."""
-        parts: dict[str, _Part] = {
+        sources: dict[str, _Sources] = {
             name: ((name,), each.tail, getattr(torch, each.dtype))
             for name, each in arrays.items()
             if each.site is None or not self._finished
         }
         if self._finished:
             for site, width in zip(self.sites, self.widths, strict=True):
-                parts[site] = (tuple(self._store.arrays_of(site)), (width,), self._dtype)
-        return parts
+                sources[site] = (tuple(self._store.arrays_of(site)), (width,), self._dtype)
+        return sources
 
     def _space(self, arrays: Mapping[str, RowArray]) -> Space:
         # used again and again: fresh memory costs as much as what is done with it
-        if self._spare:
-            return self._spare.pop()
+        if self._buffers:
+            return self._buffers.pop()
         return self._reader.room(arrays, self._reading.longest, self._whole)
 
     def _empty(self, rows: int, tail: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -304,9 +308,9 @@ class ActivationLoader(Generic[BatchT]):
                 skip -= rows
                 continue
             space = spaces[number % len(spaces)]
-            places = self._reader.read(group, self._whole, space)
+            index = self._reader.read(group, self._whole, space)
             order = np.random.default_rng((self._seed, epoch, number)).permutation(rows)[skip:]
-            yield space, places[order]
+            yield space, index[order]
             skip = 0
 
 

@@ -21,7 +21,7 @@ def device_of(device: str) -> torch.device:
     if device in SPREAD:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise InputError(
             "no such device",
@@ -29,14 +29,14 @@ def device_of(device: str) -> torch.device:
             given=device,
             allowed=f"cpu, cuda, cuda:N, {', '.join(SPREAD)}",
         ) from error
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if found.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "this machine has no usable CUDA device",
             where="model.device",
             given=device,
             allowed="cpu",
         )
-    return place
+    return found
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:

@@ -26,7 +26,7 @@ from activations.sites import names as vocabulary
 from activations.sites.hf_facts import d_vocab, longest_text
 from activations.sites.hooks import (
     EditFunction,
-    PlacedEdit,
+    PositionedEdit,
     by_position,
     run_until_captured,
     shapes_of,
@@ -282,12 +282,12 @@ class Model(HarvestModel):
         >>> with model.edit({site: lambda x, position: 0 * x}):  # doctest: +SKIP
         ...     model.generate("The weather today")
         """
-        with self.edit_placed({site: by_position(each) for site, each in edits.items()}):
+        with self.edit_with_positions({site: by_position(each) for site, each in edits.items()}):
             yield
 
     @contextmanager
-    def edit_placed(self, edits: Mapping[str, PlacedEdit]) -> Iterator[None]:
-        """`edit` with functions of the activation and its `Places`, which say what is kept."""
+    def edit_with_positions(self, edits: Mapping[str, PositionedEdit]) -> Iterator[None]:
+        """`edit` with functions of the activation and its `TokenPositions`, which know the kept."""
         targets = [(self._sites.target(site), function) for site, function in edits.items()]
         with splicing(self.hf, targets, Run(self.special_token_ids)):
             yield

@@ -115,10 +115,10 @@ class TextEncoder(ModuleModel):
             for number, (row, of) in enumerate(zip(rows[:n], ids, strict=False)):
                 tokens[number, : len(row)] = row
                 document[number, : len(row)] = of
-            begun = [entry for entry in waiting if entry[0] <= ids[n - 1]]
-            waiting = waiting[len(begun) :]
+            beginning = [entry for entry in waiting if entry[0] <= ids[n - 1]]
+            waiting = waiting[len(beginning) :]
             rows, ids = rows[n:], ids[n:]
-            return Sequences(tokens, document, begun)
+            return Sequences(tokens, document, beginning)
 
         for document, pieces in self._tokenised(documents, context, counts):
             rows += pieces

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from activations.corpora.sequences import PackingCounts, Sequences
 from activations.harvesting.config import HarvestConfig
-from activations.harvesting.corpus_reader import Text
+from activations.harvesting.corpus_reader import CorpusReader
 from activations.harvesting.outliers import norm_limits
 from activations.harvesting.row_selection import WindowRows
-from activations.harvesting.segments import Part, numbers_before, parts
+from activations.harvesting.segments import Segment, numbers_before, segments
 from activations.models.base import HarvestModel
 from activations.recompute.window import config_of, group_of, model_of, recompute
 from activations.storage.chunk_files import chunk_path, crc32c, write_chunk
@@ -159,37 +159,37 @@ class Repair:
 
     def _groups(self, wanted: set[int | None]) -> Iterator[tuple[int, Sequences]]:
         """The packed sequences of some windows, from the corpus."""
-        for part in parts(self.store):
+        for segment in segments(self.store):
             for split in SPLITS:
-                numbers = part.windows(self.store, split)
+                numbers = segment.windows(self.store, split)
                 if wanted & set(numbers):
                     say(f"reading the {split} text again")
-                    yield from self._groups_of(part, split, numbers, wanted)
+                    yield from self._groups_of(segment, split, numbers, wanted)
 
     def _groups_of(
-        self, part: Part, split: str, numbers: Sequence[int], wanted: set[int | None]
+        self, segment: Segment, split: str, numbers: Sequence[int], wanted: set[int | None]
     ) -> Iterator[tuple[int, Sequences]]:
         """The packed sequences of some windows of a split of one part."""
-        text, counts = Text.of(self.config, part), PackingCounts()
+        text, counts = CorpusReader.of(self.config, segment), PackingCounts()
         groups = text.packed(
             split,
             self.model,
             per_group=self.store.manifest["sequences_per_window"],
             counts=counts,
-            limit=part.planned_sequences[split],
-            before=numbers_before(self.store, part, split, None),
-            to_end=part.max_tokens is None,
+            limit=segment.planned_sequences[split],
+            before=numbers_before(self.store, segment, split, None),
+            to_end=segment.max_tokens is None,
         )
         for position, group in enumerate(groups):
             if position >= len(numbers):
                 break
             if numbers[position] in wanted:
-                self._check_text(numbers[position], group, part.corpus.source)
+                self._check_text(numbers[position], group, segment.corpus.source)
                 yield numbers[position], group
-        if part.counts is not None and not text.agrees(counts, part.counts[split]):
+        if segment.counts is not None and not text.agrees(counts, segment.counts[split]):
             raise ArtefactError(
                 "the corpus is not the one that was harvested (its hash differs)",
-                where=part.corpus.source,
+                where=segment.corpus.source,
             )
 
     def _check_text(self, number: int, group: Sequences, source: str) -> None:
@@ -197,8 +197,8 @@ class Repair:
         for array, found in self._sequence_values(number, group).items():
             for piece in window.pieces(int(self.store.manifest["sequences_per_window"])):
                 crc = self.store.ledger.sequences_crc(array, number, piece)
-                part = found[piece.offset : piece.offset + piece.sequences]
-                if len(found) != window.sequences or crc not in (None, crc32c(part)):
+                stored = found[piece.offset : piece.offset + piece.sequences]
+                if len(found) != window.sequences or crc not in (None, crc32c(stored)):
                     raise ArtefactError(
                         f"the corpus is not the one that was harvested ({array} of window {number} "
                         "differ)",
@@ -216,13 +216,13 @@ class Repair:
 
     def _rewrite_sequences(self, fault: Fault, groups: dict[int, Sequences]) -> None:
         store, array, chunk = self.store, str(fault.array), int(fault.chunk or 0)
-        per_chunk, parts = int(store.manifest["sequences_per_window"]), []
+        per_chunk, stored = int(store.manifest["sequences_per_window"]), []
         for number, window in enumerate(store.windows):
             for piece in window.pieces(per_chunk):
                 if piece.chunk == chunk:
                     values = self._sequence_values(number, groups[number])[array]
-                    parts.append(values[piece.offset : piece.offset + piece.sequences])
-        whole = filled_up(array, np.concatenate(parts), per_chunk)
+                    stored.append(values[piece.offset : piece.offset + piece.sequences])
+        whole = filled_up(array, np.concatenate(stored), per_chunk)
         write_chunk(store.sequence_chunk_path(array, chunk), whole, replaces=True)
         self.done.append(fault.path)
 
@@ -324,9 +324,9 @@ class Repair:
             self._correct({"array": array, "chunk": chunk}, crc, str(agreement))
         self.done.append(fault.path if same else f"{fault.path}, with other rounding: {agreement}")
 
-    def _correct(self, place: dict[str, Any], crc: int, reason: str) -> None:
+    def _correct(self, which: dict[str, Any], crc: int, reason: str) -> None:
         why = {"reason": reason, "machine": platform.machine(), "versions": library_versions()}
-        HarvestWriter(self.store).correct(correction_line(place, crc, why))
+        HarvestWriter(self.store).correct(correction_line(which, crc, why))
 
 
 def rebuild_ledger(folder: AnyPath, manifest: Mapping[str, Any]) -> bytes:
@@ -355,8 +355,8 @@ def _windows(folder: AnyPath, manifest: Mapping[str, Any]) -> list[dict[str, Any
     whole = {**manifest, "schema": 1, "windows": [vars(Window(SPLITS[0], 0, 0, 0, count))]}
     everything = ActivationStore(folder, whole)
     split, keep = (everything.read_sequences(name, 0) for name in ("split", "keep"))
-    begun = {part["first_sequence"] for part in manifest.get("appended", [])}
-    changes = {*(np.flatnonzero(np.diff(split)) + 1).tolist(), *begun, 0}
+    first_sequences = {segment["first_sequence"] for segment in manifest.get("appended", [])}
+    changes = {*(np.flatnonzero(np.diff(split)) + 1).tolist(), *first_sequences, 0}
     borders = [*sorted(border for border in changes if border < count), count]
     found: list[dict[str, Any]] = []
     chunk = 0

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from activations.sites.kept import Places, Run
+from activations.sites.kept import Run, TokenPositions
 from saescope.errors import InputError
 
 EditFunction = Callable[[Tensor, Tensor], Tensor | None]
 """an activation [batch, position, d_in] and its positions, to what replaces it"""
-PlacedEdit = Callable[[Tensor, Places], Tensor | None]
+PositionedEdit = Callable[[Tensor, TokenPositions], Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,39 +87,39 @@ class _AllFound(Exception):
 def _input_of(site: str, args: tuple, kwargs: Mapping[str, Any]) -> tuple[int | str, Tensor]:
     """A module's first input, and where it stands among the arguments."""
     named = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
-    place = 0 if args else "hidden_states" if "hidden_states" in kwargs else None
-    if place is None and len(named) == 1:
-        place = named[0]
-    value = None if place is None else args[0] if place == 0 else kwargs[str(place)]
-    if place is None or not isinstance(value, Tensor):
+    slot = 0 if args else "hidden_states" if "hidden_states" in kwargs else None
+    if slot is None and len(named) == 1:
+        slot = named[0]
+    value = None if slot is None else args[0] if slot == 0 else kwargs[str(slot)]
+    if slot is None or not isinstance(value, Tensor):
         raise InputError(
             "this module is not called with one tensor first; use the input or output of another",
             where=site,
             given=[type(value).__name__ for value in args] + list(kwargs),
         )
-    return place, value
+    return slot, value
 
 
 def _output_of(site: str, output: Any) -> tuple[int | str | None, Tensor]:
     """A module's output, or the first of several, and where it stands among them."""
-    place = None
+    slot = None
     if isinstance(output, Mapping) and output:
-        place = next(iter(output))
+        slot = next(iter(output))
     elif isinstance(output, tuple | list) and output:
-        place = 0
-    value = output if place is None else output[place]
+        slot = 0
+    value = output if slot is None else output[slot]
     if not isinstance(value, Tensor):
         raise InputError("its output is not a tensor", where=site, given=type(value).__name__)
-    return place, value
+    return slot, value
 
 
-def _with_output(output: Any, place: int | str | None, new: Tensor) -> Any:
+def _with_output(output: Any, slot: int | str | None, new: Tensor) -> Any:
     """A module's output with the tensor at this place replaced."""
-    if place is None:
+    if slot is None:
         return new
     if isinstance(output, Mapping):
         kind: Any = type(output)
-        return kind({**output, place: new})
+        return kind({**output, slot: new})
     return type(output)([new, *output[1:]])
 
 
@@ -134,7 +134,7 @@ def _hook(target: HookTarget, see: Callable[[Tensor], Tensor | None]) -> list[An
         inputs.append(_input_of(target.site, args, kwargs)[1].clone())
 
     def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        place, value = _output_of(target.site, output)
+        slot, value = _output_of(target.site, output)
         if target.side == "output":
             new = see(value)
         else:
@@ -147,7 +147,7 @@ def _hook(target: HookTarget, see: Callable[[Tensor], Tensor | None]) -> list[An
                 )
             new = see(value - before)
             new = None if new is None else before + new
-        return None if new is None else _with_output(output, place, new)
+        return None if new is None else _with_output(output, slot, new)
 
     handles: list[Any] = [target.module.register_forward_hook(after)]
     if target.side == "update":
@@ -157,13 +157,13 @@ def _hook(target: HookTarget, see: Callable[[Tensor], Tensor | None]) -> list[An
 
 def _before(target: HookTarget, see: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        place, value = _input_of(target.site, args, kwargs)
+        slot, value = _input_of(target.site, args, kwargs)
         new = see(value)
         if new is None:
             return None
         if args:
             return (new, *args[1:]), kwargs
-        return args, {**kwargs, str(place): new}
+        return args, {**kwargs, str(slot): new}
 
     return before
 
@@ -326,22 +326,22 @@ def _or_none(find: Callable[[], Tensor]) -> Tensor | None:
 @contextmanager
 def splicing(
     base: nn.Module,
-    edits: Sequence[tuple[HookTarget, PlacedEdit]] | Sequence[tuple[HookTarget, EditFunction]],
+    edits: Sequence[tuple[HookTarget, PositionedEdit]] | Sequence[tuple[HookTarget, EditFunction]],
     run: Run | None = None,
 ) -> Iterator[None]:
     """Replace activations while the context lasts; see `Model.edit`.
 
-    Args: base is the model. With run, edits get the `Places` of a pass over texts; without, the
-    places of the activation itself [position].
+    Args: base is the model. With run, edits get the `TokenPositions` of a pass over texts; without,
+    the positions of the activation itself [position].
     """
 
     def seeing(target: HookTarget, function: Any) -> Callable[[Tensor], Tensor | None]:
         def see(value: Tensor) -> Tensor | None:
-            places = None if run is None else run.places
-            x = target.read(value, None if places is None else places.position.shape)
+            where = None if run is None else run.positions
+            x = target.read(value, None if where is None else where.position.shape)
             if target.in_place and x.requires_grad:
                 x = x.clone()  # autograd may need what the function saw, and the value changes
-            new = function(x, torch.arange(x.shape[1]) if places is None else places)
+            new = function(x, torch.arange(x.shape[1]) if where is None else where)
             if new is None:
                 return None
             if new.shape != x.shape:
@@ -368,10 +368,10 @@ def splicing(
             handle.remove()
 
 
-def by_position(function: EditFunction) -> PlacedEdit:
+def by_position(function: EditFunction) -> PositionedEdit:
     """An edit by positions alone: [position], or where rows differ in them [batch, position]."""
 
-    def edit(x: Tensor, places: Places) -> Tensor | None:
-        return function(x, places.position if places.shared is None else places.shared)
+    def edit(x: Tensor, where: TokenPositions) -> Tensor | None:
+        return function(x, where.position if where.shared is None else where.shared)
 
     return edit

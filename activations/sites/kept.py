@@ -77,7 +77,7 @@ def kept(
 
 
 @dataclass(frozen=True)
-class Places:
+class TokenPositions:
     """Where the tokens that a forward pass is run on stand in their texts."""
 
     position: Int[Tensor, "batch pos"]
@@ -112,16 +112,16 @@ class Run:
     def __init__(self, special: frozenset[int]) -> None:
         self._special = special
         self._depth = 0
-        self._places: Places | None = None
+        self._token_positions: TokenPositions | None = None
         self._cache: tuple[Any, int | None] = (None, None)
         """one that does not say what it holds, and what it holds"""
 
     @property
-    def places(self) -> Places:
+    def positions(self) -> TokenPositions:
         """Where the tokens of this pass stand."""
-        if self._places is None:
+        if self._token_positions is None:
             raise InputError("the model was not given tokens or embeddings", where="edit")
-        return self._places
+        return self._token_positions
 
     def watch(self, modules: Collection[nn.Module]) -> list[Any]:
         """Hooks on the modules that may be called with a text."""
@@ -133,7 +133,7 @@ class Run:
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._depth += 1
-        if self._places is not None:
+        if self._token_positions is not None:
             return  # the outer module was given more: not every one passes its mask on
         known = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         known = {**known.pop("kwargs", {}), **known}
@@ -142,7 +142,7 @@ class Run:
         if isinstance(given, Tensor) and given.ndim >= 2:
             past = self._in_cache(known, given.shape[1])
             position = _positions(given.shape[0], given.shape[1], past, given.device, known)
-            self._places = Places(position, tokens, self._special)
+            self._token_positions = TokenPositions(position, tokens, self._special)
 
     def _in_cache(self, known: Mapping[str, Any], length: int) -> int | None:
         """How many tokens came before in the cache of a call; None if that cannot be told.
@@ -162,7 +162,7 @@ class Run:
     def _end(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
         self._depth -= 1
         if not self._depth:
-            self._places = None
+            self._token_positions = None
 
 
 def _positions(

@@ -110,10 +110,10 @@ class SiteMap(ModuleSites):
     def readable(self) -> Readable:
         """Which named sites there are, found out by a small forward pass."""
         hf: Any = self._hf
-        place = next(p.device for p in hf.parameters() if p.device.type != "meta")
+        device = next(p.device for p in hf.parameters() if p.device.type != "meta")
 
         def run(tokens: torch.Tensor) -> object:
-            return hf.base_model(input_ids=tokens.to(place), use_cache=False)
+            return hf.base_model(input_ids=tokens.to(device), use_cache=False)
 
         layers = range(self.n_layers)
         return readable(self._candidates(), [self._norms(n) for n in layers], run, d_vocab(hf))

@@ -122,7 +122,7 @@ def _opened(path: AnyPath) -> FileIO | BytesIO:
     return path.open("rb", buffering=0) if isinstance(path, Path) else BytesIO(read_bytes(path))
 
 
-def read_part(path: AnyPath, what: str, first: int, out: NDArray[Any]) -> None:
+def read_slice(path: AnyPath, what: str, first: int, out: NDArray[Any]) -> None:
     """Put consecutive entries of a chunk from number `first` on into `out`, unchecked.
 
     Raises DamagedError if they are not there.

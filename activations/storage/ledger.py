@@ -186,9 +186,9 @@ def window_line(window: Window, found: Checksums) -> bytes:
     return _line({"window": vars(window), **vars(found)})
 
 
-def correction_line(place: Mapping[str, Any], crc: int, why: Mapping[str, Any]) -> bytes:
+def correction_line(which: Mapping[str, Any], crc: int, why: Mapping[str, Any]) -> bytes:
     """The ledger's line of a chunk, or of a list of documents, that now has another checksum."""
-    return _line({**place, "crc32c": crc, "why": dict(why)})
+    return _line({**which, "crc32c": crc, "why": dict(why)})
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

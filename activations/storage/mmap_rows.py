@@ -1,7 +1,7 @@
 """An array's stored rows where the system has them: its files' pages, one chunk behind the other.
 
 Nothing is copied, so a batch is made of rows by one copy, and what has been read once is there for
-good. An array that would take more than half of the machine's memory is let go of part by part.
+good. An array that would take more than half of the machine's memory is let go of slice by slice.
 """
 
 import ctypes
@@ -59,15 +59,15 @@ class MappedRows:
         self._files: dict[int, int] = {}
         """which file a mapped chunk is, by its inode"""
 
-    def show(self, parts: Sequence[tuple[int, int, int]]) -> list[int]:
-        """Have some rows in memory; where the first of each part is in `array`. Not checked.
+    def show(self, slices: Sequence[tuple[int, int, int]]) -> list[int]:
+        """Have some rows in memory; where the first of each slice is in `array`. Not checked.
 
-        Args: parts: a chunk, its first row, and how many.
+        Args: slices: a chunk, its first row, and how many.
 
         Raises DamagedError if they are not there.
         """
         wanted: dict[int, list[tuple[int, int]]] = {}
-        for chunk, first, count in parts:
+        for chunk, first, count in slices:
             wanted.setdefault(chunk, []).append((first, count))
         for chunk, ranges in wanted.items():
             path, what = self._path_of(chunk), f"chunk {chunk} of {self._name}"
@@ -81,7 +81,7 @@ class MappedRows:
                     _bring(self._address(chunk, first), count * self._row)
             except OSError as error:
                 raise unreadable(what, path, error) from error
-        return [chunk * self._chunk_rows + first for chunk, first, _ in parts]
+        return [chunk * self._chunk_rows + first for chunk, first, _ in slices]
 
     def forget(self, chunk: int, first: int, count: int) -> None:
         """Let go of the memory of some rows, which come back if they are looked at."""

@@ -40,7 +40,7 @@ from activations.storage.chunk_files import (
     crc32c,
     not_the_one,
     read_chunk,
-    read_part,
+    read_slice,
 )
 from activations.storage.documents import read_documents
 from activations.storage.layout import (
@@ -332,9 +332,9 @@ class ActivationStore:
         path, crc = self._row_path(array, chunk), self.ledger.rows_crc(array, chunk)
         check_chunk(path, f"chunk {chunk} of {array}", nbytes, crc)
 
-    def read_part(self, array: str, chunk: int, first: int, out: NDArray[Any]) -> None:
+    def read_slice(self, array: str, chunk: int, first: int, out: NDArray[Any]) -> None:
         """Put rows of a chunk from number `first` on into `out`; `check_rows` is to come before."""
-        read_part(self._row_path(array, chunk), f"chunk {chunk} of {array}", first, out)
+        read_slice(self._row_path(array, chunk), f"chunk {chunk} of {array}", first, out)
 
     def map_rows(self, array: str) -> MappedRows | None:
         """An array's rows by `show`, without copying; None where this store cannot do that.

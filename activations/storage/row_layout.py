@@ -136,8 +136,8 @@ class RowLayout:
     def described(self, rows: NDArray[np.int64]) -> list[tuple[int, str, str]]:
         """(number, key, title) of the documents that begin in rows."""
         found = np.unique(self.document(rows))
-        begun = found[self._first[found] >= rows[0]]
-        return [(int(n), self.names[n], "") for n in begun]
+        beginning = found[self._first[found] >= rows[0]]
+        return [(int(n), self.names[n], "") for n in beginning]
 
     def following(self, split: str, start: int, count: int) -> NDArray[np.int64]:
         """Numbers of the next `count` rows of a split, from row `start` on, in order."""

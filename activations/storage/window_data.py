@@ -43,7 +43,7 @@ class WindowData:
     """Of each site; empty in a window that statistics are not of."""
     positions: Mapping[str, int] = field(default_factory=dict)
     """How many positions are kept, and how many are left out for each reason."""
-    place: Mapping[str, Any] | None = None
+    cursor: Mapping[str, Any] | None = None
     """Where in the corpus to go on from, to read this window again and what follows it."""
     staged: StagedRows | None = None
     """Where its rows are, if not in `rows` and `row_token`."""

@@ -132,8 +132,8 @@ class HarvestWriter:
             if data.split == "train":
                 self._add_sums(data.sums)
             self._add_positions(data)
-            if data.place is not None:
-                self._facts["places"] = {**self._facts.get("places", {}), data.split: data.place}
+            if data.cursor is not None:
+                self._facts["places"] = {**self._facts.get("places", {}), data.split: data.cursor}
             line = window_line(window, Checksums(rows, sequences, documents))
             self._ledger.append(self.path, line)
             self._write_manifest()
@@ -195,13 +195,13 @@ class HarvestWriter:
         chunks = window.chunks(self._chunk_rows)
         self._written = []
         split = np.full(window.sequences, SPLITS.index(data.split), np.int8)
-        parts = {
+        arrays = {
             "tokens": data.tokens,
             "document": data.document,
             "keep": data.keep,
             "split": split,
         }
-        sequences = {name: self._write_sequences(name, window, v) for name, v in parts.items()}
+        sequences = {name: self._write_sequences(name, window, v) for name, v in arrays.items()}
         rows = self._put_rows(data, chunks)
         self._resize(
             chunks=window.first_chunk + len(chunks),
@@ -256,7 +256,7 @@ class HarvestWriter:
         if not isinstance(root, Path):
             return
         inside = [below(file, root) for file in written]
-        folders = {root.joinpath(*parts[:n]) for parts in inside for n in range(len(parts))}
+        folders = {root.joinpath(*names[:n]) for names in inside for n in range(len(names))}
         for path in (*written, *folders):
             fsync_path(path)
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from activations import Model
-from activations.sites.hooks import PlacedEdit
-from activations.sites.kept import Places
+from activations.sites.hooks import PositionedEdit
+from activations.sites.kept import TokenPositions
 from sae.core.base import SparseAutoencoder
 from sae.data.model_expectations import warn_of_model
 from sae.data.placement import Placement, placement_of
@@ -127,7 +127,9 @@ def steer(
     if not edits:
         yield
         return
-    with model.edit_placed(_site_edits(placement, _steering_change(placement.sae, edits), selects)):
+    with model.edit_with_positions(
+        _site_edits(placement, _steering_change(placement.sae, edits), selects)
+    ):
         yield
 
 
@@ -150,7 +152,7 @@ def splice(
     def change(x: Tensor, h: Tensor) -> Tensor:
         return placement.sae(x).x_hat.to(h.dtype)
 
-    with model.edit_placed(_site_edits(placement, change, selects)):
+    with model.edit_with_positions(_site_edits(placement, change, selects)):
         yield
 
 
@@ -197,7 +199,7 @@ def placement_in(
     return placement._replace(read=read, written=written)
 
 
-def _selector(positions: Positions) -> Callable[[Places], Tensor]:
+def _selector(positions: Positions) -> Callable[[TokenPositions], Tensor]:
     """A function from the positions of tokens to bool [batch, pos]: which are edited."""
     if isinstance(positions, str):
         if positions not in ("kept", "all"):
@@ -214,7 +216,7 @@ def _selector(positions: Positions) -> Callable[[Places], Tensor]:
     return lambda at: torch.isin(at.position, wanted.to(at.position.device))
 
 
-def _in_slice(positions: slice) -> Callable[[Places], Tensor]:
+def _in_slice(positions: slice) -> Callable[[TokenPositions], Tensor]:
     given = {"start": positions.start, "stop": positions.stop, "step": positions.step}
     bounds = {
         name: None if value is None else as_index(value, where="positions")
@@ -229,7 +231,7 @@ def _in_slice(positions: slice) -> Callable[[Places], Tensor]:
             given=positions,
         )
 
-    def chosen(at: Places) -> Tensor:
+    def chosen(at: TokenPositions) -> Tensor:
         found = (at.position >= start) & ((at.position - start) % step == 0)
         return found if stop is None else found & (at.position < stop)
 
@@ -237,18 +239,18 @@ def _in_slice(positions: slice) -> Callable[[Places], Tensor]:
 
 
 def _site_edits(
-    placement: Placement, change: Change, selects: Callable[[Places], Tensor]
-) -> dict[str, PlacedEdit]:
+    placement: Placement, change: Change, selects: Callable[[TokenPositions], Tensor]
+) -> dict[str, PositionedEdit]:
     """Edits of a model that apply a change at chosen positions."""
     (read,), (written,) = placement.read, placement.written
-    seen: list[tuple[Tensor, Places]] = []
+    seen: list[tuple[Tensor, TokenPositions]] = []
 
     @torch.no_grad()
-    def remember(h: Tensor, at: Places) -> None:
+    def remember(h: Tensor, at: TokenPositions) -> None:
         seen[:] = [(h[selects(at).to(h.device)].float(), at)]
 
     @torch.no_grad()
-    def edit(h: Tensor, at: Places) -> Tensor | None:
+    def edit(h: Tensor, at: TokenPositions) -> Tensor | None:
         chosen = selects(at).to(h.device)
         if not chosen.any():
             return None

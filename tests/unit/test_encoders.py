@@ -18,7 +18,7 @@ from activations import (
     harvest,
 )
 from activations.corpora.sequences import PackingCounts
-from activations.harvesting.corpus_reader import Text
+from activations.harvesting.corpus_reader import CorpusReader
 from activations.models.load import load_model
 from activations.models.module_model import ModuleModel
 from activations.recompute.doctor import DoctorConfig, doctor
@@ -204,7 +204,7 @@ def test_a_limit_of_tokens(root: Path, tmp_path: Path) -> None:
     config = config_of(root, tmp_path / "out", max_tokens=10 * 24)
     assert harvest(config).n_sequences == 10
     model = load_model(config.model.spec, kind="text_encoder", dtype="float32")
-    text, counts = Text.of(config), PackingCounts()
+    text, counts = CorpusReader.of(config), PackingCounts()
     groups = list(text.packed("train", model, per_group=3, counts=counts, limit=8))
     assert [len(group.tokens) for group in groups] == [3, 3, 2]
 
@@ -244,7 +244,7 @@ def test_a_text_that_brings_its_special_token_has_one(root: Path) -> None:
     (root / "marked.jsonl").write_text(
         "\n".join(json.dumps({"text": text}) for text in ("[CLS]the river", "the river"))
     )
-    text = Text(
+    text = CorpusReader(
         corpus=CorpusConfig(source=str(root / "marked.jsonl")), context=12, held_out_fraction=0.0
     )
     (group,) = text.packed("train", encoder, per_group=4, counts=PackingCounts(), limit=None)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from activations.loading import gather
-from activations.loading.gather import Taker, take
+from activations.loading import gather as gathering
+from activations.loading.gather import Gatherer, gather
 from activations.storage.row_formats import floats, stored
 from saescope import compiled
 
@@ -27,8 +27,8 @@ needs_compiler = pytest.mark.skipif(
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How rows are taken."""
     if request.param == "plain":
-        monkeypatch.setattr(gather, "library", lambda: None)
-    elif gather.library() is None:
+        monkeypatch.setattr(gathering, "library", lambda: None)
+    elif gathering.library() is None:
         pytest.skip("no C++ compiler")
     return request.param
 
@@ -58,7 +58,7 @@ def test_rows_are_those_at_their_places(
     expected = floats([each[torch.from_numpy(places)] for each in tensors]).to(wanted)
     room = torch.full((35 * width + 1,), 7.0, dtype=wanted)
     out = room[not aligned :][: 33 * width].view(33, width)
-    take(arrays, places, out)
+    gather(arrays, places, out)
     assert torch.equal(out, expected)
     assert room[33 * width + (not aligned) :].eq(7).all()  # nothing is written beside it
     assert aligned or room[0] == 7
@@ -71,7 +71,7 @@ def test_rows_as_they_are_stored(storage: str, way: str) -> None:
     places = np.array([3, 3, 0, 49])
     for array in rows(50, 96, storage):
         out = torch.empty((4, *array.shape[1:]), dtype=getattr(torch, array.dtype.name))
-        take([array], places, out)
+        gather([array], places, out)
         assert np.array_equal(out.numpy(), array[places])
 
 
@@ -80,7 +80,7 @@ def test_bits_of_bfloat16_are_kept(way: str) -> None:
     bits = np.arange(65536, dtype=np.uint16).reshape(64, 1024)
     places = np.arange(64)[::-1].copy()
     out = torch.empty(64, 1024)
-    take([bits], places, out)
+    gather([bits], places, out)
     expected = torch.from_numpy(bits[places]).view(torch.bfloat16).float()
     assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
 
@@ -90,21 +90,23 @@ def test_what_was_begun_is_there_when_it_was_waited_for(threads: int) -> None:
     array = np.random.default_rng(0).integers(0, 40000, (4000, 768)).astype(np.uint16)
     orders = [np.random.default_rng(n).permutation(4000) for n in range(6)]
     outs = [torch.empty(4000, 768, dtype=torch.uint16) for _ in orders]
-    with Taker(threads) as taker:
-        begun = [taker.begin([([array], out)], o) for out, o in zip(outs, orders, strict=True)]
-        taker.wait()
+    with Gatherer(threads) as gatherer:
+        begun = [gatherer.start([([array], out)], o) for out, o in zip(outs, orders, strict=True)]
+        gatherer.wait()
         assert all(future.done() for each in begun for future in each)
         for out, order in zip(outs, orders, strict=True):
             assert np.array_equal(out.numpy(), array[order])
         last = torch.empty(4000, 768, dtype=torch.uint16)
-        taker.begin([([array], last)], orders[0])
+        gatherer.start([([array], last)], orders[0])
     assert torch.equal(last, outs[0])
 
 
 def test_an_error_comes_out_where_it_is_waited_for() -> None:
-    with Taker(1) as taker:
-        (future,) = taker.begin([([np.zeros((4, 2), np.uint16)], torch.empty(3, 3))], np.arange(3))
-        with pytest.raises(AssertionError, match="a row a place"):
+    with Gatherer(1) as gatherer:
+        (future,) = gatherer.start(
+            [([np.zeros((4, 2), np.uint16)], torch.empty(3, 3))], np.arange(3)
+        )
+        with pytest.raises(AssertionError, match="a row for each index"):
             future.result()
 
 
@@ -112,9 +114,9 @@ def test_an_error_comes_out_where_it_is_waited_for() -> None:
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a new process with an empty cache."""
     monkeypatch.setenv("SAESCOPE_CACHE", str(tmp_path))
-    gather.library.cache_clear()
+    gathering.library.cache_clear()
     yield
-    gather.library.cache_clear()
+    gathering.library.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh")
@@ -125,7 +127,7 @@ def test_without_a_compiler_it_says_so_once(
     monkeypatch.setenv("PATH", str(tmp_path))
     for _ in range(2):
         out = torch.empty(2, 3)
-        take([np.full((5, 3), 0x3F80, np.uint16)], np.array([0, 4]), out)
+        gather([np.full((5, 3), 0x3F80, np.uint16)], np.array([0, 4]), out)
         assert out.tolist() == [[1.0] * 3] * 2
     assert capsys.readouterr().err == (
         "saescope: no C++ for batches (no compiler: neither g++ nor clang++ was found); "
@@ -136,9 +138,9 @@ def test_without_a_compiler_it_says_so_once(
 @needs_compiler
 @pytest.mark.usefixtures("fresh")
 def test_it_is_built_once(tmp_path: Path) -> None:
-    assert gather.library() is not None
+    assert gathering.library() is not None
     assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
-    assert compiled.build("gather", Path(gather.__file__).parent) == next(tmp_path.iterdir())
+    assert compiled.build("gather", Path(gathering.__file__).parent) == next(tmp_path.iterdir())
 
 
 @needs_compiler
@@ -146,7 +148,7 @@ def test_it_is_built_once(tmp_path: Path) -> None:
 def test_a_damaged_library_is_built_anew_and_never_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = Path(gather.__file__).parent
+    folder = Path(gathering.__file__).parent
     path = compiled.build("gather", folder)
     whole = path.read_bytes()
     for at in (0, len(whole) // 3, len(whole) - 1):

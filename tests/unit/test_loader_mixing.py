@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from activations import ActivationLoader, ActivationStore
-from activations.loading.epoch_order import PartReader, ReadingOrder
+from activations.loading.epoch_order import ReadingOrder, SliceReader
 from activations.loading.loader import _made_ahead
 from activations.storage.layout import SPLITS
 from activations.storage.window_data import WindowData
@@ -191,7 +191,7 @@ def test_a_chunk_read_in_parts_is_checked_whole_first(tmp_path: Path) -> None:
     (group,) = order.groups(0)
     space = {SITE: np.empty((order.longest, 1), np.uint16)}
     before = [part for part in group if part.chunk != 2]
-    reader = PartReader(store, order.part_rows)
+    reader = SliceReader(store, order.slice_rows)
     reader.read(before, False, space)
     with pytest.raises(DamagedError, match=f"chunk 2 of {SITE} is damaged"):
         reader.read(group, False, space)
@@ -246,13 +246,13 @@ def test_a_group_is_read_while_the_one_before_it_is_given_out(
     small: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    before = PartReader.read
+    before = SliceReader.read
 
-    def counted(reader: PartReader, group: Any, whole: bool, space: Any) -> Any:
+    def counted(reader: SliceReader, group: Any, whole: bool, space: Any) -> Any:
         read.append(len(group))
         return before(reader, group, whole, space)
 
-    monkeypatch.setattr(PartReader, "read", counted)
+    monkeypatch.setattr(SliceReader, "read", counted)
     options: Any = {"batch_size": 16, "mix_chunks": 5, "order": "chunks", "epochs": 1}
     for prefetch, groups in ((0, 1), (1, 2)):
         read.clear()

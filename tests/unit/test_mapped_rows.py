@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from activations import ActivationLoader, ActivationStore
-from activations.loading.epoch_order import Part, PartReader, ReadingOrder
+from activations.loading.epoch_order import ChunkSlice, ReadingOrder, SliceReader
 from activations.storage import mmap_rows, reader
 from activations.storage.mmap_rows import MappedRows, mappable
 from activations.storage.row_formats import RowArray
@@ -57,7 +57,7 @@ def test_rows_that_are_mapped_are_those_that_are_read(
     shown, forgotten = [], []
     show, advise = MappedRows.show, mmap_rows._advise
 
-    def counted(self: MappedRows, parts: Sequence[Part]) -> list[int]:
+    def counted(self: MappedRows, parts: Sequence[ChunkSlice]) -> list[int]:
         shown.extend(parts)
         return show(self, parts)
 
@@ -148,7 +148,7 @@ def test_a_mapped_chunk_that_is_taken_away_is_still_there(
     store, path = damaged
     order = ReadingOrder(store, "train", "spread", mix_chunks=4, seed=0)
     (group,) = order.groups(0)
-    reader = PartReader(store, order.part_rows)
+    reader = SliceReader(store, order.slice_rows)
     space = reader.room({SITE: RowArray("uint16", (512,))}, order.longest, False)
     places = reader.read(group, False, space)
     before = space[SITE][places]

@@ -13,7 +13,7 @@ from activations import ActivationStore, CorpusConfig, HarvestConfig, Model, Mod
 from activations.corpora.documents import documents
 from activations.corpora.long_texts import encoded_in_pieces
 from activations.corpora.sequences import PackingCounts, PackingOptions
-from activations.harvesting.corpus_reader import Text
+from activations.harvesting.corpus_reader import CorpusReader
 from saescope.errors import InputError
 from tests.tiny import SENTENCES, make_tiny_model
 
@@ -83,7 +83,7 @@ def test_rows_that_fill_a_context_stay_sequences(tmp_path: Path, tiny_model: Mod
     """With packing "separate" and their length as context."""
     rows = [[0, *range(5 + n, 20 + n)] for n in range(30)]
     corpus = saved("parquet", tmp_path / "files", rows)
-    text = Text(corpus=corpus, context=16, held_out_fraction=0.0, packing="separate")
+    text = CorpusReader(corpus=corpus, context=16, held_out_fraction=0.0, packing="separate")
     (group,) = text.packed("train", tiny_model, per_group=99, counts=PackingCounts(), limit=None)
     assert group.tokens.tolist() == rows
 
@@ -107,7 +107,7 @@ def test_wrong_ids(tmp_path: Path, tiny_model: Model, rows: list[Any], message: 
     lines = [json.dumps({"input_ids": row}) for row in rows]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     corpus = CorpusConfig(source=str(tmp_path / "a.jsonl"), tokens_field="input_ids")
-    text = Text(corpus=corpus, context=16, held_out_fraction=0.0)
+    text = CorpusReader(corpus=corpus, context=16, held_out_fraction=0.0)
     with pytest.raises(InputError, match=message):
         list(text.packed("train", tiny_model, per_group=9, counts=PackingCounts(), limit=None))
 
@@ -209,7 +209,9 @@ def test_bos_by_choice(tmp_path: Path, tiny_model: Model) -> None:
     gpt2 = load_model(str(make_tiny_model(tmp_path / "gpt2", "gpt2")), dtype="float32")
 
     def tokens(model: Model, prepend_bos: bool | None) -> np.ndarray:
-        text = Text(corpus=corpus, context=16, held_out_fraction=0.0, prepend_bos=prepend_bos)
+        text = CorpusReader(
+            corpus=corpus, context=16, held_out_fraction=0.0, prepend_bos=prepend_bos
+        )
         (group,) = text.packed("train", model, per_group=999, counts=PackingCounts(), limit=None)
         return group.tokens
 

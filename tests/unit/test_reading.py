@@ -12,10 +12,16 @@ import pytest
 from pyarrow import parquet
 
 from activations import CorpusConfig, Model
-from activations.corpora.documents import Document, DocumentStream, MixedConfig, Seen, documents
+from activations.corpora.documents import (
+    Document,
+    DocumentStream,
+    MixedConfig,
+    TextHashes,
+    documents,
+)
 from activations.corpora.packing import pack
 from activations.corpora.sequences import PackingCounts, PackingOptions, Sequences
-from activations.harvesting.corpus_reader import Text
+from activations.harvesting.corpus_reader import CorpusReader
 from activations.models.tokenizer import TextCodec
 from saescope.errors import ArtefactError, InputError
 
@@ -140,9 +146,12 @@ def test_a_stream_goes_on_from_any_place(tmp_path: Path) -> None:
         assert [document.id for document in whole] == list(range(len(whole))), name
         for taken in (0, 1, 9, 10, 11, 33, len(whole)):
             stream = DocumentStream(config)
-            begun = list(islice(stream, taken))
+            first = list(islice(stream, taken))
             state = json.loads(json.dumps(stream.state))
-            assert begun + list(DocumentStream(config, state=state)) == whole, (name, taken)
+            assert first + list(DocumentStream(config, state=state)) == whole, (
+                name,
+                taken,
+            )
 
 
 @pytest.mark.usefixtures("offline")
@@ -219,7 +228,7 @@ def test_packing_goes_on_from_the_place_of_any_group(
             counts=counts,
             limit=70,
             packing=PackingOptions(
-                kind=packing, state=lambda: (taken[0], counts.stored()), place=place
+                kind=packing, state=lambda: (taken[0], counts.stored()), cursor=place
             ),
         )
         return list(groups), counts
@@ -228,7 +237,7 @@ def test_packing_goes_on_from_the_place_of_any_group(
     assert len(whole) > 10
     firsts = set()
     for number, group in enumerate(whole):
-        place = json.loads(json.dumps(group.place))
+        place = json.loads(json.dumps(group.cursor))
         firsts.add(place["reader"][0])
         rest, again = read(place["reader"][0], place)
         assert len(rest) == len(whole) - number
@@ -287,7 +296,7 @@ def test_seen_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     given = [int(n) for n in rng.integers(0, 300, 1000)] + [2**64 - 1, 0, 2**64 - 1]
     before = [3, 5, 2**63]
-    seen, known = Seen(before), set(before)
+    seen, known = TextHashes(before), set(before)
     for number in given:
         assert seen.add(number) == (number not in known)
         known.add(number)
@@ -298,7 +307,7 @@ def test_repetitions_are_left_out_and_counted(tmp_path: Path, tiny_model: Model)
     source = write_texts(tmp_path / "a.jsonl", [*some, *some[:25], " ", *some[20:]])
     once = write_texts(tmp_path / "b.jsonl", some)
     read, alone = (
-        Text(corpus=CorpusConfig(source=name, deduplicate=apart), context=16,
+        CorpusReader(corpus=CorpusConfig(source=name, deduplicate=apart), context=16,
              held_out_fraction=0.3)
         for name, apart in ((source, True), (once, False))
     )  # fmt: skip
@@ -348,7 +357,7 @@ def test_conversations_are_what_the_template_makes_of_them(
     found = [document.text for document in documents(config, render=render)]
     assert found == ["[user] Hello.\n[assistant] Good day.\n", "[user] Bye. with hat\n"]
     # one BOS a sequence, not one more for the template's
-    text = Text(corpus=config, context=8, held_out_fraction=0.0)
+    text = CorpusReader(corpus=config, context=8, held_out_fraction=0.0)
     groups = text.packed("train", chatty, per_group=99, counts=PackingCounts(), limit=None)
     tokens = np.concatenate([group.tokens for group in groups])
     bos = chatty.bos_token_id
