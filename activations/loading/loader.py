@@ -24,7 +24,7 @@ from torch import Tensor
 
 from activations.loading.epoch_order import Order, ReadingOrder, SliceReader
 from activations.loading.gather import Gatherer
-from activations.loading.unshuffled import _checked_sites
+from activations.loading.unshuffled import checked_sites
 from activations.storage.layout import ROW_TOKEN
 from activations.storage.reader import ActivationStore
 from activations.storage.row_formats import RowArray, rows_in
@@ -134,17 +134,11 @@ class ActivationLoader(Generic[BatchT]):
             )
         if epochs is not None:
             epochs = as_index(epochs, where="epochs", low=1)
-        self.sites = _checked_sites(store, sites)
+        self.sites = checked_sites(store, sites)
         self.widths = tuple(store.d_in(site) for site in self.sites)
         self._alone = isinstance(sites, str)
         self._rows = store.n_rows(split)
-        if self._rows < (batch_size if drop_last else 1):
-            raise InputError(
-                f"the {split} split of {self.sites[0]} has only {self._rows} rows",
-                where="batch_size",
-                given=batch_size,
-                allowed=f"1 to {self._rows}",
-            )
+        self._check_rows(split, batch_size if drop_last else 1)
         self.batch_size = batch_size
         self.epochs = epochs
         self._reading = ReadingOrder(store, split, order, mix_chunks=mix_chunks, seed=seed)
@@ -170,6 +164,15 @@ class ActivationLoader(Generic[BatchT]):
         self._seed = seed
         self._epoch = self._batch = 0
         self._buffers: list[Space] = []
+
+    def _check_rows(self, split: str, needed: int) -> None:
+        if self._rows < needed:
+            raise InputError(
+                f"the {split} split of {self.sites[0]} has only {self._rows} rows",
+                where="batch_size",
+                given=needed,
+                allowed=f"1 to {self._rows}",
+            )
 
     @property
     def d_in(self) -> int:

@@ -10,7 +10,8 @@ from saescope.errors import InputError
 from saescope.integers import as_index
 
 
-def _checked_sites(store: ActivationStore, sites: str | Sequence[str]) -> tuple[str, ...]:
+def checked_sites(store: ActivationStore, sites: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of some sites. Raises InputError unless each is stored and named once."""
     names = (sites,) if isinstance(sites, str) else tuple(sites)
     for name in names:
         store.d_in(name)
@@ -45,7 +46,7 @@ def aligned_rows(
     >>> for (x,), row_token in aligned_rows(store, [site], split="held_out"):  # doctest: +SKIP
     ...     measure(x)
     """
-    names = _checked_sites(store, sites)
+    names = checked_sites(store, sites)
     piece = as_index(piece, where="piece", low=1)
     chunks, wanted = store.chunks(split), store.n_rows(split)
     if limit is not None:
