@@ -59,7 +59,8 @@ def test_a_broken_link_ends_the_build(tmp_path: Path) -> None:
     """A link to no page, to no heading and to no file of the repository each count."""
     docs = tmp_path / "docs"
     docs.mkdir()
-    shutil.copy(ROOT / "docs" / "links.py", docs)
+    for hook in ("links.py", "messages.py", "docstrings.py"):
+        shutil.copy(ROOT / "docs" / hook, docs)
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     settings = re.sub(r"nav:\n(?: .*\n)+", "", settings).replace("watch: [", "watch: [] # [")
     (tmp_path / "mkdocs.yml").write_text(settings, encoding="utf-8")
