@@ -39,7 +39,7 @@ class CorpusConfig(SourceConfig):
 
     mix: tuple[MixedConfig, ...] = ()
     """The sources of a mixed corpus: tables [[corpus.mix]] with source, weight and the fields of a
-    source, in place of those here."""
+    source, instead of those here."""
 
     mix_ends: Literal["first", "last"] = "first"
     """Where a mixed corpus ends: with the first source that has no more documents, so that the
@@ -77,7 +77,7 @@ class CorpusConfig(SourceConfig):
 
     @property
     def can_go_on(self) -> bool:
-        """Whether a reader should go on from a place in it, rather than read it again."""
+        """Whether reading can resume from a saved cursor instead of starting again."""
         return any(member.is_streamed for member in self.members)
 
 
@@ -105,7 +105,7 @@ class Document:
 
     @property
     def number(self) -> int:
-        """64 bits that its text alone decides."""
+        """A 64-bit hash of its text."""
         digest = hashlib.sha256(self.text.encode()).digest()
         return int.from_bytes(digest[:8], "big")
 
@@ -151,7 +151,7 @@ class DocumentStream:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The place behind the last document, JSON-able."""
+        """A cursor behind the last document given, JSON-able."""
         return {
             "next": self._next,
             "bytes": list(self._bytes),
@@ -227,14 +227,17 @@ _MOST_LOOSE = 1 << 16
 
 
 class TextHashes:
-    """A set of 64-bit numbers in about 20 bytes each; of 10^8 texts two have one by chance 3e-4."""
+    """A set of 64-bit hashes of texts, in about 20 bytes each.
+
+    The chance of a collision among 10^8 texts is 3e-4.
+    """
 
     def __init__(self, numbers: ArrayLike = ()) -> None:
         self._sorted: NDArray[np.uint64] = np.sort(np.asarray(numbers, np.uint64))
         self._loose: set[int] = set()
 
     def add(self, number: int) -> bool:
-        """Take a number in; whether it is new."""
+        """Add a hash; returns whether it is new."""
         index = int(np.searchsorted(self._sorted, np.uint64(number)))
         known = index < len(self._sorted) and int(self._sorted[index]) == number
         if known or number in self._loose:

@@ -61,7 +61,7 @@ class _Flow:
         self._borders.append(_Border(self._taken + len(self.tokens), first, reader))
 
     def describe(self, batch: list[Described]) -> None:
-        """Say what there is to say of the documents that follow."""
+        """Take note of what is to be stored of the documents that follow."""
         self._waiting += [entry for entry in batch if entry[0] > self._described]
 
     def extend(self, numbers: Sequence[int], arrays: Sequence[NDArray[np.int32]]) -> None:
@@ -90,7 +90,7 @@ class _Flow:
         return Sequences(arrays[0], arrays[1], beginning, cursor=cursor)
 
     def _cursor(self) -> dict[str, Any] | None:
-        """The last border from which on all that is needed for the next sequence is read again."""
+        """The last batch of documents from which on the next sequences come out the same."""
         borders = self._borders
         while len(borders) > 1 and borders[1].taken <= self._taken:
             if self._waiting and self._waiting[0][0] < borders[1].first:

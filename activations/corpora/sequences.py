@@ -73,7 +73,7 @@ class PackingCounts:
     digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
 
     def add(self, document: Document, tokens: int) -> None:
-        """Count a document that was made tokens of."""
+        """Count a document that was tokenised."""
         data = document.text.encode()
         self.documents += 1
         self.tokens += tokens
@@ -87,7 +87,7 @@ class PackingCounts:
         self.sources[document.member] = (count + 1, size + len(data))
 
     def stored(self) -> dict[str, Any]:
-        """All but the digest, JSON-able."""
+        """Everything but the digest, JSON-able."""
         return {name: value for name, value in vars(self).items() if name != "digest"}
 
 
@@ -99,7 +99,7 @@ def grouped(
     counts: PackingCounts,
     limit: int | None,
 ) -> Iterator[Sequences]:
-    """Groups of sequences of inputs that are no tokens: (document, hexadecimal digest, input) each.
+    """Groups of sequences whose inputs are not tokens: (document, hexadecimal digest, input) each.
 
     `tokens` have 31 bits of the digest at each position: they tell inputs apart.
     """

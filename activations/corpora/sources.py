@@ -92,7 +92,7 @@ class Record:
 
 
 class Source:
-    """The records of one source in a fixed order, streamed; `state` is the place to go on from.
+    """The records of one source in a fixed order, streamed; `state` is the cursor to resume from.
 
     Raises InputError if the source does not exist, a record lacks the field or is damaged;
     ArtefactError if a stream breaks off.
@@ -119,7 +119,7 @@ class Source:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Where it stands, JSON-able: of a streamed data set its shard and the place in it."""
+        """Where it stands, JSON-able: of a streamed data set its shard and the position in that."""
         hub = {} if self._hub is None else {"hub": self._hub.state_dict()}
         return {"records": self._taken, **hub}
 

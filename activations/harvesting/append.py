@@ -1,4 +1,4 @@
-"""Growing a finished harvest by new text: further windows of the same model, sites, settings."""
+"""Appending new text to a finished harvest, with the same model, sites and settings."""
 
 from typing import Any
 
@@ -59,14 +59,14 @@ def append(config: HarvestConfig, *, ignore_space: bool = False) -> ActivationSt
 
 
 def _existing(config: HarvestConfig, out: AnyPath) -> ActivationStore | None:
-    """The harvest once rank 0 has begun to append this text, or if it is there."""
+    """The harvest, once rank 0 has started to append this text or if the text is already in it."""
     store = ActivationStore.open(out)
     there = is_there(config, store)
     return store if there or not store.complete else None
 
 
 def is_there(config: HarvestConfig, store: ActivationStore) -> bool:
-    """Whether the text was harvested to its end; False if it is to be begun or gone on with."""
+    """Whether the text was harvested to its end; False if it is to be started or resumed."""
     check_same_settings(store, config, ("out", "corpus", "max_tokens"))
     known = [(segment.corpus, segment.max_tokens) for segment in segments(store)]
     wanted = (config.corpus, config.max_tokens)

@@ -1,4 +1,4 @@
-"""A store of activations that somebody else computed: the same on disk as a harvest.
+"""Import activations that were computed elsewhere into a store, the same on disk as a harvest.
 
 Rows keep their order. Each is a position; `context` positions in a row make a sequence, and a
 document (or, where none are named, a sequence) is wholly trained on or wholly held out. Rows are

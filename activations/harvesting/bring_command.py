@@ -1,4 +1,4 @@
-"""`saescope harvest --from FILE`: a store of activations that somebody else computed."""
+"""`saescope harvest --from FILE`: import activations that were computed elsewhere."""
 
 from dataclasses import dataclass
 

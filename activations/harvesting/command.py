@@ -1,4 +1,4 @@
-"""`saescope harvest`: harvest, append to a harvest, or say what either would take."""
+"""`saescope harvest`: harvest, append to a harvest, or estimate what either would cost (--plan)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace

@@ -1,4 +1,4 @@
-"""The model's run over the sequences of one window."""
+"""Run the model over the sequences of one window and collect its rows."""
 
 from dataclasses import replace
 

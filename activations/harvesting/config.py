@@ -1,4 +1,4 @@
-"""What a harvest is asked to do."""
+"""The configuration of a harvest, checked."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -62,8 +62,8 @@ class CorpusReader:
         """The sequences of one split's documents, always the same ones; a language model's packed.
 
         Args: before has the numbers of documents of this split that were there before, which count
-        where repetitions are left out. place is that of a group read earlier, to go on from; limit
-        and to_end as for `pack`. AnyPath and to_end are for language models.
+        where repetitions are left out. cursor is that of a group read earlier, to resume from;
+        limit and to_end as for `pack`. cursor and to_end are for language models.
 
         Raises InputError as `DocumentStream` and `pack` do.
         """
@@ -167,7 +167,7 @@ class CorpusReader:
         """What the manifest says of a split that was read to its end."""
         found = counts.stored()
         chain, sources = found.pop("chain"), found.pop("sources")
-        # a digest cannot go on from a place, and a chain is not what older harvests have
+        # a digest cannot be resumed from a cursor, and a chain is not what older harvests have
         found |= {"chain": chain} if self.corpus.can_go_on else {"hash": counts.digest.hexdigest()}
         if self.corpus.mix:
             pairs = zip(self.corpus.mix, [*sources, *[(0, 0)] * len(self.corpus.mix)], strict=False)

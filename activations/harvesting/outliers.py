@@ -1,4 +1,4 @@
-"""Positions whose norm is far above the others': attention sinks at delimiters, for one."""
+"""Positions whose norm is far above the median, such as attention sinks at delimiters."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -95,7 +95,7 @@ def fill(
 ) -> ActivationStore:
     """Harvest what is missing of the last part of a store, and mark it as complete.
 
-    Args: team is this process's place, the first, where several harvest.
+    Args: team: this process as rank 0, if several processes harvest.
     """
     store = writer.store
     segment = segments(store)[-1]

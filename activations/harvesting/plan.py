@@ -1,4 +1,4 @@
-"""What a harvest will take, said before anything is written: rows, disk, memory, time."""
+"""Estimates of what a harvest will need (rows, disk, memory, time), made before it writes."""
 
 import resource
 import sys

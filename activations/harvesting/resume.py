@@ -1,4 +1,4 @@
-"""A harvest that is there already, against the model and the settings that are asked for now."""
+"""Checks that an existing harvest has the model and the settings that are asked for now."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""From the sequences of a window to its rows: which positions count, in which order they are run.
+"""Which positions of a window become rows, and in which order sequences are run.
 
 A row is a kept position's activation, or a sequence's mean over its kept positions (of a site
 without positions, its vector). A mean stands at the last position that it is over: that one alone

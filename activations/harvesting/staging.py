@@ -1,10 +1,10 @@
-"""Windows that wait for their turn: computed and on the disk, but not committed.
+"""Windows that are computed and on disk but not committed yet, as their turn has not come.
 
 Where a window's chunks belong follows from the rows of all windows before it. So ranks leave what
 they compute in `pending/` inside the store, a folder a window that appears whole or not at all, and
-rank 0 moves its files to their places when the windows before it are committed. The folder's name
-has a sha256 of the settings and of the window's text: what another harvest, or another text, left
-there has another name.
+rank 0 moves its files to where they belong when the windows before it are committed. The folder's
+name has a sha256 of the settings and of the window's text: what another harvest, or another text,
+left there has another name.
 """
 
 import hashlib

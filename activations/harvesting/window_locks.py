@@ -1,4 +1,4 @@
-"""Several processes that harvest one store: who computes which window, who commits it.
+"""Locks by which several processes that harvest one store agree on who computes which window.
 
     torchrun --nproc-per-node 4 -m saescope harvest CONFIG.toml
 
@@ -37,7 +37,7 @@ Found = TypeVar("Found")
 
 
 class Team:
-    """This process's place among the ranks of a harvest.
+    """This process as one of the ranks of a harvest.
 
     Raises ArtefactError if another process has this rank there, or the file system has no locks.
     """

@@ -1,4 +1,4 @@
-"""The windows of a harvest: which are still to be computed, and the model's run over one."""
+"""Which windows of a harvest are still to be computed, with the text of each."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Several processes that share the windows of a harvest: rank 0 commits, all compute."""
+"""Several processes share the windows of a harvest: all compute, rank 0 commits."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""In which order an epoch goes through a split: groups of slices, whose rows are shuffled together.
+"""The order of an epoch: groups of chunk slices whose rows are shuffled together.
 
 Rows of a window are dealt over its chunks, so any slice of a chunk is a fair sample of its window.
 How near batches are to independent draws depends on how many windows a group has slices of:

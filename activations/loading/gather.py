@@ -1,4 +1,4 @@
-"""Rows by their indices, as they are stored or in the dtype of batches: one pass over memory.
+"""Gather rows by index into a batch, converted to its dtype in the same pass over memory.
 
 In C++ each row is read once and written past the caches; without a compiler torch and numpy do it
 in two passes. The numbers are the same.

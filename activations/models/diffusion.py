@@ -1,4 +1,4 @@
-"""Diffusion models: each prompt at a denoising step a sequence, places of a feature map positions.
+"""Diffusion models: a sequence is a prompt at one denoising step, a position one of a feature map.
 
 The sites are modules of the U-net (or transformer) that denoises; all around it (prompts, noise,
 schedule) is done by the model's own pipeline of diffusers.
@@ -209,11 +209,11 @@ class DiffusionModel(ModuleModel):
         return [group.inputs[number] for number in chosen]
 
     def keep_mask(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-        """Every place counts."""
+        """Every position counts."""
         return torch.ones_like(tokens, dtype=torch.bool)
 
     def _check_site(self, site: str, rows: str, context: int) -> None:
-        """Positions are the site's places; a mean has one."""
+        """Positions are those of the site's feature map; a mean has one."""
         check_positions(site, self.positions(site), rows, context)
 
 

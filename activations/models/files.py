@@ -1,4 +1,4 @@
-"""Where a model's files are, and on which device it is to be: by name, folder, hub."""
+"""Where a model's files are: a package, a folder or the hub's cache; and their hash."""
 
 from collections.abc import Iterable
 from pathlib import Path

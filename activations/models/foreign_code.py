@@ -1,4 +1,4 @@
-"""Models of others are loaded without running code that comes with them, unless that is asked for.
+"""Code that comes with a model is run only if the user trusts it explicitly.
 
 A model's folder can bring code: classes that its config.json or tokenizer_config.json names
 (auto_map), parts of a pipeline, a function for `generate`, or compiled kernels of the hub. Whoever

@@ -1,4 +1,4 @@
-"""What transformers and TransformerLens are asked for: silence, a bridge, padding."""
+"""Helpers around transformers and TransformerLens: quiet loading, the bridge, padding."""
 
 import copy
 import inspect

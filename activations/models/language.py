@@ -274,7 +274,7 @@ class Model(HarvestModel):
         Each function gets the activation [batch, position, d_in] and the positions [position] that
         tokens have in their texts (right under a KV cache too, in `generate` and in `hf.generate`),
         and returns the replacement of the same shape, or None to leave the very tensor alone. In a
-        padded batch, whose rows begin at different places, positions are [batch, position], and -1
+        padded batch, whose rows begin at different positions, they are [batch, position], and -1
         at padding. Edits at one site nest: an inner context sees what the outer one made.
 
         Raises InputError for an unknown site or a replacement of another shape.

@@ -1,4 +1,4 @@
-"""Matrix products of a model in 16 bits on a CPU, made in float32 where that is faster.
+"""Whether a 16-bit model multiplies in float32 on this CPU, which is often faster.
 
 Few processors multiply 16-bit floats faster than float32, and on the others a forward pass in
 bfloat16 takes half as long again. The product of two such numbers fits a float32, and libraries

@@ -78,7 +78,7 @@ class ModuleModel(HarvestModel):
                 shape = shapes_of([target], lambda: self._run(self.example(_PROBED)))[site]
             if shape[0] != _PROBED:
                 raise InputError(
-                    "this module's activation has not one row a sequence, or a place of it",
+                    "this module's activation is not [sequence, (position,) d_in]",
                     where=site,
                     given=f"{shape} of {_PROBED} sequences",
                 )

@@ -164,7 +164,7 @@ class TextEncoder(ModuleModel):
         return ~torch.isin(tokens, special.to(tokens.dtype))
 
     def _check_site(self, site: str, rows: str, context: int) -> None:
-        """A row a token needs a site with a place a token."""
+        """Rows of positions need a site with one position a token."""
         least = len(self._before) + len(self._after) + 1
         if not least <= context <= self.n_ctx:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Vision encoders: each picture a sequence, the places of its feature map the positions."""
+"""Vision encoders: a sequence is a picture, a position one of its feature map."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -169,9 +169,9 @@ class VisionModel(ModuleModel):
         return self._prepare([read_picture(*group.inputs[number]) for number in chosen])
 
     def keep_mask(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-        """Every place counts."""
+        """Every position counts."""
         return torch.ones_like(tokens, dtype=torch.bool)
 
     def _check_site(self, site: str, rows: str, context: int) -> None:
-        """Positions are the site's places; a mean has one."""
+        """Positions are those of the site's feature map; a mean has one."""
         check_positions(site, self.positions(site), rows, context)

@@ -1,4 +1,4 @@
-"""Activations without a disk: rows of a harvest that stores none, computed when they are read.
+"""Rows of a harvest that stores none, computed by the model when they are read.
 
 Such a harvest has its text alone. Its windows are computed by the model as a harvest computes
 them, and their rows dealt over the same chunks, so that readers get what a harvest with the same

@@ -1,4 +1,4 @@
-"""`saescope doctor`: what is wrong with the files of a harvest, and its repair."""
+"""`saescope doctor` on a harvest: check its files and repair them."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass

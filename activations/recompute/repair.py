@@ -1,4 +1,4 @@
-"""Repairing a store: what is damaged is harvested again, and put back if the rest agrees.
+"""Repair a harvest: recompute what is damaged, and put it back if it has the committed checksum.
 
 A chunk's row order follows from the harvest's seed and its rows from the stored tokens, so that a
 damaged chunk of a site needs the model and one window; damaged tokens, or a list of documents, need

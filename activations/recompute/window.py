@@ -1,4 +1,4 @@
-"""A committed window computed again: its rows from the stored tokens, its order from the seed."""
+"""Compute a committed window again: its rows from the stored tokens, its order from the seed."""
 
 from collections.abc import Sequence
 from dataclasses import replace

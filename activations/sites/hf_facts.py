@@ -1,4 +1,4 @@
-"""What is to be known of a model of transformers, whatever its architecture calls it."""
+"""Facts about a model of transformers that its architectures name differently."""
 
 from typing import Any
 

@@ -114,7 +114,7 @@ def _output_of(site: str, output: Any) -> tuple[int | str | None, Tensor]:
 
 
 def _with_output(output: Any, slot: int | str | None, new: Tensor) -> Any:
-    """A module's output with the tensor at this place replaced."""
+    """A module's output with the tensor in this slot replaced."""
     if slot is None:
         return new
     if isinstance(output, Mapping):

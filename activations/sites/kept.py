@@ -1,6 +1,6 @@
 """Which positions of a text count: one rule, for harvests, edits, evaluation and live text.
 
-A token's position is its place among the tokens of its own text, from 0; padding, on whatever side,
+A token's position is its index among the tokens of its own text, from 0; padding, on whatever side,
 has none (-1). Position 0 and special tokens (BOS, EOS, padding, ...) are not kept: SAEs are neither
 trained nor measured on them.
 """

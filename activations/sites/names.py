@@ -25,7 +25,7 @@ A site names one tensor of shape [batch, position, d_in]; most have a short name
                                                    input, output, or update = output - input
 
 A module's tensor [batch, width] has one position; in [batch, channel, height, width] the positions
-are the places of the picture, row by row.
+are the positions of the feature map, row by row.
 
 A pattern has `*` for any text within a part, and ranges and lists for layers: `resid_post:*`,
 `z:4-12`, `blocks.0,3,6-8.hook_resid_post`, `module:encoder.layer.*:output`; `*` alone is every

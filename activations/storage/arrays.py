@@ -1,4 +1,4 @@
-"""Rows of activations that somebody brings, in memory or in a file: read by parts, and checked."""
+"""Rows of activations to import, in memory or in a file: read in blocks, and checked."""
 
 import hashlib
 from abc import ABC, abstractmethod

@@ -21,7 +21,7 @@ LEDGER_SINCE = 2
 
 @dataclass(frozen=True)
 class Chunk:
-    """One chunk of a store: its place, and how many of its rows are real."""
+    """One chunk of a store: its number, and how many of its rows are real."""
 
     index: int
     rows: int

@@ -1,4 +1,4 @@
-"""An array's stored rows where the system has them: its files' pages, one chunk behind the other.
+"""Memory-mapped rows: the chunk files of an array, mapped one behind the other.
 
 Nothing is copied, so a batch is made of rows by one copy, and what has been read once is there for
 good. An array that would take more than half of the machine's memory is let go of slice by slice.

@@ -1,4 +1,4 @@
-"""Rows that are brought: which is at which position of which sequence, and which are held out."""
+"""Where imported rows belong: sequence, position and split of each."""
 
 from typing import Any
 

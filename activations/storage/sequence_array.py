@@ -48,10 +48,10 @@ class SequenceArray:
         window = np.searchsorted(self._first, wanted, side="right") - 1
         order = np.argsort(window, kind="stable")
         borders = np.flatnonzero(np.diff(window[order]))
-        for places in np.split(order, borders + 1) if len(order) else []:
-            number = int(window[places[0]])
+        for index in np.split(order, borders + 1) if len(order) else []:
+            number = int(window[index[0]])
             part = self._window(number)
-            found[places] = part[wanted[places] - self._first[number]]
+            found[index] = part[wanted[index] - self._first[number]]
         return found
 
     def _window(self, number: int) -> NDArray[Any]:

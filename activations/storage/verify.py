@@ -1,4 +1,4 @@
-"""Everything that can be wrong with the files of a store, found and named."""
+"""Check every file of a store, and name what is wrong."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
