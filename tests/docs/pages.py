@@ -31,7 +31,8 @@ import pytest
 import tests.tiny
 from sae import architectures, evaluation
 from saescope import config, metrics, plugins
-from saescope.__main__ import COMMANDS, main
+from saescope.__main__ import main
+from saescope.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import demo_figures
 from saescope import config
-from saescope.__main__ import COMMANDS
+from saescope.commands import COMMANDS
 from tests.docs.pages import parse
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,8 @@ PACKAGES = ("saescope", "activations", "sae", "store", "dashboards")
 ALL_THE_WAY = """
 import importlib, pathlib, sys
 import activations.models.packaged, dashboards.app, dashboards.demo_command, sae.commands.steer
-from saescope.__main__ import COMMANDS, main
+from saescope.__main__ import main
+from saescope.commands import COMMANDS
 
 TINY = ["--model.spec", "model", "--model.dtype", "float32", "--corpus.source", "text/corpus.jsonl",
         "--context", "16", "--sites", "resid_post:1", "--out", "data/plan"]

@@ -178,7 +178,8 @@ def test_a_command_that_needs_torch_for_its_help_gets_it(tmp_path: Path) -> None
     )
     code = HELP_OF + (
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
-        "command_line.COMMANDS['peculiar'] = command_line.Command(\n"
+        "from saescope.commands import COMMANDS, Command\n"
+        "COMMANDS['peculiar'] = Command(\n"
         "    module='peculiar', config='PeculiarConfig', function='', summary='', examples=())\n"
         "help_of('peculiar')\n"
     )

@@ -17,7 +17,8 @@ from sae.architectures import architecture, list_architectures
 from sae.formats import format_named
 from sae.formats.load import load
 from saescope import plugins
-from saescope.__main__ import COMMANDS, main
+from saescope.__main__ import main
+from saescope.commands import COMMANDS
 from saescope.errors import ArtefactError, InputError
 from store import FeatureStore
 from store.database import STORE_FILE

@@ -1,0 +1,195 @@
+"""The table of commands: where each lives, what its help says, and examples of it.
+
+It imports none of them, so that help is instant.
+"""
+
+from dataclasses import dataclass
+
+from saescope import plugins
+from saescope.metrics import metric_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Where a command lives, and what its help says."""
+
+    module: str
+    config: str
+    function: str
+    summary: str
+    examples: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """lines of help that no option shows"""
+    positional: str | None = None
+    resumes: bool = False
+    gives_exit_code: bool = False
+    """whether what the function returns is the exit code"""
+    loads_saes: bool = False
+    """whether it makes SAEs, of architectures of other packages too (`saescope.plugins`)"""
+
+    def help_lines(self) -> list[str]:
+        """The lines above the options in the command's help."""
+        notes = (*self.notes, *(plugins.HELP if self.loads_saes else ()))
+        return [self.summary, "", "Examples:", *(f"  {e}" for e in self.examples), *notes]
+
+
+_MEASURED = [row.label for row in metric_table().values() if not row.minor]
+COMMANDS = {
+    "demo": Command(
+        module="dashboards.demo_command",
+        config="DemoConfig",
+        function="demo",
+        summary="Go all the way from text to a steered model: harvest, train, eval, index, steer.",
+        examples=("saescope demo --quick", "saescope demo"),
+        notes=("", "It writes data/, runs/ and stores/ in the current folder."),
+        resumes=True,
+    ),
+    "init": Command(
+        module="saescope.init_command",
+        config="InitConfig",
+        function="init",
+        summary="Write the example configurations into a folder, to run and to change.",
+        examples=("saescope init", "saescope init my-project"),
+        positional="folder",
+    ),
+    "harvest": Command(
+        module="activations.harvesting.command",
+        config="HarvestCommand",
+        function="run",
+        summary="Run a model over text and store activations.",
+        examples=(
+            "saescope harvest configs/harvest/smollm2-135m-wikipedia.toml",
+            "saescope harvest configs/harvest/smollm2-135m-wikipedia.toml "
+            "--sites 'blocks.4-9.hook_resid_post' --out data/six-layers",
+            "saescope harvest configs/harvest/pythia-70m.toml --plan",
+            "saescope harvest configs/harvest/smollm2-135m-wikipedia.toml "
+            "--corpus.source 'news/*.jsonl' --append",
+            "saescope harvest --from acts.safetensors --out data/mine",
+        ),
+        notes=(
+            "",
+            "saescope harvest --from FILE --help shows the options for activations you have.",
+        ),
+        resumes=True,
+    ),
+    "train": Command(
+        module="sae.commands.train",
+        config="TrainConfig",
+        function="train",
+        summary="Train a sparse autoencoder on a harvest.",
+        examples=(
+            "saescope train configs/train/topk.toml",
+            "saescope train configs/train/topk.toml --sae.k 64 --out runs/topk-64",
+            "saescope train configs/train/jumprelu.toml --trainer.target_l0 64 --plan",
+        ),
+        notes=(
+            "",
+            "In several processes, to the same result (docs/how-to/several-processes.md):",
+            "  torchrun --nproc-per-node 4 -m saescope train configs/train/topk.toml",
+        ),
+        resumes=True,
+        loads_saes=True,
+    ),
+    "sweep": Command(
+        module="sae.commands.sweep",
+        config="SweepConfig",
+        function="sweep",
+        summary="Train many SAEs from one reading of a harvest.",
+        examples=(
+            "saescope sweep configs/sweep/pareto.toml --plan",
+            "saescope sweep configs/sweep/pareto.toml",
+        ),
+        notes=(
+            "",
+            "Tables of the file, which are no options:",
+            "  [base]    fields of a training file that all members share",
+            "  [[grid]]  fields by dotted name; lists are multiplied out into members",
+        ),
+        resumes=True,
+        loads_saes=True,
+    ),
+    "eval": Command(
+        module="sae.commands.evaluate",
+        config="EvaluateConfig",
+        function="evaluate",
+        summary=f"Measure an SAE on held-out text: {', '.join(_MEASURED)}.",
+        examples=(
+            "saescope eval runs/smollm2-135m-topk",
+            "saescope eval --run runs/x --tokens 65536",
+        ),
+        positional="run",
+        loads_saes=True,
+    ),
+    "index": Command(
+        module="sae.commands.index",
+        config="IndexConfig",
+        function="index",
+        summary="Encode a harvest with an SAE into a feature store.",
+        examples=("saescope index runs/smollm2-135m-topk --out stores/smollm2-135m-topk",),
+        positional="run",
+        loads_saes=True,
+    ),
+    "explore": Command(
+        module="dashboards.launch",
+        config="ExploreConfig",
+        function="explore",
+        summary="Open the feature explorer on a store, or on a folder of stores.",
+        examples=(
+            "saescope explore stores",
+            "saescope explore stores/smollm2-135m-topk --port 8600",
+        ),
+        positional="store",
+        loads_saes=True,
+    ),
+    "steer": Command(
+        module="sae.commands.steer",
+        config="SteerConfig",
+        function="steer_text",
+        summary="Continue a prompt with and without an edit of features.",
+        examples=("saescope steer runs/smollm2-135m-topk --prompt 'The weather' --add 123=8",),
+        positional="run",
+        loads_saes=True,
+    ),
+    "convert": Command(
+        module="sae.commands.convert",
+        config="ConvertConfig",
+        function="convert",
+        summary="Write an SAE in another library's format, read one, or upload one.",
+        examples=(
+            "saescope convert runs/smollm2-135m-topk --to saelens --out exported",
+            "saescope convert hf://google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82 "
+            "--out gemma-12 --harvest data/gemma-2-2b",
+            "saescope convert runs/smollm2-135m-topk --to saelens --upload me/smollm2-saes",
+        ),
+        positional="source",
+        loads_saes=True,
+    ),
+    "bench": Command(
+        module="sae.commands.bench",
+        config="BenchConfig",
+        function="bench",
+        summary="Time the operations of a training step, and whole steps, on this machine.",
+        examples=(
+            "saescope bench",
+            "saescope bench --shapes 4096x576x16384x64 --architectures topk jumprelu --what steps",
+            "saescope bench --settings dense torch cpu --rounds 9 --out bench.csv",
+        ),
+        loads_saes=True,
+    ),
+    "doctor": Command(
+        module="sae.commands.doctor",
+        config="DoctorConfig",
+        function="doctor",
+        summary="Check every file of a harvest, run, SAE or store, or of all in a folder.",
+        examples=(
+            "saescope doctor runs/smollm2-135m-topk",
+            "saescope doctor data/smollm2-135m-wikipedia --repair",
+            "saescope doctor stores --remove-leftovers",
+        ),
+        notes=("", "The exit code is 0 if all is well, 1 if anything is wrong."),
+        positional="path",
+        resumes=True,
+        gives_exit_code=True,
+        loads_saes=True,
+    ),
+}
