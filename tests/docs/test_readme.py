@@ -64,3 +64,13 @@ def test_every_public_name_has_a_docstring() -> None:
         module = importlib.import_module(package)
         for name in getattr(module, "__all__", []):
             assert (getattr(module, name).__doc__ or "").strip(), f"{package}.{name}"
+
+
+def test_the_tutorial_and_the_readme_show_one_run() -> None:
+    """Every figure that the tutorial shows of the quick demo is printed by the README's."""
+    tutorial = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    outputs = re.findall(r"```text\n(.*?)```", tutorial, re.DOTALL)
+    lines = [line for text in outputs for line in text.splitlines() if "done, " in line]
+    lines += [line for text in outputs for line in text.splitlines() if re.match(r"  \w.*\d", line)]
+    assert len(lines) > 15
+    assert [line for line in lines if line not in README and "saescope" not in line] == []
