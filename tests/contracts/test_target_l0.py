@@ -97,7 +97,7 @@ def test_it_is_reached_or_said_not_to_be(
     l0, said = trainer.last_held_out["l0"], capsys.readouterr().out
     reached = abs(l0 - target) <= REACHED * target
     assert trainer.target_reached == reached
-    assert ("target_l0" in said and f"is not reached: L0 is {l0:.1f}" in said) == (not reached)
+    assert ("target_l0" in said and f"is not reached: L0 {l0:.2f}" in said) == (not reached)
 
 
 @pytest.mark.parametrize("kind", NORM_WEIGHTED)
