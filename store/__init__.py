@@ -2,7 +2,7 @@
 
 from store.annotations import Annotations
 from store.feature_store import FeatureStore
-from store.results import FeatureFilter
+from store.results import Between, FeatureFilter, OneOf
 from store.writer import StoreWriter
 
-__all__ = ["Annotations", "FeatureFilter", "FeatureStore", "StoreWriter"]
+__all__ = ["Annotations", "Between", "FeatureFilter", "FeatureStore", "OneOf", "StoreWriter"]

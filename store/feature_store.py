@@ -1,67 +1,42 @@
 """Reading a feature store: typed queries, read-only, from any number of threads and processes."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-import pyarrow as pa
 
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index, as_indices
 from saescope.metrics import metric_table
 from store.checking import check_store
-from store.database import COUNTS, FEATURE_COLUMNS, Database, identifier, store_file
+from store.database import COUNTS, Database, store_file
 from store.examples import read_examples
+from store.feature_table import FeatureTable
 from store.results import (
     Active,
     Coactivation,
     Example,
-    Feature,
-    FeatureFilter,
-    FeaturePage,
     Histogram,
     LogitEffect,
     Logits,
     Neighbour,
     Overview,
 )
+from store.store_base import MOST
 from store.summaries import BINS
-from store.vocabulary import Vocabulary
 
 KINDS = ("top", "interval")
-_MOST = 2**62
-STATES = {"all": "", "live": "n_active > 0", "dead": "n_active = 0"}
-_BOUNDS = {
-    "feature_min": "feature >= ?",
-    "feature_max": "feature <= ?",
-    "density_min": "density >= ?",
-    "density_max": "density <= ?",
-    "activation_min": "max >= ?",
-    "activation_max": "max <= ?",
-}
 
 
-class FeatureStore:
+class FeatureStore(FeatureTable):
     """An open feature store; every method may be called from any thread.
 
     >>> with FeatureStore.open("stores/demo") as features:  # doctest: +SKIP
     ...     features.examples(123, "top", window=10)[0].tokens
     """
-
-    def __init__(self, db: Database, meta: Mapping[str, Any]) -> None:
-        self.path = db.file
-        self.meta = dict(meta)
-        self.d_sae = int(meta["d_sae"])
-        self.context = int(meta["context"])
-        self._db = db
-        self._rows, self._columns = db.rows, db.columns
-        self._vocabulary: Vocabulary | None = None
-        self._statistics: dict[str, np.ndarray] | None = None
-        names = [row[0] for row in self._rows("DESCRIBE db.feature")]
-        self.columns = tuple(name for name in names if name != "first_row")
 
     @classmethod
     def open(
@@ -108,25 +83,6 @@ class FeatureStore:
     ) -> None:
         self.close()
 
-    def _check(self, feature: int) -> int:
-        number = as_index(feature, where="feature")
-        if not 0 <= number < self.d_sae:
-            raise InputError(
-                "no such feature", where="feature", given=number, allowed=f"0 to {self.d_sae - 1}"
-            )
-        return number
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The tokens' texts, read once."""
-        if self._vocabulary is None:
-            texts = [r[0] for r in self._rows("SELECT text FROM db.vocabulary ORDER BY token_id")]
-            partial = self._rows("SELECT token_id, bytes FROM db.vocabulary WHERE bytes NOT NULL")
-            ends = self._rows("SELECT min(token_id), max(token_id), count(*) FROM db.vocabulary")
-            self._db.check_fits(ends == [(0, len(texts) - 1, len(texts))], "vocabulary")
-            self._vocabulary = Vocabulary(texts, dict(partial))
-        return self._vocabulary
-
     def overview(self) -> Overview:
         """The store in numbers."""
         meta = self.meta
@@ -147,67 +103,6 @@ class FeatureStore:
             table=metric_table(meta.get("metric_rows"), where=str(self.path)),
             bytes=self.path.stat().st_size,
         )
-
-    def features(
-        self,
-        filters: FeatureFilter | None = None,
-        sort: str = "feature",
-        descending: bool = False,
-        limit: int = 50,
-        offset: int = 0,
-    ) -> FeaturePage:
-        """One page of the feature table; ties are in the order of the features.
-
-        Raises InputError for a column to sort by that is not in `columns`, or a wrong state.
-        """
-        if sort not in self.columns:
-            raise InputError("no such column", where="sort", given=sort, allowed=self.columns)
-        limit = as_index(limit, where="limit", low=1, high=_MOST)
-        offset = as_index(offset, where="offset", low=0, high=_MOST)
-        where, values = self._where(filters or FeatureFilter())
-        total = self._rows(f"SELECT count(*) FROM db.feature{where}", values)[0][0]
-        order = f"{identifier(sort)} {'DESC' if descending else 'ASC'} NULLS LAST, feature"
-        columns = ", ".join(map(identifier, self.columns))
-        sql = f"SELECT {columns} FROM db.feature{where} ORDER BY {order} LIMIT ? OFFSET ?"
-        found = self._rows(sql, [*values, limit, offset])
-        arrays = zip(*found, strict=True) if found else [()] * len(self.columns)
-        rows = pa.table({n: list(a) for n, a in zip(self.columns, arrays, strict=True)})
-        return FeaturePage(rows, total)
-
-    def _where(self, filters: FeatureFilter) -> tuple[str, list[Any]]:
-        if filters.state not in STATES:
-            raise InputError("no such state", where="state", given=filters.state, allowed=STATES)
-        clauses = [STATES[filters.state]] if STATES[filters.state] else []
-        values: list[Any] = []
-        for name, clause in _BOUNDS.items():
-            bound = getattr(filters, name)
-            if bound is not None:
-                clauses.append(clause)
-                values.append(_number(bound, name))
-        if filters.ids is not None:
-            clauses.append("feature IN (SELECT unnest(?::BIGINT[]))")
-            values.append(as_indices(filters.ids, where="ids", low=-_MOST, high=_MOST))
-        return (f" WHERE {' AND '.join(clauses)}" if clauses else ""), values
-
-    def feature(self, feature: int) -> Feature:
-        """One feature's statistics; InputError if there is no such feature."""
-        columns = ("first_row", *self.columns)
-        names = ", ".join(map(identifier, columns))
-        sql = f"SELECT {names} FROM db.feature WHERE feature = ?"
-        row = dict(zip(columns, self._rows(sql, [self._check(feature)])[0], strict=True))
-        more = {name: row.pop(name) for name in list(row) if name not in FEATURE_COLUMNS}
-        return Feature(**row, more=more)
-
-    def _of_all(self, column: str) -> np.ndarray:
-        """A statistic of every feature, [d_sae]; read once, so that lookups cost no query."""
-        if self._statistics is None:
-            sql = "SELECT n_active, density, max FROM db.feature ORDER BY feature"
-            self._statistics = self._columns(sql)
-        return self._statistics[column]
-
-    def densities(self) -> np.ndarray:
-        """Every feature's density, [d_sae]."""
-        return self._of_all("density").copy()
 
     def histogram(self, feature: int) -> Histogram:
         """How often the feature has which activation: equal bins over (0, max]."""
@@ -230,17 +125,8 @@ class FeatureStore:
             raise InputError("no such kind of example", where="kind", given=kind, allowed=KINDS)
         number = self._check(feature)
         if window is not None:
-            window = as_index(window, where="window", low=0, high=_MOST)
+            window = as_index(window, where="window", low=0, high=MOST)
         return read_examples(self._db, self.vocabulary, self.context, number, kind, window)
-
-    def _text(self, token_id: int) -> str:
-        self._db.check_fits(0 <= token_id < len(self.vocabulary), "vocabulary")
-        return self.vocabulary.text(token_id)
-
-    def _of(self, column: str, other: int) -> float:
-        """A statistic of a feature whose number was read from the store."""
-        self._db.check_fits(0 <= other < self.d_sae, "feature")
-        return float(self._of_all(column)[other])
 
     def top_tokens(self, features: Sequence[int], n: int = 5) -> dict[int, list[str]]:
         """For each feature, the n most frequent tokens among its strongest examples."""
@@ -282,7 +168,7 @@ class FeatureStore:
         rows = self._rows(
             "SELECT other, together, share, pmi, correlation FROM db.coactivation"
             " WHERE feature = ? ORDER BY rank LIMIT ?",
-            [self._check(feature), as_index(n, where="n", low=0, high=_MOST)],
+            [self._check(feature), as_index(n, where="n", low=0, high=MOST)],
         )
         return [
             Coactivation(other, together, share, pmi, correlation, self._of("density", other))
@@ -318,23 +204,6 @@ class FeatureStore:
         begin = self._sequence(sequence) * self.context
         return self._active(begin, begin + self.context)
 
-    def _sequence(self, sequence: int) -> int:
-        number = as_index(sequence, where="sequence")
-        known = "SELECT count(*) FROM db.sequence WHERE sequence = ?"
-        if not 0 <= number < _MOST or not self._rows(known, [number])[0][0]:
-            raise InputError("no such sequence", where="sequence", given=number)
-        return number
-
-    def _active(self, begin: int, end: int) -> Active:
-        found = self._columns(
-            "SELECT position, feature, activation FROM db.activation_by_position"
-            " WHERE position >= ? AND position < ?",
-            [begin, end],
-        )
-        keys = (found["feature"], -found["activation"], found["position"])
-        order = np.lexsort(keys)
-        return Active(*(found[name][order] for name in ("position", "feature", "activation")))
-
     def _live(self) -> np.ndarray:
         return np.flatnonzero(self._of_all("n_active"))
 
@@ -355,14 +224,3 @@ class FeatureStore:
         live = self._live()
         chosen = random.Random(None if seed is None else as_index(seed, where="seed"))
         return int(chosen.choice(live)) if len(live) else None
-
-
-def _number(value: float, where: str) -> float:
-    """A bound as a number of Python, from one of Python or NumPy; InputError for anything else."""
-    if (
-        isinstance(value, bool | np.bool_)
-        or not isinstance(value, int | float | np.number)
-        or value != value
-    ):
-        raise InputError("is not a number", where=where, given=value)
-    return float(value) if isinstance(value, float | np.floating) else int(value)

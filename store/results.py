@@ -37,12 +37,38 @@ class Overview:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Between:
+    """Bounds, both included, of a column of numbers; None means no bound.
+
+    Features that have no value there are left out where there is a bound.
+    """
+
+    column: str
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The values that a column of texts may have."""
+
+    column: str
+    values: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureFilter:
     """Which features a table shows; None means no bound."""
 
     ids: tuple[int, ...] | None = None
     """Only these features (a label search gives them)."""
+    not_ids: tuple[int, ...] | None = None
+    """All but these (those with a label, to find those without)."""
+    between: tuple[Between, ...] = ()
+    """Bounds of any columns of numbers, those that the indexer added too."""
+    one_of: tuple[OneOf, ...] = ()
+    """Values of any columns of texts."""
     feature_min: int | None = None
     feature_max: int | None = None
     density_min: float | None = None
@@ -51,7 +77,7 @@ class FeatureFilter:
     """Lower bound of the feature's maximum activation."""
     activation_max: float | None = None
     state: str = "all"
-    """"all", "live" (active at least once) or "dead"."""
+    """"all", "live" (active at least once), "dead" or "dense" (at over 10 % of positions)."""
 
 
 @dataclass(frozen=True)

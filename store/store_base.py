@@ -1,0 +1,84 @@
+"""What all queries of a feature store stand on: the open file, its vocabulary and statistics."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from saescope.errors import InputError
+from saescope.integers import as_index
+from store.database import Database
+from store.results import Active
+from store.vocabulary import Vocabulary
+
+MOST = 2**62
+"""upper bound of counts and offsets that are given to DuckDB as 64-bit integers"""
+
+
+class StoreBase:
+    """An open store's file; `FeatureStore` adds the queries, one file of them a theme."""
+
+    def __init__(self, db: Database, meta: Mapping[str, Any]) -> None:
+        self.path = db.file
+        self.meta = dict(meta)
+        self.d_sae = int(meta["d_sae"])
+        self.context = int(meta["context"])
+        self._db = db
+        self._rows, self._columns = db.rows, db.columns
+        self._vocabulary: Vocabulary | None = None
+        self._statistics: dict[str, np.ndarray] | None = None
+        described = self._rows("DESCRIBE db.feature")
+        self._column_types = {name: kind for name, kind, *_ in described if name != "first_row"}
+        self.columns = tuple(self._column_types)
+
+    def _check(self, feature: int) -> int:
+        number = as_index(feature, where="feature")
+        if not 0 <= number < self.d_sae:
+            raise InputError(
+                "no such feature", where="feature", given=number, allowed=f"0 to {self.d_sae - 1}"
+            )
+        return number
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens' texts, read once."""
+        if self._vocabulary is None:
+            texts = [r[0] for r in self._rows("SELECT text FROM db.vocabulary ORDER BY token_id")]
+            partial = self._rows("SELECT token_id, bytes FROM db.vocabulary WHERE bytes NOT NULL")
+            ends = self._rows("SELECT min(token_id), max(token_id), count(*) FROM db.vocabulary")
+            self._db.check_fits(ends == [(0, len(texts) - 1, len(texts))], "vocabulary")
+            self._vocabulary = Vocabulary(texts, dict(partial))
+        return self._vocabulary
+
+    def _text(self, token_id: int) -> str:
+        self._db.check_fits(0 <= token_id < len(self.vocabulary), "vocabulary")
+        return self.vocabulary.text(token_id)
+
+    def _of_all(self, column: str) -> np.ndarray:
+        """A statistic of every feature, [d_sae]; read once, so that lookups cost no query."""
+        if self._statistics is None:
+            sql = "SELECT n_active, density, max FROM db.feature ORDER BY feature"
+            self._statistics = self._columns(sql)
+        return self._statistics[column]
+
+    def _of(self, column: str, other: int) -> float:
+        """A statistic of a feature whose number was read from the store."""
+        self._db.check_fits(0 <= other < self.d_sae, "feature")
+        return float(self._of_all(column)[other])
+
+    def _sequence(self, sequence: int) -> int:
+        number = as_index(sequence, where="sequence")
+        known = "SELECT count(*) FROM db.sequence WHERE sequence = ?"
+        if not 0 <= number < MOST or not self._rows(known, [number])[0][0]:
+            raise InputError("no such sequence", where="sequence", given=number)
+        return number
+
+    def _active(self, begin: int, end: int) -> Active:
+        found = self._columns(
+            "SELECT position, feature, activation FROM db.activation_by_position"
+            " WHERE position >= ? AND position < ?",
+            [begin, end],
+        )
+        keys = (found["feature"], -found["activation"], found["position"])
+        order = np.lexsort(keys)
+        return Active(*(found[name][order] for name in ("position", "feature", "activation")))
