@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dashboards.amounts import span
-from store.results import Histogram
+from store.results import Histogram, PositionProfile
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -124,3 +124,27 @@ def percent(share: float) -> str:
     digits = max(2 - int(np.floor(np.log10(value))), 0)
     text = f"{value:.{digits}f}"
     return f"{text.rstrip('0').rstrip('.') if '.' in text else text} %"
+
+
+def position_profile(profile: PositionProfile, height: int = 170) -> "Figure":
+    """At which share of the kept positions of each stretch of a sequence a feature fires."""
+    from plotly.graph_objects import Bar, Figure
+
+    low, high = profile.edges[:-1], profile.edges[1:] - 1
+    share = 100 * profile.counts / np.maximum(profile.kept, 1)
+    text = [
+        f"index {a}{'' if a == b else f' to {b}'}: {count:,} of {kept:,} positions"
+        for a, b, count, kept in zip(low, high, profile.counts, profile.kept, strict=True)
+    ]
+    bars = Bar(
+        x=(low + high) / 2,
+        y=np.where(profile.counts > 0, share, np.nan),
+        width=(high - low + 1) * 0.94,
+        marker={"color": BLUE, "line": {"width": 0}},
+        hovertext=text,
+        hoverinfo="text",
+    )
+    figure = _finish(Figure(bars), "index in the sequence", "% of positions", height)
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_xaxes(range=[-0.5, float(profile.edges[-1]) - 0.5])
+    return figure

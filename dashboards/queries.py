@@ -10,6 +10,7 @@ import streamlit as st
 
 from dashboards.tokens import plain_visible
 from store import Annotations, FeatureFilter, FeatureStore
+from store.profiles import has_profiles
 from store.results import (
     Coactivation,
     Example,
@@ -18,6 +19,8 @@ from store.results import (
     Logits,
     Neighbour,
     Overview,
+    PositionProfile,
+    TokenShare,
 )
 
 Version = tuple[str, int, int, int]
@@ -33,6 +36,9 @@ class FeatureData:
     logits: Logits
     neighbours: list[Neighbour]
     coactivating: list[Coactivation]
+    tokens: list[TokenShare] | None
+    """None where the store is of a schema that has no profiles"""
+    positions: PositionProfile | None
     previous: int | None
     next: int | None
 
@@ -79,12 +85,15 @@ def densities(_store: FeatureStore, version: Version) -> np.ndarray:
 @st.cache_data(max_entries=512, ttl=_DAY, show_spinner=False)
 def feature(_store: FeatureStore, version: Version, number: int) -> FeatureData:
     """A feature's page without its examples."""
+    profiled = has_profiles(int(_store.meta["schema"]))
     return FeatureData(
         feature=_store.feature(number),
         histogram=_store.histogram(number),
         logits=_store.logits(number),
         neighbours=_store.neighbours(number),
         coactivating=_store.coactivating(number),
+        tokens=_store.token_profile(number) if profiled else None,
+        positions=_store.position_profile(number) if profiled else None,
         previous=_store.previous_live(number),
         next=_store.next_live(number),
     )

@@ -13,6 +13,7 @@ from saescope.errors import InputError
 from saescope.progress import Progress
 from store import summaries
 from store.database import identifier
+from store.profiles import Kept, ProfileRows
 from store.summaries import Scratch
 
 _ORDERS = {
@@ -24,6 +25,9 @@ _ORDERS = {
     "histogram": "feature, bin",
     "example": "feature, kind DESC, interval DESC, rank",
     "coactivation": "feature, rank",
+    "token_profile": "feature, rank",
+    "position_bin": "bin",
+    "position_profile": "feature, bin",
 }
 _EXAMPLE_TYPES: dict[str, pa.DataType] = {
     "feature": pa.int32(),
@@ -209,7 +213,7 @@ def _summarise(
     counts: Mapping[str, int],
     progress: Progress,
 ) -> dict[str, np.ndarray]:
-    """Fill histogram, example and coactivation; each feature's mean, std and n_documents.
+    """Fill all tables of single features; each feature's mean, std and n_documents.
 
     Sums are made here, in the order of the rows: DuckDB's threads add up in any order.
     """
@@ -221,6 +225,10 @@ def _summarise(
     histograms: list[tuple[int, np.ndarray]] = []
     pairs: list[tuple[int, summaries.Coactive]] = []
     examples = _ExampleRows(job.context, scratch)
+    kept = scratch.document != summaries.NOT_KEPT
+    profiles = ProfileRows(
+        Kept.count(scratch.token, kept, n_tokens=job.n_vocabulary, context=job.context)
+    )
     for feature in np.flatnonzero(n_active):
         feature = int(feature)
         rows = slice(table["first_row"][feature], table["first_row"][feature] + n_active[feature])
@@ -235,6 +243,7 @@ def _summarise(
         histograms.append((feature, bins))
         random = np.random.default_rng([_SEED, feature])
         examples.add(feature, position, activation, bins, marked, random)
+        profiles.add(feature, position, scratch.token[position], activation)
         together = summaries.count_together(position, scratch, job.d_sae)
         found = summaries.coactive(feature, together, n_active, counts["n_kept"])
         pairs.append((feature, found))
@@ -244,6 +253,8 @@ def _summarise(
     job.insert("example", examples.pop_all())
     _insert_histograms(job, histograms)
     _insert_pairs(job, pairs)
+    for name, rows in profiles.tables().items():
+        job.insert(name, rows)
     return {"mean": means, "std": deviations, "n_documents": documents}
 
 

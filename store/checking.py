@@ -18,7 +18,7 @@ from saescope.artefact import check_schema
 from saescope.errors import ArtefactError
 from saescope.metrics import metric_table
 from saescope.replacing import Kind
-from store.database import COUNTS, KIND, SCHEMA, Database
+from store.database import ADDED, COUNTS, KIND, OLDEST, SCHEMA, Database
 
 _PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 _PLAIN_TYPES = re.compile(r"BOOLEAN|U?(TINY|SMALL|BIG)INT|U?INTEGER|FLOAT|DOUBLE|VARCHAR")
@@ -87,11 +87,14 @@ def check_store(db: Database) -> dict[str, Any]:
         raise ArtefactError(
             f"has a {kind} in it, which a feature store has not", where=where, given=name[:80]
         )
-    own = _own_tables()
+    own = dict(_own_tables())
     if found.get("meta") != own["meta"]:
         raise ArtefactError("is a DuckDB file but not a feature store", where=where)
     meta = _read_meta(db)
     _check_version(meta, where)
+    for name, since in ADDED.items():
+        if meta["schema"] < since:
+            del own[name]
     _check_tables(found, own, where)
     _check_meta(meta, where)
     _check_features(db, meta)
@@ -102,9 +105,10 @@ def _check_version(meta: Mapping[str, Any], where: str) -> None:
     if meta.get("kind") != KIND:
         raise ArtefactError("wrong kind of file", where=where, given=meta.get("kind"), allowed=KIND)
     check_schema(meta.get("schema"), supported=SCHEMA, where=where)
-    if meta["schema"] < SCHEMA:
+    if meta["schema"] < OLDEST:
         raise ArtefactError(
-            f"was built by an older saescope (schema {meta['schema']}, this one reads {SCHEMA}); "
+            f"was built by an older saescope (schema {meta['schema']}, this one reads {OLDEST} and "
+            f"{SCHEMA}); "
             "`saescope index RUN --out FOLDER --replace` builds it anew, and labels stay",
             where=where,
         )

@@ -15,6 +15,7 @@ from store.checking import check_store
 from store.database import COUNTS, Database, store_file
 from store.examples import read_examples
 from store.feature_table import FeatureTable
+from store.profiles import read_positions, read_tokens
 from store.results import (
     Active,
     Coactivation,
@@ -24,6 +25,8 @@ from store.results import (
     Logits,
     Neighbour,
     Overview,
+    PositionProfile,
+    TokenShare,
 )
 from store.store_base import MOST
 from store.summaries import BINS
@@ -145,6 +148,20 @@ class FeatureStore(FeatureTable):
             if len(found[number]) < n:
                 found[number].append(self._text(token_id))
         return found
+
+    def token_profile(self, feature: int, n: int = 20) -> list[TokenShare]:
+        """The tokens that the feature fires on most often (at most 20 are stored).
+
+        Raises ArtefactError for a store of schema 2, which does not have them.
+        """
+        n = as_index(n, where="n", low=0, high=MOST)
+        schema, number = int(self.meta["schema"]), self._check(feature)
+        return read_tokens(self._db, self.vocabulary, schema, number, n)
+
+    def position_profile(self, feature: int) -> PositionProfile:
+        """Where in the sequences the feature fires. Raises ArtefactError as `token_profile`."""
+        schema, number = int(self.meta["schema"]), self._check(feature)
+        return read_positions(self._db, schema, number, self.context)
 
     def logits(self, feature: int) -> Logits:
         """The tokens that the feature's decoder direction raises and lowers most."""

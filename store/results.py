@@ -117,6 +117,31 @@ class Histogram:
     counts: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class TokenShare:
+    """A token that a feature fires on."""
+
+    token_id: int
+    token: str
+    count: int
+    """positions with this token at which the feature fires"""
+    share: float
+    """of the kept positions with this token"""
+    mean: float
+    """of the activation at those"""
+
+
+@dataclass(frozen=True)
+class PositionProfile:
+    """Where in a sequence a feature fires: counts [bins] of indices between edges [bins + 1]."""
+
+    edges: NDArray[np.int64]
+    """a bin has the indices from its edge up to the next, which is not in it"""
+    counts: NDArray[np.int64]
+    kept: NDArray[np.int64]
+    """kept positions in each bin, of which the feature fires at `counts`"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """A feature at one position, with the tokens around it.

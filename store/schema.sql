@@ -1,4 +1,5 @@
--- A feature store: one immutable DuckDB file, schema 2.
+-- A feature store: one immutable DuckDB file, schema 3. Tables of stores of schema 2 are the same,
+-- but for those at the end.
 -- Token ids are integers; text is only in `vocabulary` and `document`. No index: tables are sorted,
 -- and a feature's rows are a range of row ids (feature.first_row, feature.n_active).
 
@@ -92,3 +93,22 @@ CREATE TABLE coactivation (
     pmi FLOAT NOT NULL,
     correlation FLOAT NOT NULL
 );
+
+-- Since schema 3.
+
+-- The tokens that a feature fires on most often, at most 20; rank 0 first.
+-- count: positions; share = count / kept positions with this token; mean: of the activation there.
+CREATE TABLE token_profile (
+    feature INTEGER NOT NULL,
+    rank SMALLINT NOT NULL,
+    token_id INTEGER NOT NULL,
+    count BIGINT NOT NULL,
+    share FLOAT NOT NULL,
+    mean FLOAT NOT NULL
+);
+
+-- Up to 32 equal bins of the index in a sequence: bin = index * number of bins / context, rounded
+-- down. kept: kept positions of all sequences in it.
+CREATE TABLE position_bin (bin TINYINT NOT NULL, first INTEGER NOT NULL, kept BIGINT NOT NULL);
+-- How often a feature fires in each; bins without have no row.
+CREATE TABLE position_profile (feature INTEGER NOT NULL, bin TINYINT NOT NULL, count BIGINT NOT NULL);

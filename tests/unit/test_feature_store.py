@@ -10,6 +10,7 @@ import pytest
 
 from saescope.errors import ArtefactError, InputError
 from store import FeatureFilter, FeatureStore
+from store.profiles import Kept
 from store.vocabulary import join_partial
 from tests.tiny_store import (
     CONTEXT,
@@ -81,6 +82,53 @@ def test_rare_feature_by_hand(features: FeatureStore) -> None:
     assert (example.sequence, example.index, example.rank) == (2, 5, 0)
     (example,) = features.examples(RARE, "interval")
     assert (example.interval, example.rank) == (4, 0)
+
+
+def test_profiles_match_brute_force(features: FeatureStore) -> None:
+    token, keep = ROWS.tokens.ravel(), ROWS.keep.ravel()
+    for number in range(D_SAE):
+        position, activation = of_feature(number)
+        profile = features.token_profile(number)
+        counts = np.bincount(token[position], minlength=len(WORDS))
+        expected = sorted(np.flatnonzero(counts), key=lambda t: (-counts[t], t))[:20]
+        assert [each.token_id for each in profile] == expected
+        for each in profile:
+            here = token[position] == each.token_id
+            assert each.count == here.sum()
+            assert each.share == pytest.approx(here.sum() / (keep & (token == each.token_id)).sum())
+            assert each.mean == pytest.approx(activation[here].astype(np.float64).mean(), rel=1e-6)
+        where = features.position_profile(number)
+        assert where.edges.tolist() == list(range(CONTEXT + 1))  # 16 indices, a bin each
+        np.testing.assert_array_equal(
+            where.counts, np.bincount(position % CONTEXT, minlength=CONTEXT)
+        )
+        np.testing.assert_array_equal(where.kept, ROWS.keep.sum(0))
+    assert len(features.token_profile(EVERYWHERE, 3)) == 3
+    (rare,) = features.token_profile(RARE)
+    assert (rare.token_id, rare.count, rare.mean) == (int(ROWS.tokens[2, 5]), 1, 1.5)
+
+
+def test_position_bins_of_long_sequences() -> None:
+    """Of 100 indices 32 bins: the first three have 4, 3 and 3."""
+    kept = Kept.count(np.zeros(300, int), np.ones(300, bool), n_tokens=1, context=100)
+    assert kept.first[:4].tolist() == [0, 4, 7, 10]
+    assert kept.by_bin[:3].tolist() == [12, 9, 9]
+    assert kept.by_bin.sum() == 300
+    assert kept.bins_of(np.array([3, 103, 4, 99]))[[0, 1, 31]].tolist() == [2, 1, 1]
+
+
+def test_a_store_of_schema_2_is_read_without_profiles(tmp_path: Path) -> None:
+    path = make_tiny_store(tmp_path)
+    with duckdb.connect(str(path)) as con:
+        for name in ("token_profile", "position_bin", "position_profile"):
+            con.execute(f"DROP TABLE {name}")
+        con.execute("UPDATE meta SET value = '2' WHERE key = 'schema'")
+    with FeatureStore.open(path) as store:
+        assert store.feature(RARE).n_active == 1
+        with pytest.raises(ArtefactError, match=r"older saescope .schema 2.*--replace"):
+            store.token_profile(RARE)
+        with pytest.raises(ArtefactError, match=r"older saescope .schema 2"):
+            store.position_profile(RARE)
 
 
 def test_activations_are_in_order_and_complete(features: FeatureStore) -> None:
@@ -411,8 +459,8 @@ def test_files_that_are_no_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schema", "3", "newer saescope .schema 3, this one reads up to 2"),
-        ("schema", "1", r"older saescope .schema 1, this one reads 2.*--replace"),
+        ("schema", "4", "newer saescope .schema 4, this one reads up to 3"),
+        ("schema", "1", r"older saescope .schema 1, this one reads 2 and 3.*--replace"),
         ("schema", '"x"', "schema version"),
         ("kind", '"harvest"', "wrong kind"),
         ("kind", "{", "cannot be read"),
