@@ -98,10 +98,12 @@ def features_of_text(store: "FeatureStore", text: str) -> "TextFeatures":
     now; InputError if the text is empty or too long.
     """
     import sae
+    from sae.indexing.ends import by_ends
 
     what = origin_of(store)
     with _LOCK:
         pair = load(what)
-        return sae.features_of_text(
+        found = sae.features_of_text(
             pair.model, pair.sae, text, site=pair.site, allow_other_model=what.other_model
         )
+        return by_ends(found, pair.sae.d_sae) if pair.sae.signed else found

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from saescope.metrics import Metric
 
+BOTH_ENDS = "both_ends"
+"""names a store's fact that its features are ends: so many positive ones, then the negative ones"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Overview:

@@ -25,6 +25,7 @@ from saescope.replacing import check_apart, check_replaceable
 from saescope.system import system_errors
 from store.checking import STORE
 from store.database import STORE_FILE
+from store.results import BOTH_ENDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +83,6 @@ def index(config: IndexConfig) -> Path:
         allow_other_model=config.allow_other_model,
     )
     sae = placement.sae
-    if sae.signed:
-        raise InputError(
-            "a feature store holds activations above zero, and this SAE has negative ones",
-            where=config.run,
-            given=kind_of(sae.config),
-        )
     model, texts = None, None
     if knows_model(harvest):
         trusted = config.trust_remote_code
@@ -110,7 +105,8 @@ def index(config: IndexConfig) -> Path:
         replace=config.replace,
     )
     say(
-        f"{path}: {sae.d_sae:,} features, {rows['activation_by_feature']:,} activations, "
+        f"{path}: {sae.d_sae:,} features{' of two ends' if sae.signed else ''}, "
+        f"{rows['activation_by_feature']:,} activations, "
         f"{path.stat().st_size / 1e6:,.0f} MB"
     )
     return path
@@ -153,6 +149,7 @@ def _meta(config: IndexConfig, placement: Placement, harvest: ActivationStore) -
         "architecture": kind_of(sae.config),
         "sae_config": to_dict(sae.config),
         "d_in": sae.d_in,
+        **({BOTH_ENDS: sae.d_sae} if sae.signed else {}),
         "sae_path": (
             sae.metadata["source"]  # with the commit that was read
             if config.run.startswith(SCHEME)

@@ -8,6 +8,7 @@ from activations.models.names import hub_name
 from activations.models.packaged import PACKAGED_MODELS
 from sae.core.base import SparseAutoencoder
 from sae.formats.load import load
+from sae.indexing.ends import feature_and_sign
 from sae.steering.steer import steer
 from saescope.config import Config
 from saescope.errors import InputError, check_range
@@ -145,7 +146,8 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
                 allowed="--add, --clamp, --scale, --ablate or --store",
             )
         feature, largest, word = suggest(config.store)
-        add = {feature: round(config.strength * largest, 1)}
+        feature, sign = feature_and_sign(feature, sae.d_sae if sae.signed else None)
+        add = {feature: sign * round(config.strength * largest, 1)}
         say(f"feature {feature} fires on {word!r}, with at most {largest:.1f}")
     model = _model_of(sae, config)
 

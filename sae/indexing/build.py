@@ -13,9 +13,9 @@ from torch import Tensor
 
 from activations import ActivationStore, Model
 from sae.analysis.similarity import cosines_with_others
-from sae.core.base import SparseAutoencoder
 from sae.data.harvests import read_chunk
 from sae.data.placement import Placement
+from sae.indexing.ends import Indexed, indexed
 from saescope.progress import Progress, say
 from saescope.system import system_errors
 from store import StoreWriter
@@ -52,7 +52,7 @@ def build_store(
     Raises ArtefactError if the harvest cannot be read or the disk is full; an interrupted build
     leaves nothing behind.
     """
-    sae = placement.sae
+    sae = indexed(placement.sae)
     with (
         system_errors(str(path)),
         torch.inference_mode(),
@@ -63,8 +63,8 @@ def build_store(
         writer.add_vocabulary((texts or [""]) if model is None else model.vocabulary())
         writer.add_documents(harvest.document_table())
         _add_sequences(writer, harvest)
-        _add_activations(writer, placement, harvest)
-        decided = _add_logits(writer, placement, model, logits)
+        _add_activations(writer, sae, placement.read, harvest)
+        decided = _add_logits(writer, sae, placement, model, logits)
         columns = {name: each.float().numpy() for name, each in sae.feature_columns().items()}
         writer.add_features({**columns, **decided})
         _add_neighbours(writer, sae, neighbours)
@@ -83,12 +83,14 @@ def _add_sequences(writer: StoreWriter, harvest: ActivationStore) -> None:
         )
 
 
-def _add_activations(writer: StoreWriter, placement: Placement, harvest: ActivationStore) -> None:
+def _add_activations(
+    writer: StoreWriter, sae: Indexed, read: Sequence[str], harvest: ActivationStore
+) -> None:
     chunks = [*harvest.chunks("train"), *harvest.chunks("held_out")]
     with Progress("encoding", sum(chunk.rows for chunk in chunks), "tokens") as progress:
         for chunk in chunks:
-            x, row_token = read_chunk(harvest, placement.read, chunk)
-            codes = placement.sae.encode_sparse(x).compact()
+            x, row_token = read_chunk(harvest, read, chunk)
+            codes = sae.encode_sparse(x).compact()
             position = row_token[codes.rows()]
             writer.add_activations(
                 position.numpy(), codes.index.to(torch.int32).numpy(), codes.value.numpy()
@@ -114,7 +116,7 @@ def direct_logits(
 
 
 def _add_logits(
-    writer: StoreWriter, placement: Placement, model: Model | None, count: int
+    writer: StoreWriter, sae: Indexed, placement: Placement, model: Model | None, count: int
 ) -> dict[str, Any]:
     """Write each feature's most raised and lowered tokens; the largest effect, as a column.
 
@@ -123,7 +125,6 @@ def _add_logits(
     if model is None:
         say("logit effects: left out, because nobody said of which model the activations are")
         return {}
-    sae = placement.sae
     directions = sae.W_dec[:, list(placement.columns(model.d_in).values())[-1]]
     if directions.shape[1] != model.d_model:
         say("logit effects: left out, because the site is not as wide as the residual stream")
@@ -150,7 +151,7 @@ def _add_logits(
     return {LARGEST_LOGIT: torch.cat(largest).numpy()}
 
 
-def _add_neighbours(writer: StoreWriter, sae: SparseAutoencoder, count: int) -> None:
+def _add_neighbours(writer: StoreWriter, sae: Indexed, count: int) -> None:
     count = min(count, sae.d_sae - 1)
     if count == 0:
         return

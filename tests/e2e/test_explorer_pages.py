@@ -78,7 +78,7 @@ def test_the_explorers_own_pages_and_panels() -> None:
         ("Try your text", ":material/edit_note:", "text"),
     ]
     assert [p.declared.title for p in find_panels("left")] == [
-        *("Label", "Activations", "Tokens and positions", "Effect on the next token"),
+        *("Ends", "Label", "Activations", "Tokens and positions", "Effect on the next token"),
         "Related features",
     ]
     assert [p.declared.title for p in find_panels("right")] == ["Examples"]
