@@ -129,6 +129,18 @@ COMMANDS = {
         positional="run",
         loads_saes=True,
     ),
+    "diff": Command(
+        module="sae.commands.diff",
+        config="DiffConfig",
+        function="run",
+        summary="Find the features that fire more in one group of documents than in another.",
+        examples=(
+            "saescope diff stores/smollm2-135m-topk --a 'title:*music*|*song*'",
+            "saescope diff stores/smollm2-135m-topk --a split:held_out --out diff.parquet",
+            "saescope diff stores/news --a all --other stores/wikipedia",
+        ),
+        positional="store",
+    ),
     "explore": Command(
         module="dashboards.launch",
         config="ExploreConfig",

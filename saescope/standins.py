@@ -30,6 +30,7 @@ HEAVY = frozenset(
         "plotly",
         "pyarrow",
         "safetensors",
+        "scipy",
         "streamlit",
         "torch",
         "transformer_lens",

@@ -31,6 +31,11 @@ class StoreBase:
         self._column_types = {name: kind for name, kind, *_ in described if name != "first_row"}
         self.columns = tuple(self._column_types)
 
+    @property
+    def database(self) -> Database:
+        """The open file, for queries of other modules of this package."""
+        return self._db
+
     def _check(self, feature: int) -> int:
         number = as_index(feature, where="feature")
         if not 0 <= number < self.d_sae:

@@ -245,5 +245,5 @@ def test_wrong_words(
 
 
 def test_every_command_that_loads_saes_says_so() -> None:
-    others = {"demo", "init", "harvest"}
+    others = {"demo", "init", "harvest", "diff"}
     assert {name for name, command in COMMANDS.items() if not command.loads_saes} == others
