@@ -33,6 +33,11 @@ class Command:
         return [self.summary, "", "Examples:", *(f"  {e}" for e in self.examples), *notes]
 
 
+ARCHITECTURES = (
+    "abstopk archetypal batchtopk crosscoder csr feature_choice gated jumprelu matching_pursuit",
+    "matryoshka msae mutual_choice relu skip_transcoder topk transcoder",
+)
+"""those that come with saescope, so that help needs no torch"""
 _MEASURED = [row.label for row in metric_table().values() if not row.minor]
 COMMANDS = {
     "demo": Command(
@@ -86,6 +91,9 @@ COMMANDS = {
             "",
             "In several processes, to the same result (docs/how-to/several-processes.md):",
             "  torchrun --nproc-per-node 4 -m saescope train configs/train/topk.toml",
+            "",
+            "Architectures: --sae.kind NAME, whose own fields --sae.kind NAME --help lists:",
+            *(f"  {line}" for line in ARCHITECTURES),
         ),
         resumes=True,
         loads_saes=True,

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, get_type_hints
+from types import MappingProxyType
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
 from saescope.errors import ArtefactError, InputError, SaescopeError
 from saescope.examples import how_to_get
@@ -257,11 +258,13 @@ def parse(
         options["default"] = from_dict(cls, values, where)
     elif values:
         options["default"] = _unfinished(concrete, values, where)
+    if asks_for_help(words):
+        _join_help_lines(concrete)
     with harmless_errors(), system_errors("standard output"):
         chosen = tyro.cli(
             tyro.conf.AvoidSubcommands[concrete],  # type: ignore[valid-type]
             args=words,
-            prog=program,
+            prog=f"{program} {_first_word(cls, positional)}".rstrip(),
             description=description,
             **options,
         )
@@ -280,6 +283,31 @@ def _unfinished(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> Co
     for name in missing:
         object.__setattr__(found, name, tyro.MISSING)
     return found
+
+
+def _first_word(cls: type[Config], positional: str | None) -> str:
+    """What may stand before the options: a value, a configuration file, or either."""
+    if positional is None:
+        return "[CONFIG.toml]" if fields(cls) else ""  # type: ignore[arg-type]
+    return f"[{positional.upper()} | CONFIG.toml]"
+
+
+def _join_help_lines(cls: type) -> None:
+    """Have each field's docstring shown as one text: a line that ends in it is no end in help."""
+    import docstring_parser
+
+    for each in field_types(cls).values():
+        for inner in (each, *get_args(each)):
+            if isinstance(inner, type) and is_dataclass(inner):
+                _join_help_lines(inner)
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        found = docstring_parser.parse_from_object(base).params
+        texts |= {each.arg_name: each.description for each in found if each.description}
+    for field in fields(cls):
+        if field.name in texts and "help" not in field.metadata:
+            text = " ".join(texts[field.name].split())
+            field.metadata = MappingProxyType({**field.metadata, "help": text})  # type: ignore[misc]
 
 
 def asks_for_help(words: Sequence[str]) -> bool:

@@ -346,7 +346,7 @@ class StoreWriter:
             meta=self._meta,
         )
         total = 3 * self.n_activations
-        with Progress("building the store", total, "rows") as progress:
+        with Progress("building the store", total, "steps") as progress:
             rows = build.build_tables(job, progress)
         if self._built != self._target:
             shutil.copyfile(self._built, self._target)

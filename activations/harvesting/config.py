@@ -28,7 +28,7 @@ class HarvestConfig(Config):
 
     sites: tuple[str, ...] = ("blocks.9.hook_resid_post",)
     """Short or full TransformerLens names, modules, or patterns: resid_post:9, z:4-12,
-    blocks.4-12.hook_mlp_out, module:encoder.layer.*:output (docs/harvests.md)."""
+    blocks.4-12.hook_mlp_out, module:encoder.layer.*:output (docs/reference/sites.md)."""
 
     rows: RowKind = "position"
     """position: a row each kept position; mean: one each sequence, the mean over its kept positions

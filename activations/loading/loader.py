@@ -1,4 +1,4 @@
-"""Batches for training: chunks in random order, rows mixed over a few, exactly resumable."""
+"""Batches for training: rows shuffled in groups from all over a harvest, exactly resumable."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence

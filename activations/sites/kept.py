@@ -1,8 +1,10 @@
 """Which positions of a text count: one rule, for harvests, edits, evaluation and live text.
 
 A token's position is its index among the tokens of its own text, from 0; padding, on whatever side,
-has none (-1). Position 0 and special tokens (BOS, EOS, padding, ...) are not kept: SAEs are neither
-trained nor measured on them.
+has none (-1). A text is what one pass reads as one: in a harvest a whole sequence, even if it holds
+the end of one document and the beginning of another. Position 0 and special tokens (BOS, EOS,
+padding, ...) are not kept: SAEs are neither trained nor measured on them. (A harvest may leave out
+positions with outlier norms besides: `activations.harvesting.outliers`.)
 """
 
 import inspect

@@ -64,8 +64,8 @@ class TrainConfig(Config):
     lens: str | None = None
     """Folder of a tuned lens that activations go through before the SAE sees them."""
     mix_chunks: int = 4
-    """Chunks of the harvest whose rows are shuffled together; twice so many of every site are in
-    memory (19 MB each at width 576)."""
+    """How many rows are shuffled together, in chunks of the harvest; `order` says which rows. Twice
+    so many of every site are in memory (19 MB a chunk at width 576)."""
     order: Literal["chunks", "spread", "windows"] | None = None
     """How the harvest is gone through: spread (as many rows as mix_chunks chunks have, from all
     over the harvest, are shuffled together; nearest to independent draws), chunks (the rows of so

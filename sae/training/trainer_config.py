@@ -33,7 +33,7 @@ class TrainerConfig(Config):
     lr: float | None = None
     """Peak learning rate; 2e-4 / sqrt(d_sae / 2^14) times lr_multiplier if not given."""
     lr_multiplier: float = 1.0
-    """Factor on the rule above; short runs want more than 1."""
+    """Factor on the rule for lr, where lr is not given; short runs want more than 1."""
     warmup_fraction: float = 0.05
     """Fraction of the run over which the learning rate rises."""
     decay_fraction: float = 0.2
