@@ -23,8 +23,9 @@ import pyarrow as pa
 from sae.bench.rows import processor
 from saescope.artefact import git_commit, library_versions
 from saescope.progress import say
-from store import FeatureFilter, FeatureStore, StoreWriter
+from store import Between, FeatureFilter, FeatureStore, StoreWriter
 from store.database import STORE_FILE
+from store.results import Occurrences
 
 CONTEXT = 128
 VOCABULARY = 49_152
@@ -148,6 +149,50 @@ def queries(features: FeatureStore) -> dict[str, Callable[[int, int], object]]:
             by_density, "density", descending=True, offset=f // 2
         ),
         "all queries of a feature page": page,
+        **token_queries(features),
+    }
+
+
+def token_queries(features: FeatureStore) -> dict[str, Callable[[int, int], object]]:
+    """Queries of tokens, pairs of features and documents; tokens are as common as in the text."""
+    rng = np.random.default_rng(3)
+    tokens = features.corpus.tokens
+    ids = tokens[rng.integers(len(tokens), size=100)].tolist()
+    found = [features.occurrences(token_id) for token_id in ids]
+    n_documents = int(features.meta["n_documents"])
+
+    def of(number: int) -> Occurrences:
+        return found[number % len(found)]
+
+    def other(feature: int) -> int:
+        return (feature + 1) % features.d_sae
+
+    return {
+        "occurrences of a token": lambda _, s: features.occurrences(ids[s % len(ids)]),
+        "occurrences of a phrase": lambda _, s: features.occurrences(f"token{ids[s % 100]} token1"),
+        "features on a token": lambda _, s: features.features_on(of(s)),
+        "features on a token, all occurrences": lambda _, s: features.features_on(
+            of(s), exact=True
+        ),
+        "firing on a token": lambda f, s: features.firing_on(f, of(s)),
+        "silent on a token": lambda f, s: features.silent_on(f, of(s)),
+        "10 examples at given positions": lambda f, s: features.examples_at(
+            f, of(s).position[:10], _WINDOW
+        ),
+        "A fires and B does not": lambda f, _: features.fires_without(f, other(f)),
+        "A and B within 5 tokens": lambda f, _: features.fires_near(f, other(f)),
+        "features of a document": lambda _, s: features.features_of_document(s % n_documents),
+        "documents by title": lambda f, _: features.documents(f"title {f}"),
+        "features between bounds": lambda f, _: features.features(
+            FeatureFilter(between=(Between("mean", 1.0, 5.0), Between("n_documents", f))), "std"
+        ),
+        "SQL: strongest features": lambda _, __: features.sql(
+            "SELECT feature, max FROM feature ORDER BY max DESC LIMIT 20"
+        ),
+        "SQL: one feature's positions by tenths": lambda f, _: features.sql(
+            "SELECT floor(activation * 10) AS tenth, count(*) AS n FROM activation_by_feature"
+            f" WHERE feature = {f} GROUP BY tenth ORDER BY tenth"
+        ),
     }
 
 

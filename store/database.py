@@ -17,8 +17,9 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 
-from saescope.errors import ArtefactError
+from saescope.errors import ArtefactError, InputError
 
 KIND = "feature store"
 SCHEMA, OLDEST = 3, 2
@@ -35,6 +36,7 @@ FEATURE_COLUMNS = frozenset(
 )
 """columns of the feature table that every store has"""
 _ODD = "?\\"
+_BATCH = 8192
 
 
 def quoted(text: str | Path) -> str:
@@ -198,10 +200,81 @@ class Database:
         with self._answer(sql, values) as answer:
             return answer.fetchall()
 
+    def read(self, sql: str, *, seconds: float, most_rows: int, most_bytes: int) -> pa.Table:
+        """The result of a stranger's statement, which names tables without `db.`.
+
+        Raises InputError for anything but one SELECT, for a wrong one, and for a result beyond
+        these limits.
+        """
+        with self._clear(None), self._lock:
+            cursor = self._con.cursor()
+        with cursor:
+            with self._clear(None):
+                cursor.execute("USE db")
+            with _clear_for_reader(cursor, seconds):
+                reader = cursor.sql(_only_select(cursor, sql)).to_arrow_reader(_BATCH)
+                batches, rows, size = [], 0, 0
+                for batch in reader:
+                    batches.append(batch)
+                    rows, size = rows + batch.num_rows, size + batch.nbytes
+                    if rows > most_rows:
+                        limit = f"at most {most_rows:,} rows; add LIMIT {most_rows}"
+                        raise InputError("the result is too long", where="query", allowed=limit)
+                    if size > most_bytes:
+                        limit = f"at most {most_bytes >> 20} MiB"
+                        raise InputError("the result is too large", where="query", allowed=limit)
+                return pa.Table.from_batches(batches, reader.schema)
+
     def columns(self, sql: str, values: Sequence[Any] = ()) -> dict[str, np.ndarray]:
         """A query's columns, by name."""
         with self._answer(sql, values) as answer:
             return answer.fetchnumpy()
+
+
+def _only_select(cursor: Any, sql: str) -> Any:
+    """The statement as DuckDB read it; InputError unless it is one SELECT without parameters."""
+    statements = cursor.extract_statements(sql)
+    if len(statements) != 1:
+        raise InputError(
+            "has to be one statement", where="query", given=f"{len(statements)} statements"
+        )
+    (statement,) = statements
+    if statement.type != duckdb.StatementType.SELECT:
+        raise InputError(
+            "only reads", where="query", given=statement.type.name, allowed="SELECT statements"
+        )
+    if statement.named_parameters:
+        raise InputError("has parameters (? or $name), which nobody gives a value", where="query")
+    return statement
+
+
+@contextmanager
+def _clear_for_reader(cursor: Any, seconds: float) -> Iterator[None]:
+    """Turn DuckDB's errors about a statement of a reader's into InputError; end it in time."""
+    timer = threading.Timer(seconds, _interrupt, [cursor])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except duckdb.InterruptException as error:
+        raise InputError(
+            f"took more than {seconds:g} s and was ended", where="query", allowed=f"{seconds:g} s"
+        ) from error
+    except duckdb.OutOfMemoryException as error:
+        raise InputError("needs too much memory", where="query") from error
+    except duckdb.PermissionException as error:
+        raise InputError(
+            "reads the store only: no other files, no network", where="query"
+        ) from error
+    except (duckdb.Error, UnicodeError, pa.ArrowException) as error:
+        raise InputError(_reason(error), where="query") from error
+    finally:
+        timer.cancel()
+
+
+def _reason(error: Exception) -> str:
+    """What DuckDB says of a statement, without its sketch of the line."""
+    return " ".join(str(error).split("\n\nLINE ", 1)[0].split())
 
 
 def _interrupt(cursor: Any) -> None:

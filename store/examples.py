@@ -31,6 +31,40 @@ def read_examples(
     return [_example(db, vocabulary, context, kind, row, sequences, titles, window) for row in rows]
 
 
+def examples_at(
+    db: Database,
+    vocabulary: Vocabulary,
+    context: int,
+    feature: int,
+    positions: Sequence[int],
+    window: int | None,
+) -> list[Example]:
+    """A feature at these positions, in this order, with its activations in their sequences.
+
+    Raises ArtefactError where the store's tables do not fit together.
+    """
+    numbers = sorted({position // context for position in positions})
+    sequences = _sequences(db, context, len(vocabulary), numbers)
+    found = db.rows(
+        "SELECT position, activation FROM db.activation_by_position WHERE position IN (SELECT"
+        " unnest(?::BIGINT[])) AND feature = ? ORDER BY position",
+        [[n * context + index for n in numbers for index in range(context)], feature],
+    )
+    active: dict[int, tuple[list[int], list[float]]] = {n: ([], []) for n in numbers}
+    for position, value in found:
+        indices, values = active[position // context]
+        indices.append(position % context)
+        values.append(value)
+    activations = dict(found)
+    documents = {int(sequences[p // context][1][p % context]) for p in positions}
+    titles = _titles(db, documents)
+    examples = []
+    for rank, position in enumerate(positions):
+        row = (-1, rank, position, activations.get(position, 0.0), *active[position // context])
+        examples.append(_example(db, vocabulary, context, "found", row, sequences, titles, window))
+    return examples
+
+
 def _sequences(db: Database, context: int, n_words: int, numbers: Sequence[int]) -> _Sequences:
     if not numbers:
         return {}

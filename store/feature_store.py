@@ -12,7 +12,9 @@ from saescope.errors import InputError, check_range
 from saescope.integers import as_index, as_indices
 from saescope.metrics import metric_table
 from store.checking import check_store
+from store.co_occurrence import CoOccurrence
 from store.database import COUNTS, Database, store_file
+from store.documents import DocumentQueries
 from store.examples import read_examples
 from store.feature_table import FeatureTable
 from store.profiles import read_positions, read_tokens
@@ -28,13 +30,14 @@ from store.results import (
     PositionProfile,
     TokenShare,
 )
+from store.sql import SqlQueries
 from store.store_base import MOST
 from store.summaries import BINS
 
 KINDS = ("top", "interval")
 
 
-class FeatureStore(FeatureTable):
+class FeatureStore(FeatureTable, DocumentQueries, CoOccurrence, SqlQueries):
     """An open feature store; every method may be called from any thread.
 
     >>> with FeatureStore.open("stores/demo") as features:  # doctest: +SKIP
@@ -194,16 +197,9 @@ class FeatureStore(FeatureTable):
 
     def activations(self, feature: int, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The feature's positions [n] and activations [n], strongest first; all without limit."""
-        row = self.feature(feature)
-        count = row.n_active
         if limit is not None:
-            count = min(count, as_index(limit, where="limit", low=0))
-        last = row.first_row + count
-        found = self._columns(
-            "SELECT position, activation FROM db.activation_by_feature"
-            " WHERE rowid >= ? AND rowid < ? ORDER BY rowid",
-            [row.first_row, last],
-        )
+            limit = as_index(limit, where="limit", low=0)
+        found = self._rows_of(self._check(feature), limit)
         return found["position"], found["activation"]
 
     def features_of_position(self, sequence: int, index: int) -> Active:

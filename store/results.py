@@ -227,3 +227,97 @@ class Active:
     position: NDArray[np.int64]
     feature: NDArray[np.int32]
     activation: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One way in which a phrase is cut into tokens, and how often the corpus has it so."""
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class Occurrences:
+    """Where a token or a phrase stands, [n] each, where features can fire."""
+
+    position: NDArray[np.int64]
+    """of its last token"""
+    length: NDArray[np.int64]
+    """how many tokens it is there"""
+    n_left_out: int
+    """occurrences whose last token no feature sees: first of its sequence, or special"""
+    spellings: tuple[Spelling, ...]
+    """the ways in which it is cut into tokens, commonest first"""
+
+    @property
+    def n(self) -> int:
+        """How many there are."""
+        return len(self.position)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFeatures:
+    """Features that fire on a token or phrase, best first, [n] each."""
+
+    n_occurrences: int
+    n_read: int
+    """occurrences that were read: all, or those in evenly spread stretches of the text"""
+    n_features: int
+    """how many features fire on any that was read"""
+    feature: NDArray[np.int32]
+    count: NDArray[np.int64]
+    """occurrences, of those read, at which it fires"""
+    share: NDArray[np.float64]
+    """count / n_read"""
+    lift: NDArray[np.float64]
+    """share / density: how many times as often as at any position"""
+    mean: NDArray[np.float64]
+    """over the occurrences at which it fires"""
+    max: NDArray[np.float32]
+    """the same"""
+
+
+@dataclass(frozen=True)
+class Spots:
+    """Positions at which a feature fires, strongest first."""
+
+    n: int
+    """how many there are, of which some are here"""
+    position: NDArray[np.int64]
+    activation: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearby:
+    """Positions at which a feature fires, and where another does near by; strongest first."""
+
+    n: int
+    """how many there are, of which some are here"""
+    position: NDArray[np.int64]
+    activation: NDArray[np.float32]
+    other_position: NDArray[np.int64]
+    other_activation: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class DocumentPage:
+    """Some documents as (number, key, title), and how many there are."""
+
+    rows: list[tuple[int, str, str]]
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A document: its tokens, [n] each, in the order of the text."""
+
+    document: int
+    key: str
+    title: str
+    split: str
+    """"of the harvest: train or held_out"""
+    position: NDArray[np.int64]
+    token_ids: NDArray[np.int32]
+    tokens: list[str]

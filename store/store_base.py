@@ -87,3 +87,14 @@ class StoreBase:
         keys = (found["feature"], -found["activation"], found["position"])
         order = np.lexsort(keys)
         return Active(*(found[name][order] for name in ("position", "feature", "activation")))
+
+    def _rows_of(self, feature: int, limit: int | None = None) -> dict[str, np.ndarray]:
+        """The positions [n] and activations [n] of a feature, strongest first."""
+        sql = "SELECT first_row, n_active FROM db.feature WHERE feature = ?"
+        first, count = self._rows(sql, [feature])[0]
+        last = first + (count if limit is None else min(count, limit))
+        return self._columns(
+            "SELECT position, activation FROM db.activation_by_feature"
+            " WHERE rowid >= ? AND rowid < ? ORDER BY rowid",
+            [first, last],
+        )

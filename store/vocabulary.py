@@ -57,6 +57,10 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self._texts)
 
+    def raw(self, token_id: int) -> bytes:
+        """The UTF-8 bytes of one token."""
+        return self._partial.get(token_id) or self._texts[token_id].encode()
+
     def text(self, token_id: int) -> str:
         """One token by itself."""
         if token_id in self._partial:
