@@ -161,6 +161,17 @@ COMMANDS = {
         positional="store",
         loads_saes=True,
     ),
+    "export": Command(
+        module="dashboards.export_command",
+        config="ExportConfig",
+        function="export",
+        summary="Write features for Neuronpedia, SAEDashboard, CSV, Parquet, or as HTML pages.",
+        examples=(
+            "saescope export stores/smollm2-135m-topk --features 3,17 --out features.html",
+            "saescope export stores/smollm2-135m-topk --format neuronpedia --out neuronpedia",
+        ),
+        positional="store",
+    ),
     "steer": Command(
         module="sae.commands.steer",
         config="SteerConfig",

@@ -220,6 +220,10 @@ class FeatureStore(FeatureTable, DocumentQueries, CoOccurrence, SqlQueries):
     def _live(self) -> np.ndarray:
         return np.flatnonzero(self._of_all("n_active"))
 
+    def live_features(self) -> list[int]:
+        """All features that are active somewhere, in order."""
+        return [int(number) for number in self._live()]
+
     def next_live(self, feature: int) -> int | None:
         """The next feature that is active somewhere, or None."""
         live = self._live()

@@ -80,6 +80,7 @@ def test_the_explorers_own_pages_and_panels() -> None:
     assert [p.declared.title for p in find_panels("left")] == [
         *("Ends", "Label", "Activations", "Tokens and positions", "Effect on the next token"),
         "Related features",
+        "Export",
     ]
     assert [p.declared.title for p in find_panels("right")] == ["Examples"]
 

@@ -1,0 +1,1 @@
+"""Features of a store in the formats of other tools; each format is a file."""

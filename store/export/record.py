@@ -1,0 +1,83 @@
+"""All that a store and its annotations say of one feature, for export."""
+
+from dataclasses import dataclass
+
+from store.annotations import Annotation, Annotations
+from store.feature_store import FeatureStore
+from store.results import Coactivation, Example, Feature, Histogram, Logits, Neighbour
+from store.summaries import BINS, INTERVALS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """One of the equal intervals of (0, max], and random examples of it."""
+
+    low: float
+    high: float
+    count: int
+    """positions in it, of all kept positions"""
+    examples: list[Example]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureRecord:
+    """A feature's statistics, examples, effects, relatives and annotation."""
+
+    feature: Feature
+    histogram: Histogram
+    logits: Logits
+    top: list[Example]
+    intervals: list[Interval]
+    """from the strongest to the weakest"""
+    neighbours: list[Neighbour]
+    coactivating: list[Coactivation]
+    top_tokens: dict[int, list[str]]
+    """the commonest tokens of the strongest examples, of the feature and of its relatives"""
+    labels: dict[int, str]
+    """of the feature and of its relatives, where there are any"""
+    annotation: Annotation
+
+
+def read_record(
+    store: FeatureStore, notes: Annotations, number: int, window: int | None = None
+) -> FeatureRecord:
+    """Read a feature; window: tokens shown on each side of an example, all without it.
+
+    Raises InputError if there is no such feature.
+    """
+    feature, histogram = store.feature(number), store.histogram(number)
+    counts = histogram.counts.reshape(INTERVALS, BINS // INTERVALS).sum(axis=1)
+    width = feature.max / INTERVALS
+    examples = store.examples(number, "interval", window)
+    intervals = [
+        Interval(
+            low=interval * width,
+            high=(interval + 1) * width,
+            count=int(counts[interval]),
+            examples=[each for each in examples if each.interval == interval],
+        )
+        for interval in range(INTERVALS - 1, -1, -1)
+    ]
+    neighbours, coactivating = store.neighbours(number), store.coactivating(number)
+    named = list(dict.fromkeys([number, *(each.feature for each in [*neighbours, *coactivating])]))
+    return FeatureRecord(
+        feature=feature,
+        histogram=histogram,
+        logits=store.logits(number),
+        top=store.examples(number, "top", window),
+        intervals=[] if feature.dead else intervals,
+        neighbours=neighbours,
+        coactivating=coactivating,
+        top_tokens=store.top_tokens(named, 3),
+        labels=notes.labels(named),
+        annotation=notes.get(number),
+    )
+
+
+def figures(value: float) -> float:
+    """A number with the six figures that a 32-bit float surely has, for short JSON.
+
+    >>> figures(0.30000001192092896)
+    0.3
+    """
+    return float(f"{value:.6g}")
