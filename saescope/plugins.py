@@ -21,9 +21,11 @@ from saescope.errors import InputError
 OPTION = "--plugin"
 VARIABLE = "SAESCOPE_PLUGINS"
 GROUP = "saescope.architectures"
+registering: set[str] = set()
+"""names of the modules that have registered something: an architecture, a family of metrics"""
 HELP = (
     "",
-    f"Architectures of your own package: {OPTION} my.module (as often as needed), or "
+    f"Architectures or metrics of your own package: {OPTION} my.module (as often as needed), or "
     f"{VARIABLE}=my.module",
 )
 """lines of help of the commands that load SAEs"""

@@ -14,7 +14,7 @@ from typing import TypeVar, get_args, get_type_hints
 
 from sae.core.base import SparseAutoencoder
 from saescope.errors import InputError, SaescopeError
-from saescope.plugins import OPTION, VARIABLE, Plugin, plugins
+from saescope.plugins import OPTION, VARIABLE, Plugin, plugins, registering
 
 _REGISTRY: dict[str, type[SparseAutoencoder]] = {}
 _LOADED: set[str] = set()
@@ -42,6 +42,7 @@ def register(cls: SaeT) -> SaeT:
             allowed=f"another name; {kind!r} is {_REGISTRY[kind].__module__}'s",
         )
     _REGISTRY[kind] = cls
+    registering.add(cls.__module__)
     return cls
 
 
@@ -82,8 +83,8 @@ def _import_own() -> None:
 
 
 def _load(plugin: Plugin) -> None:
-    """Import a plug-in's module; InputError unless that adds an architecture, or one is in it."""
-    before = dict(_REGISTRY)
+    """Import a plug-in's module; InputError unless that registers something, or has before."""
+    before, known = dict(_REGISTRY), set(registering)
     try:
         module = importlib.import_module(plugin.module)
     except SaescopeError:
@@ -96,11 +97,12 @@ def _load(plugin: Plugin) -> None:
             where=plugin.named_by,
             given=plugin.module,
         ) from error
+    own = [name for name in registering if f"{name}.".startswith(f"{plugin.module}.")]
     registered = set(_REGISTRY.values())
     imported_before = [each for each in vars(module).values() if isinstance(each, type)]
-    if len(_REGISTRY) == len(before) and registered.isdisjoint(imported_before):
+    if registering == known and not own and registered.isdisjoint(imported_before):
         raise InputError(
-            "registers no architecture (sae.architectures.register)",
+            "registers no architecture (sae.architectures.register), nor any metrics",
             where=plugin.named_by,
             given=plugin.module,
         )

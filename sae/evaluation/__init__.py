@@ -3,9 +3,10 @@
 A file puts `@metric_family` on what measures, with the rows that its metrics have in the table of
 metrics (`saescope.metrics`). Nothing else has to be edited: `saescope eval` measures every family
 that applies, and the report, the model card, the feature store and the explorer show what has a
-row. A family in another package is known once its module is imported. What needs activations alone
-is a subclass of `sae.evaluation.rows.RowSums`; what needs the model is a function of a
-`sae.evaluation.in_model.InModel`.
+row. A family in another package is known once its module is imported (`--plugin my.module`).
+
+What needs activations alone is a subclass of `sae.evaluation.rows.RowSums`; what needs the model is
+a function of a `sae.evaluation.in_model.InModel`.
 """
 
 import importlib
@@ -16,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from saescope.errors import InputError
 from saescope.metrics import Metric, declare
+from saescope.plugins import registering
 
 Needs = Literal["activations", "model"]
 MeasureT = TypeVar("MeasureT", bound=Callable[..., Any])
@@ -65,6 +67,7 @@ def metric_family(
             raise TypeError(
                 f"family of metrics {name!r}: {needs} need a RowSums class or a function"
             )
+        registering.add(measure.__module__)
         _REGISTRY[name] = Family(
             name=name,
             needs=needs,
