@@ -8,9 +8,10 @@ from dashboards.amounts import span
 from store.results import Histogram, PositionProfile
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from plotly.graph_objects import Figure
 
-BLUE = "#3d7ea6"
+BLUE, ORANGE = "#3d7ea6", "#d98032"
 _AXIS = "rgba(128,128,128,0.35)"
 _GRID = "rgba(128,128,128,0.16)"
 _FEW = 20
@@ -147,4 +148,49 @@ def position_profile(profile: PositionProfile, height: int = 170) -> "Figure":
     figure = _finish(Figure(bars), "index in the sequence", "% of positions", height)
     figure.update_yaxes(rangemode="tozero")
     figure.update_xaxes(range=[-0.5, float(profile.edges[-1]) - 0.5])
+    return figure
+
+
+def difference_scatter(rows: "DataFrame", fdr: float, height: int = 330) -> "Figure":
+    """Features by how often they fire and in which group more, those that differ in colour.
+
+    rows: columns feature, density_a, density_b, log2_ratio, q; each point carries its feature.
+    """
+    from plotly.graph_objects import Figure, Scattergl
+
+    differs = (rows["q"] <= fdr).to_numpy()
+    up = (rows["log2_ratio"] > 0).to_numpy()
+    figure = Figure()
+    for name, chosen, colour in (
+        ("no difference found", ~differs, "rgba(128,128,128,0.45)"),
+        ("more in A", differs & up, BLUE),
+        ("more in B", differs & ~up, ORANGE),
+    ):
+        some = rows[chosen]
+        text = [
+            f"feature {f}: {percent(a)} of A, {percent(b)} of B"
+            for f, a, b in zip(some["feature"], some["density_a"], some["density_b"], strict=True)
+        ]
+        figure.add_trace(
+            Scattergl(
+                x=some[["density_a", "density_b"]].max(axis=1),
+                y=some["log2_ratio"],
+                mode="markers",
+                name=f"{name} ({len(some):,})",
+                marker={"color": colour, "size": 5 if name[0] == "n" else 7},
+                customdata=some["feature"],
+                hovertext=text,
+                hoverinfo="text",
+            )
+        )
+    _finish(figure, "density where it fires more", "log₂ (density in A / density in B)", height)
+    figure.update_layout(
+        hovermode="closest",
+        showlegend=True,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    )
+    largest = max(float(rows[["density_a", "density_b"]].to_numpy().max()), 1e-9)
+    ticks = [10.0**e for e in range(-7, 1) if 10.0**e < 3 * largest]
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[percent(t) for t in ticks])
+    figure.update_yaxes(zeroline=True, zerolinecolor=_AXIS)
     return figure

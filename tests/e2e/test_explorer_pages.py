@@ -76,6 +76,7 @@ def test_the_explorers_own_pages_and_panels() -> None:
         ("Features", ":material/table_rows:", "features"),
         ("Feature", ":material/search:", "feature"),
         ("Try your text", ":material/edit_note:", "text"),
+        ("Diff", ":material/difference:", "diff"),
     ]
     assert [p.declared.title for p in find_panels("left")] == [
         *("Ends", "Label", "Activations", "Tokens and positions", "Effect on the next token"),
@@ -86,7 +87,9 @@ def test_the_explorers_own_pages_and_panels() -> None:
 
 
 def test_a_page_is_added_by_its_file(folder: Path, write: Write) -> None:
-    assert navigation(open_page()) == ["Overview", "Features", "Feature", "Try your text"]
+    assert navigation(open_page()) == [
+        *("Overview", "Features", "Feature", "Try your text", "Diff"),
+    ]
     write(pages.VIEWS, "longest_labels", PAGE)
     write(pages.VIEWS, "_helper", "")
     app = open_page("longest-labels")
