@@ -4,14 +4,16 @@ The store says which they are, but may come from a stranger: `dashboards.find_st
 whether they may be loaded, and both must have the weights that the store was made with.
 """
 
+import itertools
 import threading
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
 from dashboards import find_stores
-from saescope.errors import ArtefactError
+from saescope.errors import ArtefactError, InputError
 
 if TYPE_CHECKING:
     from sae import TextFeatures
@@ -69,26 +71,50 @@ def origin_of(store: "FeatureStore") -> StoreOrigin:
     )
 
 
-@st.cache_resource(max_entries=1, show_spinner="Loading the model and the SAE (once) …")
-def load(what: StoreOrigin) -> LoadedPair:
-    """Load both, which takes seconds: torch and transformers are imported.
-
-    Raises ArtefactError if one of them is not what the store was made with.
-    """
+# two precisions of one model at most: as features are read, and as `saescope steer` runs it
+@st.cache_resource(max_entries=2, show_spinner="Loading the model, once: 10 to 60 seconds …")
+def _model(spec: str, revision: str | None, wanted_hash: str, dtype: str) -> Any:
     import activations
+
+    model = activations.load_model(spec, dtype=dtype, revision=revision)
+    if model.weights_hash != wanted_hash:
+        raise ArtefactError(
+            "this is not the model that the store was made with: its weights are others",
+            where=spec,
+        )
+    return model
+
+
+@st.cache_resource(max_entries=8, show_spinner="Loading the SAE, once: a few seconds …")
+def _sae(what: StoreOrigin) -> Any:
     import sae
     from sae.data.provenance import check_indexed
 
     loaded = sae.load(what.sae_path, target_site=what.target_site)
     check_indexed(loaded, vars(what), where=what.store)
+    return loaded
+
+
+def load(what: StoreOrigin, dtype: str = "float32") -> LoadedPair:
+    """Load both, which takes seconds: torch and transformers are imported.
+
+    Args: dtype "auto" is the precision that `saescope steer` chooses.
+
+    Raises ArtefactError if one of them is not what the store was made with.
+    """
+    loaded = _sae(what)
+    if dtype == "auto":
+        from activations.models.devices import device_of, resolve_dtype
+
+        dtype = resolve_dtype("auto", device_of("cpu"))
     site = None if loaded.transcodes or loaded.concatenates else what.site
-    model = activations.load_model(what.model_spec, dtype="float32", revision=what.revision)
-    if model.weights_hash != what.model_hash:
-        raise ArtefactError(
-            "this is not the model that the store was made with: its weights are others",
-            where=what.model_spec,
-        )
-    return LoadedPair(model, loaded, site)
+    return LoadedPair(_model(what.model_spec, what.revision, what.model_hash, dtype), loaded, site)
+
+
+def forget_all() -> None:
+    """Drop every model and SAE that is loaded."""
+    _model.clear()
+    _sae.clear()
 
 
 def features_of_text(store: "FeatureStore", text: str) -> "TextFeatures":
@@ -107,3 +133,83 @@ def features_of_text(store: "FeatureStore", text: str) -> "TextFeatures":
             pair.model, pair.sae, text, site=pair.site, allow_other_model=what.other_model
         )
         return by_ends(found, pair.sae.d_sae) if pair.sae.signed else found
+
+
+def chat_text(store: "FeatureStore", messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation as the model's chat template writes it, up to where its answer begins.
+
+    Raises InputError if the model has no template or it refuses the conversation, and ArtefactError
+    as `features_of_text` does.
+    """
+    what = origin_of(store)
+    with _LOCK:
+        return load(what).model.codec.render_chat(messages, with_answer_begun=True)
+
+
+@dataclass(frozen=True)
+class SteeredText:
+    """A prompt and its continuation, token by token."""
+
+    tokens: list[str]
+    """texts; joined, they are the whole"""
+    prompt: int
+    """how many of them are the prompt's"""
+    edited: list[bool]
+    """whether the edit was made at a token's position"""
+
+
+def _of_the_sae(edits: Mapping[str, Any], sae: Any) -> dict[str, Any]:
+    """Edits of a store's features as edits of the SAE's: of a signed one a feature is an end.
+
+    Raises InputError if both ends of a feature are edited.
+    """
+    from sae.indexing.ends import feature_and_sign
+
+    if not sae.signed:
+        return dict(edits)
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    for kind, features in edits.items():
+        for number in features:
+            feature, sign = feature_and_sign(number, sae.d_sae)
+            if feature in seen:
+                raise InputError("both ends are edited", where="steer", given=f"feature {feature}")
+            seen.add(feature)
+            if kind == "ablate":
+                found.setdefault(kind, []).append(feature)
+            else:
+                value = features[number] * (1 if kind == "scale" else sign)
+                found.setdefault(kind, {})[feature] = value
+    return found
+
+
+def continuations(
+    store: "FeatureStore", prompt: str, edits: Mapping[str, Any], options: Mapping[str, Any]
+) -> Generator[SteeredText, None, None]:
+    """A prompt's continuation, again with each token that comes: what `saescope steer` prints.
+
+    Args: edits are the arguments of `sae.steer` (none: the untouched model), options those of the
+    model's `stream_ids`.
+
+    Raises what `sae.steer` and the model raise, and ArtefactError as `features_of_text` does.
+    """
+    import torch
+
+    import sae
+
+    what = origin_of(store)
+    with _LOCK:
+        pair = load(what, "auto")
+        model = pair.model
+        ids = model.tokenize(prompt)
+        count, limit = len(ids), int(options["max_new_tokens"])
+        own = _of_the_sae(edits, pair.sae)
+        with sae.steer(model, pair.sae, **own, site=pair.site, allow_other_model=what.other_model):
+            for token in itertools.chain([None], model.stream_ids(ids, **options)):
+                ids += [] if token is None else [token]
+                kept = model.keep_mask(torch.tensor([ids]))[0].tolist()
+                # what is chosen last has not been through the model, unless an end came after it
+                yield SteeredText(model.token_strings(ids), count, [*kept[:-1], False])
+            if len(ids) < count + limit:
+                kept = model.keep_mask(torch.tensor([ids]))[0].tolist()
+                yield SteeredText(model.token_strings(ids), count, kept)

@@ -1,6 +1,7 @@
 """The pages' queries of stores: a store is opened once a process, and answers are cached."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from dashboards.tokens import plain_visible
+from saescope.errors import SaescopeError
 from store import Annotations, FeatureFilter, FeatureStore
 from store.profiles import has_profiles
 from store.results import (
@@ -142,10 +144,41 @@ def table(
     return frame.assign(label=[labels.get(int(n), "") for n in frame["feature"]]), total
 
 
-def max_activations(store: FeatureStore, features: Sequence[int]) -> dict[int, float]:
-    """The features' strongest activations in the store."""
+def names(
+    store: FeatureStore, notes: Annotations, features: Sequence[int], tokens: int = 3
+) -> dict[int, str]:
+    """What features are called for readers: the label, else the commonest top tokens."""
+    labels = notes.labels(list(features))
+    bare = [feature for feature in features if not labels.get(feature)]
+    found = store.top_tokens(bare, tokens)
+    spoken = {
+        f: " · ".join(dict.fromkeys(plain_visible(t).strip() or "␣" for t in found[f]))
+        for f in bare
+    }
+    return {
+        feature: labels.get(feature) or spoken[feature] or "never fires" for feature in features
+    }
+
+
+@st.cache_data(max_entries=256, ttl=_DAY, show_spinner=False)
+def statistics(
+    _store: FeatureStore, version: Version, features: tuple[int, ...]
+) -> dict[int, tuple[float, float]]:
+    """The features' strongest activations in the store, and densities."""
     if not features:
         return {}
-    page = store.features(FeatureFilter(ids=tuple(features)), limit=len(features))
-    columns = (page.rows.column("feature").to_pylist(), page.rows.column("max").to_pylist())
-    return dict(zip(*columns, strict=True))
+    page = _store.features(FeatureFilter(ids=features), limit=len(features)).rows
+    columns = (page.column(name).to_pylist() for name in ("feature", "max", "density"))
+    return {feature: (top, density) for feature, top, density in zip(*columns, strict=True)}
+
+
+def same_model(name: str, stores: Mapping[str, Path]) -> list[str]:
+    """The stores made with the same model as this one, it first; those that cannot be read are not
+    among them."""
+    model = open_store(stores[name]).meta.get("model_hash")
+    found = [name]
+    for other, path in stores.items():
+        with suppress(SaescopeError, OSError):
+            if model and other != name and open_store(path).meta.get("model_hash") == model:
+                found.append(other)
+    return found

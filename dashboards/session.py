@@ -37,7 +37,10 @@ def begin_page(title: str, parameters: Collection[str] = ()) -> Session:
         left, right = st.columns([3, 1], vertical_alignment="bottom")
         st.session_state["sae_choice"] = name
         right.selectbox("SAE", list(stores), key="sae_choice", on_change=_change_sae)
-    else:
+    elif title:
+        left, right = st.columns([3, 1], vertical_alignment="bottom")
+        right.caption(plain(name), text_alignment="right")
+    else:  # the page's own heading names the SAE
         left = st.container()
     if title:
         left.markdown(f"## {plain(title)}")
@@ -47,8 +50,14 @@ def begin_page(title: str, parameters: Collection[str] = ()) -> Session:
     for key in set(st.query_params) - {"sae", *parameters}:
         del st.query_params[key]
     st.query_params["sae"] = name
-    store = queries.open_store(stores[name])
-    return Session(name, store, queries.annotations(store), queries.version_of(stores[name]))
+    return session_of(name)
+
+
+def session_of(name: str) -> Session:
+    """The SAE of this name, opened."""
+    path = find_stores.stores()[name]
+    store = queries.open_store(path)
+    return Session(name, store, queries.annotations(store), queries.version_of(path))
 
 
 def _change_sae() -> None:

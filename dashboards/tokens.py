@@ -184,6 +184,23 @@ def text_html(
     return f'<div class="ss-big"><div class="ss-text">{"".join(spans)}</div></div>'
 
 
+def steered_html(texts: Sequence[str], prompt: int, edited: Sequence[bool]) -> str:
+    """A prompt (faded) and its continuation; tokens at whose positions an edit was made are
+    underlined.
+
+    Args: prompt is how many of the tokens are the prompt's.
+    """
+    spans = []
+    for position, (text, steered) in enumerate(zip(texts, edited, strict=True)):
+        state = "steered" if steered else "not steered"
+        tip = f"{plain_visible(text)}\n{state}\nposition {position}"
+        spans.append(
+            token_html(text, 0.0, 1.0, tip, peak=steered, far=position < prompt)
+            + _breaks(text, line_breaks=True)
+        )
+    return f'<div class="ss-big"><div class="ss-text">{"".join(spans)}</div></div>'
+
+
 def effects_html(top: Sequence[tuple[str, float]], bottom: Sequence[tuple[str, float]]) -> str:
     """Raised and lowered tokens side by side, shaded by size."""
     largest = max((abs(value) for _, value in [*top, *bottom]), default=0.0)

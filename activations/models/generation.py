@@ -1,16 +1,18 @@
 """Continuing a text: one token after the other, the likeliest or one that is drawn."""
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saescope.errors import InputError
+
 Choose = Callable[[Tensor], int]
 """From the logits [d_vocab] of the last position to the next token."""
 
 
-def continuation(
+def continued(
     hf: Any,
     prompt: Sequence[int],
     *,
@@ -20,8 +22,8 @@ def continuation(
     device: torch.device,
     use_cache: bool = True,
     stop_at_eos: bool = True,
-) -> list[int]:
-    """The tokens of a prompt and of what follows it, at most `new_tokens`.
+) -> Iterator[int]:
+    """The tokens that follow a prompt, each as soon as it is known, at most `new_tokens`.
 
     Args: hf is a causal language model of transformers; ends are the tokens that end a text, which
     are not part of it. use_cache: each position is computed once, if the model has a KV cache.
@@ -36,9 +38,9 @@ def continuation(
         past = getattr(out, "past_key_values", None) if use_cache else None
         new = [choose(out.logits[0, -1])]
         if stop_at_eos and new[0] in ends:
-            break
+            return
         ids += new
-    return ids
+        yield new[0]
 
 
 def chooser(temperature: float, seed: int) -> Choose:
@@ -52,3 +54,14 @@ def chooser(temperature: float, seed: int) -> Choose:
         return int(torch.multinomial(chances, 1, generator=generator))
 
     return choose
+
+
+def check_room(n_ctx: int | None, tokens: int) -> None:
+    """InputError if a prompt and its continuation have more tokens than the model's context."""
+    if n_ctx is not None and tokens > n_ctx:
+        raise InputError(
+            "prompt and continuation are longer than the model's context",
+            where="generate",
+            given=tokens,
+            allowed=f"up to {n_ctx}",
+        )

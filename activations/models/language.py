@@ -16,7 +16,7 @@ from activations.corpora.documents import CorpusConfig, Document, DocumentStream
 from activations.corpora.packing import pack
 from activations.corpora.sequences import PLAIN, PackingCounts, PackingOptions, Sequences
 from activations.models.base import HarvestModel
-from activations.models.generation import chooser, continuation
+from activations.models.generation import check_room, chooser, continued
 from activations.models.hf import bridge_around, padding_arguments
 from activations.models.matmul_precision import multiplied_in
 from activations.models.no_tokenizer import NoText
@@ -353,7 +353,20 @@ class Model(HarvestModel):
         own = isinstance(prompt, str) and self._text.begins_with_bos(prompt)
         return self._text.decode(ids[1:] if ids[0] == self.bos_token_id and not own else ids)
 
-    def generate_ids(
+    def generate_ids(self, prompt: str | Sequence[int], **options: Any) -> list[int]:
+        """The token ids of a prompt and its continuation (options: see `stream_ids`)."""
+        ids = self._prompt_ids(prompt)
+        return [*ids, *self.stream_ids(ids, **options)]
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        is_text = isinstance(prompt, str)
+        known: Any = {"where": "prompt", "low": 0, "high": self.d_vocab - 1}
+        ids = self.tokenize(prompt) if is_text else as_indices(prompt, **known)
+        if not ids:
+            raise InputError("the prompt has no tokens", where="generate", given=prompt)
+        return ids
+
+    def stream_ids(
         self,
         prompt: str | Sequence[int],
         *,
@@ -362,28 +375,20 @@ class Model(HarvestModel):
         seed: int = 0,
         use_cache: bool = True,
         stop_at_eos: bool = True,
-    ) -> list[int]:
-        """Continue a prompt; the token ids of prompt and continuation.
+    ) -> Iterator[int]:
+        """Continue a prompt; each token id of the continuation as soon as it is known.
 
         temperature 0 takes the likeliest token; above, tokens are drawn, the same for one seed.
         Raises InputError for an empty prompt or one that leaves no room for the new tokens.
+
+        >>> for token in model.stream_ids("The weather"):  # doctest: +SKIP
+        ...     print(*model.token_strings([token]))
         """
         check_range("temperature", temperature, low=0)
         max_new_tokens = as_index(max_new_tokens, where="max_new_tokens", low=1)
-        if isinstance(prompt, str):
-            ids = self.tokenize(prompt)
-        else:
-            ids = as_indices(prompt, where="prompt", low=0, high=self.d_vocab - 1)
-        if not ids:
-            raise InputError("the prompt has no tokens", where="generate", given=prompt)
-        if self.n_ctx is not None and len(ids) + max_new_tokens > self.n_ctx:
-            raise InputError(
-                "prompt and continuation are longer than the model's context",
-                where="generate",
-                given=len(ids) + max_new_tokens,
-                allowed=f"up to {self.n_ctx}",
-            )
-        return continuation(
+        ids = self._prompt_ids(prompt)
+        check_room(self.n_ctx, len(ids) + max_new_tokens)
+        return continued(
             self.hf,
             ids,
             new_tokens=max_new_tokens,

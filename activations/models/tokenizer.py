@@ -90,15 +90,21 @@ class TextCodec:
         """Whether a text brings the BOS that the model's tokenizer adds."""
         return self.bos_token_id is not None and text.startswith(self.tokenizer.bos_token)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, with_answer_begun: bool = False
+    ) -> str:
         """What the tokenizer's chat template makes of a conversation, without a BOS in front.
+
+        Args: with_answer_begun: the text ends where the model's answer begins.
 
         Raises InputError if it has no template, or if that refuses the conversation.
         """
         if not self.tokenizer.chat_template:
             raise InputError("this model's tokenizer has no chat template")
         try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False)
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=with_answer_begun
+            )
         except MemoryError:
             raise
         except Exception as error:  # a template is a program of its author's

@@ -130,7 +130,7 @@ def _links(session: Session) -> None:
                 open_feature(session, number)
     with columns[2]:
         st.page_link(
-            page_at("text"), label="Try your text", icon=":material/edit_note:", query_params=query
+            page_at("text"), label="Try a prompt", icon=":material/edit_note:", query_params=query
         )
     labels = session.notes.labels()
     favourites = session.notes.members()

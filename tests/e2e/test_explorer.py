@@ -6,23 +6,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
 import dashboards
-from dashboards import find_stores, launch, model_cache
+from dashboards import find_stores, launch
 from saescope.errors import ArtefactError, InputError
 from store import Annotations, FeatureStore
 from tests.tiny_store import CONTEXT, D_SAE, DEAD, EVERYWHERE, RARE, make_tiny_store
 
 APP = str(Path(dashboards.__file__).parent / "app.py")
-OVERVIEW, FEATURES, FEATURE, TEXT = "overview", "features", "feature", "text"
+OVERVIEW, FEATURES, FEATURE = "overview", "features", "feature"
 
 
 @pytest.fixture(scope="module")
@@ -307,73 +305,6 @@ def test_no_store_is_a_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "no feature store here" in app.error[0].value.replace("\\", "")
 
 
-def features_of(_store: object, text: str) -> Any:
-    """A stand-in for the model: feature 5 on every word, feature RARE on the second."""
-    if text == "too long":
-        raise InputError("the text is longer than the model's context", given="999 tokens")
-    tokens = ["<|bos|>", *(f" {word}" for word in text.split())]
-    n = len(tokens) - 1
-    return SimpleNamespace(
-        token_ids=list(range(n + 1)),
-        tokens=tokens,
-        keep=[False] + [True] * n,
-        position=np.array([*range(1, n + 1), 2], dtype=np.int32),
-        feature=np.array([5] * n + [RARE], dtype=np.int32),
-        activation=np.array([0.5] * n + [3.0], dtype=np.float32),
-    )
-
-
-def send(app: AppTest, text: str) -> AppTest:
-    app.text_area(key="text").set_value(text)
-    (button,) = [b for b in app.button if b.label == "Show features"]
-    button.click().run()
-    assert not app.exception, app.exception
-    return app
-
-
-def test_try_your_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_cache, "features_of_text", features_of)
-    with Annotations.open(folder / "tiny", sae_hash="5ae") as notes:
-        notes.set_label(RARE, "a <rare> one")
-    app = send(open_page(TEXT), "old <b>harbour</b> town")
-    found = table(app)
-    assert found["feature"].tolist() == [RARE, 5], "RARE is at twice its strongest in the store"
-    assert found["strength"].tolist()[0] == pytest.approx(200)
-    assert found["activation"].tolist() == [3.0, 0.5]
-    assert found["at"].tolist() == [" <b>harbour</b>", " old"]
-    assert found["tokens"].tolist() == [1, 3]
-    text = shown(app)
-    assert "&lt;b&gt;harbour&lt;/b&gt;" in text
-    assert "<b>harbour" not in text
-    assert "not seen by the SAE" in text
-    assert f"feature?sae=tiny&amp;feature={RARE}" in text
-    assert f"##### Feature {RARE} · a \\<rare\\> one" in text
-    assert dict(links(app))[f"Open feature {RARE}"].endswith(f"feature={RARE}")
-    app.button_group(key="text_order").set_value("tokens").run()
-    assert table(app)["feature"].tolist() == [5, RARE]
-    # what a reader has chosen stays, in whatever row it is
-    app.session_state["text_chosen_tiny"] = RARE
-    for order in ("tokens", "activation", "strength"):
-        app.button_group(key="text_order").set_value(order).run()
-        assert f"##### Feature {RARE} · a \\<rare\\> one" in shown(app)
-    app.session_state["text_chosen_tiny"] = 63
-    assert f"##### Feature {RARE}" in shown(send(app, "old <b>harbour</b> town"))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("", "Type some text"), ("  \n ", "Type some text"), ("too long", "longer")],
-)
-def test_text_that_cannot_be_used(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
-) -> None:
-    monkeypatch.setattr(model_cache, "features_of_text", features_of)
-    app = send(open_page(TEXT), text)
-    said = [*app.warning, *app.error]
-    assert message in said[0].value
-    assert not app.dataframe
-
-
 def test_only_what_was_named_or_is_beside_the_stores_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,15 +338,6 @@ def test_only_what_was_named_or_is_beside_the_stores_is_loaded(
     assert named("model", "gpt2", "other", "another") == ""
     monkeypatch.delenv(find_stores.STORES_VARIABLE)
     assert find_stores.source_to_load("sae", str(away), "the store") == str(away), "a program asks"
-
-
-def test_text_without_the_sae_is_a_clear_error(folder: Path) -> None:
-    app = open_page(TEXT)
-    with FeatureStore.open(folder / "tiny") as opened:
-        opened.meta.pop("sae_path")
-        with pytest.raises(ArtefactError, match="does not say which"):
-            model_cache.features_of_text(opened, "x")
-    assert not app.exception
 
 
 def test_first_page_needs_no_model_libraries(folder: Path) -> None:

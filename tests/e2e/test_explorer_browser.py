@@ -91,8 +91,8 @@ def test_overview_and_navigation(page: Any, server: str) -> None:
     assert "sae=tiny" in page.url
     assert page.locator("[data-testid=stMetric]").count() == 5
     page.wait_for_selector("[data-testid=stPlotlyChart] .bars path", state="attached")
-    page.get_by_text("Try your text").first.click()
-    heading(page, "Try your text")
+    page.get_by_text("Prompt", exact=True).first.click()
+    heading(page, "Prompt")
     page.get_by_text("Features", exact=True).first.click()
     heading(page, "Features")
     assert "sae=tiny" in page.url
@@ -283,7 +283,7 @@ def test_a_taken_port_is_one_clear_line(server: str, stores: Path) -> None:
 def test_nothing_is_asked_of_other_machines(page: Any, server: str) -> None:
     asked: set[str] = set()
     page.on("request", lambda request: asked.add(request.url))
-    for path in ("", "features", "feature", "text"):
+    for path in ("", "features", "feature", "text", "steer"):
         visit(page, f"{server}/{path}?sae=tiny")
         page.mouse.wheel(0, 2000)
         settle(page)

@@ -75,7 +75,8 @@ def test_the_explorers_own_pages_and_panels() -> None:
         ("Overview", ":material/dashboard:", "overview"),
         ("Features", ":material/table_rows:", "features"),
         ("Feature", ":material/search:", "feature"),
-        ("Try your text", ":material/edit_note:", "text"),
+        ("Prompt", ":material/edit_note:", "text"),
+        ("Steer", ":material/explore:", "steer"),
         ("Diff", ":material/difference:", "diff"),
     ]
     assert [p.declared.title for p in find_panels("left")] == [
@@ -87,9 +88,7 @@ def test_the_explorers_own_pages_and_panels() -> None:
 
 
 def test_a_page_is_added_by_its_file(folder: Path, write: Write) -> None:
-    assert navigation(open_page()) == [
-        *("Overview", "Features", "Feature", "Try your text", "Diff"),
-    ]
+    assert navigation(open_page()) == [page.declared.title for page in find_pages()]
     write(pages.VIEWS, "longest_labels", PAGE)
     write(pages.VIEWS, "_helper", "")
     app = open_page("longest-labels")

@@ -41,9 +41,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in (find_stores.STORES_VARIABLE, find_stores.NAMED_VARIABLE):
         monkeypatch.delenv(name, raising=False)
-    model_cache.load.clear()
+    model_cache.forget_all()
     yield
-    model_cache.load.clear()
+    model_cache.forget_all()
 
 
 def answer(made: Path) -> list[int]:
