@@ -25,6 +25,15 @@ def amount(value: float, decimals: int = 2, *, signed: bool = False) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """A number of things, in the singular where there is one.
+
+    >>> counted(1, "document"), counted(1234, "document"), counted(2, "entry", "entries")
+    ('1 document', '1,234 documents', '2 entries')
+    """
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
 def span(low: float, high: float) -> str:
     """A range, whose ends have as many decimals as tell them apart.
 

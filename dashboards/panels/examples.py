@@ -3,7 +3,7 @@
 import streamlit as st
 
 from dashboards import figures, queries
-from dashboards.amounts import span
+from dashboards.amounts import counted, span
 from dashboards.pages import Panel
 from dashboards.queries import FeatureData
 from dashboards.session import Session
@@ -51,7 +51,7 @@ def panel(session: Session, data: FeatureData) -> None:
     for interval in range(INTERVALS - 1, -1, -1):
         count = int(sizes[interval])
         st.markdown(
-            f"**{span(interval * width, (interval + 1) * width)}** · {count:,} positions "
+            f"**{span(interval * width, (interval + 1) * width)}** · {counted(count, 'position')} "
             f"({figures.percent(count / feature.n_active)})"
         )
         mine = [example for example in found if example.interval == interval]

@@ -3,7 +3,7 @@
 import streamlit as st
 
 from dashboards import figures, queries
-from dashboards.amounts import amount
+from dashboards.amounts import amount, counted
 from dashboards.pages import Page, find_panels
 from dashboards.queries import FeatureData
 from dashboards.session import Session, begin_page, current_feature
@@ -118,7 +118,7 @@ def _summary(session: Session, feature: Feature) -> list[str]:
     return [
         name,
         f"fires at {figures.percent(feature.density)} of positions ({feature.n_active:,})",
-        f"in {feature.n_documents:,} documents",
+        f"in {counted(feature.n_documents, 'document')}",
         f"strongest {amount(feature.max)}",
         f"mean {amount(feature.mean)} ± {amount(feature.std)} where it fires",
     ]
