@@ -17,7 +17,10 @@ from pathlib import Path
 from saescope.artefact import SEAL, check_schema, sha256_json
 from saescope.errors import ArtefactError
 
-SCHEMA = 1
+SCHEMA = 2
+MACHINE_SEAL = "machine_sha256"
+"""the fact that is the checksum of the machines' labels"""
+LONGEST_DETAILS = 20_000
 LONGEST_LABEL = 200
 LONGEST_NOTE = 20_000
 _TIMEOUT = 10.0
@@ -51,6 +54,25 @@ CREATE TABLE list_member (
     list TEXT NOT NULL, feature INTEGER NOT NULL, added TEXT NOT NULL, PRIMARY KEY (list, feature)
 );
 """
+_ADDED = """
+CREATE TABLE tag (
+    feature INTEGER NOT NULL, tag TEXT NOT NULL, added TEXT NOT NULL, PRIMARY KEY (feature, tag)
+);
+CREATE TABLE vote (
+    feature INTEGER NOT NULL, who TEXT NOT NULL, value INTEGER NOT NULL, changed TEXT NOT NULL,
+    PRIMARY KEY (feature, who)
+);
+CREATE TABLE history (
+    id INTEGER PRIMARY KEY, at TEXT NOT NULL, who TEXT NOT NULL, feature INTEGER NOT NULL,
+    what TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL
+);
+CREATE INDEX history_of_feature ON history (feature);
+CREATE TABLE machine_label (
+    feature INTEGER NOT NULL, method TEXT NOT NULL, label TEXT NOT NULL, score REAL,
+    details TEXT NOT NULL, made TEXT NOT NULL, PRIMARY KEY (feature, method)
+);
+"""
+"""what schema 2 has besides"""
 # ANALYZE, which changes nothing of what is in a file, makes tables of its own
 _OBJECTS = """
 SELECT type, name, tbl_name, sql FROM sqlite_master
@@ -63,10 +85,29 @@ SELECT (SELECT count(*) FROM annotation WHERE feature < 0
      + (SELECT count(*) FROM list_member WHERE typeof(feature) <> 'integer' OR feature < 0
         OR typeof(list) <> 'text' OR length(list) > {LONGEST_LABEL})
 """
+_WRONG_ADDED_ROWS = f"""
+SELECT (SELECT count(*) FROM tag WHERE typeof(feature) <> 'integer' OR feature < 0
+        OR typeof(tag) <> 'text' OR length(tag) > {LONGEST_LABEL})
+     + (SELECT count(*) FROM vote WHERE typeof(feature) <> 'integer' OR feature < 0
+        OR typeof(who) <> 'text' OR value NOT IN (-1, 1))
+     + (SELECT count(*) FROM history WHERE typeof(feature) <> 'integer' OR typeof(before) <> 'text'
+        OR typeof(after) <> 'text' OR length(before) > {LONGEST_NOTE}
+        OR length(after) > {LONGEST_NOTE})
+     + (SELECT count(*) FROM machine_label WHERE typeof(feature) <> 'integer' OR feature < 0
+        OR typeof(label) <> 'text' OR length(label) > {LONGEST_LABEL}
+        OR typeof(details) <> 'text' OR length(details) > {LONGEST_DETAILS}
+        OR typeof(score) NOT IN ('real', 'null'))
+"""
 _SEALED = (
     "SELECT feature, label, note, changed FROM annotation ORDER BY feature",
     "SELECT list, feature, added FROM list_member ORDER BY list, feature",
 )
+_SEALED_ADDED = (
+    "SELECT feature, tag, added FROM tag ORDER BY feature, tag",
+    "SELECT feature, who, value, changed FROM vote ORDER BY feature, who",
+    "SELECT id, at, who, feature, what, before, after FROM history ORDER BY id",
+)
+_MACHINES = "SELECT feature, method, label, score, details, made FROM machine_label ORDER BY 1, 2"
 
 
 def connect(
@@ -147,14 +188,14 @@ def _may_write(con: sqlite3.Connection) -> bool:
     return True
 
 
-def _make(con: sqlite3.Connection, sae_hash: str) -> None:
+def _make(con: sqlite3.Connection, sae_hash: str, schema: int = SCHEMA) -> None:
     """Make the tables, unless another process has just made them."""
     con.execute("BEGIN IMMEDIATE")
     try:
         if not con.execute(_OBJECTS).fetchall():
-            for statement in _statements(_TABLES):
+            for statement in _statements(_TABLES + (_ADDED if schema > 1 else "")):
                 con.execute(statement)
-            values = [("schema", str(SCHEMA)), ("sae_hash", sae_hash)]
+            values = [("schema", str(schema)), ("sae_hash", sae_hash)]
             con.executemany("INSERT INTO meta VALUES (?, ?)", values)
             seal(con)
     except BaseException:
@@ -163,17 +204,39 @@ def _make(con: sqlite3.Connection, sae_hash: str) -> None:
     con.execute("COMMIT")
 
 
-def is_sealed(con: sqlite3.Connection) -> bool:
-    """Whether a file's content matches its checksum.
+def schema_of(con: sqlite3.Connection) -> int:
+    """The version of a file that has been checked; another process may have brought it up."""
+    return int(con.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0])
+
+
+def bring_up(con: sqlite3.Connection) -> None:
+    """Give a file of an older version the tables of this one, within a transaction."""
+    if schema_of(con) < SCHEMA:
+        for statement in _statements(_ADDED):
+            con.execute(statement)
+        con.execute("UPDATE meta SET value = ? WHERE key = 'schema'", [str(SCHEMA)])
+
+
+def is_sealed(con: sqlite3.Connection, *, machines: bool = False) -> bool:
+    """Whether a file's content matches its checksum; with `machines`, the machines' labels as well.
 
     True for a file of a version without checksums, which has only two facts.
     """
     found = _facts(con)
-    return found.keys() == {"schema", "sae_hash"} or found.get(SEAL) == _content(con, found)
+    if found.keys() == {"schema", "sae_hash"}:
+        return True
+    if found.get(SEAL) != _content(con, found):
+        return False
+    return not machines or MACHINE_SEAL not in found or found[MACHINE_SEAL] == _machines(con)
 
 
-def seal(con: sqlite3.Connection) -> None:
-    """Save the checksum of a file's content, in the transaction that has changed it."""
+def seal(con: sqlite3.Connection, *, machines: bool = False) -> None:
+    """Save the checksum of a file's content, in the transaction that has changed it.
+
+    machines: the machines' labels have changed; they are many, and have a checksum of their own.
+    """
+    if machines:
+        con.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [MACHINE_SEAL, _machines(con)])
     con.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [SEAL, _content(con, _facts(con))])
 
 
@@ -182,8 +245,18 @@ def _facts(con: sqlite3.Connection) -> dict[str, str]:
 
 
 def _content(con: sqlite3.Connection, facts: dict[str, str]) -> str:
-    digest = hashlib.sha256(sha256_json({k: v for k, v in facts.items() if k != SEAL}).encode())
-    for sql in _SEALED:
+    begin = sha256_json({k: v for k, v in facts.items() if k != SEAL})
+    more = _SEALED_ADDED if facts.get("schema") != "1" else ()
+    return _digest(con, begin, *_SEALED, *more)
+
+
+def _machines(con: sqlite3.Connection) -> str:
+    return _digest(con, "", _MACHINES)
+
+
+def _digest(con: sqlite3.Connection, begin: str, *queries: str) -> str:
+    digest = hashlib.sha256(begin.encode())
+    for sql in queries:
         for row in con.execute(sql):
             digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
@@ -192,14 +265,15 @@ def _content(con: sqlite3.Connection, facts: dict[str, str]) -> str:
 def _check(con: sqlite3.Connection, path: Path, *, sae_hash: str) -> None:
     """Raise ArtefactError unless these are annotations of this version, about this SAE."""
     where = str(path)
-    own, objects = _own_objects(), _described(con)
-    if objects.get(_META) != own[_META]:
+    objects = _described(con)
+    if objects.get(_META) != _own_objects(SCHEMA)[_META]:
         raise ArtefactError("cannot be read as annotations: it has no table of facts", where=where)
     found = _facts(con)
     number = None
     with suppress(KeyError, ValueError, TypeError):
         number = int(found["schema"])
     check_schema(number, supported=SCHEMA, where=where)
+    own = _own_objects(number or SCHEMA)
     for key in sorted(own.keys() | objects.keys()):
         if own.get(key) != objects.get(key):
             raise ArtefactError(
@@ -208,7 +282,8 @@ def _check(con: sqlite3.Connection, path: Path, *, sae_hash: str) -> None:
                 where=where,
                 given=" ".join(key)[:80],
             )
-    if con.execute(_WRONG_ROWS).fetchone()[0]:
+    checks = [_WRONG_ROWS] if number == 1 else [_WRONG_ROWS, _WRONG_ADDED_ROWS]
+    if any(con.execute(sql).fetchone()[0] for sql in checks):
         raise ArtefactError("damaged: texts or features that no annotations have", where=where)
     if sae_hash and found.get("sae_hash") and found["sae_hash"] != sae_hash:
         raise ArtefactError(
@@ -229,10 +304,10 @@ def _described(con: sqlite3.Connection) -> dict[tuple[str, str], tuple[str, str]
 
 
 @functools.cache
-def _own_objects() -> dict[tuple[str, str], tuple[str, str]]:
+def _own_objects(schema: int) -> dict[tuple[str, str], tuple[str, str]]:
     con = sqlite3.connect(":memory:", isolation_level=None)
     try:
-        _make(con, "")
+        _make(con, "", schema)
         return _described(con)
     finally:
         con.close()

@@ -1,25 +1,18 @@
 """People's labels, notes and lists about a store's features, in a small SQLite file beside it."""
 
-import os
 import sqlite3
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
 
-from saescope.errors import ArtefactError, InputError
+from saescope.errors import InputError
 from saescope.integers import as_index, as_indices
-from store import annotation_file
+from store.annotation_base import LARGEST, annotations_file, feature_number, now
 from store.annotation_file import LONGEST_LABEL, LONGEST_NOTE
-from store.database import STORE_FILE
+from store.machine_labels import MachineLabels
+
+__all__ = ["FAVOURITES", "Annotation", "Annotations", "Change", "ChangedError", "annotations_file"]
 
 FAVOURITES = "favourites"
-_LARGEST = 2**31 - 1
-_Answer = TypeVar("_Answer")
 
 
 class ChangedError(InputError):
@@ -39,127 +32,37 @@ class Annotation:
     note: str
 
 
-def annotations_file(store_path: str | Path) -> Path:
-    """The annotations file of a store (its file, or its folder).
+@dataclass(frozen=True)
+class Change:
+    """One change that somebody made."""
 
-    >>> annotations_file("stores/demo/features.duckdb").name
-    'features.annotations.sqlite'
-    """
-    path = Path(store_path)
-    file = path / STORE_FILE if path.is_dir() else path
-    return file.with_name(f"{file.stem}.annotations.sqlite")
+    at: str
+    """time, in UTC, as ISO 8601 writes it"""
+    who: str
+    feature: int
+    what: str
+    """`label`, `note`, `vote`, `list NAME` or `tag NAME`"""
+    before: str
+    after: str
+    """the text; of lists and tags `yes` or nothing, of votes 1, -1 or nothing"""
 
 
-class Annotations:
-    """Labels, notes and lists of one store's features; safe to use from several threads.
+class Annotations(MachineLabels):
+    """Labels, notes, lists, tags and votes of one store's features, and who changed what when.
 
-    The file is made by the first change, and remembers which SAE it is about. Where it cannot be
-    written, reading works and a change raises ArtefactError; `read_only` says which. A file that
-    was replaced or taken away since is opened anew.
+    Safe to use from several threads and processes: each change is one transaction. The file is made
+    by the first change, and remembers which SAE it is about. Where it cannot be written, reading
+    works and a change raises ArtefactError; `read_only` says which. A file that was replaced or
+    taken away since is opened anew.
 
     >>> with Annotations.open("stores/demo") as notes:  # doctest: +SKIP
     ...     notes.set_label(123, "weather")
     ...     notes.search("weath")
     """
 
-    def __init__(self, path: Path, *, sae_hash: str = "") -> None:
-        self.path = path
-        self.read_only = False
-        self._sae_hash = sae_hash
-        self._con: sqlite3.Connection | None = None
-        self._file: tuple[int, int] | None = None
-        self._lock = threading.RLock()
-
-    @classmethod
-    def open(cls, store_path: str | Path, *, sae_hash: str = "") -> "Annotations":
-        """Open the annotations of a store; files of unknown origin are safe to open.
-
-        Raises ArtefactError if the file beside the store is damaged, of a newer version, contains
-        anything that such a file does not, or is about another SAE than the one with this hash,
-        whose features its labels would not fit.
-        """
-        notes = cls(annotations_file(store_path), sae_hash=sae_hash)
-        with notes._lock:
-            if notes._connection() is None:
-                notes.read_only = not _can_create(notes.path.parent)
-        return notes
-
-    def close(self) -> None:
-        """Close the file."""
-        with self._lock:
-            if self._con is not None:
-                self._con.close()
-                self._con = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _connection(self, *, create: bool = False) -> sqlite3.Connection | None:
-        """The connection to the file that is there now; None if there is none."""
-        there = _identity(self.path)
-        if there != self._file:
-            self.close()
-        if self._con is None and (there is not None or create):
-            self._con, writable = annotation_file.connect(
-                self.path, create=create, sae_hash=self._sae_hash
-            )
-            self.read_only = not writable
-            self._file = _identity(self.path)
-        return self._con
-
-    @contextmanager
-    def _errors(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except UnicodeEncodeError as error:
-            raise InputError("has characters that are no text", where="text") from error
-        except (sqlite3.Error, UnicodeDecodeError) as error:
-            raise ArtefactError(
-                f"labels and notes cannot be {doing}: {_reason(error)}", where=str(self.path)
-            ) from error
-
-    def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        with self._lock, self._errors("read"):
-            con = self._connection()
-            if con is None:
-                return []
-            annotation_file.limit_time(con)
-            return con.execute(sql, values).fetchall()
-
-    def _change(self, work: Callable[[sqlite3.Connection], _Answer]) -> _Answer:
-        """Do `work` in one transaction; returns its answer."""
-        with self._lock, self._errors("saved"):
-            if self.read_only and self._connection() is None:
-                raise ArtefactError(
-                    f"labels and notes cannot be saved: {_READ_ONLY}", where=str(self.path)
-                )
-            con = self._connection(create=True)
-            assert con is not None
-            annotation_file.limit_time(con)
-            con.execute("BEGIN IMMEDIATE")
-            try:
-                sealed = annotation_file.is_sealed(con)
-                answer = work(con)
-                if sealed:  # else the doctor goes on saying what is damaged
-                    annotation_file.seal(con)
-                con.execute("COMMIT")
-            except BaseException:
-                if con.in_transaction:
-                    con.execute("ROLLBACK")
-                raise
-            return answer
-
     def get(self, feature: int) -> Annotation:
         """A feature's label and note."""
-        number = _feature(feature)
+        number = feature_number(feature)
         rows = self._rows("SELECT label, note FROM annotation WHERE feature = ?", [number])
         return Annotation(number, *(rows[0] if rows else ("", "")))
 
@@ -168,7 +71,7 @@ class Annotations:
         sql = "SELECT feature, label FROM annotation WHERE label <> ''"
         if features is None:
             return dict(self._rows(f"{sql} ORDER BY feature"))
-        numbers = as_indices(features, where="features", low=0, high=_LARGEST)
+        numbers = as_indices(features, where="features", low=0, high=LARGEST)
         found: dict[int, str] = {}
         for begin in range(0, len(numbers), 500):
             batch = numbers[begin : begin + 500]
@@ -189,7 +92,7 @@ class Annotations:
         self._write(feature, "note", note, seen)
 
     def _write(self, feature: int, column: str, given: str, seen: str | None) -> None:
-        number = _feature(feature)
+        number = feature_number(feature)
         text = _text(column, given)
         wanted = None if seen is None else _text(column, seen)
         label, note = (text, "") if column == "label" else ("", text)
@@ -207,14 +110,35 @@ class Annotations:
             con.execute(
                 "INSERT INTO annotation VALUES (?, ?, ?, ?) ON CONFLICT (feature) DO UPDATE"
                 f" SET {column} = excluded.{column}, changed = excluded.changed",
-                [number, label, note, _now()],
+                [number, label, note, now()],
             )
+            self._record(con, number, column, found, text)
 
         self._change(write)
 
+    def _record(
+        self, con: sqlite3.Connection, feature: int, what: str, before: str, after: str
+    ) -> None:
+        """Add a change to the history, if it is one."""
+        if before != after:
+            con.execute(
+                "INSERT INTO history (at, who, feature, what, before, after)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                [now(), self.who, feature, what, before, after],
+            )
+
+    def history(self, feature: int | None = None, limit: int = 100) -> list[Change]:
+        """The latest changes of a feature, or of all without one; the newest first."""
+        limit = as_index(limit, where="limit", low=0, high=LARGEST)
+        sql = "SELECT at, who, feature, what, before, after FROM history"
+        values = [] if feature is None else [feature_number(feature)]
+        where = "" if feature is None else " WHERE feature = ?"
+        rows = self._rows_added(f"{sql}{where} ORDER BY id DESC LIMIT ?", [*values, limit])
+        return [Change(*row) for row in rows]
+
     def search(self, text: str, limit: int = 10_000) -> list[int]:
         """Features in whose label or note each word is the beginning of some word; best first."""
-        limit = as_index(limit, where="limit", low=0, high=_LARGEST)
+        limit = as_index(limit, where="limit", low=0, high=LARGEST)
         words = _words(text)
         if not words:
             return []
@@ -228,56 +152,86 @@ class Annotations:
 
     def add_to_list(self, feature: int, name: str = FAVOURITES) -> None:
         """Put a feature on a list."""
-        values = [_list_name(name), _feature(feature), _now()]
-        sql = "INSERT OR IGNORE INTO list_member VALUES (?, ?, ?)"
-        self._change(lambda con: con.execute(sql, values))
+        self._put("list_member", "list", feature, _name("list", name), wanted=True)
 
     def remove_from_list(self, feature: int, name: str = FAVOURITES) -> None:
         """Take a feature off a list."""
-        values = [_list_name(name), _feature(feature)]
-        sql = "DELETE FROM list_member WHERE list = ? AND feature = ?"
-        self._change(lambda con: con.execute(sql, values))
+        self._put("list_member", "list", feature, _name("list", name), wanted=False)
+
+    def _put(self, table: str, kind: str, feature: int, name: str, *, wanted: bool) -> None:
+        """Put a feature on a list or under a tag, or take it off."""
+        number = feature_number(feature)
+
+        def put(con: sqlite3.Connection) -> None:
+            where = f"FROM {table} WHERE feature = ? AND {kind} = ?"
+            there = con.execute(f"SELECT count(*) {where}", [number, name]).fetchone()[0] > 0
+            if there == wanted:
+                return
+            if wanted:
+                sql = f"INSERT INTO {table} (feature, {kind}, added) VALUES (?, ?, ?)"
+                con.execute(sql, [number, name, now()])
+            else:
+                con.execute(f"DELETE {where}", [number, name])
+            said = ("yes" if there else "", "yes" if wanted else "")
+            self._record(con, number, f"{kind} {name}", *said)
+
+        self._change(put)
 
     def members(self, name: str = FAVOURITES) -> list[int]:
         """The features on a list, in the order they were added."""
         sql = "SELECT feature FROM list_member WHERE list = ? ORDER BY added, feature"
-        return [row[0] for row in self._rows(sql, [_list_name(name)])]
+        return [row[0] for row in self._rows(sql, [_name("list", name)])]
 
     def lists(self) -> dict[str, int]:
         """The lists' names and sizes."""
         sql = "SELECT list, count(*) FROM list_member GROUP BY list ORDER BY list"
         return dict(self._rows(sql))
 
+    def add_tag(self, feature: int, tag: str) -> None:
+        """Put a tag on a feature."""
+        self._put("tag", "tag", feature, _name("tag", tag), wanted=True)
 
-_READ_ONLY = "the file or its folder is read-only"
+    def remove_tag(self, feature: int, tag: str) -> None:
+        """Take a tag off a feature."""
+        self._put("tag", "tag", feature, _name("tag", tag), wanted=False)
 
+    def tags(self, feature: int) -> list[str]:
+        """A feature's tags, by name."""
+        sql = "SELECT tag FROM tag WHERE feature = ? ORDER BY tag"
+        return [row[0] for row in self._rows_added(sql, [feature_number(feature)])]
 
-def _reason(error: Exception) -> str:
-    """SQLite's message in words that say what to do."""
-    text = str(error)
-    if "readonly" in text or "unable to open" in text:
-        return _READ_ONLY
-    if "is full" in text:
-        return "the disk is full; free some space"
-    if "locked" in text:
-        return "another program has the file in use; try again when it is done"
-    return annotation_file.one_line(error)
+    def tagged(self, tag: str) -> list[int]:
+        """The features with a tag, in order."""
+        sql = "SELECT feature FROM tag WHERE tag = ? ORDER BY feature"
+        return [row[0] for row in self._rows_added(sql, [_name("tag", tag)])]
 
+    def all_tags(self) -> dict[str, int]:
+        """The tags' names, and on how many features each is."""
+        sql = "SELECT tag, count(*) FROM tag GROUP BY tag ORDER BY tag"
+        return dict(self._rows_added(sql))
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode of the file at a path; None if there is none."""
-    try:
-        facts = path.stat()
-    except OSError:
-        return None
-    return facts.st_dev, facts.st_ino
+    def vote(self, feature: int, value: int) -> None:
+        """Vote for (1) or against (-1) a feature's label, or take one's vote back (0).
 
+        Each user has one vote a feature; a second replaces the first.
+        """
+        number, chosen = feature_number(feature), as_index(value, where="vote", low=-1, high=1)
 
-def _feature(feature: int) -> int:
-    number = as_index(feature, where="feature")
-    if not 0 <= number <= _LARGEST:
-        raise InputError("no such feature", where="feature", given=number, allowed="0 and more")
-    return number
+        def vote(con: sqlite3.Connection) -> None:
+            mine = [number, self.who]
+            where = "WHERE feature = ? AND who = ?"
+            found = con.execute(f"SELECT value FROM vote {where}", mine).fetchone()
+            con.execute(f"DELETE FROM vote {where}", mine)
+            if chosen:
+                con.execute("INSERT INTO vote VALUES (?, ?, ?, ?)", [*mine, chosen, now()])
+            self._record(con, number, "vote", str(found[0]) if found else "", str(chosen or ""))
+
+        self._change(vote)
+
+    def votes(self, feature: int) -> dict[str, int]:
+        """Each user's vote on a feature's label: 1 or -1."""
+        sql = "SELECT who, value FROM vote WHERE feature = ? ORDER BY who"
+        return dict(self._rows_added(sql, [feature_number(feature)]))
 
 
 def _text(column: str, given: str) -> str:
@@ -295,26 +249,11 @@ def _text(column: str, given: str) -> str:
     return text
 
 
-def _list_name(name: str) -> str:
+def _name(kind: str, name: str) -> str:
     if not isinstance(name, str) or not name.strip() or len(name) > LONGEST_LABEL:
-        raise InputError("a list needs a name of 1 to 200 characters", where="list", given=name)
-    return name.strip()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")
+        raise InputError(f"a {kind} needs a name of 1 to 200 characters", where=kind, given=name)
+    return " ".join(name.split())
 
 
 def _words(text: str) -> list[str]:
     return "".join(c if c.isalnum() else " " for c in text).split()
-
-
-def _can_create(folder: Path) -> bool:
-    """Whether a file can be made in a folder; tried, as permissions do not tell."""
-    probe = folder / f".annotations-probe-{os.getpid()}-{threading.get_ident()}"
-    try:
-        probe.touch()
-    except OSError:
-        return False
-    probe.unlink(missing_ok=True)
-    return True

@@ -71,7 +71,7 @@ def _of_annotations(con: sqlite3.Connection) -> Iterator[str]:
     for (said,) in con.execute("PRAGMA integrity_check"):
         if said != "ok":
             yield str(said)
-    if not is_sealed(con):
+    if not is_sealed(con, machines=True):
         yield "not what saescope last saved there: damaged, or changed by another program"
     # the index of words is checked by a statement that may write: on a copy
     with sqlite3.connect(":memory:") as copy:

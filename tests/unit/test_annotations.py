@@ -127,7 +127,7 @@ def test_newer_damaged_and_foreign_files(place: Path) -> None:
         notes.set_label(3, "river")
     con = sqlite3.connect(file)
     with con:
-        con.execute("UPDATE meta SET value = '2' WHERE key = 'schema'")
+        con.execute("UPDATE meta SET value = '3' WHERE key = 'schema'")
     con.close()
     with pytest.raises(ArtefactError, match="newer saescope"):
         Annotations.open(place)
