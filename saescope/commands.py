@@ -172,6 +172,18 @@ COMMANDS = {
         ),
         positional="store",
     ),
+    "label": Command(
+        module="store.labels.command",
+        config="LabelConfig",
+        function="label",
+        summary="Explain features from the store alone, with scores on held-out text.",
+        examples=(
+            "saescope label stores/smollm2-135m-topk",
+            "saescope label stores/smollm2-135m-topk --features 0-99 --methods token ngram",
+        ),
+        positional="store",
+        resumes=True,
+    ),
     "steer": Command(
         module="sae.commands.steer",
         config="SteerConfig",

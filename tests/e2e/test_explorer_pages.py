@@ -80,7 +80,14 @@ def test_the_explorers_own_pages_and_panels() -> None:
         ("Diff", ":material/difference:", "diff"),
     ]
     assert [p.declared.title for p in find_panels("left")] == [
-        *("Ends", "Label", "Activations", "Tokens and positions", "Effect on the next token"),
+        *(
+            "Ends",
+            "Label",
+            "Machine labels",
+            "Activations",
+            "Tokens and positions",
+            "Effect on the next token",
+        ),
         "Related features",
         "Export",
     ]
