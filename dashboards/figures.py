@@ -1,10 +1,12 @@
 """Plotly figures: one quiet look, legible on light and dark, axes with units."""
 
+import html
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dashboards.amounts import span
+from dashboards.amounts import amount, span
 from store.results import Histogram, PositionProfile
 
 if TYPE_CHECKING:
@@ -111,6 +113,49 @@ def density_histogram(densities: np.ndarray, height: int = 260) -> "Figure":
         tickvals=ticks, ticktext=[percent(10.0**tick) for tick in ticks], range=[low - 0.05, 0.08]
     )
     return figure
+
+
+def scatter(
+    points: "DataFrame",
+    x: str,
+    y: str,
+    names: Sequence[str],
+    titles: Mapping[str, str],
+    height: int = 560,
+) -> "Figure":
+    """A point a feature; `points` has the columns feature, x and y, names what each is called."""
+    from plotly.graph_objects import Figure, Scattergl
+
+    across, up = points[x].to_numpy(), points[y].to_numpy()
+    text = [
+        f"feature {number} · {html.escape(name)}<br>"
+        f"{titles[x]} {amount(a)}, {titles[y]} {amount(b)}"
+        for number, name, a, b in zip(points["feature"], names, across, up, strict=True)
+    ]
+    dots = Scattergl(
+        x=across,
+        y=up,
+        mode="markers",
+        marker={"color": BLUE, "size": 6, "opacity": 0.55},
+        selected={"marker": {"color": ORANGE, "opacity": 1}},
+        unselected={"marker": {"opacity": 0.55}},
+        hovertext=text,
+        hoverinfo="text",
+    )
+    figure = _finish(Figure(dots), titles[x], titles[y], height)
+    figure.update_layout(hovermode="closest", clickmode="event+select")
+    logarithmic = {"type": "log", "dtick": 1, "exponentformat": "power"}
+    if _spans_decades(across):
+        figure.update_xaxes(**logarithmic, title=f"{titles[x]} (log scale)")
+    if _spans_decades(up):
+        figure.update_yaxes(**logarithmic, title=f"{titles[y]} (log scale)")
+    return figure
+
+
+def _spans_decades(values: np.ndarray) -> bool:
+    """Whether an axis of these values is better logarithmic."""
+    known = values[np.isfinite(values.astype(float))]
+    return bool(len(known) and known.min() > 0 and np.log10(known.max() / known.min()) > 2)
 
 
 def percent(share: float) -> str:

@@ -70,6 +70,8 @@ def command(config: ExploreConfig) -> list[str]:
         # every message is sent whole: a page that was left before it was drawn may lack the one
         # that it would be told to take again, and then stops with an error
         "global.minCachedMessageSize": 1e12,
+        # a link fills fields that have a value of their own
+        "global.disableWidgetStateDuplicationWarning": True,
         "logger.level": "warning",
         "browser.gatherUsageStats": False,
         "browser.serverAddress": HOST,

@@ -123,7 +123,9 @@ def _table(
     frame = page.rows.to_pandas()
     numbers = [int(number) for number in frame["feature"]]
     tokens = _store.top_tokens(numbers, 5)
-    frame["tokens"] = ["  ".join(plain_visible(t) for t in tokens[n]) for n in numbers]
+    frame["tokens"] = [
+        "  ".join(plain_visible(t).replace(" ", "␣") for t in tokens[n]) for n in numbers
+    ]
     return frame, page.total
 
 
@@ -151,13 +153,7 @@ def names(
     labels = notes.labels(list(features))
     bare = [feature for feature in features if not labels.get(feature)]
     found = store.top_tokens(bare, tokens)
-    spoken = {
-        f: " · ".join(dict.fromkeys(plain_visible(t).strip() or "␣" for t in found[f]))
-        for f in bare
-    }
-    return {
-        feature: labels.get(feature) or spoken[feature] or "never fires" for feature in features
-    }
+    return {f: labels.get(f) or called(found[f], tokens) for f in features}
 
 
 @st.cache_data(max_entries=256, ttl=_DAY, show_spinner=False)
@@ -182,3 +178,27 @@ def same_model(name: str, stores: Mapping[str, Path]) -> list[str]:
             if model and other != name and open_store(path).meta.get("model_hash") == model:
                 found.append(other)
     return found
+
+
+@st.cache_data(max_entries=16, ttl=_DAY, show_spinner="Reading the features' top tokens …")
+def all_top_tokens(_store: FeatureStore, version: Version) -> dict[int, list[str]]:
+    """The five commonest tokens of every feature's strongest examples."""
+    return _store.top_tokens(range(_store.d_sae), 5)
+
+
+def all_names(
+    store: FeatureStore, notes: Annotations, version: Version, features: Sequence[int]
+) -> list[str]:
+    """What these features are called, many at once."""
+    labels, tokens = notes.labels(), all_top_tokens(store, version)
+    return [labels.get(f) or called(tokens[f]) for f in map(int, features)]
+
+
+def called(tokens: Sequence[str], most: int = 3) -> str:
+    """The name of a feature without a label: its commonest top tokens.
+
+    >>> called([" Paris", "Paris", " ", "\\n"])
+    'Paris · ␣'
+    """
+    words = (plain_visible(token).strip() or "␣" for token in tokens[:most])
+    return " · ".join(dict.fromkeys(words)) or "never fires"

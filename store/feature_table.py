@@ -71,6 +71,11 @@ class FeatureTable(StoreBase):
         more = {name: row.pop(name) for name in list(row) if name not in FEATURE_COLUMNS}
         return Feature(**row, more=more)
 
+    @property
+    def number_columns(self) -> tuple[str, ...]:
+        """The columns of numbers: those that a filter can bound."""
+        return tuple(_of_numbers(self._column_types))
+
     def densities(self) -> np.ndarray:
         """Every feature's density, [d_sae]."""
         return self._of_all("density").copy()
@@ -91,7 +96,7 @@ def where_clause(filters: FeatureFilter, column_types: Mapping[str, str]) -> tup
         if ids is not None:
             clauses.append(f"feature {clause} (SELECT unnest(?::BIGINT[]))")
             values.append(as_indices(ids, where="ids", low=-MOST, high=MOST))
-    numbers = [name for name, kind in column_types.items() if kind not in (_TEXT, "BOOLEAN")]
+    numbers = _of_numbers(column_types)
     for between in filters.between:
         column = _column(between.column, numbers)
         for sign, limit in ((">=", between.low), ("<=", between.high)):
@@ -103,6 +108,10 @@ def where_clause(filters: FeatureFilter, column_types: Mapping[str, str]) -> tup
         clauses.append(f"{_column(one_of.column, texts)} IN (SELECT unnest(?::VARCHAR[]))")
         values.append([_words(value, one_of.column) for value in one_of.values])
     return (f" WHERE {' AND '.join(clauses)}" if clauses else ""), values
+
+
+def _of_numbers(column_types: Mapping[str, str]) -> list[str]:
+    return [name for name, kind in column_types.items() if kind not in (_TEXT, "BOOLEAN")]
 
 
 def _column(name: str, known: list[str]) -> str:

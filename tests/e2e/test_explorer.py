@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import streamlit as st
@@ -103,56 +102,6 @@ def test_random_feature_from_the_overview(folder: Path) -> None:
     assert not app.exception
     assert app.markdown[0].value.startswith("## Feature ")
     assert int(parameter(app, "feature")) not in DEAD
-
-
-def table(app: AppTest) -> Any:
-    return app.dataframe[0].value
-
-
-def test_table_filters_sorts_and_searches(folder: Path) -> None:
-    with Annotations.open(folder / "tiny", sae_hash="5ae") as notes:
-        notes.set_label(12, "winter rivers")
-    app = open_page(FEATURES)
-    features = table(app)
-    live_ones = [f for f in range(D_SAE) if f not in DEAD]
-    assert features["feature"].tolist() == live_ones[:50]
-    assert features.loc[features["feature"] == 12, "label"].tolist() == ["winter rivers"]
-    assert features.loc[features["feature"] == EVERYWHERE, "density"].tolist() == [100.0]
-    assert all(features["tokens"])
-    assert "1 to 50 of 61 features" in shown(app)
-
-    app.button_group(key="table_state").set_value("dead").run()
-    assert table(app)["feature"].tolist() == sorted(DEAD)
-    app.button_group(key="table_state").set_value("all")
-    app.selectbox(key="table_sort").set_value("density")
-    app.button_group(key="table_order").set_value("down").run()
-    density = table(app)["density"].tolist()
-    assert density == sorted(density, reverse=True)
-    assert density[0] == 100.0
-
-    app.text_input(key="table_text").set_value("wint").run()
-    assert table(app)["feature"].tolist() == [12]
-    app.text_input(key="table_text").set_value("40").run()
-    assert table(app)["feature"].tolist() == [40]
-    app.text_input(key="table_text").set_value("no such words").run()
-    assert not app.dataframe
-    assert "No feature fits" in app.info[0].value
-    assert not app.exception
-
-
-def test_table_bounds(folder: Path) -> None:
-    app = open_page(FEATURES)
-    app.number_input(key="table_low").set_value(9.5)
-    app.number_input(key="table_high").set_value(9.75).run()
-    strongest = table(app)["max"]
-    assert len(strongest) > 0
-    assert strongest.between(9.5, 9.75).all()
-    app.number_input(key="table_low").set_value(None)
-    app.number_input(key="table_high").set_value(None)
-    app.select_slider(key="table_density").set_value((0.03, 0.1)).run()
-    density = table(app)["density"]
-    assert len(density) > 0
-    assert density.between(3, 10).all()
 
 
 def test_feature_page(folder: Path) -> None:
