@@ -21,6 +21,7 @@ class Command:
     notes: tuple[str, ...] = ()
     """lines of help that no option shows"""
     positional: str | None = None
+    """the field, or the fields separated by spaces, that words without options are the values of"""
     resumes: bool = False
     gives_exit_code: bool = False
     """whether what the function returns is the exit code"""
@@ -148,6 +149,18 @@ COMMANDS = {
             "saescope diff stores/news --a all --other stores/wikipedia",
         ),
         positional="store",
+    ),
+    "compare": Command(
+        module="sae.commands.compare",
+        config="CompareConfig",
+        function="compare",
+        summary="Match the features of two SAEs, by their decoders or by their activations.",
+        examples=(
+            "saescope compare runs/topk-seed-0 runs/topk-seed-1",
+            "saescope compare runs/topk-8192 runs/topk-32768 --by activations --out pairs.parquet",
+        ),
+        positional="run_a run_b",
+        loads_saes=True,
     ),
     "explore": Command(
         module="dashboards.launch",

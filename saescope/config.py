@@ -228,7 +228,9 @@ def parse(
     """A configuration from command-line words: `[CONFIG.toml] [--field value ...]`.
 
     A first word that is no option is the configuration file if it ends in .toml, else the value of
-    the field named by `positional`. Raises InputError for a bad file; exits with 2 for bad options.
+    the field named by `positional`; where that names several fields, separated by spaces, the next
+    words are the values of the next ones. Raises InputError for a bad file; exits with 2 for bad
+    options.
     """
     import tyro
 
@@ -240,7 +242,11 @@ def parse(
         if first.endswith(".toml"):
             values, where = read_toml(first), first
         elif positional:
-            words[:0] = [f"--{positional}", first]
+            given = [first]
+            names = positional.split()
+            while words and len(given) < len(names) and not words[0].startswith("-"):
+                given.append(words.pop(0))
+            words[:0] = [f"--{name}={value}" for name, value in zip(names, given, strict=False)]
         else:
             raise InputError(
                 "not a configuration file", where=program, given=first, allowed="*.toml"

@@ -2,22 +2,15 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
-import pyarrow as pa
-from pyarrow import csv, parquet
-
-from saescope.artefact import atomic_path
+from sae.commands.tables import SUFFIXES, write_table
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 from saescope.paths import local
 from saescope.progress import say
 from saescope.replacing import check_replaceable
-from saescope.system import system_errors
 from store import FeatureStore
 from store.diff import DatasetDiff, diff
-
-SUFFIXES = (".parquet", ".csv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +74,6 @@ def run(config: DiffConfig) -> DatasetDiff:
         write_table(found.rows, out)
         say(f"{out}: {len(found.rows):,} features")
     return found
-
-
-def write_table(table: pa.Table, path: Path) -> None:
-    """Write a table as Parquet or CSV, by the file's suffix; ArtefactError if the disk is full."""
-    with system_errors(str(path)), atomic_path(path) as temporary:
-        if path.suffix == ".parquet":
-            parquet.write_table(table, temporary)
-        else:
-            csv.write_csv(table, temporary)
 
 
 def summary(found: DatasetDiff) -> list[str]:

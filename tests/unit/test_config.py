@@ -79,6 +79,16 @@ def test_positional_word_names_a_field() -> None:
     assert parse("a", "--inner.lr", "0.25") == Outer(name="a", inner=Inner(lr=0.25))
 
 
+def test_positional_words_name_fields_in_turn() -> None:
+    def both(*words: str) -> config.Config:
+        return config.parse(
+            Outer, words, program="test", description="", positional="name inner.lr"
+        )
+
+    assert both("a", "0.25", "--inner.k", "3") == Outer(name="a", inner=Inner(lr=0.25, k=3))
+    assert both("a", "--inner.lr", "0.5") == Outer(name="a", inner=Inner(lr=0.5))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

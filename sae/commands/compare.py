@@ -1,0 +1,106 @@
+"""`saescope compare`: which features of two SAEs are the same."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sae.analysis.dictionary_matching import match_codes, match_decoders
+from sae.commands.tables import SUFFIXES, write_table
+from sae.core.base import SparseAutoencoder, kind_of
+from sae.data.harvests import open_harvest
+from sae.formats.load import load
+from saescope.config import Config
+from saescope.errors import InputError, check_range
+from saescope.paths import local
+from saescope.progress import say
+from saescope.replacing import check_replaceable
+from store.matching import MATCHED, Matching, expected_max_cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(Config):
+    """Match the features of two SAEs, of other seeds, widths, layers or checkpoints."""
+
+    run_a: str
+    """Folder of a trained run or of an SAE, in any known format, or hf://owner/repo/folder."""
+    run_b: str
+    """The other one."""
+    by: Literal["decoder", "activations"] = "decoder"
+    """What is compared: the cosine of decoder directions, or the correlation of activations over a
+    harvest."""
+    harvest: str | None = None
+    """Harvest for activations; the one that run_a was trained on if not given."""
+    site_a: str | None = None
+    """The layer to use run_a at, if it is of several or names none; for activations."""
+    site_b: str | None = None
+    """The same of run_b."""
+    rows: int = 65_536
+    """Rows to encode for activations, held-out ones first."""
+    threshold: float = MATCHED
+    """Similarity from which a pair of features counts as matched."""
+    top: int = 10
+    """How many pairs to print."""
+    out: str | None = None
+    """File to write all pairs to: .parquet or .csv."""
+
+    def __post_init__(self) -> None:
+        check_range("top", self.top, low=0)
+        check_range("rows", self.rows, low=2)
+        check_range("threshold", self.threshold, above=0, high=1)
+        if self.out is not None and not self.out.endswith(SUFFIXES):
+            raise InputError("no kind of table", where="out", given=self.out, allowed=SUFFIXES)
+
+
+def compare(config: CompareConfig) -> Matching:
+    """Print, and write if asked, which features of two SAEs match.
+
+    Raises InputError if the SAEs cannot be compared, or a file is at `out` already; ArtefactError
+    if something cannot be read.
+    """
+    out = None if config.out is None else local(config.out)
+    if out is not None:
+        check_replaceable(out, None, replace=False)
+    a, b = load(config.run_a), load(config.run_b)
+    if config.by == "decoder":
+        matching = match_decoders(a, b, threshold=config.threshold)
+        chance = expected_max_cosine(a.d_out, b.d_sae)
+        say(f"cosine of decoder directions; random ones would have {chance:.3f}")
+    else:
+        harvest, placement_a = open_harvest(a, config.harvest, config.site_a)
+        _, placement_b = open_harvest(b, str(harvest.path), config.site_b)
+        matching, rows = match_codes(
+            harvest, placement_a, placement_b, rows=config.rows, threshold=config.threshold
+        )
+        say(f"correlation of activations over {rows:,} rows of {harvest.path}")
+    _print(config, (a, b), matching)
+    if out is not None:
+        write_table(matching.pairs, out)
+        say(f"{out}: {len(matching.pairs):,} pairs")
+    return matching
+
+
+def _print(
+    config: CompareConfig, saes: tuple[SparseAutoencoder, SparseAutoencoder], matching: Matching
+) -> None:
+    sides = zip(
+        ("a", "b"),
+        (config.run_a, config.run_b),
+        saes,
+        (matching.mean_max_a, matching.mean_max_b),
+        (matching.unmatched_a, matching.unmatched_b),
+        strict=True,
+    )
+    for name, run, sae, mean, unmatched in sides:
+        what = f"{kind_of(sae.config)}, {sae.metadata.get('site') or 'site unknown'}"
+        say(
+            f"{name}  {run} ({what}): {sae.d_sae:,} features, mean max similarity {mean:.3f}, "
+            f"{len(unmatched):,} unmatched"
+        )
+    say(
+        f"{len(matching.matched):,} pairs matched one to one (similarity of at least "
+        f"{matching.threshold:g})"
+    )
+    rows = matching.pairs.slice(0, config.top).to_pylist()
+    if rows:
+        say(f"{'in a':>8} {'in b':>8} {'similarity':>11}")
+    for row in rows:
+        say(f"{row['feature_a']:>8} {row['feature_b']:>8} {row['similarity']:>11.4f}")
