@@ -12,6 +12,7 @@ import streamlit as st
 from dashboards.tokens import plain_visible
 from saescope.errors import SaescopeError
 from store import Annotations, FeatureFilter, FeatureStore
+from store.pictures import Grid
 from store.profiles import has_profiles
 from store.results import (
     Coactivation,
@@ -41,6 +42,8 @@ class FeatureData:
     tokens: list[TokenShare] | None
     """None where the store is of a schema that has no profiles"""
     positions: PositionProfile | None
+    grid: Grid | None
+    """of a store of pictures: how positions lie on one"""
     previous: int | None
     next: int | None
 
@@ -96,6 +99,7 @@ def feature(_store: FeatureStore, version: Version, number: int) -> FeatureData:
         coactivating=_store.coactivating(number),
         tokens=_store.token_profile(number) if profiled else None,
         positions=_store.position_profile(number) if profiled else None,
+        grid=_store.grid,
         previous=_store.previous_live(number),
         next=_store.next_live(number),
     )
@@ -202,3 +206,9 @@ def called(tokens: Sequence[str], most: int = 3) -> str:
     """
     words = (plain_visible(token).strip() or "␣" for token in tokens[:most])
     return " · ".join(dict.fromkeys(words)) or "never fires"
+
+
+@st.cache_data(max_entries=512, ttl=_DAY, show_spinner=False)
+def picture(_store: FeatureStore, version: Version, document: int) -> bytes | None:
+    """The thumbnail of a document."""
+    return _store.picture(document)

@@ -28,6 +28,7 @@ _ORDERS = {
     "token_profile": "feature, rank",
     "position_bin": "bin",
     "position_profile": "feature, bin",
+    "picture": "document",
 }
 _EXAMPLE_TYPES: dict[str, pa.DataType] = {
     "feature": pa.int32(),

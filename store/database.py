@@ -24,7 +24,7 @@ from saescope.errors import ArtefactError, InputError
 KIND = "feature store"
 SCHEMA, OLDEST = 3, 2
 """which is written, and the oldest that is read"""
-ADDED = {"token_profile": 3, "position_bin": 3, "position_profile": 3}
+ADDED = {"token_profile": 3, "position_bin": 3, "position_profile": 3, "picture": 3}
 """tables that older stores do not have, by the schema that brought them"""
 STORE_FILE = "features.duckdb"
 COUNTS = ("n_kept", "n_live", "n_activations", "n_sequences", "n_tokens", "n_documents")

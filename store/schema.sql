@@ -112,3 +112,6 @@ CREATE TABLE token_profile (
 CREATE TABLE position_bin (bin TINYINT NOT NULL, first INTEGER NOT NULL, kept BIGINT NOT NULL);
 -- How often a feature fires in each; bins without have no row.
 CREATE TABLE position_profile (feature INTEGER NOT NULL, bin TINYINT NOT NULL, count BIGINT NOT NULL);
+
+-- Small pictures (JPEG) of the documents of a vision model; a position is one of its feature map's.
+CREATE TABLE picture (document INTEGER NOT NULL, image BLOB NOT NULL);

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ from store.database import (
     odd_path,
     quoted,
 )
+from store.pictures import JPEG
 
 _BUFFERED_ROWS = 1 << 20
 
@@ -226,6 +227,15 @@ class StoreWriter:
             split = pa.array([codes[name] for name in names], pa.int8())
             table = table.set_column(3, "split", split)
         self._insert("document", table)
+
+    def add_pictures(self, document: ArrayLike, images: Sequence[bytes]) -> None:
+        """Small pictures of documents, as JPEG."""
+        numbers = _column("document", document, np.int32)
+        _same_length(document=numbers, image=np.empty(len(images)))
+        if not all(image.startswith(JPEG) for image in images):
+            raise InputError("is no JPEG", where="images")
+        rows = {"document": numbers, "image": pa.array(images, pa.binary())}
+        self._insert("picture", pa.table(rows))
 
     def add_activations(
         self, position: ArrayLike, feature: ArrayLike, activation: ArrayLike

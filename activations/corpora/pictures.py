@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from activations.corpora.documents import CorpusConfig, Document, whole
+from activations.corpora.sequences import mark_of
 from saescope.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,3 +54,21 @@ def read_picture(path: str, digest: str) -> "Image":
     if hashlib.sha256(content).hexdigest() != digest:
         raise InputError("the picture has changed since it was counted", where=path)
     return upright
+
+
+def thumbnail(path: str, mark: int, size: int) -> bytes:
+    """A picture as JPEG, no side longer than `size` pixels.
+
+    Raises InputError if it is not there, is damaged, or is another than the one of this mark.
+    """
+    try:
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"not a readable picture: {error}", where=path) from error
+    if mark_of(digest) != mark:
+        raise InputError("the picture has changed since it was harvested", where=path)
+    picture = read_picture(path, digest)
+    picture.thumbnail((size, size))
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=85)
+    return stream.getvalue()

@@ -91,6 +91,11 @@ class PackingCounts:
         return {name: value for name, value in vars(self).items() if name != "digest"}
 
 
+def mark_of(digest: str) -> int:
+    """31 bits of a hexadecimal digest: the tokens of an input that has none."""
+    return int(digest[:8], 16) >> 1
+
+
 def grouped(
     entries: Iterable[tuple[Document, str, Any]],
     *,
@@ -109,7 +114,7 @@ def grouped(
 
     def group() -> Sequences:
         nonlocal waiting, left, last
-        marks = np.array([int(digest[:8], 16) >> 1 for _, digest, _ in waiting], np.int32)
+        marks = np.array([mark_of(digest) for _, digest, _ in waiting], np.int32)
         ids = np.array([document.id for document, _, _ in waiting], np.int32)
         beginning = {d.id: (d.id, d.key, d.title) for d, _, _ in waiting if d.id > last}
         last = int(ids[-1])

@@ -122,6 +122,10 @@ class HarvestModel(ABC):
     def keep_mask(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
         """Which positions count in statistics and training."""
 
+    def vocabulary(self) -> list[str | bytes] | None:
+        """The text of every token id by itself; None where inputs are not tokens."""
+        return None
+
     @abstractmethod
     def check_rows(self, sites: Sequence[str], rows: str, context: int) -> None:
         """Raise InputError if sites cannot give such rows with so many positions a sequence."""

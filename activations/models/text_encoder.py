@@ -158,6 +158,10 @@ class TextEncoder(ModuleModel):
         tokens = group.tokens[chosen][:, :longest]
         return torch.from_numpy(tokens), torch.from_numpy(real[:, :longest])
 
+    def vocabulary(self) -> list[str | bytes]:
+        """The text of every token id, by itself (bytes, for one that is part of a character)."""
+        return self._text.vocabulary(len(self._text.tokenizer))
+
     def keep_mask(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
         """All but special tokens, padding among them."""
         special = torch.tensor(sorted(self._text.special_token_ids), device=tokens.device)

@@ -10,7 +10,13 @@ from dashboards.session import Session
 from dashboards.tokens import examples_html
 from store.summaries import BINS, INTERVALS
 
-PANEL = Panel(title="Examples", order=10, column="right", heading=False)
+PANEL = Panel(
+    title="Examples",
+    order=10,
+    column="right",
+    heading=False,
+    applies=lambda data: data.grid is None,
+)
 WINDOWS: dict[int | None, str] = {4: "4", 8: "8", 16: "16", 32: "32", None: "all"}
 KINDS = {"top": "Strongest", "interval": "By interval"}
 

@@ -13,7 +13,7 @@ from dashboards.tokens import plain_visible
 PANEL = Panel(
     title="Tokens and positions",
     order=25,
-    applies=lambda data: not data.feature.dead,
+    applies=lambda data: not data.feature.dead and data.grid is None,
     help="Counted over all positions of the store, not over the examples. The share is of the "
     "kept positions with that token.",
 )

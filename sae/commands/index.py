@@ -8,13 +8,14 @@ from typing import Any
 
 from activations import ActivationStore
 from sae.core.base import kind_of
-from sae.data.harvests import knows_model, load_harvested_model, open_harvest
+from sae.data.harvests import kind_of_model, knows_model, load_harvested_model, open_harvest
 from sae.data.placement import Placement
 from sae.data.provenance import weights_hash
 from sae.evaluation.written import ROWS, measured_values
 from sae.formats.hub import SCHEME, evaluation_of
 from sae.formats.load import load
 from sae.indexing.build import build_store
+from sae.indexing.inputs import inputs_of
 from saescope.artefact import read_json
 from saescope.config import Config, to_dict
 from saescope.errors import InputError, check_range
@@ -83,23 +84,23 @@ def index(config: IndexConfig) -> Path:
         allow_other_model=config.allow_other_model,
     )
     sae = placement.sae
+    trusted = config.trust_remote_code
     model, texts = None, None
-    if knows_model(harvest):
-        trusted = config.trust_remote_code
-        model = load_harvested_model(harvest, "float32", trust_remote_code=trusted)
-    else:
+    if not knows_model(harvest):
         texts = _texts(config.vocabulary, harvest)
-    if model is not None and config.vocabulary is not None:
+    elif config.vocabulary is not None:
         raise InputError(
             "the model has its own texts of tokens", where="vocabulary", given=config.vocabulary
         )
+    elif kind_of_model(harvest) == "language":
+        model = load_harvested_model(harvest, "float32", trust_remote_code=trusted)
     rows = build_store(
         path,
         placement,
         harvest,
         model,
         meta=_meta(config, placement, harvest),
-        texts=texts,
+        inputs=inputs_of(harvest, model, texts, trust_remote_code=trusted),
         logits=config.logits,
         neighbours=config.neighbours,
         replace=config.replace,

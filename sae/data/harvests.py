@@ -1,6 +1,7 @@
 """The harvest behind an SAE: open it, choose its sites, read its rows, load its model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from activations import ActivationStore, Model, load_model
 from activations.loading.unshuffled import aligned_rows
+from activations.models.base import HarvestModel
 from activations.storage.reader import Chunk
 from sae.core.base import SparseAutoencoder, kind_of
 from sae.data.model_expectations import warn_of_model
@@ -212,8 +214,38 @@ def load_harvested_model(
         revision=facts["revision"],
         trust_remote_code=trust_remote_code,
     )
-    for name in ("weights_hash", "tokenizer_hash", "code_hash"):
+    _check_hashes(model, facts)
+    return model
+
+
+def kind_of_model(harvest: ActivationStore) -> str:
+    """language, text_encoder, vision or diffusion; harvests from before this was said are of the
+    first."""
+    return harvest.manifest["model"].get("kind", "language")
+
+
+def token_texts(harvest: ActivationStore, *, trust_remote_code: bool = False) -> list[str | bytes]:
+    """The text of every token id of a text encoder's harvest.
+
+    Raises InputError if what its name stands for has other weights by now.
+    """
+    facts = harvest.manifest["model"]
+    model = load_model(
+        facts["spec"],
+        dtype="float32",
+        revision=facts["revision"],
+        kind=kind_of_model(harvest),
+        trust_remote_code=trust_remote_code,
+    )
+    _check_hashes(model, facts)
+    texts = model.vocabulary()
+    if texts is None:
+        raise InputError("its inputs are not tokens", where=facts["spec"])
+    return texts
+
+
+def _check_hashes(model: HarvestModel, facts: Mapping[str, Any]) -> None:
+    for name in ("weights_hash", "tokenizer_hash", "inputs_hash", "code_hash"):
         if facts.get(name) is not None and getattr(model, name) != facts[name]:
             what = f"is not the model that was harvested ({name} differs)"
             raise InputError(what, where=facts["spec"])
-    return model

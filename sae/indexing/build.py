@@ -16,6 +16,7 @@ from sae.analysis.similarity import cosines_with_others
 from sae.data.harvests import read_chunk
 from sae.data.placement import Placement
 from sae.indexing.ends import Indexed, indexed
+from sae.indexing.inputs import Inputs
 from saescope.progress import Progress, say
 from saescope.system import system_errors
 from store import StoreWriter
@@ -32,7 +33,7 @@ def build_store(
     model: Model | None,
     *,
     meta: dict[str, Any],
-    texts: Sequence[str] | None = None,
+    inputs: Inputs,
     logits: int = 10,
     neighbours: int = 10,
     replace: bool = False,
@@ -42,9 +43,9 @@ def build_store(
     Args:
         path: the file to write.
         placement: the SAE at its sites of the harvest.
-        model: of the harvest; without it there are no logit effects.
+        model: of a language model's harvest; without it there are no logit effects.
         meta: what the store says of itself.
-        texts: of the token ids, where there is no model to ask.
+        inputs: what the model was given, as the store shows it.
         logits: most raised and most lowered tokens kept of each feature.
         neighbours: nearest decoder directions kept of each feature.
         replace: write over the store that is there.
@@ -57,12 +58,18 @@ def build_store(
         system_errors(str(path)),
         torch.inference_mode(),
         StoreWriter(
-            path, meta=meta, d_sae=sae.d_sae, context=harvest.context, replace=replace
+            path,
+            meta={**meta, **inputs.meta()},
+            d_sae=sae.d_sae,
+            context=harvest.context,
+            replace=replace,
         ) as writer,
     ):
-        writer.add_vocabulary((texts or [""]) if model is None else model.vocabulary())
+        writer.add_vocabulary(inputs.texts)
         writer.add_documents(harvest.document_table())
-        _add_sequences(writer, harvest)
+        for numbers, images in inputs.pictures(harvest):
+            writer.add_pictures(numbers, images)
+        _add_sequences(writer, harvest, inputs)
         _add_activations(writer, sae, placement.read, harvest)
         decided = _add_logits(writer, sae, placement, model, logits)
         columns = {name: each.float().numpy() for name, each in sae.feature_columns().items()}
@@ -71,12 +78,12 @@ def build_store(
         return writer.finish()
 
 
-def _add_sequences(writer: StoreWriter, harvest: ActivationStore) -> None:
+def _add_sequences(writer: StoreWriter, harvest: ActivationStore, inputs: Inputs) -> None:
     for first in range(0, harvest.n_sequences, _SEQUENCES):
         rows = slice(first, min(first + _SEQUENCES, harvest.n_sequences))
         writer.add_sequences(
             first,
-            harvest.tokens[rows],
+            inputs.tokens(harvest, rows),
             harvest.document[rows],
             harvest.keep[rows],
             harvest.split[rows],
@@ -123,7 +130,7 @@ def _add_logits(
     A feature's direction is what it writes: at a transcoder's output, a crosscoder's last site.
     """
     if model is None:
-        say("logit effects: left out, because nobody said of which model the activations are")
+        say("logit effects: left out, as there is no language model")
         return {}
     directions = sae.W_dec[:, list(placement.columns(model.d_in).values())[-1]]
     if directions.shape[1] != model.d_model:

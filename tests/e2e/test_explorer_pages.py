@@ -91,7 +91,7 @@ def test_the_explorers_own_pages_and_panels() -> None:
         "Related features",
         "Export",
     ]
-    assert [p.declared.title for p in find_panels("right")] == ["Examples"]
+    assert [p.declared.title for p in find_panels("right")] == ["Examples", "Pictures"]
 
 
 def test_a_page_is_added_by_its_file(folder: Path, write: Write) -> None:
