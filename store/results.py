@@ -271,6 +271,9 @@ class TokenFeatures:
     """occurrences, of those read, at which it fires"""
     share: NDArray[np.float64]
     """count / n_read"""
+    dice: NDArray[np.float64]
+    """how nearly it fires there and nowhere else, 0 to 1: twice the firings there over occurrences
+    plus all of the feature's positions (Dice, 1945)"""
     lift: NDArray[np.float64]
     """share / density: how many times as often as at any position"""
     mean: NDArray[np.float64]
@@ -321,3 +324,21 @@ class Document:
     position: NDArray[np.int64]
     token_ids: NDArray[np.int32]
     tokens: list[str]
+
+
+@dataclass(frozen=True)
+class ColumnHelp:
+    """A column of a table, for who writes SQL."""
+
+    name: str
+    type: str
+    about: str
+
+
+@dataclass(frozen=True)
+class TableHelp:
+    """A table, for who writes SQL."""
+
+    name: str
+    about: str
+    columns: tuple[ColumnHelp, ...]

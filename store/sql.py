@@ -4,6 +4,8 @@ import pyarrow as pa
 
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index
+from store.results import ColumnHelp, TableHelp
+from store.schema_help import ADDED, COLUMNS, TABLES
 from store.store_base import StoreBase
 
 SECONDS, MOST_ROWS, MOST_BYTES = 10.0, 100_000, 64 * 2**20
@@ -35,12 +37,17 @@ class SqlQueries(StoreBase):
         most_rows = as_index(most_rows, where="most_rows", low=1)
         return self._db.read(query, seconds=seconds, most_rows=most_rows, most_bytes=MOST_BYTES)
 
-    def tables(self) -> dict[str, dict[str, str]]:
-        """The store's tables for `sql`: each column's type, by table and column."""
-        found: dict[str, dict[str, str]] = {}
+    def tables(self) -> list[TableHelp]:
+        """The store's tables for `sql`, with what they and their columns mean."""
+        found: dict[str, list[ColumnHelp]] = {table: [] for table in TABLES}
         for table, column, kind in self._rows(
             "SELECT table_name, column_name, data_type FROM duckdb_columns()"
             " WHERE database_name = 'db' AND schema_name = 'main' ORDER BY table_name, column_index"
         ):
-            found.setdefault(table, {})[column] = kind
-        return found
+            about = COLUMNS.get(f"{table}.{column}", ADDED if table == "feature" else "")
+            found.setdefault(table, []).append(ColumnHelp(column, kind, about))
+        return [
+            TableHelp(table, TABLES.get(table, ""), tuple(columns))
+            for table, columns in found.items()
+            if columns
+        ]

@@ -15,7 +15,7 @@ from store.store_base import MOST, StoreBase
 
 LONGEST_PHRASE = 200
 MATCHES = ("whole", "begins")
-ORDERS = ("share", "lift", "mean", "max")
+ORDERS = ("dice", "share", "lift", "mean", "max")
 _BLOCK = 1024
 _BLOCKS = 32
 _MOST_EXAMPLES = 200
@@ -131,15 +131,16 @@ class TokenQueries(StoreBase):
         self,
         occurrences: Occurrences,
         *,
-        order: str = "share",
+        order: str = "dice",
         limit: int = 100,
         exact: bool = False,
         anywhere: bool = False,
     ) -> TokenFeatures:
         """The features that fire on a token or a phrase: at its last token, or `anywhere` in it.
 
-        order: "share" (of the occurrences at which the feature fires), "lift" (share / density: how
-        many times as often as at any position), "mean" or "max" (its activation where it fires).
+        order: "dice" (how nearly the feature fires there and nowhere else), "share" (of the
+        occurrences at which it fires), "lift" (share / density: how many times as often as at any
+        position), "mean" or "max" (its activation where it fires).
         exact: read all occurrences. If not, and there are more, those in 32 stretches of text are
         read, evenly spread over the corpus; `n_read` says how many.
 
@@ -162,7 +163,9 @@ class TokenQueries(StoreBase):
         np.maximum.at(largest, feature, activation)
         fired = np.flatnonzero(count)
         share = count[fired] / max(len(position), 1)
+        there = share * occurrences.n
         columns = {
+            "dice": 2 * there / (occurrences.n + self._of_all("n_active")[fired]),
             "share": share,
             "lift": share / self._of_all("density")[fired],
             "mean": total[fired] / count[fired],

@@ -11,6 +11,7 @@ import pytest
 
 from saescope.errors import ArtefactError, InputError
 from store import FeatureStore
+from store.schema_help import COLUMNS
 from tests.tiny_store import D_SAE, EVERYWHERE, make_rows, make_tiny_store
 
 ROWS = make_rows()
@@ -60,14 +61,21 @@ def test_an_answer_without_rows_has_its_columns(features: FeatureStore) -> None:
 
 
 def test_tables_and_their_columns(features: FeatureStore) -> None:
-    tables = features.tables()
+    tables = {table.name: table for table in features.tables()}
     assert set(tables) == {row["name"] for row in features.sql("SHOW TABLES").to_pylist()}
-    assert tables["activation_by_feature"] == {
-        "feature": "INTEGER",
-        "activation": "FLOAT",
-        "position": "BIGINT",
-    }
-    assert tables["feature"]["encoder_bias"] == "FLOAT"
+    assert next(iter(tables)) == "feature"
+    columns = [(c.name, c.type) for c in tables["activation_by_feature"].columns]
+    assert columns == [("feature", "INTEGER"), ("activation", "FLOAT"), ("position", "BIGINT")]
+    assert tables["feature"].columns[-1].name == "encoder_bias"
+    assert tables["feature"].columns[-1].about == "added by the indexer"
+
+
+def test_every_table_and_column_is_explained(features: FeatureStore) -> None:
+    tables = features.tables()
+    assert [t.name for t in tables if not t.about] == []
+    known = {f"{t.name}.{c.name}" for t in tables for c in t.columns}
+    assert {f"{t.name}.{c.name}" for t in tables for c in t.columns if not c.about} == set()
+    assert COLUMNS.keys() - known == set(), "explained, but in no table"
 
 
 SLOW = "SELECT sum(a.range * b.range) FROM range(1000000) a, range(1000000) b"

@@ -200,7 +200,7 @@ def by_hand(positions: list[int], reach: list[int] | None = None) -> dict[int, l
     return found
 
 
-@pytest.mark.parametrize("order", ["share", "lift", "mean", "max"])
+@pytest.mark.parametrize("order", ["dice", "share", "lift", "mean", "max"])
 @pytest.mark.parametrize(("of", "anywhere"), [(" the", False), (["the river", "of"], True)])
 def test_features_on_a_token_or_a_phrase(
     features: FeatureStore, of: Any, anywhere: bool, order: str
@@ -219,6 +219,8 @@ def test_features_on_a_token_or_a_phrase(
         assert found.count[index] == len(values)
         assert found.share[index] == pytest.approx(len(values) / len(positions))
         assert found.lift[index] == pytest.approx(len(values) / len(positions) / density)
+        both = 2 * len(values) / (len(positions) + density * kept)
+        assert found.dice[index] == pytest.approx(both)
         assert found.mean[index] == pytest.approx(np.mean(values))
         assert found.max[index] == max(values)
     ranked = getattr(found, order).tolist()
