@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pandas.api import types as pd_types
 
 from dashboards.amounts import amount, span
 from store.results import Histogram, PositionProfile
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
     from plotly.graph_objects import Figure
 
 BLUE, ORANGE = "#3d7ea6", "#d98032"
@@ -18,6 +19,13 @@ _AXIS = "rgba(128,128,128,0.35)"
 _GRID = "rgba(128,128,128,0.16)"
 _FEW = 20
 CONFIG = {"displayModeBar": False, "scrollZoom": False}
+DOWNLOADABLE = {
+    "displaylogo": False,
+    "modeBarButtons": [["toImage"]],
+    "toImageButtonOptions": {"format": "svg", "filename": "saescope"},
+    "scrollZoom": False,
+}
+"""for a chart with a button that saves it as a picture"""
 
 
 def _finish(figure: "Figure", x: str, y: str, height: int) -> "Figure":
@@ -238,4 +246,23 @@ def difference_scatter(rows: "DataFrame", fdr: float, height: int = 330) -> "Fig
     ticks = [10.0**e for e in range(-7, 1) if 10.0**e < 3 * largest]
     figure.update_xaxes(type="log", tickvals=ticks, ticktext=[percent(t) for t in ticks])
     figure.update_yaxes(zeroline=True, zerolinecolor=_AXIS)
+    return figure
+
+
+def query_chart(x: "Series", y: "Series", kind: str, height: int = 380) -> "Figure":
+    """A column of numbers over another column: "bar", "line" or "point"."""
+    from plotly.graph_objects import Bar, Figure, Scatter
+
+    across = x if pd_types.is_numeric_dtype(x) else [plain_visible(str(value)) for value in x]
+    if kind == "bar":
+        trace = Bar(x=across, y=y, marker={"color": BLUE, "line": {"width": 0}})
+    else:
+        mode = "lines" if kind == "line" else "markers"
+        trace = Scatter(x=across, y=y, mode=mode, marker={"color": BLUE}, line={"color": BLUE})
+    names = [plain_visible(str(series.name)).replace("<", "&lt;") for series in (x, y)]
+    trace.hovertemplate = "%{x}: %{y}<extra></extra>"
+    figure = _finish(Figure(trace), *names, height)
+    figure.update_layout(hovermode="closest")
+    if not pd_types.is_numeric_dtype(x):
+        figure.update_xaxes(type="category")
     return figure

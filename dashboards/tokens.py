@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from urllib.parse import urlencode
 
 from dashboards.amounts import amount
-from store.results import Example
+from store.results import Example, Occurrences
 
 HOT = (235, 122, 28)
 _JOINERS = "\u200c\u200d"  # scripts and emoji need these inside words
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>$:~&^=\"'])")
 _TITLE_LENGTH = 70
+_WAYS = 8
 
 STYLE = """<style>
 .stMainBlockContainer{padding:4.5rem 3rem 2rem;max-width:1760px}
@@ -58,7 +59,19 @@ font-size:.86rem;align-items:baseline}
 .ss-chips{display:flex;flex-wrap:wrap;gap:.15rem .4rem;padding:.12rem 0}
 .ss-chip,.ss-chip:visited{text-decoration:none!important;color:inherit!important;border-radius:4px;
 padding:.02rem .42rem;white-space:nowrap;max-width:17rem;overflow:hidden;text-overflow:ellipsis}
+.ss-ways{display:flex;flex-wrap:wrap;gap:.3rem .6rem;align-items:baseline;padding:.3rem 0 .6rem}
+.ss-way{background:rgba(128,128,128,.13);font-size:.84rem}
+.ss-cut{border-left:1px solid rgba(128,128,128,.7);margin:0 .18rem}
 .ss-chip:hover{outline:1px solid rgba(128,128,128,.7)}
+.st-key-sql_editor textarea{font-family:ui-monospace,SFMono-Regular,Menlo,monospace;
+font-size:.84rem;line-height:1.5}
+.ss-schema{font-size:.84rem}
+.ss-schema details{border-bottom:1px solid rgba(128,128,128,.18);padding:.3rem 0}
+.ss-schema summary{cursor:pointer}
+.ss-schema summary span,.ss-columns span:nth-child(3n){opacity:.72}
+.ss-columns{display:grid;grid-template-columns:max-content max-content minmax(0,1fr);
+gap:.18rem .8rem;padding:.4rem 0 .4rem 1rem;font-size:.8rem}
+.ss-columns span:nth-child(3n+2){opacity:.55}
 .ss-big .ss-text{font-size:1.02rem;line-height:2}
 </style>"""
 
@@ -223,6 +236,34 @@ def effects_html(top: Sequence[tuple[str, float]], bottom: Sequence[tuple[str, f
         cells.append(row(top[index] if index < len(top) else None, "top"))
         cells.append(row(bottom[index] if index < len(bottom) else None, "bottom"))
     return f'<div class="ss-effects">{"".join(cells)}</div>'
+
+
+def spellings_html(occurrences: Occurrences) -> str:
+    """How often a phrase stands in the corpus, and the ways in which it is cut into tokens."""
+    chips = ""
+    for way in occurrences.spellings[:_WAYS]:
+        ids = ", ".join(map(str, way.token_ids))
+        tokens = '<span class="ss-cut"></span>'.join(map(_spaced, way.tokens))
+        chips += (
+            f'<span class="ss-chip ss-way" title="token ids {ids}"><span class="ss-tok">{tokens}'
+            f'</span> <span class="ss-num">{way.count:,}</span></span>'
+        )
+    more = len(occurrences.spellings) - _WAYS
+    rest = f'<span class="ss-from">and {more:,} more ways</span>' if more > 0 else ""
+    left_out = occurrences.n_left_out
+    unseen = f", and {left_out:,} where no feature fires" if left_out else ""
+    times = "occurrence" if occurrences.n == 1 else "occurrences"
+    return (
+        f'<div class="ss-ways"><b>{occurrences.n:,} {times}</b>'
+        f'<span class="ss-from">{unseen}</span>{chips}{rest}</div>'
+    )
+
+
+def _spaced(text: str) -> str:
+    """A token on its own, whose spaces can be seen."""
+    if not text:
+        return visible(text)
+    return "".join(_mark("␣") if c == " " else visible(c) for c in text)
 
 
 def facts_html(facts: Sequence[tuple[str, str]]) -> str:

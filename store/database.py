@@ -8,6 +8,7 @@ A store file may come from a stranger: `store.checking` refuses unsafe files bef
 """
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,7 @@ FEATURE_COLUMNS = frozenset(
 """columns of the feature table that every store has"""
 _ODD = "?\\"
 _BATCH = 8192
+_KIND_OF_ERROR = re.compile(r"^(\w+ ){1,3}Error: ")
 
 
 def quoted(text: str | Path) -> str:
@@ -273,8 +275,9 @@ def _clear_for_reader(cursor: Any, seconds: float) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What DuckDB says of a statement, without its sketch of the line."""
-    return " ".join(str(error).split("\n\nLINE ", 1)[0].split())
+    """What DuckDB says of a statement, without the kind of error and its sketch of the line."""
+    text = " ".join(str(error).split("\n\nLINE ", 1)[0].split())
+    return _KIND_OF_ERROR.sub("", text)
 
 
 def _interrupt(cursor: Any) -> None:

@@ -37,23 +37,18 @@ class PhraseFinder:
         it. An occurrence consists of whole tokens: "is" is not found in a token " this".
         """
         wanted = self._text(text)
-        # offset into the text -> (index of the token to look at, number of tokens before it)
-        states: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
         ends: list[tuple[np.ndarray, np.ndarray]] = []
+        beginnings = [t for stop in self._stops(wanted, 0) for t in self._ids[wanted[:stop]]]
+        index = indices_of(tokens, beginnings, self._n_tokens)
+        # offset into the text -> (index of the token to look at, number of tokens before it)
+        states = {0: [(index, np.zeros(len(index), dtype=np.int64))]}
         for offset in range(len(wanted)):
-            if offset and offset not in states:
+            if offset not in states:
                 continue
-            for stop in range(offset + 1, min(offset + self._longest, len(wanted)) + 1):
-                ids = self._ids.get(wanted[offset:stop])
-                if ids is None:
-                    continue
-                if offset:
-                    index, before = map(np.concatenate, zip(*states[offset], strict=True))
-                    here = np.isin(tokens[index], ids)
-                    index, before = index[here], before[here]
-                else:
-                    index = self._indices(tokens, ids)
-                    before = np.zeros(len(index), dtype=np.int64)
+            looked_at, so_far = map(np.concatenate, zip(*states.pop(offset), strict=True))
+            for stop in self._stops(wanted, offset):
+                here = np.isin(tokens[looked_at], self._ids[wanted[offset:stop]])
+                index, before = looked_at[here], so_far[here]
                 if stop == len(wanted):
                     ends.append((index, before + 1))
                     continue
@@ -72,12 +67,16 @@ class PhraseFinder:
         wanted = self._text(text)
         return sorted(t for raw, ids in self._ids.items() if raw.startswith(wanted) for t in ids)
 
-    def _indices(self, tokens: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-        return indices_of(tokens, ids, self._n_tokens)
+    def _stops(self, wanted: bytes, offset: int) -> list[int]:
+        """Where a token may end that begins at an offset into a text."""
+        most = min(offset + self._longest, len(wanted))
+        return [n for n in range(offset + 1, most + 1) if wanted[offset:n] in self._ids]
 
 
 def indices_of(tokens: np.ndarray, ids: Sequence[int], n_tokens: int) -> np.ndarray:
     """Where tokens [n] have one of the ids."""
+    if not ids:
+        return np.zeros(0, dtype=np.int64)
     if len(ids) == 1:
         return np.flatnonzero(tokens == ids[0])
     wanted = np.zeros(n_tokens, dtype=bool)

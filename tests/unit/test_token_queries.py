@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from saescope.errors import InputError
-from store import FeatureStore, StoreWriter
+from store import FeatureStore, StoreWriter, token_queries
 from store.phrases import PhraseFinder
 from store.vocabulary import Vocabulary
 from tests.tiny_store import (
@@ -381,7 +381,9 @@ def test_wrong_questions(
         call(features)
 
 
-def test_a_common_token_is_read_in_evenly_spread_stretches(tmp_path: Path) -> None:
+def test_a_common_token_is_read_in_evenly_spread_stretches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Token 1 at every second position, in many sequences; feature 1 fires on every fourth."""
     context, sequences = 64, 1024
     path = tmp_path / "features.duckdb"
@@ -401,6 +403,8 @@ def test_a_common_token_is_read_in_evenly_spread_stretches(tmp_path: Path) -> No
     with FeatureStore.open(path) as features:
         occurrences = features.occurrences(1)
         assert occurrences.n == sequences * context // 2
+        assert features.features_on(occurrences).n_read == occurrences.n, "a small store"
+        monkeypatch.setattr(token_queries, "_ROW_GROUP", 256)
         some = features.features_on(occurrences)
         assert some.n_read == 32 * 1024 // 2 < some.n_occurrences
         assert (some.share.tolist(), some.lift.tolist()) == ([0.5], [2.0])
