@@ -8,10 +8,11 @@ import numpy as np
 from pandas.api import types as pd_types
 
 from dashboards.amounts import amount, span
+from dashboards.tokens import plain_visible
 from store.results import Histogram, PositionProfile
 
 if TYPE_CHECKING:
-    from pandas import DataFrame, Series
+    from pandas import DataFrame
     from plotly.graph_objects import Figure
 
 BLUE, ORANGE = "#3d7ea6", "#d98032"
@@ -249,20 +250,26 @@ def difference_scatter(rows: "DataFrame", fdr: float, height: int = 330) -> "Fig
     return figure
 
 
-def query_chart(x: "Series", y: "Series", kind: str, height: int = 380) -> "Figure":
+def query_chart(frame: "DataFrame", x: str, y: str, kind: str, height: int = 380) -> "Figure":
     """A column of numbers over another column: "bar", "line" or "point"."""
     from plotly.graph_objects import Bar, Figure, Scatter
 
-    across = x if pd_types.is_numeric_dtype(x) else [plain_visible(str(value)) for value in x]
+    numeric = pd_types.is_numeric_dtype(frame[x])
+    across = [value if numeric else _literal(value) for value in frame[x].tolist()]
+    up = frame[y].tolist()
     if kind == "bar":
-        trace = Bar(x=across, y=y, marker={"color": BLUE, "line": {"width": 0}})
+        trace = Bar(x=across, y=up, marker={"color": BLUE, "line": {"width": 0}})
     else:
         mode = "lines" if kind == "line" else "markers"
-        trace = Scatter(x=across, y=y, mode=mode, marker={"color": BLUE}, line={"color": BLUE})
-    names = [plain_visible(str(series.name)).replace("<", "&lt;") for series in (x, y)]
+        trace = Scatter(x=across, y=up, mode=mode, marker={"color": BLUE}, line={"color": BLUE})
     trace.hovertemplate = "%{x}: %{y}<extra></extra>"
-    figure = _finish(Figure(trace), *names, height)
+    figure = _finish(Figure(trace), _literal(x), _literal(y), height)
     figure.update_layout(hovermode="closest")
-    if not pd_types.is_numeric_dtype(x):
+    if not numeric:
         figure.update_xaxes(type="category")
     return figure
+
+
+def _literal(text: object) -> str:
+    """Any text, for Plotly, which reads tags in its texts."""
+    return html.escape(plain_visible(str(text)), quote=False)

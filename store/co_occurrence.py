@@ -5,7 +5,7 @@ import numpy as np
 from saescope.errors import InputError
 from saescope.integers import as_index
 from store.results import Nearby, Spots
-from store.store_base import MOST, StoreBase
+from store.store_base import MOST, StoreBase, is_among
 
 
 class CoOccurrence(StoreBase):
@@ -19,7 +19,7 @@ class CoOccurrence(StoreBase):
         """
         mine, others = self._pair(feature, other)
         limit = as_index(limit, where="limit", low=0, high=MOST)
-        alone = np.flatnonzero(~np.isin(mine["position"], others["position"]))
+        alone = np.flatnonzero(~is_among(mine["position"], others["position"]))
         shown = alone[:limit]
         return Spots(len(alone), mine["position"][shown], mine["activation"][shown])
 

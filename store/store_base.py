@@ -11,6 +11,7 @@ from store.database import Database
 from store.results import Active
 from store.vocabulary import Vocabulary
 
+_LARGEST_TABLE = 2**28
 MOST = 2**62
 """upper bound of counts and offsets that are given to DuckDB as 64-bit integers"""
 
@@ -98,3 +99,11 @@ class StoreBase:
             " WHERE rowid >= ? AND rowid < ? ORDER BY rowid",
             [first, last],
         )
+
+
+def is_among(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Whether each of the positions [n] is among others [m]; quick, as positions are dense."""
+    if not len(values) or not len(others):
+        return np.zeros(len(values), dtype=bool)
+    span = int(others.max()) - int(others.min())
+    return np.isin(values, others, kind="table" if span < _LARGEST_TABLE else "sort")

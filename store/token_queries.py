@@ -11,7 +11,7 @@ from store.corpus import Corpus
 from store.examples import examples_at
 from store.phrases import PhraseFinder, indices_in_row, indices_of
 from store.results import Example, Occurrences, Spelling, TokenFeatures
-from store.store_base import MOST, StoreBase
+from store.store_base import MOST, StoreBase, is_among
 
 LONGEST_PHRASE = 200
 MATCHES = ("whole", "begins")
@@ -122,11 +122,14 @@ class TokenQueries(StoreBase):
             ends = index[length == size]
             rows = self.corpus.tokens[ends[:, None] + np.arange(1 - size, 1)]
             # one number for each different row: much quicker than np.unique over rows
-            code = np.zeros(len(rows), dtype=np.int64)
-            for column in rows.T:
+            code = rows[:, 0].astype(np.int64)
+            for column in rows.T[1:]:
                 code = np.unique(code * len(self.vocabulary) + column, return_inverse=True)[1]
-            _, first, counts = np.unique(code, return_index=True, return_counts=True)
-            distinct = rows[first]
+            counts = np.bincount(code)
+            which = np.flatnonzero(counts)
+            first = np.zeros(len(counts), dtype=np.int64)
+            first[code] = np.arange(len(code))
+            counts, distinct = counts[which], rows[first[which]]
             for ids, count in zip(distinct.tolist(), counts.tolist(), strict=True):
                 found.append(Spelling(tuple(ids), tuple(self.vocabulary.decode(ids)), count))
         return tuple(sorted(found, key=lambda s: (-s.count, s.token_ids)))
@@ -160,21 +163,18 @@ class TokenQueries(StoreBase):
         if not exact:
             read = self._stretches(position)
             position, length = position[read], length[read]
-        number, feature, activation = self._fired(position, length if anywhere else None)
-        del number
-        count = np.bincount(feature, minlength=self.d_sae)
-        total = np.bincount(feature, weights=activation, minlength=self.d_sae)
-        largest = np.zeros(self.d_sae, dtype=np.float32)
-        np.maximum.at(largest, feature, activation)
-        fired = np.flatnonzero(count)
-        share = count[fired] / max(len(position), 1)
+        if anywhere:
+            fired, count, total, largest = self._anywhere(position, length)
+        else:
+            fired, count, total, largest = self._at(position)
+        share = count / max(len(position), 1)
         there = share * occurrences.n
         columns = {
             "dice": 2 * there / (occurrences.n + self._of_all("n_active")[fired]),
             "share": share,
             "lift": share / self._of_all("density")[fired],
-            "mean": total[fired] / count[fired],
-            "max": largest[fired],
+            "mean": total / count,
+            "max": largest,
         }
         best = np.lexsort((fired, -columns["mean"], -columns[order]))[:limit]
         return TokenFeatures(
@@ -182,7 +182,7 @@ class TokenQueries(StoreBase):
             n_read=len(position),
             n_features=len(fired),
             feature=fired[best].astype(np.int32),
-            count=count[fired][best],
+            count=count[best],
             **{name: column[best] for name, column in columns.items()},
         )
 
@@ -195,40 +195,48 @@ class TokenQueries(StoreBase):
         if len(np.unique(row_group)) <= _MOST_ROW_GROUPS or len(there) <= _STRETCHES:
             return np.ones(len(position), dtype=bool)
         chosen = there[np.linspace(0, len(there) - 1, _STRETCHES).round().astype(np.int64)]
-        return np.isin(stretch, chosen)
+        return is_among(stretch, chosen)
 
-    def _fired(
-        self, position: np.ndarray, length: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Each firing at positions [n], or in the `length` tokens up to each: number of the
-        occurrence, feature, strongest activation."""
-        reach = int(length.max(initial=1)) if length is not None else 1
-        parts = []
-        for back in range(reach):
-            mine = np.flatnonzero(length > back) if length is not None else np.arange(len(position))
-            found = self._at(position[mine] - back)
-            number = mine[np.searchsorted(position[mine] - back, found["position"])]
-            parts.append((number, found["feature"], found["activation"]))
-        number, feature, activation = map(np.concatenate, zip(*parts, strict=True))
-        self._db.check_fits(
-            not len(feature) or bool(feature.min() >= 0 and feature.max() < self.d_sae),
-            "activation_by_position",
-        )
-        if reach == 1:
-            return number, feature, activation
-        key = number * self.d_sae + feature
-        order = np.lexsort((activation, key))
-        strongest = np.append(key[order][1:] != key[order][:-1], True)[: len(order)]
-        chosen = order[strongest]
-        return number[chosen], feature[chosen], activation[chosen]
-
-    def _at(self, position: np.ndarray) -> dict[str, np.ndarray]:
-        """All rows at positions [n], in any order."""
-        return self._columns(
-            "SELECT position, feature, activation FROM db.activation_by_position"
-            " WHERE position IN (SELECT unnest(?::BIGINT[]))",
+    def _at(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The features that fire at positions [n]: how often, sum and maximum of activations."""
+        found = self._columns(
+            "SELECT feature, count(*) AS n, sum(activation::DOUBLE) AS total,"
+            " max(activation) AS top FROM db.activation_by_position"
+            " WHERE position IN (SELECT unnest(?::BIGINT[])) GROUP BY feature"
+            " ORDER BY feature",
             [position.tolist()],
         )
+        self._check_features(found["feature"])
+        return found["feature"], found["n"], found["total"], found["top"]
+
+    def _anywhere(
+        self, position: np.ndarray, length: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The same of the `length` tokens up to each position, each of which counts once."""
+        keys, values = [], []
+        for back in range(int(length.max(initial=1))):
+            mine = np.flatnonzero(length > back)
+            found = self._columns(
+                "SELECT position, feature, activation FROM db.activation_by_position"
+                " WHERE position IN (SELECT unnest(?::BIGINT[]))",
+                [(position[mine] - back).tolist()],
+            )
+            self._check_features(found["feature"])
+            number = mine[np.searchsorted(position[mine] - back, found["position"])]
+            keys.append(number * self.d_sae + found["feature"])
+            values.append(found["activation"])
+        key, activation = np.concatenate(keys), np.concatenate(values)
+        order = np.lexsort((activation, key))
+        strongest = order[np.append(key[order][1:] != key[order][:-1], True)[: len(order)]]
+        feature, activation = key[strongest] % self.d_sae, activation[strongest]
+        fired, which, count = np.unique(feature, return_inverse=True, return_counts=True)
+        largest = np.zeros(len(fired), dtype=np.float32)
+        np.maximum.at(largest, which, activation)
+        return fired, count, np.bincount(which, activation, len(fired)), largest
+
+    def _check_features(self, feature: np.ndarray) -> None:
+        fits = not len(feature) or (feature.min() >= 0 and feature.max() < self.d_sae)
+        self._db.check_fits(bool(fits), "activation_by_position")
 
     def firing_on(self, feature: int, occurrences: Occurrences) -> tuple[Occurrences, np.ndarray]:
         """The occurrences at whose last token a feature fires, strongest first; its activations.
@@ -236,7 +244,7 @@ class TokenQueries(StoreBase):
         Cost: reads the feature's rows, about 2 ms for each 100,000 of them.
         """
         mine = self._rows_of(self._check(feature))
-        at = np.isin(mine["position"], occurrences.position)
+        at = is_among(mine["position"], occurrences.position)
         position, activation = mine["position"][at], mine["activation"][at]
         index = np.searchsorted(occurrences.position, position)
         return self._chosen(occurrences, index), activation
@@ -250,7 +258,7 @@ class TokenQueries(StoreBase):
         Cost: as `firing_on`.
         """
         mine = self._rows_of(self._check(feature))
-        silent = ~np.isin(occurrences.position, mine["position"])
+        silent = ~is_among(occurrences.position, mine["position"])
         return self._chosen(occurrences, np.flatnonzero(silent))
 
     def _chosen(self, occurrences: Occurrences, index: np.ndarray) -> Occurrences:

@@ -211,9 +211,10 @@ def _show(session: Session, result: _Result) -> None:
 def _table(session: Session, frame: pd.DataFrame) -> None:
     opened = st.session_state.get("sql_opened", 0)
     has_features = "feature" in frame and pd.api.types.is_integer_dtype(frame["feature"])
-    event = st.dataframe(
+    key = f"sql_table_{opened}"
+    st.dataframe(
         frame,
-        key=f"sql_table_{opened}",
+        key=key,
         hide_index=True,
         height=35 * min(len(frame) + 1, 16) + 3,
         on_select="rerun" if has_features else "ignore",
@@ -227,7 +228,7 @@ def _table(session: Session, frame: pd.DataFrame) -> None:
     if not has_features:
         return
     st.caption("Click a row to open its feature.")
-    cells = event.selection.cells
+    cells = st.session_state[key].selection.cells
     if cells and cells[0][0] < len(frame):
         number = int(frame["feature"].iloc[cells[0][0]])
         if 0 <= number < session.store.d_sae:
@@ -243,9 +244,12 @@ def _chart(frame: pd.DataFrame) -> None:
         return
     left, middle, right = st.columns([2, 2, 2], vertical_alignment="bottom")
     asked = "|".join(columns)  # other columns are another choice
-    x = left.selectbox("Across", columns, key=f"sql_x_{asked}")
+    x = left.selectbox("Across", columns, key=f"sql_x_{asked}") or columns[0]
     others = [name for name in numbers if name != columns[0]] or numbers
-    y = middle.selectbox("Up", numbers, index=numbers.index(others[0]), key=f"sql_y_{asked}")
+    y = (
+        middle.selectbox("Up", numbers, index=numbers.index(others[0]), key=f"sql_y_{asked}")
+        or others[0]
+    )
     kind = right.segmented_control(
         "As",
         list(KINDS),
@@ -256,7 +260,7 @@ def _chart(frame: pd.DataFrame) -> None:
     )
     shown = frame.head(MOST_POINTS)
     st.plotly_chart(
-        figures.query_chart(shown[x], shown[y], kind or "bar"),
+        figures.query_chart(shown, x, y, kind or "bar"),
         config=figures.DOWNLOADABLE,
         key="sql_chart",
         alt=f"Chart of {y} over {x}",

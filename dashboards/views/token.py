@@ -8,7 +8,7 @@ import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from dashboards import figures
+from dashboards import figures, queries
 from dashboards.amounts import COLUMN
 from dashboards.pages import Page
 from dashboards.queries import Version
@@ -316,7 +316,7 @@ def _table(session: Session, found: TokenFeatures, order: str) -> int:
         },
     )
     kept = st.session_state.get("token_feature")
-    return kept if kept in numbers else numbers[0]
+    return int(kept) if kept is not None and kept in numbers else numbers[0]
 
 
 def _places(session: Session, occurrences: Occurrences, feature: int) -> None:

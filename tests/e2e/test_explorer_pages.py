@@ -75,9 +75,11 @@ def test_the_explorers_own_pages_and_panels() -> None:
         ("Overview", ":material/dashboard:", "overview"),
         ("Features", ":material/table_rows:", "features"),
         ("Feature", ":material/search:", "feature"),
+        ("Token", ":material/match_word:", "token"),
         ("Prompt", ":material/edit_note:", "text"),
         ("Steer", ":material/explore:", "steer"),
         ("Diff", ":material/difference:", "diff"),
+        ("SQL", ":material/database:", "sql"),
     ]
     assert [p.declared.title for p in find_panels("left")] == [
         *(
