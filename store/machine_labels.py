@@ -54,7 +54,7 @@ class MachineLabels(AnnotationBase):
         """Of each of these features the label that fitted best where it was made, if there is one.
 
         It is chosen by its fit on the windows it was made from (`details["fit"]`), not by its
-        held-out score, which would then be too good.
+        held-out score, which would then be too good; a label without a fit by its score.
         """
         found: dict[int, MachineLabel] = {}
         for each in self.machine_labels(features):
@@ -73,7 +73,7 @@ class MachineLabels(AnnotationBase):
 
 
 def _fit(label: MachineLabel) -> float:
-    fit = label.details.get("fit")
+    fit = label.details.get("fit", label.score)
     return float(fit) if isinstance(fit, int | float) else -1.0
 
 

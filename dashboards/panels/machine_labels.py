@@ -58,6 +58,9 @@ def label_html(label: MachineLabel) -> str:
         for name, key in (("shuffled", "shuffled"), ("top token", "top_token"))
     ]
     said = [f"{name} {value:.2f}" for name, value in baselines if value is not None]
+    fuzzing = _number(details.get("fuzzing"))
+    if fuzzing is not None:
+        said.append(f"fuzzing {fuzzing:.2f}")
     marks = "".join(
         f'<u style="left:{_percent(value):.1f}%" title="{name} {value:.2f}"></u>'
         for name, value in baselines
