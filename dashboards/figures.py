@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from plotly.graph_objects import Figure
 
-BLUE, ORANGE = "#3d7ea6", "#d98032"
+BLUE, ORANGE, GREEN, GREY = "#3d7ea6", "#d98032", "#3f9c7a", "#8a8f98"
+COLOURS = (BLUE, ORANGE, GREEN, "#b05a7a", "#8a6fb0", "#c9a227", GREY)
+_NAMED = 12
+"""points of a chart, up to which each is marked or named"""
 _AXIS = "rgba(128,128,128,0.35)"
 _GRID = "rgba(128,128,128,0.16)"
 _FEW = 20
+_LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
 CONFIG = {"displayModeBar": False, "scrollZoom": False}
 DOWNLOADABLE = {
     "displaylogo": False,
@@ -158,6 +162,79 @@ def scatter(
         figure.update_xaxes(**logarithmic, title=f"{titles[x]} (log scale)")
     if _spans_decades(up):
         figure.update_yaxes(**logarithmic, title=f"{titles[y]} (log scale)")
+    return figure
+
+
+def pareto(points: "DataFrame", y: str, titles: Mapping[str, str], height: int = 300) -> "Figure":
+    """SAEs by L0 and another metric, with 95% intervals; a colour a protocol.
+
+    Args: points has the columns name, protocol, l0, y and half (of the interval; NaN without).
+    """
+    from plotly.graph_objects import Figure, Scatter
+
+    figure = Figure()
+    for number, (protocol, mine) in enumerate(points.groupby("protocol", sort=True)):
+        figure.add_trace(
+            Scatter(
+                x=mine["l0"].tolist(),
+                y=mine[y].tolist(),
+                error_y={"array": mine["half"].tolist(), "thickness": 1, "width": 3},
+                mode="markers+text" if len(points) <= _NAMED else "markers",
+                text=[f" {html.escape(name)} " for name in mine["name"]],
+                # beside the interval's bar, on the side where there is room
+                textposition=[
+                    "middle right" if l0 < points["l0"].max() / 2 else "middle left"
+                    for l0 in mine["l0"]
+                ],
+                textfont={"size": 11},
+                hovertext=[
+                    f"{html.escape(name)}<br>L0 {amount(l0)}, {titles[y]} {amount(value, 4)}"
+                    for name, l0, value in zip(mine["name"], mine["l0"], mine[y], strict=True)
+                ],
+                hoverinfo="text",
+                marker={"color": (BLUE, ORANGE, GREEN, GREY)[min(number, 3)], "size": 9},
+                name=f"protocol {str(protocol)[:8] or 'unknown'}",
+                cliponaxis=False,
+            )
+        )
+    figure = _finish(figure, titles["l0"], titles[y], height)
+    several = points["protocol"].nunique() > 1
+    figure.update_layout(hovermode="closest", showlegend=several, legend=_LEGEND)
+    figure.update_layout(margin={"t": 26})
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_xaxes(rangemode="tozero")
+    return figure
+
+
+def curves(
+    lines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    title: str,
+    *,
+    logarithmic: bool = False,
+    height: int = 240,
+) -> "Figure":
+    """A measurement of several runs over tokens: (run's name, tokens, values) each."""
+    from plotly.graph_objects import Figure, Scatter
+
+    figure = Figure()
+    for number, (name, tokens, values) in enumerate(lines):
+        figure.add_trace(
+            Scatter(
+                x=list(tokens),
+                y=list(values),
+                mode="lines+markers" if len(values) < _NAMED else "lines",
+                name=html.escape(name),
+                line={"color": COLOURS[number % len(COLOURS)], "width": 2},
+                marker={"size": 5},
+                hovertemplate="%{y:.4g} at %{x:,.3s} tokens<extra>"
+                + html.escape(name)
+                + "</extra>",
+            )
+        )
+    figure = _finish(figure, "tokens", title, height)
+    figure.update_layout(hovermode="closest", showlegend=len(lines) > 1, legend=_LEGEND)
+    if logarithmic:
+        figure.update_yaxes(type="log", dtick=1, exponentformat="power")
     return figure
 
 

@@ -38,6 +38,11 @@ def stores() -> dict[str, Path]:
     return find_stores(os.environ.get(STORES_VARIABLE, "stores"))
 
 
+def beside_stores() -> Path:
+    """The folder that the one of the stores is in; runs are expected there."""
+    return Path(os.environ.get(STORES_VARIABLE, "stores")).expanduser().resolve().parent
+
+
 def absolute(name: str) -> str:
     """The absolute path of a folder that exists; other names, as of a hub, unchanged."""
     try:

@@ -54,6 +54,10 @@ font-family:ui-monospace,SFMono-Regular,Menlo,'DejaVu Sans Mono',monospace;font-
 font-size:.88rem}
 .ss-facts span:nth-child(odd){opacity:.65}
 .ss-facts span:nth-child(even){overflow-wrap:anywhere}
+.ss-measured{display:grid;grid-template-columns:minmax(7rem,max-content) max-content minmax(0,1fr);
+gap:.35rem 1.2rem;font-size:.88rem;align-items:baseline}
+.ss-measured b{font-weight:600;font-variant-numeric:tabular-nums;text-align:right}
+.ss-measured span:nth-child(3n){font-size:.8rem;opacity:.7}
 .ss-per{display:grid;grid-template-columns:3rem minmax(5rem,11rem) minmax(0,1fr);gap:.1rem .9rem;
 font-size:.86rem;align-items:baseline}
 .ss-chips{display:flex;flex-wrap:wrap;gap:.15rem .4rem;padding:.12rem 0}
@@ -272,6 +276,15 @@ def facts_html(facts: Sequence[tuple[str, str]]) -> str:
         f"<span>{html.escape(name)}</span><span>{visible(value)}</span>" for name, value in facts
     )
     return f'<div class="ss-facts">{cells}</div>'
+
+
+def measured_html(rows: Sequence[tuple[str, str, str]]) -> str:
+    """Metrics: name, value, and what it is, in three columns."""
+    cells = "".join(
+        f"<span>{html.escape(name)}</span><b>{html.escape(value)}</b><span>{html.escape(text)}</span>"
+        for name, value, text in rows
+    )
+    return f'<div class="ss-measured">{cells}</div>'
 
 
 def feature_url(sae: str, feature: int) -> str:

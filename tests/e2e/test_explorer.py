@@ -70,27 +70,29 @@ def links(app: AppTest) -> list[tuple[str, str]]:
     return [(link.proto.label, link.proto.query_string) for link in app.get("page_link")]
 
 
-def test_overview(folder: Path) -> None:
+def test_home_at_a_glance(folder: Path) -> None:
     with Annotations.open(folder / "tiny", sae_hash="5ae") as notes:
         notes.set_label(5, "<b>bold</b> *label*")
         notes.add_to_list(9)
     app = open_page()
-    assert [(m.label.replace("\\", ""), m.value) for m in app.metric] == [
-        ("live features", str(D_SAE - len(DEAD))),
+    text = shown(app)
+    assert app.markdown[0].value == "## Home"
+    for name, value in (
+        ("live features", f"{D_SAE - len(DEAD)} of {D_SAE}"),
         ("L0 (features a row)", "4.25"),
         ("FVU", "0.1875"),
         ("never fired (of features)", "4.7%"),
         ("delta CE (nats)", "0.0625"),
-    ]
-    assert all(m.help for m in app.metric), "every number is explained"
-    text = shown(app)
-    assert "tiny" in app.markdown[0].value
+    ):
+        assert f"<span>{name}</span><b>{value}</b>" in text
+    assert "Fraction of variance unexplained" in text, "what it is stands beside it"
+    assert "### tiny" in text
     assert "blocks.1.hook_resid_post" in text
-    assert "3 dead features are not shown" in text
+    assert "3 dead features not shown" in text
     assert "25 documents, 640 tokens" in text
-    assert len(app.get("plotly_chart")) == 1
+    assert "densities" in [chart.key for chart in app.get("plotly_chart")]
     labels = [label for label, _ in links(app)]
-    assert "★ 9  " in labels
+    assert any(label.startswith("★ 9  ") and len(label) > 6 for label in labels), "by its tokens"
     assert "5  \\<b\\>bold\\</b\\> \\*label\\*" in labels
     assert parameter(app, "sae") == "tiny"
 
@@ -296,7 +298,7 @@ from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 app = AppTest.from_file(sys.argv[1], default_timeout=60)
 app.run()
-assert not app.exception and len(app.metric) == 5
+assert not app.exception and len(app.get("plotly_chart")) == 3
 heavy = {"torch", "transformers", "transformer_lens", "datasets", "activations", "sae"}
 print(sorted(heavy & set(sys.modules)))
 """

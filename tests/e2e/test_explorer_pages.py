@@ -72,13 +72,14 @@ def navigation(app: AppTest) -> list[str]:
 def test_the_explorers_own_pages_and_panels() -> None:
     found = [(p.declared.title, p.declared.icon, p.declared.url) for p in find_pages()]
     assert found == [
-        ("Overview", ":material/dashboard:", "overview"),
+        ("Home", ":material/home:", "overview"),
         ("Features", ":material/table_rows:", "features"),
         ("Feature", ":material/search:", "feature"),
         ("Token", ":material/match_word:", "token"),
         ("Prompt", ":material/edit_note:", "text"),
         ("Steer", ":material/explore:", "steer"),
         ("Diff", ":material/difference:", "diff"),
+        ("Training", ":material/show_chart:", "training"),
         ("SQL", ":material/database:", "sql"),
     ]
     assert [p.declared.title for p in find_panels("left")] == [
