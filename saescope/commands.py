@@ -197,6 +197,19 @@ COMMANDS = {
         positional="store",
         resumes=True,
     ),
+    "sql": Command(
+        module="store.sql_command",
+        config="SqlConfig",
+        function="print_result",
+        summary="Ask a feature store in SQL, and print the answer as a table or CSV.",
+        examples=(
+            "saescope sql stores/smollm2-135m-topk "
+            "'SELECT feature, max FROM feature ORDER BY max DESC LIMIT 10'",
+            "saescope sql stores/smollm2-135m-topk 'SELECT * FROM feature' --csv",
+        ),
+        notes=("", "It reads the store and nothing else. `SHOW TABLES` lists the tables."),
+        positional="store query",
+    ),
     "steer": Command(
         module="sae.commands.steer",
         config="SteerConfig",

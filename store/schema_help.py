@@ -15,6 +15,7 @@ TABLES = {
     "token_profile": "The tokens that a feature fires on most often, at most 20.",
     "position_bin": "Stretches of a sequence, for position_profile.",
     "position_profile": "How often a feature fires in each stretch of a sequence.",
+    "picture": "Small pictures of the documents of a vision model.",
     "meta": "Facts about the store, each a key and a value in JSON.",
 }
 """each table, in the order in which a reader needs them"""
@@ -89,6 +90,8 @@ COLUMNS = {
     "position_profile.feature": _FEATURE,
     "position_profile.bin": "number of the stretch",
     "position_profile.count": "positions in it at which the feature fires",
+    "picture.document": "its number",
+    "picture.image": "JPEG",
     "meta.key": "name of the fact",
     "meta.value": "in JSON; text is in quotation marks: value ->> '$'",
 }

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from saescope.__main__ import main
 from saescope.errors import ArtefactError, InputError
 from store import FeatureStore
 from store.schema_help import COLUMNS
@@ -184,3 +185,33 @@ def test_a_closed_store_says_so(path: Path) -> None:
     features.close()
     with pytest.raises(ArtefactError):
         features.sql("SELECT 1")
+
+
+def test_the_command_prints_a_table_or_csv(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    query = "SELECT feature, max, 'a,b' || chr(27) AS t FROM feature WHERE feature IN (3, 11)"
+    assert main(["sql", str(path), f"{query} ORDER BY feature DESC"]) == 0
+    out = capsys.readouterr().out
+    top = ROWS.activation[ROWS.feature == 3].max()
+    assert out == (
+        f"feature    max  t\n     11    1.5  a,b\\x1b\n      3  {top:5.6g}  a,b\\x1b\n2 rows\n"
+    )
+    assert main(["sql", str(path.parent), "SELECT 'a,b' || chr(10) AS t, NULL AS n", "--csv"]) == 0
+    assert capsys.readouterr().out == 't,n\n"a,b\n",\n'
+    assert main(["sql", str(path)]) == 0
+    assert "activation_by_feature" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "which store?"),
+        (["{store}", "DROP TABLE feature"], "only reads"),
+        (["{store}", "SELECT * FROM feature", "--rows", "2"], "at most 2 rows; add LIMIT 2"),
+        (["nowhere"], "no feature store here"),
+    ],
+)
+def test_what_the_command_refuses(
+    path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main(["sql", *(word.replace("{store}", str(path)) for word in words)]) == 2
+    assert said in capsys.readouterr().err
