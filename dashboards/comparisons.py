@@ -1,15 +1,22 @@
 """Cached computations of the pages that compare: two groups of documents, two SAEs."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import streamlit as st
 
+from dashboards import find_stores
 from dashboards.queries import Version, open_store, version_of
 from dashboards.tokens import plain_visible
+from saescope.errors import ArtefactError, SaescopeError
 from store import Annotations, FeatureStore
+from store.compare import compare_stores, same_harvest
 from store.diff import DatasetDiff, diff, documents_of_feature
+from store.matching import Matching, cosine_blocks, expected_max_cosine, match_features
 
 _DAY = 86_400
 _KINDS = ("title", "key")
@@ -51,8 +58,17 @@ def _unwrapped(part: str) -> str:
 def stores_of_same_sae(stores: Mapping[str, Path], name: str) -> list[str]:
     """Names of the other stores that are of the same SAE as this one."""
     mine = open_store(stores[name]).meta.get("sae_hash")
-    others = [other for other in stores if other != name]
-    return [o for o in others if mine and open_store(stores[o]).meta.get("sae_hash") == mine]
+    others = _facts({other: path for other, path in stores.items() if other != name})
+    return [other for other, meta in others.items() if mine and meta.get("sae_hash") == mine]
+
+
+def _facts(stores: Mapping[str, Path]) -> dict[str, Mapping[str, Any]]:
+    """What the stores say of themselves; those that cannot be read are left out."""
+    found = {}
+    for name, path in stores.items():
+        with suppress(SaescopeError, OSError):
+            found[name] = open_store(path).meta
+    return found
 
 
 @st.cache_data(max_entries=32, ttl=_DAY, show_spinner="Comparing the documents (some seconds) …")
@@ -92,3 +108,68 @@ def top_tokens(store: FeatureStore, features: Sequence[int]) -> dict[int, str]:
 def _top_tokens(version: Version, features: tuple[int, ...]) -> dict[int, str]:
     found = open_store(Path(version[0])).top_tokens(features, 5)
     return {f: "  ".join(plain_visible(token) for token in found[f]) for f in features}
+
+
+@dataclass(frozen=True)
+class SAEComparison:
+    """Which features of two SAEs match, and what that is to be compared with."""
+
+    matching: Matching
+    chance: float | None
+    """mean max similarity of random directions; None where it is not known"""
+    over: str
+    """what the similarity was computed from"""
+
+
+def ways(a: FeatureStore, b: FeatureStore) -> dict[str, str]:
+    """How two stores' SAEs can be compared: "activations" where they are of one harvest."""
+    if same_harvest(a, b):
+        return {"activations": "What they fire on", "decoder": "What they write"}
+    return {"decoder": "What they write"}
+
+
+@st.cache_data(max_entries=16, ttl=_DAY, show_spinner="Matching the features (some seconds) …")
+def compare(a: Version, b: Version, by: str, threshold: float) -> SAEComparison:
+    """Match the features of two stores' SAEs.
+
+    Raises ArtefactError if an SAE may not be loaded or is not the store's; InputError if they
+    cannot be compared.
+    """
+    stores = open_store(Path(a[0])), open_store(Path(b[0]))
+    if by == "activations":
+        found = compare_stores(*stores, threshold=threshold)
+        part = "" if found.positions == found.all_positions else f" of {found.all_positions:,}"
+        over = f"correlation of activations over {found.positions:,}{part} positions"
+        return SAEComparison(found.matching, None, over)
+    one, two = (_directions(store) for store in stores)
+    matching = match_features(cosine_blocks(one, two), len(one), len(two), threshold=threshold)
+    chance = expected_max_cosine(one.shape[1], len(two))
+    return SAEComparison(matching, chance, "cosine of decoder directions")
+
+
+def _directions(store: FeatureStore) -> Any:
+    """The decoder directions [d_sae, d_out] of the very SAE that a store is of."""
+    import sae
+    from sae.analysis.dictionary_matching import decoder_directions
+    from sae.data.provenance import check_indexed
+
+    meta, where = store.meta, str(store.path)
+    if not meta.get("sae_path"):
+        raise ArtefactError("does not say where its SAE is", where=where)
+    path = find_stores.source_to_load("sae", str(meta["sae_path"]), where)
+    loaded = sae.load(path, target_site=meta.get("target_site"))
+    check_indexed(loaded, meta, where=where)
+    return decoder_directions(loaded)
+
+
+def quality(stores: Mapping[str, Path], name: str) -> pd.DataFrame:
+    """L0 and another metric of the SAEs that were measured, for `figures.pareto`."""
+    rows = []
+    for store, meta in _facts(stores).items():
+        metrics = meta.get("metrics") or {}
+        values = [metrics.get("l0"), metrics.get(name)]
+        if all(isinstance(value, int | float) for value in values):
+            half = metrics.get(f"{name}_interval")
+            rows.append((store, str(meta.get("protocol") or ""), *values, half))
+    frame = pd.DataFrame(rows, columns=["name", "protocol", "l0", name, "half"])
+    return frame.astype({"half": float})

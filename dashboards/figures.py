@@ -350,3 +350,41 @@ def query_chart(frame: "DataFrame", x: str, y: str, kind: str, height: int = 380
 def _literal(text: object) -> str:
     """Any text, for Plotly, which reads tags in its texts."""
     return html.escape(plain_visible(str(text)), quote=False)
+
+
+def similarity_histogram(
+    a: np.ndarray, b: np.ndarray, names: tuple[str, str], chance: float | None, height: int = 260
+) -> "Figure":
+    """How similar each feature's most similar one of the other SAE is; 20 bins over [0, 1]."""
+    from plotly.graph_objects import Bar, Figure
+
+    edges = np.linspace(0, 1, 21)
+    figure = Figure()
+    for values, name, colour in ((a, names[0], BLUE), (b, names[1], ORANGE)):
+        counts, _ = np.histogram(np.clip(values, 0, 1), edges)
+        text = [
+            f"{name}: {count:,} features at {low:.2f} to {high:.2f}"
+            for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
+        ]
+        figure.add_trace(
+            Bar(
+                x=(edges[:-1] + edges[1:]) / 2,
+                y=counts,
+                name=_literal(name),
+                marker={"color": colour, "line": {"width": 0}},
+                hovertext=[_literal(each) for each in text],
+                hoverinfo="text",
+            )
+        )
+    _finish(figure, "largest similarity to a feature of the other SAE", "features", height)
+    figure.update_layout(
+        barmode="group",
+        showlegend=True,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    )
+    if chance is not None:
+        figure.add_vline(
+            x=chance, line={"dash": "dot", "width": 1.5, "color": "gray"}, annotation_text="chance"
+        )
+    figure.update_xaxes(range=[0, 1.01], dtick=0.1)
+    return figure

@@ -79,6 +79,7 @@ def test_the_explorers_own_pages_and_panels() -> None:
         ("Prompt", ":material/edit_note:", "text"),
         ("Steer", ":material/explore:", "steer"),
         ("Diff", ":material/difference:", "diff"),
+        ("Compare", ":material/compare_arrows:", "compare"),
         ("Training", ":material/show_chart:", "training"),
         ("SQL", ":material/database:", "sql"),
     ]

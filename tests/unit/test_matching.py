@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array, csr_array
 
 from saescope.errors import InputError
-from store import FeatureStore, StoreWriter
+from store import FeatureStore
 from store.compare import compare_stores, same_harvest
 from store.matching import (
     Matching,
@@ -18,7 +18,8 @@ from store.matching import (
     expected_max_cosine,
     match_features,
 )
-from tests.tiny_store import CONTEXT, D_SAE, META, N_SEQUENCES, WORDS, make_rows, make_tiny_store
+from tests.renumbered_store import make_renumbered_store
+from tests.tiny_store import CONTEXT, D_SAE, N_SEQUENCES, make_rows, make_tiny_store
 
 
 def by_cosine(a: np.ndarray, b: np.ndarray, **options: float) -> Matching:
@@ -145,23 +146,9 @@ def test_correlations_are_those_of_numpy() -> None:
     assert not found[3].any()
 
 
-def other_store(folder: Path, order: np.ndarray, **meta: str) -> Path:
-    """The tiny store's rows with features renumbered: feature f is order[f]."""
-    rows = make_rows()
-    path = folder / "other" / "features.duckdb"
-    with StoreWriter(
-        path, meta={**META, "name": "other", **meta}, d_sae=D_SAE, context=CONTEXT, threads=1
-    ) as writer:
-        writer.add_vocabulary(WORDS)
-        writer.add_sequences(0, rows.tokens, rows.document, rows.keep, rows.split)
-        writer.add_activations(rows.position, order[rows.feature], 2 * rows.activation)
-        writer.finish()
-    return path
-
-
 def test_stores_of_one_harvest(tmp_path: Path) -> None:
     order = np.random.default_rng(6).permutation(D_SAE)
-    one, two = make_tiny_store(tmp_path), other_store(tmp_path, order)
+    one, two = make_tiny_store(tmp_path), make_renumbered_store(tmp_path, order)
     rows = make_rows()
     with FeatureStore.open(one) as a, FeatureStore.open(two) as b:
         assert same_harvest(a, b)
@@ -187,7 +174,7 @@ def test_stores_of_one_harvest(tmp_path: Path) -> None:
 
 def test_stores_of_two_harvests(tmp_path: Path) -> None:
     one = make_tiny_store(tmp_path)
-    two = other_store(tmp_path, np.arange(D_SAE), harvest="another")
+    two = make_renumbered_store(tmp_path, np.arange(D_SAE), harvest="another")
     with FeatureStore.open(one) as a, FeatureStore.open(two) as b:
         assert not same_harvest(a, b)
         with pytest.raises(InputError, match=r"only over one harvest.*given: 'another'"):
