@@ -185,6 +185,17 @@ COMMANDS = {
         ),
         positional="store",
     ),
+    "annotations": Command(
+        module="store.annotations_command",
+        config="AnnotationsConfig",
+        function="annotations",
+        summary="Export or import a store's labels, notes, tags, lists and votes.",
+        examples=(
+            "saescope annotations stores/smollm2-135m-topk --export labels.json",
+            "saescope annotations stores/smollm2-135m-topk --import labels.csv --conflicts keep",
+        ),
+        positional="store",
+    ),
     "label": Command(
         module="store.labels.command",
         config="LabelConfig",

@@ -93,9 +93,8 @@ class Annotations(MachineLabels):
 
     def _write(self, feature: int, column: str, given: str, seen: str | None) -> None:
         number = feature_number(feature)
-        text = _text(column, given)
-        wanted = None if seen is None else _text(column, seen)
-        label, note = (text, "") if column == "label" else ("", text)
+        text = clean_text(column, given)
+        wanted = None if seen is None else clean_text(column, seen)
 
         def write(con: sqlite3.Connection) -> None:
             sql = f"SELECT {column} FROM annotation WHERE feature = ?"
@@ -107,14 +106,20 @@ class Annotations(MachineLabels):
                     given=text,
                     found=found,
                 )
-            con.execute(
-                "INSERT INTO annotation VALUES (?, ?, ?, ?) ON CONFLICT (feature) DO UPDATE"
-                f" SET {column} = excluded.{column}, changed = excluded.changed",
-                [number, label, note, now()],
-            )
-            self._record(con, number, column, found, text)
+            self._set_text(con, number, column, found, text)
 
         self._change(write)
+
+    def _set_text(
+        self, con: sqlite3.Connection, number: int, column: str, found: str, text: str
+    ) -> None:
+        label, note = (text, "") if column == "label" else ("", text)
+        con.execute(
+            "INSERT INTO annotation VALUES (?, ?, ?, ?) ON CONFLICT (feature) DO UPDATE"
+            f" SET {column} = excluded.{column}, changed = excluded.changed",
+            [number, label, note, now()],
+        )
+        self._record(con, number, column, found, text)
 
     def _record(
         self, con: sqlite3.Connection, feature: int, what: str, before: str, after: str
@@ -152,35 +157,38 @@ class Annotations(MachineLabels):
 
     def add_to_list(self, feature: int, name: str = FAVOURITES) -> None:
         """Put a feature on a list."""
-        self._put("list_member", "list", feature, _name("list", name), wanted=True)
+        self._put("list_member", "list", feature, clean_name("list", name), wanted=True)
 
     def remove_from_list(self, feature: int, name: str = FAVOURITES) -> None:
         """Take a feature off a list."""
-        self._put("list_member", "list", feature, _name("list", name), wanted=False)
+        self._put("list_member", "list", feature, clean_name("list", name), wanted=False)
 
     def _put(self, table: str, kind: str, feature: int, name: str, *, wanted: bool) -> None:
         """Put a feature on a list or under a tag, or take it off."""
         number = feature_number(feature)
+        self._change(lambda con: self._set_member(con, table, kind, number, name, wanted))
 
-        def put(con: sqlite3.Connection) -> None:
-            where = f"FROM {table} WHERE feature = ? AND {kind} = ?"
-            there = con.execute(f"SELECT count(*) {where}", [number, name]).fetchone()[0] > 0
-            if there == wanted:
-                return
-            if wanted:
-                sql = f"INSERT INTO {table} (feature, {kind}, added) VALUES (?, ?, ?)"
-                con.execute(sql, [number, name, now()])
-            else:
-                con.execute(f"DELETE {where}", [number, name])
-            said = ("yes" if there else "", "yes" if wanted else "")
-            self._record(con, number, f"{kind} {name}", *said)
-
-        self._change(put)
+    def _set_member(
+        self, con: sqlite3.Connection, table: str, kind: str, number: int, name: str, wanted: bool
+    ) -> bool:
+        """Put on or take off; whether that changed anything."""
+        where = f"FROM {table} WHERE feature = ? AND {kind} = ?"
+        there = con.execute(f"SELECT count(*) {where}", [number, name]).fetchone()[0] > 0
+        if there == wanted:
+            return False
+        if wanted:
+            sql = f"INSERT INTO {table} (feature, {kind}, added) VALUES (?, ?, ?)"
+            con.execute(sql, [number, name, now()])
+        else:
+            con.execute(f"DELETE {where}", [number, name])
+        said = ("yes" if there else "", "yes" if wanted else "")
+        self._record(con, number, f"{kind} {name}", *said)
+        return True
 
     def members(self, name: str = FAVOURITES) -> list[int]:
         """The features on a list, in the order they were added."""
         sql = "SELECT feature FROM list_member WHERE list = ? ORDER BY added, feature"
-        return [row[0] for row in self._rows(sql, [_name("list", name)])]
+        return [row[0] for row in self._rows(sql, [clean_name("list", name)])]
 
     def lists(self) -> dict[str, int]:
         """The lists' names and sizes."""
@@ -189,11 +197,11 @@ class Annotations(MachineLabels):
 
     def add_tag(self, feature: int, tag: str) -> None:
         """Put a tag on a feature."""
-        self._put("tag", "tag", feature, _name("tag", tag), wanted=True)
+        self._put("tag", "tag", feature, clean_name("tag", tag), wanted=True)
 
     def remove_tag(self, feature: int, tag: str) -> None:
         """Take a tag off a feature."""
-        self._put("tag", "tag", feature, _name("tag", tag), wanted=False)
+        self._put("tag", "tag", feature, clean_name("tag", tag), wanted=False)
 
     def tags(self, feature: int) -> list[str]:
         """A feature's tags, by name."""
@@ -203,7 +211,7 @@ class Annotations(MachineLabels):
     def tagged(self, tag: str) -> list[int]:
         """The features with a tag, in order."""
         sql = "SELECT feature FROM tag WHERE tag = ? ORDER BY feature"
-        return [row[0] for row in self._rows_added(sql, [_name("tag", tag)])]
+        return [row[0] for row in self._rows_added(sql, [clean_name("tag", tag)])]
 
     def all_tags(self) -> dict[str, int]:
         """The tags' names, and on how many features each is."""
@@ -217,16 +225,17 @@ class Annotations(MachineLabels):
         """
         number, chosen = feature_number(feature), as_index(value, where="vote", low=-1, high=1)
 
-        def vote(con: sqlite3.Connection) -> None:
-            mine = [number, self.who]
-            where = "WHERE feature = ? AND who = ?"
-            found = con.execute(f"SELECT value FROM vote {where}", mine).fetchone()
-            con.execute(f"DELETE FROM vote {where}", mine)
-            if chosen:
-                con.execute("INSERT INTO vote VALUES (?, ?, ?, ?)", [*mine, chosen, now()])
-            self._record(con, number, "vote", str(found[0]) if found else "", str(chosen or ""))
+        self._change(lambda con: self._set_vote(con, number, self.who, chosen))
 
-        self._change(vote)
+    def _set_vote(self, con: sqlite3.Connection, number: int, who: str, value: int) -> None:
+        theirs = [number, who]
+        where = "WHERE feature = ? AND who = ?"
+        found = con.execute(f"SELECT value FROM vote {where}", theirs).fetchone()
+        con.execute(f"DELETE FROM vote {where}", theirs)
+        if value:
+            con.execute("INSERT INTO vote VALUES (?, ?, ?, ?)", [*theirs, value, now()])
+        what = "vote" if who == self.who else f"vote of {who}"
+        self._record(con, number, what, str(found[0]) if found else "", str(value or ""))
 
     def votes(self, feature: int) -> dict[str, int]:
         """Each user's vote on a feature's label: 1 or -1."""
@@ -234,7 +243,8 @@ class Annotations(MachineLabels):
         return dict(self._rows_added(sql, [feature_number(feature)]))
 
 
-def _text(column: str, given: str) -> str:
+def clean_text(column: str, given: str) -> str:
+    """A label or a note as it is saved; InputError for what is none."""
     if not isinstance(given, str):
         raise InputError("is no text", where=column, given=type(given).__name__)
     text = " ".join(given.split()) if column == "label" else given.strip()
@@ -249,7 +259,8 @@ def _text(column: str, given: str) -> str:
     return text
 
 
-def _name(kind: str, name: str) -> str:
+def clean_name(kind: str, name: str) -> str:
+    """The name of a list or a tag as it is saved; InputError for what is none."""
     if not isinstance(name, str) or not name.strip() or len(name) > LONGEST_LABEL:
         raise InputError(f"a {kind} needs a name of 1 to 200 characters", where=kind, given=name)
     return " ".join(name.split())

@@ -11,6 +11,8 @@ from saescope.integers import as_indices
 from store.annotation_base import LARGEST, AnnotationBase, feature_number, now
 from store.annotation_file import LONGEST_DETAILS, LONGEST_LABEL
 
+INSERT = "INSERT OR REPLACE INTO machine_label VALUES (?, ?, ?, ?, ?, ?)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class MachineLabel:
@@ -33,9 +35,8 @@ class MachineLabels(AnnotationBase):
 
     def set_machine_labels(self, labels: Sequence[MachineLabel]) -> None:
         """Save labels in one transaction; one of the same feature and method is replaced."""
-        rows = [_row(each) for each in labels]
-        sql = "INSERT OR REPLACE INTO machine_label VALUES (?, ?, ?, ?, ?, ?)"
-        self._change(lambda con: _insert(con, sql, rows), machines=True)
+        rows = [saved_row(each) for each in labels]
+        self._change(lambda con: _insert(con, rows), machines=True)
 
     def machine_labels(self, features: Sequence[int]) -> list[MachineLabel]:
         """The machines' labels of these features, by feature and method."""
@@ -77,11 +78,12 @@ def _fit(label: MachineLabel) -> float:
     return float(fit) if isinstance(fit, int | float) else -1.0
 
 
-def _insert(con: sqlite3.Connection, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-    con.executemany(sql, rows)
+def _insert(con: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
+    con.executemany(INSERT, rows)
 
 
-def _row(each: MachineLabel) -> list[Any]:
+def saved_row(each: MachineLabel) -> list[Any]:
+    """A label as a row of the file; InputError for what is none."""
     details = json.dumps(dict(each.details), sort_keys=True, allow_nan=False)
     if len(details) > LONGEST_DETAILS:
         raise InputError("is too long", where="details", given=f"{len(details)} characters")
