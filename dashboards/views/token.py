@@ -86,6 +86,7 @@ def _read_address() -> None:
     number = mine.get("feature", "")
     if number.isascii() and number.isdigit() and len(number) < 10:
         state["token_feature"] = int(number)
+        state["token_feature_of"] = None  # the question that the address asks
 
 
 def _write_address(feature: int | None) -> None:
@@ -242,10 +243,10 @@ def _features(session: Session, question: _Question, occurrences: Occurrences) -
     found = _features_on(session.store, session.version, question, order, exact)
     if not found.n_features:
         st.info("No feature fires on it.", icon=":material/visibility_off:")
-        return None
-    chosen = _table(session, found, order)
+        return _chosen(session, question, found)
+    _table(session, question, found, order)
     _caption(question, found)
-    return chosen
+    return _chosen(session, question, found)
 
 
 def _caption(question: _Question, found: TokenFeatures) -> None:
@@ -261,14 +262,29 @@ def _caption(question: _Question, found: TokenFeatures) -> None:
     st.toggle("Read all occurrences", key=f"token_exact_{question}")
 
 
-def _choose(key: str, features: Sequence[int]) -> None:
+def _chosen(session: Session, question: _Question, found: TokenFeatures) -> int | None:
+    """The feature that was chosen for this question, even one that fires nowhere there; else the
+    first of the table."""
+    state = st.session_state
+    number = state.get("token_feature")
+    if number is not None and number < session.store.d_sae:
+        of = state.setdefault("token_feature_of", question)
+        if of is None:
+            of = state["token_feature_of"] = question
+        if of == question:
+            return int(number)
+    return int(found.feature[0]) if found.n_features else None
+
+
+def _choose(key: str, question: _Question, features: Sequence[int]) -> None:
     """Keep which feature was chosen, whatever row it is in when the order changes."""
     rows = [row for row, _ in st.session_state[key].selection.cells]
     if rows and rows[0] < len(features):
         st.session_state["token_feature"] = features[rows[0]]
+        st.session_state["token_feature_of"] = question
 
 
-def _table(session: Session, found: TokenFeatures, order: str) -> int:
+def _table(session: Session, question: _Question, found: TokenFeatures, order: str) -> None:
     numbers = found.feature.tolist()
     names = queries.names(session.store, session.notes, numbers, 4)
     frame = pd.DataFrame(
@@ -289,7 +305,7 @@ def _table(session: Session, found: TokenFeatures, order: str) -> int:
         key=key,
         hide_index=True,
         height=35 * min(len(frame) + 1, 14) + 3,
-        on_select=functools.partial(_choose, key, numbers),
+        on_select=functools.partial(_choose, key, question, numbers),
         selection_mode="single-cell",
         column_config={
             "feature": number("feature", width=65, format="%d"),
@@ -315,8 +331,6 @@ def _table(session: Session, found: TokenFeatures, order: str) -> int:
             "max": number("strongest", width=78, format=COLUMN, help="The same, at most."),
         },
     )
-    kept = st.session_state.get("token_feature")
-    return int(kept) if kept is not None and kept in numbers else numbers[0]
 
 
 def _places(session: Session, occurrences: Occurrences, feature: int) -> None:
@@ -342,7 +356,7 @@ def _places(session: Session, occurrences: Occurrences, feature: int) -> None:
         never = "It is silent at none." if side == "silent" else "It fires at none."
         st.info(never, icon=":material/visibility_off:")
         return
-    pages = min(-(-shown.n // PER_PAGE), 500)
+    pages = -(-shown.n // PER_PAGE)
     page = 1
     if pages > 1:
         key = f"token_page_{feature}_{side}_{shown.n}"

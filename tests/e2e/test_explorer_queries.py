@@ -129,8 +129,20 @@ def test_nothing_asked_and_wrong_questions(folder: Path) -> None:
     assert len(app.warning) == 3
     assert "by=magic is none of text, begins, id" in app.warning[0].value.replace("\\", "")
     assert "occurrences</b>" in texts(app)
-    app = open_page("token", q="the", feature=str(DEAD[0]))
-    assert f"Feature {DEAD[0]}" not in texts(app), "it does not fire there"
+    app = open_page("token", q="the", feature="99")
+    assert "Feature 99" not in texts(app), "there is none"
+
+
+def test_a_feature_that_fires_nowhere_there(folder: Path) -> None:
+    app = open_page("token", q="the", feature=str(DEAD[0]), side="silent")
+    at = places(" the")
+    assert f"##### Feature {DEAD[0]}" in texts(app)
+    assert f"Fires at 0 of {len(at)} occurrences (0 %)." in texts(app)
+    assert examples(app) == [divmod(p, CONTEXT) for p in at[: token.PER_PAGE]]
+    app.text_input(key="token_q").input("river").run()
+    first = app.dataframe[0].value["feature"].iloc[0]
+    assert f"##### Feature {first}" in texts(app), "another question, another feature"
+    assert parameter(app, "feature") == str(first)
 
 
 def test_texts_of_tokens_never_become_markup() -> None:
