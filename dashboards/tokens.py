@@ -43,6 +43,12 @@ padding:.42rem .2rem;border-bottom:1px solid rgba(128,128,128,.18)}
 white-space:pre;width:max-content;max-width:22rem;overflow:hidden;text-overflow:ellipsis;
 background:#1d2330;color:#f4f5f7;font-size:.76rem;line-height:1.5;padding:.35rem .55rem;
 border-radius:5px;box-shadow:0 2px 8px rgba(0,0,0,.35);pointer-events:none}
+@supports (position-try-fallbacks:flip-inline){
+.ss-t:hover{anchor-name:--ss-tip}
+.ss-t:hover::after{position:fixed;position-anchor:--ss-tip;left:auto;top:auto;
+position-area:bottom span-right;margin-top:3px;
+position-try-fallbacks:flip-inline,flip-block,flip-inline flip-block}
+}
 .ss-effects{display:grid;grid-template-columns:1fr 1fr;gap:0 1.6rem;font-size:.88rem}
 .ss-effects div.ss-row{display:flex;justify-content:space-between;gap:.5rem;padding:.14rem .4rem;
 border-radius:3px;margin:1px 0}
@@ -118,6 +124,15 @@ def plain_visible(text: str) -> str:
     return html.unescape(re.sub(r'<span class="ss-mark">|</span>', "", visible(text)))
 
 
+def shortened(text: str, most: int) -> str:
+    """A text of at most this many characters; where it is cut, an ellipsis says so.
+
+    >>> shortened("harbour", 7), shortened("harbour", 5)
+    ('harbour', 'harb…')
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def plain(text: object) -> str:
     """Any text, escaped so that Streamlit's Markdown shows it unchanged.
 
@@ -159,9 +174,7 @@ def _breaks(text: str, line_breaks: bool) -> str:
 def example_html(example: Example, scale: float, *, line_breaks: bool = False) -> str:
     """One example: its activation, the tokens around it, the document's title."""
     title = example.title or "untitled"
-    if len(title) > _TITLE_LENGTH:
-        title = f"{title[: _TITLE_LENGTH - 1]}…"
-    title = plain_visible(title)
+    title = plain_visible(shortened(title, _TITLE_LENGTH))
     spans = []
     near = zip(example.tokens, example.activations, example.same_document, strict=True)
     for offset, (text, activation, same) in enumerate(near):

@@ -6,7 +6,7 @@ from dashboards import figures
 from dashboards.pages import Panel
 from dashboards.queries import FeatureData
 from dashboards.session import Session, link
-from dashboards.tokens import plain_visible
+from dashboards.tokens import plain_visible, shortened
 
 # each of its two lists has a heading of its own
 PANEL = Panel(title="Related features", order=40, heading=False)
@@ -38,7 +38,7 @@ def panel(session: Session, data: FeatureData) -> None:
             for number, value in rows.items():
                 words = labels.get(number) or " ".join(map(_word, tokens[number]))
                 with st.container(horizontal=True, horizontal_alignment="distribute"):
-                    link(session, number, f"{number}  {words}"[:60])
+                    link(session, number, shortened(f"{number}  {words}", 60))
                     st.caption(value, width="content")
 
 
