@@ -104,6 +104,10 @@ def _section(record: FeatureRecord, inside: set[int]) -> str:
     feature = record.feature
     number = feature.feature
     heading = f'<h2 id="f{number}">Feature {number} · {_name(record, number)}</h2>'
+    machine = record.machine_label
+    if machine is not None and machine.score is not None:
+        said = f"{visible(machine.label)} · machine label, score {machine.score:.2f}"
+        heading += f'<p class="quiet">{said}</p>'
     note = record.annotation.note
     written = f'<p class="note">{visible(note)}</p>' if note else ""
     if feature.dead:

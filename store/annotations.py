@@ -142,7 +142,10 @@ class Annotations(MachineLabels):
         return [Change(*row) for row in rows]
 
     def search(self, text: str, limit: int = 10_000) -> list[int]:
-        """Features in whose label or note each word is the beginning of some word; best first."""
+        """Features in whose label or note each word is the beginning of some word; best first.
+
+        Those whose machine label has the words come after all that people wrote.
+        """
         limit = as_index(limit, where="limit", low=0, high=LARGEST)
         words = _words(text)
         if not words:
@@ -153,7 +156,9 @@ class Annotations(MachineLabels):
             " ORDER BY bm25(annotation_text, 4.0, 1.0), rowid LIMIT ?",
             [query, limit],
         )
-        return [row[0] for row in rows]
+        found = dict.fromkeys(row[0] for row in rows)
+        found.update(dict.fromkeys(self.search_machine_labels(words)))
+        return list(found)[:limit]
 
     def add_to_list(self, feature: int, name: str = FAVOURITES) -> None:
         """Put a feature on a list."""

@@ -69,6 +69,8 @@ def _heading(session: Session, data: FeatureData) -> None:
     with left:
         title = f"## Feature {feature.feature}"
         st.markdown(f"{title} · {plain(label)}" if label else title)
+        if not label:
+            _machine_label(session, feature.feature)
     with right, st.container(horizontal=True, horizontal_alignment="right", gap="small"):
         st.session_state["feature_number"] = feature.feature
         st.number_input(
@@ -109,6 +111,13 @@ def _heading(session: Session, data: FeatureData) -> None:
             shortcut="X",
         )
     st.caption(" · ".join(_summary(session, feature)))
+
+
+def _machine_label(session: Session, number: int) -> None:
+    """Say what a machine calls a feature that nobody has labelled, with the label's score."""
+    best = session.notes.best_machine_labels([number]).get(number)
+    if best is not None and best.score is not None:
+        st.markdown(f":gray[{plain(best.label)} · machine label, score {best.score:.2f}]")
 
 
 def _summary(session: Session, feature: Feature) -> list[str]:

@@ -149,15 +149,19 @@ class NeuronpediaExport:
             }
 
     def explanations(self, record: FeatureRecord) -> Iterator[dict[str, Any]]:
-        """The rows of `Explanation`: the label, if there is one."""
-        number, written = record.feature.feature, record.annotation
-        if written.label:
+        """The rows of `Explanation`: the label and the machines' best one, if there are any."""
+        number, written, machine = record.feature.feature, record.annotation, record.machine_label
+        found = [(written.label, written.note or None)] if written.label else []
+        if machine is not None:
+            score = "" if machine.score is None else f", balanced accuracy {machine.score:.3f}"
+            found.append((machine.label, f"saescope, machine label ({machine.method}{score})"))
+        for rank, (description, note) in enumerate(found):
             yield {
-                "id": self._id("explanation", number, 0),
+                "id": self._id("explanation", number, rank),
                 **self._keys(number),
-                "description": written.label,
+                "description": description,
                 "authorId": self.creator,
-                "notes": written.note or None,
+                "notes": note,
                 "typeName": None,
                 "explanationModelName": None,
                 "createdAt": self.created,

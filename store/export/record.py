@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from store.annotations import Annotation, Annotations
 from store.feature_store import FeatureStore
+from store.machine_labels import MachineLabel
 from store.results import Coactivation, Example, Feature, Histogram, Logits, Neighbour
 from store.summaries import BINS, INTERVALS
 
@@ -36,6 +37,8 @@ class FeatureRecord:
     labels: dict[int, str]
     """of the feature and of its relatives, where there are any"""
     annotation: Annotation
+    machine_label: MachineLabel | None
+    """the machines' best, if there is one"""
 
 
 def read_record(
@@ -71,6 +74,7 @@ def read_record(
         top_tokens=store.top_tokens(named, 3),
         labels=notes.labels(named),
         annotation=notes.get(number),
+        machine_label=notes.best_machine_labels([number]).get(number),
     )
 
 

@@ -34,6 +34,16 @@ def test_scores_and_baselines_stand_beside_labels(folder: Path) -> None:
     assert any("Machine labels" in each.value for each in app.markdown)
 
 
+def test_a_feature_that_nobody_labelled_is_called_what_the_machine_says(folder: Path) -> None:
+    with Annotations.open(folder / "tiny", sae_hash="5ae") as notes:
+        notes.set_label(RARE, "")
+        notes.set_machine_labels([made_by("token", "on <b>“x”</b>", 0.75)])
+    app = open_page(FEATURE, sae="tiny", feature=str(RARE))
+    assert app.markdown[0].value == f"## Feature {RARE}"
+    assert "machine label, score 0.75" in app.markdown[1].value
+    assert "<b>" not in app.markdown[1].value
+
+
 def test_without_labels_it_says_how_to_make_them(folder: Path) -> None:
     app = open_page(FEATURE, sae="tiny", feature=str(RARE + 1))
     assert any("saescope label" in each.value for each in app.caption)

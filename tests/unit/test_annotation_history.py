@@ -88,6 +88,25 @@ def test_machines_labels_are_never_over_peoples(place: Path) -> None:
     assert list(examine_annotations(place)) == []
 
 
+def test_search_finds_machines_labels_after_peoples(place: Path) -> None:
+    with Annotations.open(place) as notes:
+        notes.set_machine_labels(
+            [
+                made_by(3, "token", "on “ winter”, “ snow”", 0.7),
+                made_by(4, "token", "on “ Winter”", 0.9),
+                made_by(4, "topic", "in documents titled winter", 0.5),
+                made_by(5, "token", "midwinter", 0.9),
+                made_by(6, "token", "100% winter_x", None),
+            ]
+        )
+        assert notes.search("winter") == [4, 3, 6]
+        assert notes.search("snow wint") == [3]
+        notes.set_note(9, "seen in winter")
+        assert notes.search("winter") == [9, 4, 3, 6]
+        assert notes.search("winter", limit=2) == [9, 4]
+        assert notes.search("_") == []
+
+
 def make_old(place: Path) -> Path:
     """A file of schema 1, with a label, sealed as that version sealed it."""
     file = annotations_file(place)

@@ -17,6 +17,7 @@ from saescope.__main__ import main
 from saescope.errors import InputError
 from store import Annotations, FeatureStore
 from store.export.record import read_record
+from store.machine_labels import MachineLabel
 from store.results import Histogram
 from store.selection import choose_features, parse_features
 from tests.tiny_store import CONTEXT, DEAD, EVERYWHERE, RARE, WORDS, make_rows, make_tiny_store
@@ -30,6 +31,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Annotations.open(path) as notes:
         notes.set_label(RARE, "once <only>")
         notes.set_note(RARE, "a note")
+        notes.set_machine_labels(
+            [MachineLabel(feature=RARE, method="token", label="on <x>", score=0.75)]
+        )
         notes.add_to_list(RARE, "mine")
         notes.add_to_list(EVERYWHERE, "mine")
     return path
@@ -75,7 +79,10 @@ def test_neuronpedia(made: Path, tmp_path: Path) -> None:
     assert rare["topkCosSimIndices"] == [RARE + 1, RARE + 2, RARE + 3]
     assert rare["topkCosSimValues"] == [0.75, 0.5, 0.25]
     assert everywhere["frac_nonzero"] == 1.0
-    [explanation] = lines(out / "explanations" / "batch-0.jsonl.gz")
+    explanation, machine = lines(out / "explanations" / "batch-0.jsonl.gz")
+    assert machine["description"] == "on <x>"
+    assert machine["notes"] == "saescope, machine label (token, balanced accuracy 0.750)"
+    assert machine["id"] != explanation["id"]
     assert (explanation["index"], explanation["description"]) == (str(RARE), "once <only>")
 
 
@@ -166,6 +173,7 @@ def test_html(made: Path, tmp_path: Path) -> None:
     text = out.read_text()
     assert "once &lt;only&gt;" in text
     assert "<only>" not in text
+    assert "on &lt;x&gt; · machine label, score 0.75" in text
     assert "<b>bold</b>" not in text, "a token is no markup"
     assert "fires at 100 % of positions" in text
     # nothing to be fetched: no script, no address but those of sections of the page itself
