@@ -195,6 +195,11 @@ class Annotations(MachineLabels):
         sql = "SELECT feature FROM list_member WHERE list = ? ORDER BY added, feature"
         return [row[0] for row in self._rows(sql, [clean_name("list", name)])]
 
+    def lists_of(self, feature: int) -> list[str]:
+        """The names of the lists that a feature is on."""
+        sql = "SELECT list FROM list_member WHERE feature = ? ORDER BY list"
+        return [row[0] for row in self._rows(sql, [feature_number(feature)])]
+
     def lists(self) -> dict[str, int]:
         """The lists' names and sizes."""
         sql = "SELECT list, count(*) FROM list_member GROUP BY list ORDER BY list"

@@ -117,7 +117,7 @@ def _machine_label(session: Session, number: int) -> None:
     """Say what a machine calls a feature that nobody has labelled, with the label's score."""
     best = session.notes.best_machine_labels([number]).get(number)
     if best is not None and best.score is not None:
-        st.markdown(f":gray[{plain(best.label)} · machine label, score {best.score:.2f}]")
+        st.caption(f"{plain(best.label)} · machine label, score {best.score:.2f}")
 
 
 def _summary(session: Session, feature: Feature) -> list[str]:

@@ -87,6 +87,7 @@ def test_the_explorers_own_pages_and_panels() -> None:
         *(
             "Ends",
             "Label",
+            "Tags, lists, votes",
             "Machine labels",
             "Activations",
             "Tokens and positions",

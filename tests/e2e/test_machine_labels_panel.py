@@ -40,8 +40,8 @@ def test_a_feature_that_nobody_labelled_is_called_what_the_machine_says(folder: 
         notes.set_machine_labels([made_by("token", "on <b>“x”</b>", 0.75)])
     app = open_page(FEATURE, sae="tiny", feature=str(RARE))
     assert app.markdown[0].value == f"## Feature {RARE}"
-    assert "machine label, score 0.75" in app.markdown[1].value
-    assert "<b>" not in app.markdown[1].value
+    assert "machine label, score 0.75" in app.caption[0].value
+    assert "<b>" not in app.caption[0].value
 
 
 def test_without_labels_it_says_how_to_make_them(folder: Path) -> None:
