@@ -245,7 +245,8 @@ def _measured(
 ) -> list[dict[str, object]]:
     with FeatureStore.open(path) as features:
         meta = features.meta
-        shape = f"{meta['n_activations']} activations, d_sae {features.d_sae}, {meta['n_tokens']} tokens"
+        shape = f"{meta['n_activations']} activations, d_sae {features.d_sae}, "
+        shape += f"{meta['n_tokens']} tokens"
         if clock != "wall":
             shape += f"; {clock} time"
         rows = measure(features, repeats, CLOCKS[clock])
