@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -253,10 +254,10 @@ def _measured(
         return [{**facts, "shape": shape, **row} for row in rows]
 
 
-def _append(rows: Sequence[Mapping[str, object]]) -> None:
+def _append(rows: Sequence[Mapping[str, Any]]) -> None:
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
+        writer: csv.DictWriter[str] = csv.DictWriter(stream, COLUMNS)
         if new:
             writer.writeheader()
         writer.writerows(rows)

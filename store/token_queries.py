@@ -152,8 +152,8 @@ class TokenQueries(StoreBase):
         store's rows (5 million rows), those in 32 stretches of text are read, evenly spread over
         the occurrences; `n_read` says how many.
 
-        Cost: 20 to 40 ms whatever the size of the store; with `exact` up to 3 ms a million rows of
-        the store, as its rows are in the order of the text.
+        Cost: 20 to 45 ms whatever the size of the store; with `exact`, 4 to 16 ms for each million
+        rows of the store, as its rows are in the order of the text.
         Raises InputError for another order.
         """
         if order not in ORDERS:
