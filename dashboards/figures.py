@@ -24,6 +24,7 @@ _GRID = "rgba(128,128,128,0.16)"
 _FEW = 20
 _LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
 CONFIG = {"displayModeBar": False, "scrollZoom": False}
+_NUMBERS_THAT_NAME = ("feature", "other", "token_id", "document", "sequence")
 DOWNLOADABLE = {
     "displaylogo": False,
     "modeBarButtons": [["toImage"]],
@@ -331,7 +332,8 @@ def query_chart(frame: "DataFrame", x: str, y: str, kind: str, height: int = 380
     """A column of numbers over another column: "bar", "line" or "point"."""
     from plotly.graph_objects import Bar, Figure, Scatter
 
-    numeric = pd_types.is_numeric_dtype(frame[x])
+    # numbers of features and the like are names: between 3 and 900 is nothing
+    numeric = pd_types.is_numeric_dtype(frame[x]) and x not in _NUMBERS_THAT_NAME
     across = [value if numeric else _literal(value) for value in frame[x].tolist()]
     up = frame[y].tolist()
     if kind == "bar":

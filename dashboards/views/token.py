@@ -310,7 +310,9 @@ def _table(session: Session, question: _Question, found: TokenFeatures, order: s
         column_config={
             "feature": number("feature", width=65, format="%d"),
             "about": st.column_config.TextColumn(
-                "label or top tokens", help="Its label, or the commonest of its top tokens."
+                "label or top tokens",
+                width=178,
+                help="Its label, or the commonest of its top tokens.",
             ),
             "match": number(
                 "match",
@@ -323,7 +325,7 @@ def _table(session: Session, question: _Question, found: TokenFeatures, order: s
             ),
             "lift": number(
                 "× usual",
-                width=74,
+                width=72,
                 format="%.3g ×",
                 help="How many times as often as at any position of the corpus.",
             ),

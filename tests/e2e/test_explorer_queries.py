@@ -256,3 +256,6 @@ def test_charts_of_answers() -> None:
     assert (line["type"], line["mode"], line["x"]) == ("scatter", "lines", [1.0, 2.0])
     (points,) = query_chart(frame, "y", "y", "point").to_plotly_json()["data"]
     assert points["mode"] == "markers"
+    named = pd.DataFrame({"feature": [900, 3], "y": [1, 2]})
+    figure = query_chart(named, "feature", "y", "bar").to_plotly_json()
+    assert (figure["data"][0]["x"], figure["layout"]["xaxis"]["type"]) == (["900", "3"], "category")
