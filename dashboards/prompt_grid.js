@@ -1,5 +1,5 @@
 // Draws tokens by features. All texts become text nodes; nothing is read as markup.
-const NARROWEST = 21, WIDEST = 40, NAMES = 280;
+const NARROWEST = 21, WIDEST = 40;
 const shade = (s) => (s > 0 ? `rgba(235,122,28,${0.1 + 0.62 * Math.min(s, 1)})` : "");
 
 function make(parent, kind, name, text) {
@@ -15,7 +15,8 @@ export default function ({ data, parentElement, setStateValue }) {
   root.replaceChildren();
   const { tokens, features, cells } = data;
   const locked = { token: data.locked.token ?? null, feature: data.locked.feature ?? null };
-  const room = Math.floor((root.clientWidth - NAMES) / tokens.length);
+  const names_width = Math.min(Math.max(root.clientWidth * 0.3, 110), 270);
+  const room = Math.floor((root.clientWidth - names_width - 4) / tokens.length);
   const WIDTH = Math.max(NARROWEST, Math.min(WIDEST, room));
   const strip = make(root, "div", "strip");
   const table = make(root, "div", "table");

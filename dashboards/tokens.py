@@ -64,6 +64,8 @@ font-size:.88rem}
 gap:.35rem 1.2rem;font-size:.88rem;align-items:baseline}
 .ss-measured b{font-weight:600;font-variant-numeric:tabular-nums;text-align:right}
 .ss-measured span:nth-child(3n){font-size:.8rem;opacity:.7}
+@media (max-width:640px){.ss-measured{grid-template-columns:minmax(0,1fr) max-content}
+.ss-measured span:nth-child(3n){grid-column:1/-1;padding-bottom:.4rem}}
 .ss-per{display:grid;grid-template-columns:3rem minmax(5rem,11rem) minmax(0,1fr);gap:.1rem .9rem;
 font-size:.86rem;align-items:baseline}
 .ss-chips{display:flex;flex-wrap:wrap;gap:.15rem .4rem;padding:.12rem 0}

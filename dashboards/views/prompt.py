@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from dashboards import address, find_stores, model_cache, prompt_grid, queries
-from dashboards.amounts import amount
+from dashboards.amounts import amount, counted
 from dashboards.chat import messages_of
 from dashboards.figures import percent
 from dashboards.pages import Page, page_at
 from dashboards.prompt_grid import Cell, Choice
 from dashboards.session import Session, begin_page, link, session_of
-from dashboards.tokens import per_token_html, plain, plain_visible
+from dashboards.tokens import per_token_html, plain
 from saescope.errors import SaescopeError
 
 if TYPE_CHECKING:
@@ -217,36 +217,61 @@ def _details(
 ) -> None:
     """What is locked, in words and links."""
     feature, token = locked.get("feature"), locked.get("token")
+    left, right = st.columns(2, gap="large")
     if feature is not None and feature in names:
-        mine = [cell for cell in cells if cell.feature == feature]
-        best = max(mine, key=lambda cell: cell.activation)
-        st.markdown(f"##### Feature {feature} · {plain(names[feature])}")
-        st.caption(
-            f"fires on {len(mine)} of these tokens, strongest {amount(best.activation)} on "
-            f"“{plain(result.tokens[best.position])}” ({100 * best.share:.3g} % of its strongest "
-            f"in the store) · fires at {percent(density.get(feature, 0.0))} of all positions"
-        )
-        with st.container(horizontal=True, gap="medium", key=f"locked_{session.name}"):
-            link(session, feature, f"Open feature {feature}")
-            st.page_link(
-                page_at("steer"),
-                label=f"Steer with feature {feature}",
-                icon="",
-                query_params=_steering(session, feature, best),
-            )
+        with left:
+            _of_feature(session, result, cells, names, density, feature)
     if token is not None and 0 <= token < len(result.tokens):
-        mine = sorted((c for c in cells if c.position == token), key=lambda cell: -cell.share)
-        st.markdown(f"##### Token “{plain_visible(result.tokens[token])}” at position {token}")
-        if not mine:
-            st.caption("No feature fires here, or SAEs do not read this position.")
-        with st.container(key=f"marked_{session.name}"):
-            for cell in mine[:_MOST_LISTED]:
-                with st.container(horizontal=True, horizontal_alignment="distribute"):
-                    link(session, cell.feature, f"{cell.feature}  {names[cell.feature]}")
-                    st.caption(
-                        f"{amount(cell.activation)} · {100 * cell.share:.3g} % of its strongest",
-                        width="content",
-                    )
+        with right:
+            _of_token(session, result, cells, names, token)
+
+
+def _of_feature(
+    session: Session,
+    result: "TextFeatures",
+    cells: list[Cell],
+    names: Mapping[int, str],
+    density: Mapping[int, float],
+    feature: int,
+) -> None:
+    mine = [cell for cell in cells if cell.feature == feature]
+    best = max(mine, key=lambda cell: cell.activation)
+    st.markdown(f"##### Feature {feature} · {plain(names[feature])}")
+    st.caption(
+        f"fires on {counted(len(mine), 'token')} of this text, strongest "
+        f"{amount(best.activation)} on “{plain(result.tokens[best.position])}” "
+        f"({100 * best.share:.3g} % of its strongest in the store) · fires at "
+        f"{percent(density.get(feature, 0.0))} of all positions"
+    )
+    with st.container(horizontal=True, gap="medium", key=f"locked_{session.name}"):
+        link(session, feature, f"Open feature {feature}")
+        st.page_link(
+            page_at("steer"),
+            label=f"Steer with feature {feature}",
+            icon="",
+            query_params=_steering(session, feature, best),
+        )
+
+
+def _of_token(
+    session: Session,
+    result: "TextFeatures",
+    cells: list[Cell],
+    names: Mapping[int, str],
+    token: int,
+) -> None:
+    mine = sorted((c for c in cells if c.position == token), key=lambda cell: -cell.share)
+    st.markdown(f"##### Token “{plain(result.tokens[token])}” at position {token}")
+    if not mine:
+        st.caption("No feature fires here, or SAEs do not read this position.")
+    with st.container(key=f"marked_{session.name}"):
+        for cell in mine[:_MOST_LISTED]:
+            with st.container(horizontal=True, horizontal_alignment="distribute"):
+                link(session, cell.feature, f"{cell.feature}  {names[cell.feature]}")
+                st.caption(
+                    f"{amount(cell.activation)} · {100 * cell.share:.3g} % of its strongest",
+                    width="content",
+                )
 
 
 def _steering(session: Session, feature: int, best: Cell) -> dict[str, str]:
