@@ -53,7 +53,7 @@ def main(project: Path) -> None:
         page.get_by_role("searchbox", name="Search").fill("church")
         page.keyboard.press("Enter")
         settle(page)
-        page.screenshot(path=IMAGES / "tutorial_features.png", clip=clip(400))
+        page.screenshot(path=IMAGES / "tutorial_features.png", clip=clip(560))
         browser.close()
 
 
