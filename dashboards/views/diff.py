@@ -1,7 +1,8 @@
 """Which features fire more in one group of documents than in another."""
 
+import functools
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -215,11 +216,12 @@ def _features(session: Session, found: DatasetDiff) -> int | None:
     """Draw all features as points and as a table; the one that is chosen."""
     rows = found.rows.to_pandas()
     key = f"{hash((session.name, _address()))}"
-    event = st.plotly_chart(
+    points = f"diff_points_{key}"
+    st.plotly_chart(
         figures.difference_scatter(rows, found.fdr),
         config=figures.CONFIG,
-        key=f"diff_points_{key}",
-        on_select="rerun",
+        key=points,
+        on_select=functools.partial(_choose_point, points),
         selection_mode="points",
         alt="Features by density, and by the ratio of their densities in both groups",
     )
@@ -229,12 +231,7 @@ def _features(session: Session, found: DatasetDiff) -> int | None:
         key=f"diff_only_{key}",
     )
     chosen = rows[rows["q"] <= found.fdr] if only else rows
-    selected = _table(session, chosen, f"{key}_{only}")
-    points = event.selection.points if event else []
-    if selected is None and points:
-        selected = int(points[0]["customdata"])
-    if selected is not None:
-        st.query_params["feature"] = str(selected)
+    _table(session, chosen, f"diff_table_{key}_{only}")
     known = {str(number) for number in rows["feature"]}
     asked = st.query_params.get("feature")
     if asked is not None and asked not in known:
@@ -246,22 +243,34 @@ def _features(session: Session, found: DatasetDiff) -> int | None:
     return None if asked is None else int(asked)
 
 
-def _table(session: Session, rows: pd.DataFrame, key: str) -> int | None:
-    """The table of features; the one whose row is selected."""
+def _choose_point(key: str) -> None:
+    for point in st.session_state[key].selection.points:
+        feature = point["customdata"]
+        st.query_params["feature"] = str(feature[0] if isinstance(feature, list) else feature)
+
+
+def _choose_row(key: str, features: Sequence[int]) -> None:
+    for row in st.session_state[key].selection.rows:
+        st.query_params["feature"] = str(features[row])
+
+
+def _table(session: Session, rows: pd.DataFrame, key: str) -> None:
+    """The table of features; selecting a row chooses its feature."""
     if not len(rows):
         st.info("No feature differs at this rate.", icon=":material/filter_alt_off:")
-        return None
+        return
     frame = comparisons.with_names(rows.head(MOST_ROWS), session.store, session.notes)
     number = st.column_config.NumberColumn
     shares = frame.assign(
         density_a=100 * frame["density_a"], density_b=100 * frame["density_b"]
     ).drop(columns=["difference", "positions_a", "positions_b"])
-    event = st.dataframe(
+    features = [int(feature) for feature in frame["feature"]]
+    st.dataframe(
         shares,
-        key=f"diff_table_{key}",
+        key=key,
         hide_index=True,
         height=35 * min(len(frame) + 1, 12) + 3,
-        on_select="rerun",
+        on_select=functools.partial(_choose_row, key, features),
         selection_mode="single-row",
         column_order=[
             *("feature", "label", "tokens", "density_a", "density_b", "log2_ratio"),
@@ -297,8 +306,6 @@ def _table(session: Session, rows: pd.DataFrame, key: str) -> int | None:
         icon=":material/download:",
         type="tertiary",
     )
-    selected = event.selection.rows
-    return int(frame["feature"].iloc[selected[0]]) if selected else None
 
 
 def _documents(session: Session, other: Path | None, found: DatasetDiff, feature: int) -> None:
