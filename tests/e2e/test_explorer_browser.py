@@ -205,7 +205,7 @@ def test_window_size_and_intervals(page: Any, server: str) -> None:
 
 def test_a_label_is_saved_and_found(page: Any, server: str, stores: Path) -> None:
     visit(page, f"{server}/feature?sae=tiny&feature=20")
-    page.get_by_label("Label").fill("zebra <words>")
+    page.get_by_label("Label", exact=True).fill("zebra <words>")
     page.keyboard.press("Enter")
     heading(page, "Feature 20 · zebra <words>")
     with Annotations.open(stores / "tiny") as notes:
