@@ -11,6 +11,7 @@ from saescope.errors import ArtefactError
 from store.database import STORE_FILE
 
 STORES_VARIABLE = "SAESCOPE_STORE"
+PLACE_VARIABLE = STORES_VARIABLE  # as it was called until 0.1
 NAMED_VARIABLE = "SAESCOPE_NAMED"
 _OPTIONS = {"model": "--model", "sae": "--sae"}
 

@@ -95,6 +95,7 @@ def _sae(what: StoreOrigin) -> Any:
     return loaded
 
 
+@st.cache_resource(max_entries=2, show_spinner=False)
 def load(what: StoreOrigin, dtype: str = "float32") -> LoadedPair:
     """Load both, which takes seconds: torch and transformers are imported.
 
@@ -113,6 +114,7 @@ def load(what: StoreOrigin, dtype: str = "float32") -> LoadedPair:
 
 def forget_all() -> None:
     """Drop every model and SAE that is loaded."""
+    load.clear()
     _model.clear()
     _sae.clear()
 

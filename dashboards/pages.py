@@ -1,8 +1,9 @@
 """Pages of the explorer, and panels of its feature page, found by what their files declare.
 
-A page is a file in dashboards/views/ with `PAGE = Page(...)` and a function `render()`. A panel is
-a file in dashboards/panels/ with `PANEL = Panel(...)` and a function `panel(session, data)`. No
-list names them: adding one is adding its file. Files whose names begin with _ are none.
+A page is a file in dashboards/views/ with `PAGE = Page(...)` and a function `render()`, which it
+calls where it is run (as a script, by Streamlit). A panel is a file in dashboards/panels/ with
+`PANEL = Panel(...)` and a function `panel(session, data)`. No list names them: adding one is adding
+its file. Files whose names begin with _ are none.
 """
 
 import importlib
@@ -10,6 +11,7 @@ import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +22,8 @@ from saescope.errors import InputError
 
 VIEWS, PANELS = "dashboards.views", "dashboards.panels"
 COLUMNS = ("left", "right")
+_DRAWS = 'if __name__ == "__main__":\n    render()'
+"""how a page's file ends, as Streamlit runs it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +86,8 @@ class Found(Generic[_Declared]):
 def find_pages() -> list[Found[Page]]:
     """All pages, in order.
 
-    Raises InputError, which names the file, for one that declares no page, has no `render`, or has
-    the URL of another.
+    Raises InputError, which names the file, for one that declares no page, has no `render`, has the
+    URL of another, or does not draw itself.
     """
     found = _find(VIEWS, "PAGE", Page, "render")
     files: dict[str, str] = {}
@@ -92,6 +96,8 @@ def find_pages() -> list[Found[Page]]:
         if url in files:
             raise InputError(f"has the URL of {files[url]}", where=page.file, given=url)
         files[url] = page.file
+        if _DRAWS not in Path(page.file).read_text(encoding="utf-8"):
+            raise InputError("does not draw itself when it is run", where=page.file, allowed=_DRAWS)
     return found
 
 
@@ -108,7 +114,7 @@ def streamlit_pages() -> dict[str, st.Page]:
     """Streamlit's own pages by URL, in order; the first is the one that the explorer opens with."""
     return {
         found.declared.url: st.Page(
-            found.draw,
+            Path(found.file),
             title=found.declared.title,
             icon=found.declared.icon,
             url_path=found.declared.url,

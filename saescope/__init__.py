@@ -2,7 +2,11 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from saescope import moved
+
 try:
     __version__ = version("saescope")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+uninstalled"
+
+moved.install()

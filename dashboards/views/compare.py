@@ -305,3 +305,7 @@ def _table(rows: pd.DataFrame, sides: tuple[_Side, _Side], key: str) -> None:
                 icon=":material/search:",
                 query_params={"sae": side.name, "feature": str(feature)},
             )
+
+
+if __name__ == "__main__":
+    render()

@@ -347,3 +347,7 @@ def _document_table(frame: pd.DataFrame) -> None:
     )
     if len(frame) == 20:
         st.caption("The 20 documents in which it fires most.")
+
+
+if __name__ == "__main__":
+    render()

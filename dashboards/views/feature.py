@@ -131,3 +131,7 @@ def _summary(session: Session, feature: Feature) -> list[str]:
         f"strongest {amount(feature.max)}",
         f"mean {amount(feature.mean)} ± {amount(feature.std)} where it fires",
     ]
+
+
+if __name__ == "__main__":
+    render()

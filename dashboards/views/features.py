@@ -330,3 +330,7 @@ def _scatter(
     if event.selection.points:
         st.session_state["table_opened"] = st.session_state.get("table_opened", 0) + 1
         open_feature(session, int(points["feature"].iloc[event.selection.points[0]["point_index"]]))
+
+
+if __name__ == "__main__":
+    render()

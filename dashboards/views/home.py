@@ -252,3 +252,7 @@ def _marked(session: Session) -> None:
         for number in numbers:
             star = "★ " if number in favourites else ""
             link(session, number, f"{star}{number}  {names[number]}")
+
+
+if __name__ == "__main__":
+    render()

@@ -332,3 +332,7 @@ def _tell(asked: str, mode: str, choice: Choice, others: list[Session]) -> None:
             "locked": shown("feature"),
         },
     )
+
+
+if __name__ == "__main__":
+    render()

@@ -284,3 +284,7 @@ def _schema(session: Session) -> None:
             f'<div class="ss-columns">{columns}</div></details>'
         )
     st.html(f'<div class="ss-schema">{"".join(blocks)}</div>')
+
+
+if __name__ == "__main__":
+    render()

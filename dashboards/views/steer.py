@@ -361,3 +361,7 @@ def _tell(asked: str, edits: list[Edit]) -> None:
             "seed": str(state["steer_seed"]) if state["steer_seed"] else None,
         },
     )
+
+
+if __name__ == "__main__":
+    render()

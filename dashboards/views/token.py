@@ -367,3 +367,7 @@ def _places(session: Session, occurrences: Occurrences, feature: int) -> None:
     scale = float(session.store.feature(feature).max)
     examples = session.store.examples_at(feature, part, WINDOW)
     st.html(examples_html(examples, scale))
+
+
+if __name__ == "__main__":
+    render()

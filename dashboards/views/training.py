@@ -160,3 +160,7 @@ def _state(run: RunFolder, lines: Sequence[Mapping[str, Any]]) -> str:
     if run.state == "running":
         words.append(f"read at {time.strftime('%H:%M:%S')}, again every {EVERY:.0f} s")
     return " · ".join(words)
+
+
+if __name__ == "__main__":
+    render()

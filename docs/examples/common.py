@@ -24,3 +24,7 @@ def render() -> None:
         with left:
             link(session, number, f"{number}: {100 * density:.1f} %")
         right.markdown(" · ".join(map(plain_visible, tokens[number])))
+
+
+if __name__ == "__main__":
+    render()

@@ -29,6 +29,9 @@ def render():
     session = begin_page("Longest labels")
     st.caption(f"a page of {session.name}")
     link(session, 5, "the fifth")
+
+if __name__ == "__main__":
+    render()
 """
 PANEL = """
 import streamlit as st
