@@ -15,7 +15,7 @@ PORT ?= 8501
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup harvest train-sae eval index steer explore demo docs check check-native test test-models torture bench bench-peers bench-data clean
+.PHONY: help setup harvest train-sae eval index steer explore demo docs check check-native test test-slow test-models torture bench bench-peers bench-data clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -69,6 +69,9 @@ check-native: $(STAMP) ## The C++ code's tests under the address and undefined-b
 
 test: $(STAMP) ## The default test suite, on up to four processors.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-slow: $(STAMP) ## Tests that take longer: the real model, kills, documentation that is run, browser journeys.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-models: $(STAMP) ## Read every site of a tiny model of each architecture of transformers (a minute or two).
 	@$(BIN)/python -m pytest -m sweep tests/unit/test_architectures.py

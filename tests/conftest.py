@@ -1,8 +1,8 @@
-"""The long tests run only when they are asked for by their mark: `-m torture`, `-m sweep`."""
+"""The long tests run only when they are asked for by their mark: `-m slow`, `-m torture`, ..."""
 
 import pytest
 
-LONG = ("torture", "sweep")
+LONG = ("slow", "torture", "sweep")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

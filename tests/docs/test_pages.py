@@ -27,6 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_runs(
     page: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

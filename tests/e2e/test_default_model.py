@@ -16,6 +16,7 @@ import sae
 import store
 from store.database import STORE_FILE
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 SITE = "blocks.2.hook_resid_post"
 

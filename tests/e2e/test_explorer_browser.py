@@ -326,6 +326,7 @@ def test_a_label_is_saved_for_the_feature_it_was_typed_for(
             assert not set(notes.labels()) & {31, 32, 33, 34}
 
 
+@pytest.mark.slow
 def test_leafing_puts_no_older_text_back(page: Any, server: str, stores: Path) -> None:
     numbers = range(42, 50)
     visit(page, f"{server}/feature?sae=tiny&feature=42")

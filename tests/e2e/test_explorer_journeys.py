@@ -31,6 +31,7 @@ WIDTHS = (1280, 1920)
 PROMPT = "The river rose in the night"
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.browser,
     pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no Chromium at {CHROMIUM}"),
 ]

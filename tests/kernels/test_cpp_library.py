@@ -169,6 +169,7 @@ def test_a_process_without_a_compiler_says_so_once(tmp_path: Path) -> None:
     assert "no compiler" in done.stderr
 
 
+@pytest.mark.slow
 @with_compiler
 @pytest.mark.parametrize("target", ["native", "baseline"])
 @pytest.mark.parametrize("folder", [cpp_library.FOLDER, Path(gather.__file__).parent])

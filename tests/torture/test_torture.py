@@ -34,7 +34,11 @@ from tests.tiny import make_tiny_corpus, make_tiny_model
 from tests.torture.child import Child, Role, command
 
 FEW_OR_ALL = pytest.mark.parametrize(
-    "share", ["few", pytest.param("all", marks=pytest.mark.torture)]
+    "share",
+    [
+        pytest.param("few", marks=pytest.mark.slow),
+        pytest.param("all", marks=pytest.mark.torture),
+    ],
 )
 
 

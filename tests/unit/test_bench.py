@@ -271,6 +271,7 @@ def test_a_wrong_shape_on_the_command_line_is_said(capsys: pytest.CaptureFixture
 # ---- all libraries in turn ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_steps_and_says_what_fails(tmp_path: Path) -> None:
     """The real driver with the one library that needs no other environment."""
     config = steps.StepsConfig(

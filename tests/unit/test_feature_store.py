@@ -120,7 +120,7 @@ def test_position_bins_of_long_sequences() -> None:
 def test_a_store_of_schema_2_is_read_without_profiles(tmp_path: Path) -> None:
     path = make_tiny_store(tmp_path)
     with duckdb.connect(str(path)) as con:
-        for name in ("token_profile", "position_bin", "position_profile"):
+        for name in ("token_profile", "position_bin", "position_profile", "picture"):
             con.execute(f"DROP TABLE {name}")
         con.execute("UPDATE meta SET value = '2' WHERE key = 'schema'")
     with FeatureStore.open(path) as store:

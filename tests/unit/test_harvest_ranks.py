@@ -168,6 +168,7 @@ def test_a_rank_that_comes_back_takes_part_again(
     assert_same_content(Path(config.out), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3])
 def test_all_killed_and_resumed_by_any_number(
     make: Callable[..., HarvestConfig], whole: Path, monkeypatch: pytest.MonkeyPatch, size: int
@@ -196,6 +197,7 @@ def test_all_killed_and_resumed_by_any_number(
     assert alone_beside(out)
 
 
+@pytest.mark.slow
 def test_a_second_start_is_refused_at_every_rank(
     make: Callable[..., HarvestConfig], whole: Path
 ) -> None:
@@ -302,6 +304,7 @@ def test_a_finished_harvest_has_nothing_that_waits(whole: Path, tmp_path: Path) 
     assert [fault.path for fault in examine(ActivationStore.open(store)).faults] == [PENDING]
 
 
+@pytest.mark.slow
 def test_interrupted_under_torchrun_and_finished_by_one(
     make: Callable[..., HarvestConfig], tmp_path: Path
 ) -> None:

@@ -203,6 +203,7 @@ def harvest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_interrupted_under_torchrun_and_finished_by_one(harvest: Path, tmp_path: Path) -> None:
     values = {
         "harvest": str(harvest), "passes": 6.0, "sae": {"kind": "batchtopk", "d_sae": 33, "k": 4},
