@@ -28,6 +28,8 @@ from store.results import (
 
 Version = tuple[str, int, int, int]
 _DAY = 86_400
+EXAMPLE_KINDS = {"top": "Strongest", "interval": "By interval"}
+"""the kinds of examples that a store has, as readers choose them"""
 
 
 @dataclass(frozen=True)

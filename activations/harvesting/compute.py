@@ -7,9 +7,10 @@ from numpy.typing import NDArray
 
 from activations.corpora.sequences import Sequences
 from activations.harvesting.config import HarvestConfig
-from activations.harvesting.outliers import Limits, norm_limits, within
+from activations.harvesting.outliers import norm_limits, within
 from activations.harvesting.row_selection import WindowRows
 from activations.harvesting.windows import MissingWindow
+from activations.loading.outliers import OutlierFilter
 from activations.models.base import HarvestModel
 from activations.storage.reader import ActivationStore
 from activations.storage.row_formats import SiteRows
@@ -52,7 +53,7 @@ def run_window(
     seed: tuple[int, ...],
     progress: Progress,
     *,
-    limits: Limits | None = None,
+    limits: OutlierFilter | None = None,
     keep: NDArray[np.bool_] | None = None,
 ) -> WindowData:
     """Run the model over a window's sequences and keep the rows that count.

@@ -13,7 +13,6 @@ from activations.harvesting.corpus_reader import CorpusReader
 from activations.loading.outliers import OutlierFilter
 from activations.models.base import HarvestModel
 
-Limits = OutlierFilter
 _POSITIONS = 16384
 """over which a median is taken"""
 
@@ -32,14 +31,14 @@ def median_norms(
 
 
 def within(
-    found: Mapping[str, Float[Tensor, "batch pos d_in"]], limits: Limits
+    found: Mapping[str, Float[Tensor, "batch pos d_in"]], limits: OutlierFilter
 ) -> Bool[Tensor, "batch pos"]:
     """Which positions are no outlier at any site."""
     kept = [limits.keep(site, x.float()).cpu() for site, x in found.items()]
     return torch.stack(kept).all(dim=0)
 
 
-def norm_limits(manifest: Mapping[str, Any]) -> Limits | None:
+def norm_limits(manifest: Mapping[str, Any]) -> OutlierFilter | None:
     """The limits of a harvest that leaves out outliers, else None."""
     found = manifest.get("outliers")
     return found and OutlierFilter(**found)

@@ -18,7 +18,6 @@ PANEL = Panel(
     applies=lambda data: data.grid is None,
 )
 WINDOWS: dict[int | None, str] = {4: "4", 8: "8", 16: "16", 32: "32", None: "all"}
-KINDS = {"top": "Strongest", "interval": "By interval"}
 
 
 @st.fragment
@@ -27,8 +26,8 @@ def panel(session: Session, data: FeatureData) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         kind = st.segmented_control(
             "Examples",
-            list(KINDS),
-            format_func=KINDS.__getitem__,
+            list(queries.EXAMPLE_KINDS),
+            format_func=queries.EXAMPLE_KINDS.__getitem__,
             default="top",
             required=True,
             key="examples_kind",

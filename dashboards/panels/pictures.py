@@ -16,7 +16,6 @@ PANEL = Panel(
     heading=False,
     applies=lambda data: data.grid is not None,
 )
-KINDS = {"top": "Strongest", "interval": "By interval"}
 
 
 @st.fragment
@@ -26,8 +25,8 @@ def panel(session: Session, data: FeatureData) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         kind = st.segmented_control(
             "Pictures",
-            list(KINDS),
-            format_func=KINDS.__getitem__,
+            list(queries.EXAMPLE_KINDS),
+            format_func=queries.EXAMPLE_KINDS.__getitem__,
             default="top",
             required=True,
             key="pictures_kind",
