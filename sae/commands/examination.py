@@ -16,6 +16,7 @@ from sae.formats import recognise
 from sae.formats.load import SAE_FOLDER, load
 from sae.training import checkpoint
 from sae.training.run_folder import read_run
+from sae.training.snapshots import find_snapshots
 from sae.training.telemetry import read_metrics
 from sae.training.trainer import CHECKPOINT, METRICS
 from saescope.artefact import MANIFEST, DamagedError, read_json, read_manifest
@@ -170,7 +171,11 @@ def _run(found: Examination, folder: Path) -> None:
     state, last = None, folder / CHECKPOINT
     if last.exists():
         state = _checkpoint(found, last)
-        found.strangers(last.parent, [last.name])
+    if last.parent.exists():
+        snapshots = [snapshot.path for snapshot in find_snapshots(folder)]
+        for path in snapshots:
+            _sae(found, path)
+        found.strangers(last.parent, [last.name, *(path.name for path in snapshots)])
     _metrics(found, folder / METRICS, None if state is None else state.get("metrics"))
     if (folder / SAE_FOLDER).exists():
         _sae(found, folder / SAE_FOLDER)

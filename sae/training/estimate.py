@@ -56,7 +56,9 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
         took = run.total_steps * step.seconds + _windows(run) * step.window
         kept = parameters * _FLOAT * (2 + _STATE[trainer.optimiser])
         memory.append(kept + step.working)
-        total_time, total_disk = total_time + took, total_disk + kept
+        snapshots = trainer.snapshots + len(trainer.snapshot_tokens)
+        total_time += took
+        total_disk += kept + parameters * _FLOAT * snapshots
         lines.append(
             f"{run.folder}: {kind_of(run.sae_config)}, {sae.d_in} -> {sae.d_sae} "
             f"({parameters / 1e6:.1f} M parameters), {run.total_steps:,} steps of "

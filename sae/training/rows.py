@@ -74,7 +74,7 @@ def train_rows(
         "normaliser": normaliser,
         "seed": seed,
     }
-    tag = sha256_json(resolved)
+    tag = sha256_json({**resolved, "trainer": run_folder.without_new(resolved["trainer"])})
     if folder is not None and _is_trained(folder, tag):
         say(f"{folder}: already trained")
         return load(folder)

@@ -18,6 +18,8 @@ _MAY_DIFFER = ("harvest", "out", "plan", "lens")
 lens counts by its hash"""
 _TRAINER_MAY_DIFFER = ("kernels", "deterministic")
 """the same of the trainer's; what was used is in the checkpoints"""
+_NEW = {"snapshots": (0, None), "snapshot_tokens": ((), [], None)}
+"""the trainer's settings that older runs have not, which did what these values say"""
 _SINKS = ("wandb", "tensorboard")
 """folders that measurements may go to before the manifest is written"""
 
@@ -88,13 +90,21 @@ def write(
 def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in which two runs must agree to be the same run."""
     kept = {**settings, **dict.fromkeys(_MAY_DIFFER)}
-    trainer = settings["trainer"].items()
-    kept["trainer"] = {key: value for key, value in trainer if key not in _TRAINER_MAY_DIFFER}
+    kept["trainer"] = {
+        key: value
+        for key, value in without_new(settings["trainer"]).items()
+        if key not in _TRAINER_MAY_DIFFER
+    }
     for name in ("ranks", "device"):  # they change nothing; older runs have none
         kept.pop(name, None)
     if kept.get("order") is None:  # older runs have none
         kept.pop("order", None)
     return kept
+
+
+def without_new(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's settings without those that older runs have not, where they change nothing."""
+    return {k: v for k, v in trainer.items() if not (k in _NEW and v in _NEW[k])}
 
 
 def another_run(folder: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> InputError:

@@ -203,17 +203,22 @@ def save_whole(tensors: Mapping[str, Tensor], path: Path | None, splits: Splits)
                     stream.write(_bytes(piece))
 
 
-def release(sae: SparseAutoencoder, folder: Path) -> None:
-    """Write an SAE's folder, ordinary and whole, whoever has its features."""
+def release(sae: SparseAutoencoder, folder: Path, *, replace: bool = False) -> None:
+    """Write an SAE's folder, ordinary and whole, whoever has its features.
+
+    With `replace` an SAE that is there is replaced, never anything else.
+    """
 
     splits = has_rows(sae)
     if FEATURES.size == 1:
         if process_group.first():
-            sae.save(folder)
+            sae.save(folder, replace=replace)
     elif process_group.first():
-        write_saved(
-            sae.saved(), folder, {}, save=lambda tensors, path: save_whole(tensors, path, splits)
-        )
+
+        def save(tensors: dict[str, Tensor], path: Path) -> None:
+            save_whole(tensors, path, splits)
+
+        write_saved(sae.saved(), folder, {}, save=save, replace=replace)
     else:
         save_whole(sae.state_dict(), None, splits)
 

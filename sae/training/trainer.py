@@ -4,6 +4,7 @@ It takes any iterator of batches, and knows nothing of how activations are store
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from sae.training.l0_controller import L0Controller, reached
 from sae.training.numerics import Numerics
 from sae.training.optimisers import averaged, clear_rows, decays, make_optimiser
 from sae.training.schedules import base_lr, lr_factor
+from sae.training.snapshots import FOLDER, Snapshots
 from sae.training.step import update
 from sae.training.telemetry import MetricsLog, sinks
 from sae.training.trainer_config import TrainerConfig
@@ -32,7 +34,7 @@ from saescope.leftovers import settle
 from saescope.metrics import texts
 from saescope.progress import Progress, say
 
-CHECKPOINT = Path("checkpoints") / "last"
+CHECKPOINT = Path(FOLDER) / "last"
 METRICS = "metrics.jsonl"
 
 
@@ -83,8 +85,7 @@ class Trainer:
         self.sae, self.batches, self.config = sae, batches, config
         self.total_steps, self.held_out = total_steps, held_out
         self.calibration = calibration or held_out
-        self.with_loss = with_loss
-        self.initialise = initialise
+        self.with_loss, self.initialise = with_loss, initialise
         self.folder, self.tag = folder, tag
         self.lr = config.lr or base_lr(sae.config.d_sae, config.optimiser) * config.lr_multiplier
         self.optimiser = _optimiser(sae, config, self.lr)
@@ -100,6 +101,7 @@ class Trainer:
         """tokens trained on"""
         self.dead_after = config.dead_after(total_steps * config.batch_size)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.b_dec.device)
+        self.snapshots = Snapshots(config, folder, total_steps)
         self.log = self._open_folder()
 
     def _open_folder(self) -> MetricsLog | None:
@@ -139,10 +141,12 @@ class Trainer:
 
     def advance(self, raw: RawBatch | Tensor) -> str:
         """One step, with the evaluation and the checkpoint that are due; a line on the progress."""
-        config, note = self.config, ""
+        config, note, before = self.config, "", self.tokens
         terms = self.train_step(raw)
         if self.finished:
             self._settle()
+        if self.snapshots.due(self.step, before, self.tokens):
+            self._keep()
         if self.step % config.evaluate_every == 0 or self.finished:
             note = self._evaluate(terms)
         if self.finished and self.target_reached is False:
@@ -257,9 +261,14 @@ class Trainer:
         self.sae.load_state_dict(released)
         with self.numerics.running():
             self.sae.eval().calibrate(normalised_rows(self.maker, self.calibration))
+        self.snapshots.say_missed(self.tokens)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """A context in which the SAE has the weights to release; since `_settle` it has them."""
+        return nullcontext() if self.finished else averaged(self.optimiser, self.sae.after_step)
 
     def _evaluate(self, terms: dict[str, Any]) -> str:
-        with self.numerics.running(), averaged(self.optimiser, self.sae.after_step):
+        with self.numerics.running(), self._averaged():
             held_out = measure(self.sae.eval(), self.held_out)
         self.last_held_out = held_out
         values = {
@@ -271,6 +280,13 @@ class Trainer:
             self.log.append(self.step, **values, held_out=held_out)
         dead = "not yet known" if terms["dead"] is None else f"{terms['dead']:,}"
         return f"held-out {texts(('fvu', 'l0'), held_out)}, dead {dead}"
+
+    def _keep(self) -> None:
+        """Write a snapshot: a copy of the SAE with its thresholds set; the SAE is as before."""
+        with self.numerics.running(), self._averaged():
+            sae = self.sae.clone().eval()
+            sae.calibrate(normalised_rows(self.maker, self.calibration))
+        self.snapshots.save(sae.cpu().fold(), step=self.step, tokens=self.tokens)
 
     def release(self) -> SparseAutoencoder:
         """The trained SAE, folded, on the CPU; its metadata gains what was measured."""

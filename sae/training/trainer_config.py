@@ -8,7 +8,7 @@ from sae.training.numerics import KernelsKind
 from sae.training.optimisers import OptimiserKind
 from sae.training.telemetry import SinkKind, check_sink
 from saescope.config import Config
-from saescope.errors import check_range
+from saescope.errors import InputError, check_range
 from saescope.renamed_fields import WAS
 
 _DEAD_AFTER = 10_000_000
@@ -57,6 +57,12 @@ class TrainerConfig(Config):
     """Steps between held-out evaluations."""
     checkpoint_every: int = 250
     """Steps between checkpoints."""
+    snapshots: int = 0
+    """How many SAEs to keep along the way, in checkpoints/tokens-NUMBER of the run: at steps of
+    equal ratios from a thousandth of the run towards its end. `saescope compare` follows features
+    through them."""
+    snapshot_tokens: tuple[int, ...] = ()
+    """Or the numbers of tokens, ascending, after which to keep the SAE."""
     kernels: KernelsKind = "auto"
     """What computes sparse operations: auto (the fastest there is; a run that is resumed keeps to
     what it began with), reference, torch, cpu (C++) or triton. SAESCOPE_KERNELS overrides it."""
@@ -74,6 +80,7 @@ class TrainerConfig(Config):
         if self.dead_after_tokens is not None:
             check_range("trainer.dead_after_tokens", self.dead_after_tokens, low=1)
         check_range("trainer.checkpoint_every", self.checkpoint_every, low=1)
+        self._check_snapshots()
         check_range("trainer.accumulate", self.accumulate, high=self.batch_size)
         check_range("trainer.lr_multiplier", self.lr_multiplier, above=0)
         for name in ("lr", "target_l0"):
@@ -86,6 +93,23 @@ class TrainerConfig(Config):
         check_range("trainer.eps", self.eps, above=0)
         check_range("trainer.grad_clip", self.grad_clip, low=0)
         check_sink(self.telemetry)
+
+    def _check_snapshots(self) -> None:
+        check_range("trainer.snapshots", self.snapshots, low=0)
+        tokens = self.snapshot_tokens
+        for each in tokens:
+            check_range("trainer.snapshot_tokens", each, low=1)
+        if list(tokens) != sorted(set(tokens)):
+            raise InputError(
+                "must ascend, each number once", where="trainer.snapshot_tokens", given=tokens
+            )
+        if self.snapshots and tokens:
+            raise InputError(
+                "say how many snapshots to keep or after which tokens, not both",
+                where="trainer.snapshots",
+                given=self.snapshots,
+                allowed="0, with snapshot_tokens",
+            )
 
     def dead_after(self, tokens: int) -> int:
         """`dead_after_tokens`, or what it is in a run of so many tokens.
