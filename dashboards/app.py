@@ -4,7 +4,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from dashboards.pages import streamlit_pages
+from dashboards.pages import streamlit_pages, way_to_first
 from dashboards.tokens import STYLE, plain
 from saescope.errors import SaescopeError
 
@@ -12,7 +12,7 @@ from saescope.errors import SaescopeError
 ICON = Path(__file__).parent / "icon.svg"
 st.set_page_config(page_title="saescope", page_icon=ICON, layout="wide")
 try:
-    page = st.navigation(list(streamlit_pages().values()), position="top")
+    page = st.navigation([*streamlit_pages().values(), way_to_first()], position="top")
     st.html(STYLE)
     page.run()
 except SaescopeError as error:

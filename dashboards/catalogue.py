@@ -82,8 +82,10 @@ def entries() -> list[Entry]:
 def _run_of(sae_path: object, known: Mapping[Path, RunFolder]) -> RunFolder | None:
     if not isinstance(sae_path, str):
         return None
-    path = Path(find_stores.absolute(sae_path))
-    return known.get(path) or known.get(path.parent)
+    for path in (Path(find_stores.absolute(sae_path)), find_stores.moved(sae_path)):
+        if path is not None and (run := known.get(path) or known.get(path.parent)):
+            return run
+    return None
 
 
 def _named(meta: Mapping[str, Any], run: RunFolder | None) -> str:

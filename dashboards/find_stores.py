@@ -40,8 +40,16 @@ def stores() -> dict[str, Path]:
 
 
 def beside_stores() -> Path:
-    """The folder that the one of the stores is in; runs are expected there."""
-    return Path(os.environ.get(STORES_VARIABLE, "stores")).expanduser().resolve().parent
+    """The folder that the one of the stores is in; runs and models are expected there.
+
+    Of an explorer on one store, PROJECT/stores/NAME or a file in it, it is PROJECT too.
+    """
+    path = Path(os.environ.get(STORES_VARIABLE, "stores")).expanduser().resolve()
+    if path.is_file() and path.name == STORE_FILE:
+        path = path.parent
+    one = path.is_file() or (path / STORE_FILE).is_file()
+    # never everything there is, as for a store right below the root
+    return path.parent.parent if one and _is_no_root(path.parent.parent) else path.parent
 
 
 def absolute(name: str) -> str:
@@ -67,19 +75,21 @@ def source_to_load(kind: str, own: str, store: str) -> str:
 
     A store may come from a stranger, so the explorer loads `own` only if it is beside the stores,
     is one of saescope's packaged models, or was named by the person who started the explorer
-    (--model, --sae). If it is none of these and one was named, that one is loaded instead. Outside
-    of an explorer `own` is loaded.
+    (--model, --sae). If it is none of these and one was named, that one is loaded instead; if none
+    was, one that stands beside the stores as `own` stood where the store was made (`moved`).
+    Outside of an explorer `own` is loaded.
 
     Raises ArtefactError, with the option that would allow it, for anything else.
     """
-    started_on = os.environ.get(STORES_VARIABLE)
     named = json.loads(os.environ.get(NAMED_VARIABLE, "{}")).get(kind, [])
-    if started_on is None or absolute(own) in named or _is_beside(own, Path(started_on)):
+    if STORES_VARIABLE not in os.environ or absolute(own) in named or _is_beside(own):
         return own
     if kind == "model" and _is_packaged(own):
         return own
     if len(named) == 1:
         return named[0]
+    if (now := moved(own)) is not None:
+        return str(now)
     what = {"model": "model", "sae": "SAE"}[kind]
     raise ArtefactError(
         f"the {what} it names is not beside the stores, and nobody has named it: if it is to be "
@@ -89,10 +99,30 @@ def source_to_load(kind: str, own: str, store: str) -> str:
     )
 
 
-def _is_beside(own: str, stores: Path) -> bool:
-    """Whether a folder is, at any depth, in the parent of the folder of stores."""
-    path, folder = Path(absolute(own)), stores.resolve().parent
-    return path.is_absolute() and path.is_relative_to(folder) and folder != folder.parent
+def moved(own: str) -> Path | None:
+    """Where a folder is now if it was moved, or copied, together with the stores; else None.
+
+    It is looked for below the folder that the stores' folder is in, as PROJECT/runs/NAME for
+    elsewhere/runs/NAME. Whether it is the same is for others to check, by its hash.
+    """
+    parts = Path(own).parts[1:]
+    if not Path(own).is_absolute() or ".." in parts:
+        return None
+    for first in range(len(parts)):
+        path = beside_stores().joinpath(*parts[first:])
+        if path.exists() and _is_beside(str(path)):
+            return path.resolve()
+    return None
+
+
+def _is_beside(own: str) -> bool:
+    """Whether a folder is, at any depth, in the folder that the one of the stores is in."""
+    path, folder = Path(absolute(own)), beside_stores()
+    return path.is_absolute() and path.is_relative_to(folder) and _is_no_root(folder)
+
+
+def _is_no_root(folder: Path) -> bool:
+    return folder != folder.parent
 
 
 def _is_packaged(own: str) -> bool:

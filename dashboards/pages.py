@@ -111,17 +111,30 @@ def find_panels(column: str) -> list[Found[Panel]]:
 
 
 def streamlit_pages() -> dict[str, st.Page]:
-    """Streamlit's own pages by URL, in order; the first is the one that the explorer opens with."""
+    """Streamlit's own pages by URL, in order; the first is the one that the explorer opens with.
+
+    That one's own address is the root; at its URL nothing is shown but the way there.
+    """
     return {
         found.declared.url: st.Page(
             Path(found.file),
             title=found.declared.title,
             icon=found.declared.icon,
-            url_path=found.declared.url,
+            url_path=found.declared.url if index else "",
             default=index == 0,
         )
         for index, found in enumerate(find_pages())
     }
+
+
+def way_to_first() -> st.Page:
+    """A page that is in no menu, at the URL of the first one: it leads there, parameters too."""
+    url, first = next(iter(streamlit_pages().items()))
+
+    def lead() -> None:
+        st.switch_page(first, query_params=st.query_params.to_dict())
+
+    return st.Page(lead, title=first.title, url_path=url, visibility="hidden")
 
 
 def page_at(url: str) -> st.Page:

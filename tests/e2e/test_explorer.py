@@ -291,6 +291,31 @@ def test_only_what_was_named_or_is_beside_the_stores_is_loaded(
     assert find_stores.source_to_load("sae", str(away), "the store") == str(away), "a program asks"
 
 
+def test_what_was_moved_with_the_stores_or_stands_beside_a_single_one_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tmp_path / "project"
+    for name in ("runs/a/sae", "stores/s", "stores/t", "elsewhere"):
+        (project / name).mkdir(parents=True)
+    for name in ("s", "t"):
+        (project / "stores" / name / "features.duckdb").touch()
+    (project / "stores" / "loose.duckdb").touch()
+    (project / "runs" / "out").symlink_to(tmp_path)
+    own = str(project / "runs" / "a" / "sae")
+    for start in ("stores", "stores/s", "stores/s/features.duckdb", "stores/loose.duckdb"):
+        monkeypatch.setenv(find_stores.STORES_VARIABLE, str(project / start))
+        assert find_stores.beside_stores() == project, start
+        assert find_stores.source_to_load("sae", own, "the store") == own
+        before = "/before/it/was/moved/runs/a/sae"
+        assert find_stores.source_to_load("sae", before, "the store") == own
+        for other in ("/before/runs/b", "/before/../runs/a", "runs/a", "/before/runs/out", "/"):
+            with pytest.raises(ArtefactError, match="start the explorer with --sae"):
+                find_stores.source_to_load("sae", other, "the store")
+    named = find_stores.environment(str(project / "stores" / "s"), model=(), sae=("other",))
+    monkeypatch.setenv(find_stores.NAMED_VARIABLE, named[find_stores.NAMED_VARIABLE])
+    assert find_stores.source_to_load("sae", before, "the store") == "other", "it was named"
+
+
 def test_first_page_needs_no_model_libraries(folder: Path) -> None:
     script = """
 import sys

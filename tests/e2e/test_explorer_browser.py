@@ -98,6 +98,16 @@ def test_overview_and_navigation(page: Any, server: str) -> None:
     assert "sae=tiny" in page.url
 
 
+def test_the_first_page_has_an_address_of_its_own(page: Any, server: str) -> None:
+    visit(page, f"{server}/overview?sae=nothing")
+    assert page.inner_text(READY) == "Home"
+    assert "'nothing'" in page.locator("[data-testid=stAlertContentWarning]").inner_text()
+    page.wait_for_url(f"{server}/?sae=tiny")
+    assert page.locator("[role=dialog]").count() == 0, "the page is there"
+    links = page.locator("[data-testid=stTopNavLink]").all_inner_texts()
+    assert [text.split("\n")[-1] for text in links].count("Home") == 1
+
+
 def test_deep_link_and_tokens(page: Any, server: str) -> None:
     visit(page, f"{server}/feature?sae=tiny&feature={RARE}")
     assert page.inner_text(READY) == f"Feature {RARE}"
