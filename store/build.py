@@ -13,6 +13,7 @@ from saescope.errors import InputError
 from saescope.progress import Progress
 from store import summaries
 from store.database import identifier
+from store.enrichment import GroupCounts
 from store.profiles import Kept, ProfileRows
 from store.summaries import Scratch
 
@@ -29,6 +30,12 @@ _ORDERS = {
     "position_bin": "bin",
     "position_profile": "feature, bin",
     "picture": "document",
+    "logit_histogram": "feature",
+    "document_group": "document, kind",
+    "enrichment": "feature, rank",
+    "layer": "layer",
+    "layer_profile": "feature, layer",
+    "head_norm": "feature, head",
 }
 _EXAMPLE_TYPES: dict[str, pa.DataType] = {
     "feature": pa.int32(),
@@ -230,6 +237,7 @@ def _summarise(
     profiles = ProfileRows(
         Kept.count(scratch.token, kept, n_tokens=job.n_vocabulary, context=job.context)
     )
+    groups = GroupCounts(_document_groups(job), scratch.document, np.flatnonzero(n_active))
     for feature in np.flatnonzero(n_active):
         feature = int(feature)
         rows = slice(table["first_row"][feature], table["first_row"][feature] + n_active[feature])
@@ -239,6 +247,7 @@ def _summarise(
             raise InputError(
                 "an activation lies at a position that is not kept", where=f"feature {feature}"
             )
+        groups.add(feature, position, np.flatnonzero(seen[2:]))
         means[feature], deviations[feature] = summaries.moments(activation)
         bins = summaries.histogram(activation)
         histograms.append((feature, bins))
@@ -254,9 +263,18 @@ def _summarise(
     job.insert("example", examples.pop_all())
     _insert_histograms(job, histograms)
     _insert_pairs(job, pairs)
-    for name, rows in profiles.tables().items():
+    for name, rows in {**profiles.tables(), **groups.tables()}.items():
         job.insert(name, rows)
     return {"mean": means, "std": deviations, "n_documents": documents}
+
+
+def _document_groups(job: BuildJob) -> dict[str, dict[int, str]]:
+    """The name of each document's group, by kind."""
+    found: dict[str, dict[int, str]] = {}
+    rows = job.con.execute("SELECT kind, document, name FROM staging.document_group").fetchall()
+    for kind, document, name in rows:
+        found.setdefault(kind, {})[document] = name
+    return found
 
 
 class _ExampleRows:

@@ -107,7 +107,7 @@ def _check_version(meta: Mapping[str, Any], where: str) -> None:
     check_schema(meta.get("schema"), supported=SCHEMA, where=where)
     if meta["schema"] < OLDEST:
         raise ArtefactError(
-            f"was built by an older saescope (schema {meta['schema']}, this one reads {OLDEST} and "
+            f"was built by an older saescope (schema {meta['schema']}, this one reads {OLDEST} to "
             f"{SCHEMA}); "
             "`saescope index RUN --out FOLDER --replace` builds it anew, and labels stay",
             where=where,

@@ -23,9 +23,13 @@ import pyarrow as pa
 from saescope.errors import ArtefactError, InputError
 
 KIND = "feature store"
-SCHEMA, OLDEST = 3, 2
+SCHEMA, OLDEST = 4, 2
 """which is written, and the oldest that is read"""
-ADDED = {"token_profile": 3, "position_bin": 3, "position_profile": 3, "picture": 3}
+ADDED = {
+    **dict.fromkeys(("token_profile", "position_bin", "position_profile", "picture"), 3),
+    **dict.fromkeys(("logit_histogram", "document_group", "enrichment"), 4),
+    **dict.fromkeys(("layer", "layer_profile", "head_norm"), 4),
+}
 """tables that older stores do not have, by the schema that brought them"""
 STORE_FILE = "features.duckdb"
 COUNTS = ("n_kept", "n_live", "n_activations", "n_sequences", "n_tokens", "n_documents")

@@ -16,6 +16,7 @@ from store.co_occurrence import CoOccurrence
 from store.database import COUNTS, Database, store_file
 from store.documents import DocumentQueries
 from store.examples import read_examples
+from store.feature_facts import FeatureFacts
 from store.feature_table import FeatureTable
 from store.pictures import PictureQueries
 from store.profiles import read_positions, read_tokens
@@ -38,7 +39,9 @@ from store.summaries import BINS
 KINDS = ("top", "interval")
 
 
-class FeatureStore(FeatureTable, DocumentQueries, CoOccurrence, PictureQueries, SqlQueries):
+class FeatureStore(
+    FeatureTable, FeatureFacts, DocumentQueries, CoOccurrence, PictureQueries, SqlQueries
+):
     """An open feature store; every method may be called from any thread.
 
     >>> with FeatureStore.open("stores/demo") as features:  # doctest: +SKIP

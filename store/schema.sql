@@ -1,5 +1,5 @@
--- A feature store: one immutable DuckDB file, schema 3. Tables of stores of schema 2 are the same,
--- but for those at the end.
+-- A feature store: one immutable DuckDB file, schema 4. Tables of older stores (2, 3) are the same,
+-- but for those at the end, which say since when they are there.
 -- Token ids are integers; text is only in `vocabulary` and `document`. No index: tables are sorted,
 -- and a feature's rows are a range of row ids (feature.first_row, feature.n_active).
 
@@ -115,3 +115,62 @@ CREATE TABLE position_profile (feature INTEGER NOT NULL, bin TINYINT NOT NULL, c
 
 -- Small pictures (JPEG) of the documents of a vision model; a position is one of its feature map's.
 CREATE TABLE picture (document INTEGER NOT NULL, image BLOB NOT NULL);
+
+-- Since schema 4.
+
+-- Direct effects of a feature's decoder on the logits of all tokens, in 40 equal bins from its
+-- lowest effect to its highest; closed on the left, the last on both sides. One row a feature;
+-- none in stores without effects on logits.
+CREATE TABLE logit_histogram (
+    feature INTEGER NOT NULL, low FLOAT NOT NULL, high FLOAT NOT NULL, counts INTEGER[] NOT NULL
+);
+
+-- The groups that a document is in, at most one of a kind: 'topic' as its record says, 'source' the
+-- file, folder or data set that it comes from. No rows of a kind that has fewer than two groups.
+CREATE TABLE document_group (
+    document INTEGER NOT NULL, kind VARCHAR NOT NULL, name VARCHAR NOT NULL
+);
+
+-- Groups in whose documents a feature fires more often than by chance, at most 10; rank 0 first.
+-- Of N documents with a group of this kind and a kept position, K are in this group, the feature
+-- fires in n, and in `documents` of the group's; expected = n K / N. log_odds: of firing in and out
+-- of the group, with 1/2 added to each of the four counts, in nats. q: Benjamini-Hochberg's, of the
+-- one-sided hypergeometric test, over all live features and all groups; only q <= 0.05 is kept.
+-- positions: in this group; share = positions / the feature's positions in these N documents;
+-- expected_share = the same of all kept positions.
+CREATE TABLE enrichment (
+    feature INTEGER NOT NULL,
+    rank SMALLINT NOT NULL,
+    kind VARCHAR NOT NULL,
+    name VARCHAR NOT NULL,
+    documents BIGINT NOT NULL,
+    expected DOUBLE NOT NULL,
+    log_odds DOUBLE NOT NULL,
+    q DOUBLE NOT NULL,
+    positions BIGINT NOT NULL,
+    share DOUBLE NOT NULL,
+    expected_share DOUBLE NOT NULL
+);
+
+-- The layers of an SAE of several; layer counts them from 0. tokens: on which it was measured at
+-- each (0: a crosscoder, of which nothing is measured). cosine_next: mean cosine of a token's
+-- centred activations here and at the next layer; NULL at the last, and where it is not measured.
+CREATE TABLE layer (
+    layer SMALLINT NOT NULL, site VARCHAR NOT NULL, tokens BIGINT NOT NULL, cosine_next DOUBLE
+);
+-- What a feature does at each layer. count: tokens on which it fires there; amount: sum of its
+-- activations; share = amount / that of all layers, P(layer | feature). Of a crosscoder: amount is
+-- the norm of what the feature writes there, and count is NULL.
+CREATE TABLE layer_profile (
+    feature INTEGER NOT NULL,
+    layer SMALLINT NOT NULL,
+    count BIGINT,
+    amount DOUBLE NOT NULL,
+    share DOUBLE NOT NULL
+);
+
+-- Of an SAE at the outputs of attention heads (hook_z), the norm of what a feature writes to each;
+-- share = norm / sum of the norms over heads.
+CREATE TABLE head_norm (
+    feature INTEGER NOT NULL, head SMALLINT NOT NULL, norm FLOAT NOT NULL, share FLOAT NOT NULL
+);

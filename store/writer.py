@@ -21,6 +21,7 @@ from saescope.leftovers import SCRATCH
 from saescope.progress import Progress
 from store import build
 from store.checking import STORE, plain_column
+from store.columns import column, plain_values, same_length, within
 from store.database import (
     COUNTED,
     FEATURE_COLUMNS,
@@ -32,44 +33,13 @@ from store.database import (
     odd_path,
     quoted,
 )
+from store.fact_writer import FactWriter
 from store.pictures import JPEG
 
 _BUFFERED_ROWS = 1 << 20
 
 
-def _column(name: str, values: ArrayLike, dtype: type) -> np.ndarray:
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise InputError("must have one dimension", where=name, given=array.shape)
-    if np.issubdtype(dtype, np.integer) and array.size and array.dtype.kind not in "iu":
-        raise InputError("must be integers", where=name, given=str(array.dtype))
-    return np.ascontiguousarray(array, dtype=dtype)
-
-
-def _plain_values(kind: pa.DataType) -> bool:
-    of = pa.types
-    return (
-        of.is_integer(kind)
-        or of.is_floating(kind)
-        or of.is_boolean(kind)
-        or of.is_string(kind)
-        or of.is_large_string(kind)
-    )
-
-
-def _same_length(**columns: np.ndarray) -> None:
-    lengths = {name: len(column) for name, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        raise InputError("columns differ in length", given=lengths)
-
-
-def _within(name: str, values: np.ndarray, size: int) -> None:
-    if values.size and (values.min() < 0 or values.max() >= size):
-        wrong = values.min() if values.min() < 0 else values.max()
-        raise InputError("out of range", where=name, given=int(wrong), allowed=f"0 to {size - 1}")
-
-
-class StoreWriter:
+class StoreWriter(FactWriter):
     """Builds a feature store beside `path` and renames it into place when it is finished.
 
     meta: what the store is about, JSON-able values (name, model, site, metrics, ...).
@@ -192,7 +162,7 @@ class StoreWriter:
         """
         arrays = {"tokens": tokens, "document": document, "keep": keep}
         dtypes = {"tokens": "int32", "document": "int32", "keep": "bool"}
-        chosen = _column("split", split, np.int8)
+        chosen = column("split", split, np.int8)
         columns: dict[str, Any] = {}
         for name, values in arrays.items():
             array = np.ascontiguousarray(values, dtype=dtypes[name])
@@ -230,8 +200,8 @@ class StoreWriter:
 
     def add_pictures(self, document: ArrayLike, images: Sequence[bytes]) -> None:
         """Small pictures of documents, as JPEG."""
-        numbers = _column("document", document, np.int32)
-        _same_length(document=numbers, image=np.empty(len(images)))
+        numbers = column("document", document, np.int32)
+        same_length(document=numbers, image=np.empty(len(images)))
         if not all(image.startswith(JPEG) for image in images):
             raise InputError("is no JPEG", where="images")
         rows = {"document": numbers, "image": pa.array(images, pa.binary())}
@@ -241,13 +211,13 @@ class StoreWriter:
         self, position: ArrayLike, feature: ArrayLike, activation: ArrayLike
     ) -> None:
         """Activations above zero, [n] each; position = sequence * context + index in it."""
-        at = _column("position", position, np.int64)
-        which = _column("feature", feature, np.int32)
-        value = _column("activation", activation, np.float32)
-        _same_length(position=at, feature=which, activation=value)
+        at = column("position", position, np.int64)
+        which = column("feature", feature, np.int32)
+        value = column("activation", activation, np.float32)
+        same_length(position=at, feature=which, activation=value)
         if not at.size:
             return
-        _within("feature", which, self.d_sae)
+        within("feature", which, self.d_sae)
         if at.min() < 0:
             raise InputError("out of range", where="position", given=int(at.min()), allowed=">= 0")
         if not (np.isfinite(value).all() and value.min() > 0):
@@ -286,7 +256,7 @@ class StoreWriter:
                 raise InputError("this column is there already", where=where)
             if not plain_column(name, "FLOAT"):
                 raise InputError("is no plain lower-case column name", where=where)
-            if not _plain_values(table.schema.field(name).type):
+            if not plain_values(table.schema.field(name).type):
                 raise InputError(
                     "holds no plain values",
                     where=where,
@@ -309,14 +279,14 @@ class StoreWriter:
     ) -> None:
         """Tokens that a feature raises (sign +1) and lowers (-1) most; rank 0 is the strongest."""
         columns = {
-            "feature": _column("feature", feature, np.int32),
-            "sign": _column("sign", sign, np.int8),
-            "rank": _column("rank", rank, np.int16),
-            "token_id": _column("token_id", token_id, np.int32),
-            "value": _column("value", value, np.float32),
+            "feature": column("feature", feature, np.int32),
+            "sign": column("sign", sign, np.int8),
+            "rank": column("rank", rank, np.int16),
+            "token_id": column("token_id", token_id, np.int32),
+            "value": column("value", value, np.float32),
         }
-        _same_length(**columns)
-        _within("feature", columns["feature"], self.d_sae)
+        same_length(**columns)
+        within("feature", columns["feature"], self.d_sae)
         if not np.isin(columns["sign"], (-1, 1)).all():
             raise InputError("must be +1 or -1", where="sign")
         self._insert("logit", pa.table(columns))
@@ -326,14 +296,14 @@ class StoreWriter:
     ) -> None:
         """Features with the nearest decoder directions; rank 0 is the nearest."""
         columns = {
-            "feature": _column("feature", feature, np.int32),
-            "rank": _column("rank", rank, np.int16),
-            "other": _column("other", other, np.int32),
-            "cosine": _column("cosine", cosine, np.float32),
+            "feature": column("feature", feature, np.int32),
+            "rank": column("rank", rank, np.int16),
+            "other": column("other", other, np.int32),
+            "cosine": column("cosine", cosine, np.float32),
         }
-        _same_length(**columns)
-        _within("feature", columns["feature"], self.d_sae)
-        _within("other", columns["other"], self.d_sae)
+        same_length(**columns)
+        within("feature", columns["feature"], self.d_sae)
+        within("other", columns["other"], self.d_sae)
         self._insert("neighbour", pa.table(columns))
 
     def finish(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from saescope.errors import ArtefactError, InputError
 from store import FeatureFilter, FeatureStore
 from store.profiles import Kept
 from store.vocabulary import join_partial
+from tests.older_stores import as_store_schema
 from tests.tiny_store import (
     CONTEXT,
     D_SAE,
@@ -119,10 +120,7 @@ def test_position_bins_of_long_sequences() -> None:
 
 def test_a_store_of_schema_2_is_read_without_profiles(tmp_path: Path) -> None:
     path = make_tiny_store(tmp_path)
-    with duckdb.connect(str(path)) as con:
-        for name in ("token_profile", "position_bin", "position_profile", "picture"):
-            con.execute(f"DROP TABLE {name}")
-        con.execute("UPDATE meta SET value = '2' WHERE key = 'schema'")
+    as_store_schema(path, 2)
     with FeatureStore.open(path) as store:
         assert store.feature(RARE).n_active == 1
         with pytest.raises(ArtefactError, match=r"older saescope .schema 2.*--replace"):
@@ -459,8 +457,8 @@ def test_files_that_are_no_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schema", "4", "newer saescope .schema 4, this one reads up to 3"),
-        ("schema", "1", r"older saescope .schema 1, this one reads 2 and 3.*--replace"),
+        ("schema", "5", "newer saescope .schema 5, this one reads up to 4"),
+        ("schema", "1", r"older saescope .schema 1, this one reads 2 to 4.*--replace"),
         ("schema", '"x"', "schema version"),
         ("kind", '"harvest"', "wrong kind"),
         ("kind", "{", "cannot be read"),
