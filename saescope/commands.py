@@ -136,6 +136,7 @@ COMMANDS = {
         summary="Encode a harvest with an SAE into a feature store.",
         examples=("saescope index runs/smollm2-135m-topk --out stores/smollm2-135m-topk",),
         positional="run",
+        resumes=True,
         loads_saes=True,
     ),
     "diff": Command(
