@@ -36,6 +36,7 @@ _ORDERS = {
     "layer": "layer",
     "layer_profile": "feature, layer",
     "head_norm": "feature, head",
+    "map_point": "feature",
 }
 _EXAMPLE_TYPES: dict[str, pa.DataType] = {
     "feature": pa.int32(),

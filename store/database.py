@@ -29,6 +29,7 @@ ADDED = {
     **dict.fromkeys(("token_profile", "position_bin", "position_profile", "picture"), 3),
     **dict.fromkeys(("logit_histogram", "document_group", "enrichment"), 4),
     **dict.fromkeys(("layer", "layer_profile", "head_norm"), 4),
+    "map_point": 4,
 }
 """tables that older stores do not have, by the schema that brought them"""
 STORE_FILE = "features.duckdb"

@@ -174,3 +174,7 @@ CREATE TABLE layer_profile (
 CREATE TABLE head_norm (
     feature INTEGER NOT NULL, head SMALLINT NOT NULL, norm FLOAT NOT NULL, share FLOAT NOT NULL
 );
+
+-- Where each feature lies on the map of decoder directions: near ones are near. Empty where no map
+-- was made.
+CREATE TABLE map_point (feature INTEGER NOT NULL, x FLOAT NOT NULL, y FLOAT NOT NULL);

@@ -22,6 +22,7 @@ TABLES = {
     "layer": "The layers of an SAE of several.",
     "layer_profile": "What a feature does at each layer of an SAE of several.",
     "head_norm": "What a feature writes to each attention head, of SAEs at their outputs.",
+    "map_point": "Where each feature lies on the map of decoder directions.",
     "meta": "Facts about the store, each a key and a value in JSON.",
 }
 """each table, in the order in which a reader needs them"""
@@ -129,6 +130,9 @@ COLUMNS = {
     "head_norm.head": "number of the head, from 0",
     "head_norm.norm": "of the decoder's entries for this head",
     "head_norm.share": "norm / sum of the norms over heads",
+    "map_point.feature": _FEATURE,
+    "map_point.x": "near directions have near points; an axis by itself means nothing",
+    "map_point.y": "the same",
     "meta.key": "name of the fact",
     "meta.value": "in JSON; text is in quotation marks: value ->> '$'",
 }

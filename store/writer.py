@@ -86,6 +86,7 @@ class StoreWriter(FactWriter):
         self._buffered = 0
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._n_vocabulary = 0
+        self._has_map = False
         self._finished = False
 
     def __enter__(self) -> Self:
@@ -305,6 +306,17 @@ class StoreWriter(FactWriter):
         within("feature", columns["feature"], self.d_sae)
         within("other", columns["other"], self.d_sae)
         self._insert("neighbour", pa.table(columns))
+
+    def add_map(self, x: ArrayLike, y: ArrayLike) -> None:
+        """Where each feature lies on a map of decoder directions, d_sae values each; call once."""
+        if self._has_map:
+            raise InputError("was already given", where="map")
+        columns = {"x": column("x", x, np.float32), "y": column("y", y, np.float32)}
+        for name, values in columns.items():
+            if len(values) != self.d_sae or not np.isfinite(values).all():
+                raise InputError("has to have a finite number a feature", where=f"map.{name}")
+        self._has_map = True
+        self._insert("map_point", pa.table({"feature": np.arange(self.d_sae), **columns}))
 
     def finish(self) -> dict[str, int]:
         """Check, sort and summarise everything; returns the number of rows of each table.

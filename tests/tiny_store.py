@@ -113,15 +113,16 @@ def make_tiny_store(folder: Path, seed: int = 0) -> Path:
                 "encoder_bias": np.linspace(-1, 1, D_SAE, dtype=np.float32),
             }
         )
-        _add_logits_and_neighbours(writer)
+        _add_what_weights_say(writer)
         writer.finish()
     return path
 
 
-def _add_logits_and_neighbours(writer: StoreWriter) -> None:
+def _add_what_weights_say(writer: StoreWriter) -> None:
     """Feature f raises token (f + r) % V by 2 - r/10, lowers token (f + 9 + r) % V by as much.
 
-    Its neighbours are f + 1, f + 2, f + 3 (mod 64), cosines 0.75, 0.5, 0.25.
+    Its neighbours are f + 1, f + 2, f + 3 (mod 64), cosines 0.75, 0.5, 0.25. On the map it lies in
+    column f % 8 and row f // 8, the first row on top.
     """
     features, ranks = np.repeat(np.arange(D_SAE), 5), np.tile(np.arange(5), D_SAE)
     for sign, shift in ((1, 0), (-1, 9)):
@@ -131,3 +132,4 @@ def _add_logits_and_neighbours(writer: StoreWriter) -> None:
         )  # fmt: skip
     features, ranks = np.repeat(np.arange(D_SAE), 3), np.tile(np.arange(3), D_SAE)
     writer.add_neighbours(features, ranks, (features + 1 + ranks) % D_SAE, 0.75 - ranks / 4)
+    writer.add_map(np.arange(D_SAE) % 8, -(np.arange(D_SAE) // 8))

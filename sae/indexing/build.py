@@ -1,9 +1,9 @@
-"""A feature store from what was encoded of a harvest, and what follows from the weights alone.
+"""A feature store from a harvest: every row encoded, and what follows from the weights alone.
 
-Activations are handed on sparse, a piece at a time: nothing of size [tokens, d_sae] exists.
+Rows are encoded a chunk at a time and handed on sparse: nothing of size [tokens, d_sae] exists.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from activations import ActivationStore, Model
 from sae.analysis.similarity import cosines_with_others
+from sae.data.harvests import read_chunk
 from sae.data.placement import Placement
 from sae.indexing.ends import Indexed, indexed
 from sae.indexing.inputs import Inputs
-from sae.indexing.pending import Arrays
+from sae.indexing.layout import NEAREST, lay_out
 from saescope.progress import Progress, say
 from saescope.system import system_errors
 from store import StoreWriter
@@ -34,7 +35,6 @@ def build_store(
     *,
     meta: dict[str, Any],
     inputs: Inputs,
-    activations: Iterable[Arrays],
     logits: int = 10,
     neighbours: int = 10,
     replace: bool = False,
@@ -47,7 +47,6 @@ def build_store(
         model: of a language model's harvest; without it there are no logit effects.
         meta: what the store says of itself.
         inputs: what the model was given, as the store shows it.
-        activations: position, feature and activation [n each], piece by piece.
         logits: most raised and most lowered tokens kept of each feature.
         neighbours: nearest decoder directions kept of each feature.
         replace: write over the store that is there.
@@ -72,8 +71,7 @@ def build_store(
         for numbers, images in inputs.pictures(harvest):
             writer.add_pictures(numbers, images)
         _add_sequences(writer, harvest, inputs)
-        for piece in activations:
-            writer.add_activations(**piece)
+        _add_activations(writer, sae, placement.read, harvest)
         decided = _add_logits(writer, sae, placement, model, logits)
         columns = {name: each.float().numpy() for name, each in sae.feature_columns().items()}
         writer.add_features({**columns, **decided})
@@ -91,6 +89,21 @@ def _add_sequences(writer: StoreWriter, harvest: ActivationStore, inputs: Inputs
             harvest.keep[rows],
             harvest.split[rows],
         )
+
+
+def _add_activations(
+    writer: StoreWriter, sae: Indexed, read: Sequence[str], harvest: ActivationStore
+) -> None:
+    chunks = [*harvest.chunks("train"), *harvest.chunks("held_out")]
+    with Progress("encoding", sum(chunk.rows for chunk in chunks), "tokens") as progress:
+        for chunk in chunks:
+            x, row_token = read_chunk(harvest, read, chunk)
+            codes = sae.encode_sparse(x).compact()
+            position = row_token[codes.rows()]
+            writer.add_activations(
+                position.numpy(), codes.index.to(torch.int32).numpy(), codes.value.numpy()
+            )
+            progress.advance(chunk.rows)
 
 
 def direct_logits(
@@ -147,15 +160,20 @@ def _add_logits(
 
 
 def _add_neighbours(writer: StoreWriter, sae: Indexed, count: int) -> None:
-    count = min(count, sae.d_sae - 1)
-    if count == 0:
-        return
-    for first, cosine in cosines_with_others(sae.decoder_directions(), _FEATURES):
-        value, other = cosine.topk(count, dim=1)
+    """Write each feature's nearest decoder directions, and the map on which these are near."""
+    directions = sae.decoder_directions()
+    most = min(max(count, NEAREST), sae.d_sae - 1)
+    count = min(count, most)
+    nearest = []
+    for first, cosine in cosines_with_others(directions, _FEATURES):
+        value, other = cosine.topk(most, dim=1)
+        nearest.append(other[:, :NEAREST])
+        value, other = value[:, :count], other[:, :count]
         feature, rank = _grid(first, value)
         writer.add_neighbours(
             feature, rank.numpy(), other.flatten().numpy(), value.flatten().numpy()
         )
+    writer.add_map(*lay_out(directions, torch.cat(nearest).numpy()).T)
 
 
 def _grid(first: int, values: Tensor) -> tuple[Any, Tensor]:

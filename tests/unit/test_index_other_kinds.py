@@ -88,6 +88,12 @@ def test_every_position_of_every_picture_is_in_the_store(vision: Path) -> None:
         assert example.activations[example.index] == example.activation
         profile = store.position_profile(number)
         assert profile.counts.sum() == len(expected[number])
+        on_map = store.feature_map()
+        assert on_map is not None
+        assert np.ptp(on_map.x) > 0
+        assert on_map.nearest == 10
+        assert on_map.kept is not None
+        assert on_map.kept > 1.2 * (on_map.by_chance or 1)
 
 
 def test_thumbnails_are_of_their_pictures(vision: Path) -> None:
