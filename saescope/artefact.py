@@ -75,7 +75,7 @@ def atomic_path(
     target = Path(path)
     remove_leftovers(target)
     check_replaceable(target, kind, replace=True)
-    with _parents_of(target), preparing(target) as holder:
+    with parents_of(target), preparing(target) as holder:
         temporary = holder / target.name
         yield temporary
         members = [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else []
@@ -86,7 +86,7 @@ def atomic_path(
 
 
 @contextmanager
-def _parents_of(path: Path) -> Iterator[None]:
+def parents_of(path: Path) -> Iterator[None]:
     """Make the parent folders of a path; those that were made are removed if the block fails."""
     made = [each for each in path.parents if not each.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)

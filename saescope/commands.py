@@ -136,6 +136,7 @@ COMMANDS = {
         summary="Encode a harvest with an SAE into a feature store.",
         examples=("saescope index runs/smollm2-135m-topk --out stores/smollm2-135m-topk",),
         positional="run",
+        resumes=True,
         loads_saes=True,
     ),
     "diff": Command(
@@ -154,10 +155,12 @@ COMMANDS = {
         module="sae.commands.compare",
         config="CompareConfig",
         function="compare",
-        summary="Match the features of two SAEs, by their decoders or by their activations.",
+        summary="Match the features of two SAEs, or follow one's through earlier versions of it.",
         examples=(
             "saescope compare runs/topk-seed-0 runs/topk-seed-1",
             "saescope compare runs/topk-8192 runs/topk-32768 --by activations --out pairs.parquet",
+            "saescope compare runs/topk-with-snapshots --out emerged.parquet",
+            "saescope compare runs/topk-32768 --versions runs/topk-2048 runs/topk-8192",
         ),
         positional="run_a run_b",
         loads_saes=True,

@@ -37,13 +37,15 @@ Found = TypeVar("Found")
 
 
 class Team:
-    """This process as one of the ranks of a harvest.
+    """This process as one of the ranks of a harvest, or of other work that is shared like one.
+
+    Args: work says what, for messages.
 
     Raises ArtefactError if another process has this rank there, or the file system has no locks.
     """
 
-    def __init__(self, out: Path, number: int) -> None:
-        self._out, self.number = out, number
+    def __init__(self, out: Path, number: int, work: str = "a harvest") -> None:
+        self._out, self.number, self._work = out, number, work
         self._file = ranks_file(out)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._enter()
@@ -62,8 +64,8 @@ class Team:
             os.close(self._descriptor)  # the last of those before has just removed it
             if not held and time.monotonic() > last_try:
                 raise ArtefactError(
-                    f"another process is rank {self.number} of a harvest there; wait until it has "
-                    "ended, or choose another folder",
+                    f"another process is rank {self.number} of {self._work} there; wait until it "
+                    "has ended, or choose another folder",
                     where=str(self._out),
                 )
             time.sleep(_POLL[0])
@@ -103,17 +105,17 @@ class Team:
         fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, 0)
         if time.monotonic() - self._rank_0_was_here > _PATIENCE:
             raise ArtefactError(
-                f"rank 0, which alone commits windows, has not been at work here for "
+                f"rank 0, which alone finishes {self._work}, has not been at work here for "
                 f"{_PATIENCE:.0f} s; run the same command again: what was computed counts",
                 where=f"{self._out}, rank {self.number}",
             )
 
     def wait_for(self, look: Callable[[], Found | None]) -> Found:
         """What rank 0 is to bring about, once it is there. Raises ArtefactError if it is gone."""
-        pauses = _pauses()
+        waits = pauses()
         while (found := look()) is None:
             self.check()
-            next(pauses)
+            next(waits)
         return found
 
     def leave(self) -> None:
@@ -130,9 +132,9 @@ def ranks_file(out: Path) -> Path:
 
 
 @contextmanager
-def member(out: Path) -> Iterator[Team]:
-    """This process as a rank of the harvest there. Raises ArtefactError as `Team` does."""
-    team = Team(out, this_rank().number)
+def member(out: Path, work: str = "a harvest") -> Iterator[Team]:
+    """This process as a rank of the work there. Raises ArtefactError as `Team` does."""
+    team = Team(out, this_rank().number, work)
     try:
         yield team
     finally:
@@ -163,7 +165,7 @@ def shared_folder(out: str | AnyPath) -> Path:
     return local(out, "several processes harvest one store only in a folder that they share")
 
 
-def _pauses() -> Iterator[None]:
+def pauses() -> Iterator[None]:
     """Without end, at first without a pause."""
     seconds, longest = _POLL
     while True:

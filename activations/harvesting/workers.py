@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from activations.harvesting.staging import Staging
-from activations.harvesting.window_locks import Team, _pauses
+from activations.harvesting.window_locks import Team, pauses
 from activations.harvesting.windows import MissingWindow
 from activations.storage.window_data import WindowData
 from activations.storage.writer import HarvestWriter
@@ -111,7 +111,7 @@ def _and_then_pauses(
 ) -> Iterator[MissingWindow | None]:
     """All windows, and then None after each pause for as long as there are any to wait for."""
     yield from missing
-    for _ in _pauses():
+    for _ in pauses():
         if not waiting:
             return
         yield None

@@ -1,6 +1,6 @@
 """Which features of two SAEs are the same: by their decoders, or by what they fire on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,25 +53,37 @@ def match_codes(
     rows: how many to encode at least, held-out ones first (all, if there are fewer). Returns the
     matching and the number of rows.
     """
+    codes = encoded_alike(harvest, (a, b), rows=rows)
+    blocks = correlation_blocks(*codes)
+    matching = match_features(blocks, a.sae.d_sae, b.sae.d_sae, threshold=threshold)
+    return matching, codes[0].shape[0]
+
+
+def encoded_alike(
+    harvest: ActivationStore, placements: Sequence[Placement], *, rows: int = 65_536
+) -> list[Any]:
+    """Several SAEs' codes of the same rows, each a scipy sparse array [rows, d_sae].
+
+    rows: how many to encode at least, held-out ones first (all, if there are fewer).
+    """
     rows = as_index(rows, where="rows", low=2)
-    both: tuple[list[Any], list[Any]] = ([], [])
+    found: list[list[Any]] = [[] for _ in placements]
     done = 0
     chunks = [*harvest.chunks("held_out"), *harvest.chunks("train")]
     with Progress("encoding", min(rows, sum(c.rows for c in chunks)), "rows") as progress:
         for chunk in chunks:
             if done >= rows:
                 break
-            for found, placement in zip(both, (a, b), strict=True):
+            for codes, placement in zip(found, placements, strict=True):
                 # all sites of a harvest have the same rows in the same order
-                found.append(_encoded(placement, harvest, chunk))
+                codes.append(_encoded(placement, harvest, chunk))
             done += chunk.rows
             progress.advance(chunk.rows)
     if not done:
         raise InputError("the harvest has no rows", where=str(harvest.path))
     from scipy.sparse import vstack
 
-    blocks = correlation_blocks(*(vstack(found, format="csc") for found in both))
-    return match_features(blocks, a.sae.d_sae, b.sae.d_sae, threshold=threshold), done
+    return [vstack(codes, format="csc") for codes in found]
 
 
 def _encoded(placement: Placement, harvest: ActivationStore, chunk: Any) -> Any:

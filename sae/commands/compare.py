@@ -1,9 +1,10 @@
-"""`saescope compare`: which features of two SAEs are the same."""
+"""`saescope compare`: which features of two SAEs are the same, or of several versions of one."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from sae.analysis.dictionary_matching import match_codes, match_decoders
+from sae.commands.genealogy import follow, print_genealogy
 from sae.commands.tables import SUFFIXES, write_table
 from sae.core.base import SparseAutoencoder, kind_of
 from sae.data.harvests import open_harvest
@@ -13,6 +14,7 @@ from saescope.errors import InputError, check_range
 from saescope.paths import local
 from saescope.progress import say
 from saescope.replacing import check_replaceable
+from store.genealogy import Genealogy
 from store.matching import MATCHED, Matching, expected_max_cosine
 
 
@@ -22,8 +24,11 @@ class CompareConfig(Config):
 
     run_a: str
     """Folder of a trained run or of an SAE, in any known format, or hf://owner/repo/folder."""
-    run_b: str
-    """The other one."""
+    run_b: str | None = None
+    """The other one. Without it, the features of run_a are followed back through `versions`."""
+    versions: tuple[str, ...] = ()
+    """Earlier versions of run_a, in order: SAEs of any training time, width, seed or layer. If none
+    are given, the snapshots that the run kept (`trainer.snapshots`)."""
     by: Literal["decoder", "activations"] = "decoder"
     """What is compared: the cosine of decoder directions, or the correlation of activations over a
     harvest."""
@@ -38,28 +43,66 @@ class CompareConfig(Config):
     threshold: float = MATCHED
     """Similarity from which a pair of features counts as matched."""
     top: int = 10
-    """How many pairs to print."""
+    """How many pairs, or merges and splits of versions, to print."""
     out: str | None = None
-    """File to write all pairs to: .parquet or .csv."""
+    """File to write all pairs, or each feature in each version, to: .parquet or .csv."""
+    events: str | None = None
+    """File to write all merges and splits of versions to: .parquet or .csv."""
 
     def __post_init__(self) -> None:
         check_range("top", self.top, low=0)
         check_range("rows", self.rows, low=2)
         check_range("threshold", self.threshold, above=0, high=1)
-        if self.out is not None and not self.out.endswith(SUFFIXES):
-            raise InputError("no kind of table", where="out", given=self.out, allowed=SUFFIXES)
+        for name in ("out", "events"):
+            given = getattr(self, name)
+            if given is not None and not given.endswith(SUFFIXES):
+                raise InputError("no kind of table", where=name, given=given, allowed=SUFFIXES)
+        for name in ("versions", "events"):
+            if self.run_b is not None and getattr(self, name):
+                raise InputError(
+                    "is of one SAE and its versions; leave run_b out",
+                    where=name,
+                    given=getattr(self, name),
+                )
+        if self.run_b is None and self.site_b is not None:
+            raise InputError("is of run_b, which is not given", where="site_b", given=self.site_b)
 
 
-def compare(config: CompareConfig) -> Matching:
-    """Print, and write if asked, which features of two SAEs match.
+def compare(config: CompareConfig) -> Matching | Genealogy:
+    """Print, and write if asked, which features match: two SAEs', or one's through its versions.
 
-    Raises InputError if the SAEs cannot be compared, or a file is at `out` already; ArtefactError
-    if something cannot be read.
+    Raises InputError if the SAEs cannot be compared, or a file is at `out` or `events` already;
+    ArtefactError if something cannot be read.
     """
-    out = None if config.out is None else local(config.out)
-    if out is not None:
-        check_replaceable(out, None, replace=False)
-    a, b = load(config.run_a), load(config.run_b)
+    for path in (config.out, config.events):
+        if path is not None:
+            check_replaceable(local(path), None, replace=False)
+    return _follow(config) if config.run_b is None else _match(config, config.run_b)
+
+
+def _follow(config: CompareConfig) -> Genealogy:
+    found = follow(
+        config.run_a,
+        config.versions,
+        by_activations=config.by == "activations",
+        harvest=config.harvest,
+        site=config.site_a,
+        rows=config.rows,
+        threshold=config.threshold,
+    )
+    print_genealogy(found, top=config.top)
+    if config.out is not None:
+        write_table(found.table(), local(config.out))
+        features, versions = found.similarity.shape[1], len(found.names)
+        say(f"{config.out}: {features:,} features in each of {versions} versions")
+    if config.events is not None and found.events is not None:
+        write_table(found.events, local(config.events))
+        say(f"{config.events}: {len(found.events):,} merges and splits")
+    return found
+
+
+def _match(config: CompareConfig, run_b: str) -> Matching:
+    a, b = load(config.run_a), load(run_b)
     if config.by == "decoder":
         matching = match_decoders(a, b, threshold=config.threshold)
         chance = expected_max_cosine(a.d_out, b.d_sae)
@@ -72,9 +115,9 @@ def compare(config: CompareConfig) -> Matching:
         )
         say(f"correlation of activations over {rows:,} rows of {harvest.path}")
     _print(config, (a, b), matching)
-    if out is not None:
-        write_table(matching.pairs, out)
-        say(f"{out}: {len(matching.pairs):,} pairs")
+    if config.out is not None:
+        write_table(matching.pairs, local(config.out))
+        say(f"{config.out}: {len(matching.pairs):,} pairs")
     return matching
 
 
@@ -83,7 +126,7 @@ def _print(
 ) -> None:
     sides = zip(
         ("a", "b"),
-        (config.run_a, config.run_b),
+        (config.run_a, str(config.run_b)),
         saes,
         (matching.mean_max_a, matching.mean_max_b),
         (matching.unmatched_a, matching.unmatched_b),

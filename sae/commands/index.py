@@ -1,12 +1,14 @@
 """`saescope index`: encode a whole harvest with an SAE, and write a feature store."""
 
 import os
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from activations import ActivationStore
+from activations import ActivationStore, Model
 from sae.core.base import kind_of
 from sae.data.harvests import kind_of_model, knows_model, load_harvested_model, open_harvest
 from sae.data.placement import Placement
@@ -15,18 +17,26 @@ from sae.evaluation.written import ROWS, measured_values
 from sae.formats.hub import SCHEME, evaluation_of
 from sae.formats.load import load
 from sae.indexing.build import build_store
-from sae.indexing.inputs import inputs_of
-from saescope.artefact import read_json
+from sae.indexing.encoding import Encoder, at_work, left_behind, pieces_of
+from sae.indexing.ends import indexed
+from sae.indexing.inputs import Inputs, inputs_of
+from sae.indexing.pending import Pending, decisive, other_words
+from saescope.artefact import read_json, sha256_json
 from saescope.config import Config, to_dict
-from saescope.errors import InputError, check_range
+from saescope.errors import ArtefactError, InputError, check_range
 from saescope.leftovers import remove_leftovers
 from saescope.paths import if_local, local
-from saescope.progress import say
+from saescope.process_rank import this_rank
+from saescope.progress import say, silent
 from saescope.replacing import check_apart, check_replaceable
 from saescope.system import system_errors
+from store import FeatureStore
 from store.checking import STORE
 from store.database import STORE_FILE
 from store.results import BOTH_ENDS
+
+_STARTED = time.time() - 2
+"""about when this process was started, by the clocks of files"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +76,29 @@ class IndexConfig(Config):
 def index(config: IndexConfig) -> Path:
     """Build the feature store of an SAE; the path of its file. One that is there is left as it is.
 
-    Raises InputError if the harvest does not fit the SAE, or something else is where the store is
-    to be; ArtefactError if either cannot be read or the disk is full; an interrupted build leaves
-    nothing behind.
+    Several processes that torchrun has started encode together, and rank 0 makes the store. A
+    build that was interrupted, or killed, goes on when it is called again: what was encoded is
+    kept beside the store until that is there.
+
+    Raises InputError if the harvest does not fit the SAE, something else is where the store is to
+    be, or another index was begun there; ArtefactError if either cannot be read, the disk is full,
+    or another process builds the same store.
     """
     path = local(config.out) / STORE_FILE
-    remove_leftovers(path)
     check_replaceable(path, STORE, replace=True)
     check_apart(path.parent, *(if_local(each) for each in (config.run, config.harvest) if each))
+    if this_rank().number == 0:
+        return _index(config, path)
+    try:
+        with silent():
+            return _index(config, path)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # rank 0 says what there is to say
+
+
+def _index(config: IndexConfig, path: Path) -> Path:
     if path.exists() and not config.replace:
+        _tidy(path)
         say(f"{path}: already built (--replace builds it anew)")
         return path
     harvest, placement = open_harvest(
@@ -83,9 +107,72 @@ def index(config: IndexConfig) -> Path:
         config.site,
         allow_other_model=config.allow_other_model,
     )
+    meta = _meta(config, placement, harvest)
+    pieces = pieces_of(harvest)
+    cuts = [[chunk.index for chunk in piece.chunks] for piece in pieces]
+    pending = Pending(path, {**decisive(meta), "pieces": sha256_json(cuts)})
+    encoder = Encoder(indexed(placement.sae), placement.read, harvest, pieces, pending)
+    if this_rank().number:
+        with at_work(path) as team:
+            if team.wait_for(lambda: _begun(path, pending, config)):
+                encoder.run(team)
+        return path
+    model, inputs = _inputs(config, harvest)
+    with at_work(path) as team:
+        remove_leftovers(path)
+        pending.open(replace=config.replace)
+        encoder.run(team)
+        rows = build_store(
+            path,
+            placement,
+            harvest,
+            model,
+            meta=meta,
+            inputs=inputs,
+            activations=encoder.activations(),
+            logits=config.logits,
+            neighbours=config.neighbours,
+            replace=config.replace,
+        )
+        pending.remove()
     sae = placement.sae
-    trusted = config.trust_remote_code
+    say(
+        f"{path}: {sae.d_sae:,} features{' of two ends' if sae.signed else ''}, "
+        f"{rows['activation_by_feature']:,} activations, "
+        f"{path.stat().st_size / 1e6:,.0f} MB"
+    )
+    return path
+
+
+def _begun(path: Path, pending: Pending, config: IndexConfig) -> bool | None:
+    """Whether rank 0 has begun the store; False if it is there already, None if neither."""
+    if pending.is_open():
+        return True
+    written = path.stat().st_mtime if path.exists() else 0.0
+    if written and (not config.replace or written > _STARTED):
+        return False
+    return None
+
+
+def _tidy(path: Path) -> None:
+    """Remove what a build that was killed at its end left beside its finished store."""
+    remove_leftovers(path)
+    if this_rank().number or not left_behind(path):
+        return
+    with suppress(ArtefactError), at_work(path):  # else others are at work, and tidy up themselves
+        with FeatureStore.open(path) as store:
+            own = decisive(store.meta)
+        pending = Pending(path, own)
+        if other_words(pending.begun() or own, own):
+            say(f"{path}: an index with --replace was begun here; the same command goes on with it")
+        else:
+            pending.remove()
+
+
+def _inputs(config: IndexConfig, harvest: ActivationStore) -> tuple[Model | None, Inputs]:
+    """The language model of a harvest, if it is of one, and what its model was given."""
     model, texts = None, None
+    trusted = config.trust_remote_code
     if not knows_model(harvest):
         texts = _texts(config.vocabulary, harvest)
     elif config.vocabulary is not None:
@@ -94,23 +181,7 @@ def index(config: IndexConfig) -> Path:
         )
     elif kind_of_model(harvest) == "language":
         model = load_harvested_model(harvest, "float32", trust_remote_code=trusted)
-    rows = build_store(
-        path,
-        placement,
-        harvest,
-        model,
-        meta=_meta(config, placement, harvest),
-        inputs=inputs_of(harvest, model, texts, trust_remote_code=trusted),
-        logits=config.logits,
-        neighbours=config.neighbours,
-        replace=config.replace,
-    )
-    say(
-        f"{path}: {sae.d_sae:,} features{' of two ends' if sae.signed else ''}, "
-        f"{rows['activation_by_feature']:,} activations, "
-        f"{path.stat().st_size / 1e6:,.0f} MB"
-    )
-    return path
+    return model, inputs_of(harvest, model, texts, trust_remote_code=trusted)
 
 
 def _texts(vocabulary: str | None, harvest: ActivationStore) -> list[str]:

@@ -1,9 +1,9 @@
-"""A feature store from a harvest: every row encoded, and what follows from the weights alone.
+"""A feature store from what was encoded of a harvest, and what follows from the weights alone.
 
-Rows are encoded a chunk at a time and handed on sparse: nothing of size [tokens, d_sae] exists.
+Activations are handed on sparse, a piece at a time: nothing of size [tokens, d_sae] exists.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from activations import ActivationStore, Model
 from sae.analysis.similarity import cosines_with_others
-from sae.data.harvests import read_chunk
 from sae.data.placement import Placement
 from sae.indexing.ends import Indexed, indexed
 from sae.indexing.inputs import Inputs
 from sae.indexing.layout import NEAREST, lay_out
+from sae.indexing.pending import Arrays
 from saescope.progress import Progress, say
 from saescope.system import system_errors
 from store import StoreWriter
@@ -35,6 +35,7 @@ def build_store(
     *,
     meta: dict[str, Any],
     inputs: Inputs,
+    activations: Iterable[Arrays],
     logits: int = 10,
     neighbours: int = 10,
     replace: bool = False,
@@ -47,6 +48,7 @@ def build_store(
         model: of a language model's harvest; without it there are no logit effects.
         meta: what the store says of itself.
         inputs: what the model was given, as the store shows it.
+        activations: position, feature and activation [n each], piece by piece.
         logits: most raised and most lowered tokens kept of each feature.
         neighbours: nearest decoder directions kept of each feature.
         replace: write over the store that is there.
@@ -71,7 +73,8 @@ def build_store(
         for numbers, images in inputs.pictures(harvest):
             writer.add_pictures(numbers, images)
         _add_sequences(writer, harvest, inputs)
-        _add_activations(writer, sae, placement.read, harvest)
+        for piece in activations:
+            writer.add_activations(**piece)
         decided = _add_logits(writer, sae, placement, model, logits)
         columns = {name: each.float().numpy() for name, each in sae.feature_columns().items()}
         writer.add_features({**columns, **decided})
@@ -89,21 +92,6 @@ def _add_sequences(writer: StoreWriter, harvest: ActivationStore, inputs: Inputs
             harvest.keep[rows],
             harvest.split[rows],
         )
-
-
-def _add_activations(
-    writer: StoreWriter, sae: Indexed, read: Sequence[str], harvest: ActivationStore
-) -> None:
-    chunks = [*harvest.chunks("train"), *harvest.chunks("held_out")]
-    with Progress("encoding", sum(chunk.rows for chunk in chunks), "tokens") as progress:
-        for chunk in chunks:
-            x, row_token = read_chunk(harvest, read, chunk)
-            codes = sae.encode_sparse(x).compact()
-            position = row_token[codes.rows()]
-            writer.add_activations(
-                position.numpy(), codes.index.to(torch.int32).numpy(), codes.value.numpy()
-            )
-            progress.advance(chunk.rows)
 
 
 def direct_logits(

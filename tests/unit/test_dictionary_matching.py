@@ -136,4 +136,4 @@ def test_the_command(harvest: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "narrow")]) == 2
     assert "different widths" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "a")]) == 2
-    assert "run_b is required" in capsys.readouterr().err
+    assert "kept no snapshots" in capsys.readouterr().err

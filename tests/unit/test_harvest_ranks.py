@@ -236,7 +236,7 @@ def test_without_rank_0_the_others_say_so(
     monkeypatch.setattr(window_locks, "_PATIENCE", 0.3)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    gone = "rank 0, which alone commits windows, has not been at work here for 0 s; run the same"
+    gone = "rank 0, which alone finishes a harvest, has not been at work here for 0 s; run the same"
     with pytest.raises(ArtefactError, match=gone):
         harvest(config)  # nobody has begun
     assert list(Path(config.out).parent.iterdir()) == []
