@@ -134,7 +134,10 @@ COMMANDS = {
         config="IndexConfig",
         function="index",
         summary="Encode a harvest with an SAE into a feature store.",
-        examples=("saescope index runs/smollm2-135m-topk --out stores/smollm2-135m-topk",),
+        examples=(
+            "saescope index runs/smollm2-135m-topk --out stores/smollm2-135m-topk",
+            "saescope index runs/smollm2-135m-topk --out stores/smollm2-135m-topk --append",
+        ),
         positional="run",
         resumes=True,
         loads_saes=True,

@@ -79,12 +79,19 @@ class StoreBase:
             raise InputError("no such sequence", where="sequence", given=number)
         return number
 
-    def _active(self, begin: int, end: int) -> Active:
-        found = self._columns(
+    def activations_between(self, begin: int, end: int) -> dict[str, np.ndarray]:
+        """position, feature and activation [n] of all that is active from one position to another.
+
+        Some milliseconds for each million of them.
+        """
+        return self._columns(
             "SELECT position, feature, activation FROM db.activation_by_position"
             " WHERE position >= ? AND position < ?",
             [begin, end],
         )
+
+    def _active(self, begin: int, end: int) -> Active:
+        found = self.activations_between(begin, end)
         keys = (found["feature"], -found["activation"], found["position"])
         order = np.lexsort(keys)
         return Active(*(found[name][order] for name in ("position", "feature", "activation")))

@@ -5,6 +5,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sae.formats.load import load
 from sae.indexing.build import build_store
 from sae.indexing.encoding import Encoder, at_work, left_behind, pieces_of
 from sae.indexing.ends import indexed
+from sae.indexing.growth import ledger_meta, old_part
 from sae.indexing.inputs import Inputs, inputs_of
 from sae.indexing.pending import Pending, decisive, other_words
 from saescope.artefact import read_json, sha256_json
@@ -64,10 +66,15 @@ class IndexConfig(Config):
     """Index a harvest of another model than the SAE was trained on."""
     replace: bool = False
     """Build anew even if the store is there already."""
+    append: bool = False
+    """Add what the harvest has grown by to the store that is there, whose rows are not encoded
+    again."""
     trust_remote_code: bool = False
     """Run the code that comes with the model, if it needs it."""
 
     def __post_init__(self) -> None:
+        if self.append and self.replace:
+            raise InputError("keeps what is there, and replace does not: give one", where="append")
         check_range("logits", self.logits, low=1)
         check_range("neighbours", self.neighbours, low=1)
 
@@ -97,7 +104,7 @@ def index(config: IndexConfig) -> Path:
 
 
 def _index(config: IndexConfig, path: Path) -> Path:
-    if path.exists() and not config.replace:
+    if path.exists() and not (config.replace or config.append):
         _tidy(path)
         say(f"{path}: already built (--replace builds it anew)")
         return path
@@ -108,7 +115,12 @@ def _index(config: IndexConfig, path: Path) -> Path:
         allow_other_model=config.allow_other_model,
     )
     meta = _meta(config, placement, harvest)
-    pieces = pieces_of(harvest)
+    old = old_part(path, harvest, meta) if config.append else None
+    if old and old.is_all:
+        _tidy(path)
+        say(f"{path}: has all of its harvest already, {harvest.n_rows():,} rows")
+        return path
+    pieces = pieces_of(harvest, old.chunks if old else 0)
     cuts = [[chunk.index for chunk in piece.chunks] for piece in pieces]
     pending = Pending(path, {**decisive(meta), "pieces": sha256_json(cuts)})
     encoder = Encoder(indexed(placement.sae), placement.read, harvest, pieces, pending)
@@ -129,10 +141,10 @@ def _index(config: IndexConfig, path: Path) -> Path:
             model,
             meta=meta,
             inputs=inputs,
-            activations=encoder.activations(),
+            activations=chain(old.activations() if old else (), encoder.activations()),
             logits=config.logits,
             neighbours=config.neighbours,
-            replace=config.replace,
+            replace=config.replace or config.append,
         )
         pending.remove()
     sae = placement.sae
@@ -149,7 +161,7 @@ def _begun(path: Path, pending: Pending, config: IndexConfig) -> bool | None:
     if pending.is_open():
         return True
     written = path.stat().st_mtime if path.exists() else 0.0
-    if written and (not config.replace or written > _STARTED):
+    if written and (not (config.replace or config.append) or written > _STARTED):
         return False
     return None
 
@@ -230,6 +242,7 @@ def _meta(config: IndexConfig, placement: Placement, harvest: ActivationStore) -
         "sae_hash": weights_hash(sae),
         "created": _now().isoformat(timespec="seconds"),
         "harvest": harvest.hash,
+        **ledger_meta(harvest),
         "harvest_path": str(harvest.path.resolve()),
         "corpus": harvest.manifest["config"]["corpus"],
         "tokens_trained": sae.metadata.get("tokens_trained"),

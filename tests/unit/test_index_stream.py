@@ -9,18 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from activations import ActivationStore
+from activations import ActivationStore, CorpusConfig, HarvestConfig, append
 from sae import IndexConfig, index
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.indexing import encoding
 from sae.indexing.encoding import Encoder, pieces_of
+from sae.indexing.growth import old_part
 from sae.indexing.pending import Pending
 from saescope.artefact import write_json
+from saescope.config import from_dict
 from saescope.errors import ArtefactError, InputError
 from saescope.locks import locked
 from store import FeatureStore, StoreWriter
 from tests.interrupt import Interrupt, Killed
-from tests.tiny import D_MODEL
+from tests.tiny import D_MODEL, make_tiny_harvest
 
 SITE = "blocks.1.hook_resid_post"
 Tables = dict[str, list[tuple[Any, ...]]]
@@ -244,3 +246,89 @@ def test_two_builders_of_one_store_are_refused(
         index(dataclasses.replace(config, site="blocks.0.hook_resid_post"))
     assert not Path(config.out).exists()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A harvest in `harvest`, what it was before it grew in `before`, and a store of that."""
+    folder = tmp_path_factory.mktemp("grown")
+    path = make_tiny_harvest(folder, tiny_folder, documents=12, held_out_fraction=0.3)
+    shutil.copytree(path, folder / "before")
+    save_sae(folder / "sae-0")
+    save_sae(folder / "sae-1", 1)
+    text = folder / "text" / "corpus.jsonl"
+    more = folder / "more.jsonl"
+    more.write_text(text.read_text().replace("Number", "Another").replace("Document", "Text"))
+    manifest = ActivationStore.open(path).manifest["config"]
+    config = from_dict(HarvestConfig, manifest, "test")
+    append(dataclasses.replace(config, out=str(path), corpus=CorpusConfig(source=str(more))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOURCE_DATE_EPOCH", "0")
+        index(
+            IndexConfig(
+                run=str(folder / "sae-0"),
+                harvest=str(folder / "before"),
+                out=str(folder / "old" / "store"),
+            )
+        )
+    return folder
+
+
+def test_a_grown_store_is_the_one_built_from_nothing(
+    grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed in between; the old rows are not encoded again."""
+    run, harvest = str(grown / "sae-0"), str(grown / "harvest")
+    from_nothing = index(IndexConfig(run=run, harvest=harvest, out=str(tmp_path / "a" / "store")))
+    out = tmp_path / "b" / "store"
+    shutil.copytree(grown / "old" / "store", out)
+    config = IndexConfig(run=run, harvest=harvest, out=str(out), append=True)
+    rows = encoded(monkeypatch)
+    before, after = (ActivationStore.open(grown / name) for name in ("before", "harvest"))
+    assert {w.split for w in after.windows[len(before.windows) :]} == {"train", "held_out"}
+    old = tables(out / "features.duckdb")
+    with monkeypatch.context() as patch:
+        Interrupt(patch, StoreWriter, "finish", 1, Killed())
+        with pytest.raises(Killed):
+            index(config)
+    assert tables(out / "features.duckdb") == old
+    path = index(config)
+    assert sum(rows) == after.n_rows() - before.n_rows() > 0
+    assert len(rows) > 1
+    is_whole(path, {n: [r for r in t if r[0] != "name"] for n, t in tables(from_nothing).items()})
+    capsys.readouterr()
+    index(config)
+    assert f"has all of its harvest already, {after.n_rows():,} rows" in capsys.readouterr().out
+
+
+def test_only_a_store_of_the_same_grows(grown: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    harvest = str(grown / "harvest")
+    config = IndexConfig(
+        run=str(grown / "sae-0"), harvest=harvest, out=str(tmp_path / "store"), append=True
+    )
+    with pytest.raises(InputError, match="there is no store that could grow"):
+        index(config)
+    shutil.copytree(grown / "old" / "store", config.out)
+    content = Path(config.out, "features.duckdb").read_bytes()
+    with pytest.raises(InputError, match="is a store of another SAE, so its activations cannot"):
+        index(dataclasses.replace(config, run=str(grown / "sae-1")))
+    other = make_tiny_harvest(tmp_path / "other", tiny_folder, documents=20)
+    with pytest.raises(InputError, match="was built from another harvest, not from the beginning"):
+        index(dataclasses.replace(config, harvest=str(other)))
+    with pytest.raises(InputError, match="give one"):
+        dataclasses.replace(config, replace=True)
+    assert Path(config.out, "features.duckdb").read_bytes() == content
+    assert not list(Path(config.out).glob(".*"))
+
+
+def test_a_store_of_rows_that_were_repaired_does_not_grow(grown: Path) -> None:
+    harvest = ActivationStore.open(grown / "harvest")
+    path = grown / "old" / "store" / "features.duckdb"
+    with FeatureStore.open(path) as store:
+        meta = store.meta
+    chunks = old_part(path, harvest, meta).chunks
+    harvest.ledger.corrections.append({"array": SITE, "chunk": chunks, "crc32c": 1, "why": {}})
+    assert old_part(path, harvest, meta).chunks == chunks  # a new row was repaired
+    harvest.ledger.corrections.append({"array": SITE, "chunk": 0, "crc32c": 1, "why": {}})
+    with pytest.raises(InputError, match="were repaired with other content since"):
+        old_part(path, harvest, meta)
