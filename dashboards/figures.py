@@ -212,6 +212,7 @@ def curves(
     title: str,
     *,
     logarithmic: bool = False,
+    log_tokens: bool = False,
     height: int = 240,
 ) -> "Figure":
     """A measurement of several runs over tokens: (run's name, tokens, values) each."""
@@ -236,6 +237,8 @@ def curves(
     figure.update_layout(hovermode="closest", showlegend=len(lines) > 1, legend=_LEGEND)
     if logarithmic:
         figure.update_yaxes(type="log", dtick=1, exponentformat="power")
+    if log_tokens:
+        figure.update_xaxes(type="log", dtick=1, title="tokens (log scale)")
     return figure
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import streamlit as st
 
-from dashboards import address, catalogue, figures
+from dashboards import address, catalogue, emergence, figures
 from dashboards.amounts import counted
 from dashboards.pages import Page
 from dashboards.run_folders import MEASUREMENTS, RunFolder
@@ -58,7 +58,7 @@ CURVES = (
 
 def render() -> None:
     """Draw the page."""
-    session = begin_page("Training", ("runs",))
+    session = begin_page("Training", ("runs", "emerged"))
     runs = {run.name: run for run in catalogue.runs()}
     if not runs:
         st.info(
@@ -73,7 +73,9 @@ def render() -> None:
         st.info("Choose a run.", icon=":material/show_chart:")
         return
     going = any(runs[name].state == "running" for name in chosen)
-    st.fragment(_curves, run_every=EVERY if going else None)([runs[name] for name in chosen])
+    shown = [runs[name] for name in chosen]
+    st.fragment(_curves, run_every=EVERY if going else None)(shown)
+    emergence.section(shown)
 
 
 def _choice(session: Session, runs: Mapping[str, RunFolder]) -> list[str]:
