@@ -22,6 +22,7 @@ from sae.indexing.encoding import Encoder, at_work, left_behind, pieces_of
 from sae.indexing.ends import indexed
 from sae.indexing.growth import ledger_meta, old_part
 from sae.indexing.inputs import Inputs, inputs_of
+from sae.indexing.layers import layer_facts
 from sae.indexing.pending import Pending, decisive, other_words
 from saescope.artefact import read_json, sha256_json
 from saescope.config import Config, to_dict
@@ -62,6 +63,10 @@ class IndexConfig(Config):
     """JSON list of the text of each token id, where the harvest does not know its model."""
     neighbours: int = 10
     """Nearest decoder directions kept of each feature."""
+    topic_field: str = "topic"
+    """Field of the corpus's records that says what a document is about, where they have one."""
+    layer_tokens: int = 16_384
+    """Tokens on which an SAE of several layers is measured at each of them; 0 for none."""
     allow_other_model: bool = False
     """Index a harvest of another model than the SAE was trained on."""
     replace: bool = False
@@ -77,6 +82,7 @@ class IndexConfig(Config):
             raise InputError("keeps what is there, and replace does not: give one", where="append")
         check_range("logits", self.logits, low=1)
         check_range("neighbours", self.neighbours, low=1)
+        check_range("layer_tokens", self.layer_tokens, low=0)
 
 
 @system_errors()
@@ -108,8 +114,9 @@ def _index(config: IndexConfig, path: Path) -> Path:
         _tidy(path)
         say(f"{path}: already built (--replace builds it anew)")
         return path
+    whole = load(config.run, target_site=config.target_site)
     harvest, placement = open_harvest(
-        load(config.run, target_site=config.target_site),
+        whole,
         config.harvest,
         config.site,
         allow_other_model=config.allow_other_model,
@@ -144,6 +151,8 @@ def _index(config: IndexConfig, path: Path) -> Path:
             activations=chain(old.activations() if old else (), encoder.activations()),
             logits=config.logits,
             neighbours=config.neighbours,
+            topic_field=config.topic_field,
+            layers=layer_facts(whole, placement, harvest, config.layer_tokens),
             replace=config.replace or config.append,
         )
         pending.remove()

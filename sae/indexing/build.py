@@ -7,22 +7,28 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor
 
 from activations import ActivationStore, Model
 from sae.analysis.similarity import cosines_with_others
 from sae.data.placement import Placement
 from sae.indexing.ends import Indexed, indexed
+from sae.indexing.groups import add_document_groups
 from sae.indexing.inputs import Inputs
+from sae.indexing.layers import LayerFacts
 from sae.indexing.layout import NEAREST, lay_out
 from sae.indexing.pending import Arrays
 from saescope.progress import Progress, say
 from saescope.system import system_errors
 from store import StoreWriter
+from store.fact_writer import LOGIT_BINS
 
 LARGEST_LOGIT = "largest_logit_effect"
+_HEADS = ".hook_z"
+"""how the names of sites end that are attention heads side by side"""
 _SEQUENCES = 4096
 _FEATURES = 512
 
@@ -38,6 +44,8 @@ def build_store(
     activations: Iterable[Arrays],
     logits: int = 10,
     neighbours: int = 10,
+    topic_field: str = "topic",
+    layers: LayerFacts | None = None,
     replace: bool = False,
 ) -> dict[str, int]:
     """Write the store of an SAE's features on a harvest; the rows of each of its tables.
@@ -51,6 +59,8 @@ def build_store(
         activations: position, feature and activation [n each], piece by piece.
         logits: most raised and most lowered tokens kept of each feature.
         neighbours: nearest decoder directions kept of each feature.
+        topic_field: of the corpus's records, which says what a document is about.
+        layers: what the features of an SAE of several layers do at each.
         replace: write over the store that is there.
 
     Raises ArtefactError if the harvest cannot be read or the disk is full; an interrupted build
@@ -62,27 +72,31 @@ def build_store(
         torch.inference_mode(),
         StoreWriter(
             path,
-            meta={**meta, **inputs.meta()},
+            meta={**meta, **inputs.meta(), **({"layer_use": layers.summary} if layers else {})},
             d_sae=sae.d_sae,
             context=harvest.context,
             replace=replace,
         ) as writer,
     ):
-        writer.add_vocabulary(inputs.texts)
-        writer.add_documents(harvest.document_table())
-        for numbers, images in inputs.pictures(harvest):
-            writer.add_pictures(numbers, images)
-        _add_sequences(writer, harvest, inputs)
+        _add_inputs(writer, harvest, inputs)
+        add_document_groups(writer, harvest, topic_field)
         for piece in activations:
             writer.add_activations(**piece)
         decided = _add_logits(writer, sae, placement, model, logits)
         columns = {name: each.float().numpy() for name, each in sae.feature_columns().items()}
         writer.add_features({**columns, **decided})
+        if layers is not None:
+            layers.write(writer)
+        _add_heads(writer, sae, placement, model)
         _add_neighbours(writer, sae, neighbours)
         return writer.finish()
 
 
-def _add_sequences(writer: StoreWriter, harvest: ActivationStore, inputs: Inputs) -> None:
+def _add_inputs(writer: StoreWriter, harvest: ActivationStore, inputs: Inputs) -> None:
+    writer.add_vocabulary(inputs.texts)
+    writer.add_documents(harvest.document_table())
+    for numbers, images in inputs.pictures(harvest):
+        writer.add_pictures(numbers, images)
     for first in range(0, harvest.n_sequences, _SEQUENCES):
         rows = slice(first, min(first + _SEQUENCES, harvest.n_sequences))
         writer.add_sequences(
@@ -133,6 +147,9 @@ def _add_logits(
             rows = directions[first : first + _FEATURES]
             effect = direct_logits(rows, W_U, norm_weight, centred=centred)
             largest.append(effect.amax(1))
+            writer.add_logit_histograms(
+                np.arange(first, first + len(rows)), *logit_histograms(effect)
+            )
             for sign in (1, -1):
                 value, token = (sign * effect).topk(min(count, effect.shape[1]), dim=1)
                 feature, rank = _grid(first, value)
@@ -145,6 +162,47 @@ def _add_logits(
                 )
             progress.advance(len(rows))
     return {LARGEST_LOGIT: torch.cat(largest).numpy()}
+
+
+def logit_histograms(effect: Tensor) -> tuple[Any, Any, Any]:
+    """Lowest and highest effect [n] of features on the logits [n, d_vocab], and counts [n, 40] of
+    the equal bins from one to the other; all in the first bin where all effects are equal.
+
+    >>> low, high, counts = logit_histograms(torch.tensor([[0.0, 1.0, 1.9, 40.0]]))
+    >>> low.tolist(), high.tolist(), counts[0, [0, 1, 39]].tolist()
+    ([0.0], [40.0], [1, 2, 1])
+    """
+    low, high = effect.aminmax(dim=1)
+    counts = torch.zeros(len(effect), LOGIT_BINS)
+    for row, values in enumerate(effect):
+        begin, end = float(low[row]), float(high[row])
+        if begin < end:
+            counts[row] = torch.histc(values, LOGIT_BINS, begin, end)
+        else:
+            counts[row, 0] = len(values)
+    return low.numpy(), high.numpy(), counts.to(torch.int32).numpy()
+
+
+def _add_heads(
+    writer: StoreWriter, sae: Indexed, placement: Placement, model: Model | None
+) -> None:
+    """Write the norm of what each feature writes to each head, at the outputs of heads."""
+    if model is None or len(placement.written) != 1 or not placement.written[0].endswith(_HEADS):
+        return
+    heads = getattr(model.hf.config.get_text_config(), "num_attention_heads", None)
+    if not heads or sae.W_dec.shape[1] % heads:
+        say("norms of heads: left out, because the model does not say how many it has")
+        return
+    writer.add_head_norms(head_norms(sae.W_dec, heads).numpy())
+
+
+def head_norms(W_dec: Tensor, heads: int) -> Tensor:
+    """Norms [d_sae, heads] of decoder rows [d_sae, heads * d_head] within each head.
+
+    >>> head_norms(torch.tensor([[3.0, 4.0, 0.0, 2.0]]), 2).tolist()
+    [[5.0, 2.0]]
+    """
+    return rearrange(W_dec, "f (head d) -> f head d", head=heads).double().norm(dim=-1)
 
 
 def _add_neighbours(writer: StoreWriter, sae: Indexed, count: int) -> None:
