@@ -122,6 +122,46 @@ def _command(
     sys.exit(main(arguments))
 
 
+def _index(config: Any, log: str, number: int, size: int, waits_for: int, dies_at: int) -> None:
+    from sae.commands.index import index
+    from sae.indexing.encoding import Encoder
+
+    with Path(log).open("w") as sink:
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+    encode, calls = Encoder._encode, []
+
+    def encoded(self: Any, piece: Any) -> Any:
+        calls.append(piece)
+        if len(calls) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        until = time.monotonic() + 60
+        while len(list(self.pending.folder.glob("activations-*"))) < waits_for:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        return encode(self, piece)
+
+    Encoder._encode = encoded  # type: ignore[method-assign]
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(size), "SOURCE_DATE_EPOCH": "0"}
+    index(config)
+    print(f"pieces: {len(calls)}")  # noqa: T201
+
+
+def index_rank(
+    config: Any, log: Path, number: int, size: int, *, waits_for: int = 0, dies_at: int = 0
+) -> ForkServerProcess:
+    """An index as one of several ranks, in its own process.
+
+    Args:
+        waits_for: it encodes its first piece when so many are committed.
+        dies_at: it kills itself in its n-th piece.
+    """
+    arguments = (config, str(log), number, size, waits_for, dies_at)
+    process = _CONTEXT.Process(target=_index, args=arguments)
+    process.start()
+    return process
+
+
 class Child:
     """A harvest, or an append, in its own process.
 
