@@ -12,6 +12,24 @@ STATES = {"live": "Live", "dead": "Dead", "dense": "Dense", "all": "All"}
 LABELS = {"any": "Any", "labelled": "Labelled", "unlabelled": "Not yet", "favourites": "★"}
 LOOKS = {"table": "Table", "scatter": "Scatter"}
 _LONGEST = 200
+_NAMES = {
+    "feature": "number",
+    "density": "density",
+    "max": "strongest activation",
+    "mean": "mean activation",
+    "std": "spread of activations",
+    "n_active": "positions",
+    "n_documents": "documents",
+}
+
+
+def column_names(columns: Collection[str]) -> dict[str, str]:
+    """Columns of the feature table, and what readers call them.
+
+    >>> column_names(["max", "decoder_norm"])
+    {'max': 'strongest activation', 'decoder_norm': 'decoder norm'}
+    """
+    return {name: _NAMES.get(name, name.replace("_", " ")) for name in columns}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,7 +142,7 @@ def scatter(
 
     across, up = points[x].to_numpy(), points[y].to_numpy()
     text = [
-        f"feature {number} · {html.escape(name)}<br>"
+        f"feature {number} · {html.escape(name, quote=False)}<br>"
         f"{titles[x]} {amount(a)}, {titles[y]} {amount(b)}"
         for number, name, a, b in zip(points["feature"], names, across, up, strict=True)
     ]

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
+from dashboards.feature_view import matching
 from dashboards.tokens import plain_visible
 from saescope.errors import SaescopeError
 from store import Annotations, FeatureFilter, FeatureStore
@@ -198,6 +199,15 @@ def all_names(
     """What these features are called, many at once."""
     labels, tokens = notes.labels(), all_top_tokens(store, version)
     return [labels.get(f) or called(tokens[f]) for f in map(int, features)]
+
+
+def found(store: FeatureStore, notes: Annotations, version: Version, text: str) -> list[int]:
+    """The features that a search finds: by label and note, by top token, and by number; in this
+    order."""
+    numbers = [*notes.search(text), *matching(text, all_top_tokens(store, version))]
+    if text.isascii() and text.isdigit() and len(text) < 10 and int(text) < store.d_sae:
+        numbers.append(int(text))
+    return [number for number in dict.fromkeys(numbers) if number < store.d_sae]
 
 
 def called(tokens: Sequence[str], most: int = 3) -> str:

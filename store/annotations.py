@@ -164,6 +164,21 @@ class Annotations(MachineLabels):
         """Put a feature on a list."""
         self._put("list_member", "list", feature, clean_name("list", name), wanted=True)
 
+    def add_all_to_list(self, features: Sequence[int], name: str) -> int:
+        """Put features on a list, all or none; how many of them were not on it before."""
+        numbers = [feature_number(feature) for feature in features]
+        clean, added = clean_name("list", name), 0
+
+        def write(con: sqlite3.Connection) -> None:
+            nonlocal added
+            added = sum(
+                self._set_member(con, "list_member", "list", number, clean, True)
+                for number in dict.fromkeys(numbers)
+            )
+
+        self._change(write)
+        return added
+
     def remove_from_list(self, feature: int, name: str = FAVOURITES) -> None:
         """Take a feature off a list."""
         self._put("list_member", "list", feature, clean_name("list", name), wanted=False)

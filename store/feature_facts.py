@@ -83,6 +83,20 @@ class FeatureFacts(StoreBase):
         )
         return [number for (number,) in rows]
 
+    def first_groups(self, kind: str) -> dict[int, str]:
+        """The name of each feature's surest group of a kind, where it has one.
+
+        Cost: a pass over the enriched groups, some 10 ms.
+        """
+        self._need_facts()
+        rows = self._rows(
+            "SELECT feature, arg_min(name, rank) FROM db.enrichment WHERE kind = ?"
+            " GROUP BY feature ORDER BY feature",
+            [str(kind)],
+        )
+        self._db.check_fits(all(0 <= number < self.d_sae for number, _ in rows), "enrichment")
+        return dict(rows)
+
     def layers(self) -> list[Layer]:
         """The layers of an SAE of several; empty for an SAE of one."""
         self._need_facts()

@@ -17,7 +17,7 @@ from dashboards.feature_view import (
     PARAMETERS,
     STATES,
     FeatureView,
-    matching,
+    column_names,
     view_of,
 )
 from dashboards.pages import Page
@@ -28,15 +28,6 @@ PAGE = Page(title="Features", icon=":material/table_rows:", order=20, url="featu
 
 PAGE_ROWS = 50
 MOST_POINTS = 20_000
-NAMES = {
-    "feature": "number",
-    "density": "density",
-    "max": "strongest activation",
-    "mean": "mean activation",
-    "std": "spread of activations",
-    "n_active": "positions",
-    "n_documents": "documents",
-}
 ORDERS = {"up": "Ascending", "down": "Descending"}
 _DENSITIES = [0.0, *(10.0**e * m for e in range(-6, 0) for m in (1, 3)), 1.0]
 COLUMNS = ("feature", "label", "tokens", "density", "max", "mean", "n_active", "n_documents")
@@ -65,8 +56,7 @@ def render() -> None:
 
 def _names(session: Session) -> dict[str, str]:
     """The columns of numbers, and their names for readers."""
-    columns = session.store.number_columns
-    return {name: NAMES.get(name, name.replace("_", " ")) for name in columns}
+    return column_names(session.store.number_columns)
 
 
 # ---- the fields ---------------------------------------------------------------------------------
@@ -194,11 +184,7 @@ def _ids(session: Session, view: FeatureView) -> tuple[list[int] | None, list[in
     """The features that the search and the labels leave, and those that they exclude."""
     ids, without = None, None
     if view.q:
-        tokens = queries.all_top_tokens(session.store, session.version)
-        found = [*session.notes.search(view.q), *matching(view.q, tokens)]
-        if view.q.isascii() and view.q.isdigit() and len(view.q) < 10:
-            found.append(int(view.q))
-        ids = found
+        ids = queries.found(session.store, session.notes, session.version, view.q)
     if view.label == "unlabelled":
         without = list(session.notes.labels())
     elif view.label != "any":

@@ -79,6 +79,7 @@ def test_the_explorers_own_pages_and_panels() -> None:
     assert found == [
         ("Home", ":material/home:", "overview"),
         ("Features", ":material/table_rows:", "features"),
+        ("Map", ":material/bubble_chart:", "map"),
         ("Feature", ":material/search:", "feature"),
         ("Token", ":material/match_word:", "token"),
         ("Prompt", ":material/edit_note:", "text"),
@@ -109,7 +110,7 @@ def test_a_page_is_added_by_its_file(folder: Path, write: Write) -> None:
     write(pages.VIEWS, "longest_labels", PAGE)
     write(pages.VIEWS, "_helper", "")
     app = open_page("longest-labels")
-    assert navigation(app)[1:4] == ["Features", "Longest labels", "Feature"]
+    assert navigation(app)[1:5] == ["Features", "Longest labels", "Map", "Feature"]
     assert app.markdown[0].value == "## Longest labels"
     assert "a page of tiny" in shown(app)
     assert [(x.proto.page, x.proto.icon) for x in app.get("page_link")] == [("feature", "")]
