@@ -4,6 +4,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from urllib.parse import urlencode
 
 from dashboards.amounts import amount
@@ -13,6 +14,7 @@ HOT = (235, 122, 28)
 _JOINERS = "\u200c\u200d"  # scripts and emoji need these inside words
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>$:~&^=\"'])")
 _TITLE_LENGTH = 70
+_TOKEN_LENGTH = 32  # of texts that are remembered; what is longer is no token
 _WAYS = 8
 
 STYLE = """<style>
@@ -97,9 +99,19 @@ def visible(text: str) -> str:
     >>> visible("<b>\\n")
     '&lt;b&gt;<span class="ss-mark">↵</span>'
     """
+    # the same tokens come again and again; documents do not
+    return _visible_token(text) if len(text) <= _TOKEN_LENGTH else _visible(text)
+
+
+def _visible(text: str) -> str:
     if not text:
         return _mark("·")
     return "".join(_visible_character(c) for c in text)
+
+
+@lru_cache(maxsize=1 << 16)
+def _visible_token(text: str) -> str:
+    return _visible(text)
 
 
 def _visible_character(character: str) -> str:
@@ -123,7 +135,16 @@ def plain_visible(text: str) -> str:
     >>> plain_visible("a\\n")
     'a↵'
     """
+    return _plain_token(text) if len(text) <= _TOKEN_LENGTH else _plain(text)
+
+
+def _plain(text: str) -> str:
     return html.unescape(re.sub(r'<span class="ss-mark">|</span>', "", visible(text)))
+
+
+@lru_cache(maxsize=1 << 16)
+def _plain_token(text: str) -> str:
+    return _plain(text)
 
 
 def shortened(text: str, most: int) -> str:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from saescope.errors import ArtefactError, InputError
+from store.time_limit import time_limit
 
 KIND = "feature store"
 SCHEMA, OLDEST = 4, 2
@@ -172,12 +174,13 @@ class Database:
 
     @contextmanager
     def _clear(self, cursor: Any) -> Iterator[None]:
-        """Turn DuckDB's errors into one clear error; interrupt a query that takes too long."""
-        timer = threading.Timer(self._seconds, _interrupt, [cursor])
-        timer.daemon = True
-        timer.start()
+        """Turn DuckDB's errors into one clear error; interrupt a cursor that takes too long."""
         try:
-            yield
+            if cursor is None:
+                yield
+            else:
+                with time_limit(self._seconds, partial(_interrupt, cursor)):
+                    yield
         except duckdb.InterruptException as error:
             raise ArtefactError(
                 f"a query took more than {self._seconds:g} s and was ended", where=str(self.file)
@@ -191,8 +194,6 @@ class Database:
             raise ArtefactError(
                 f"cannot be read as a feature store: {reason}", where=str(self.file)
             ) from error
-        finally:
-            timer.cancel()
 
     @contextmanager
     def _answer(self, sql: str, values: Sequence[Any]) -> Iterator[Any]:
@@ -258,11 +259,9 @@ def _only_select(cursor: Any, sql: str) -> Any:
 @contextmanager
 def _clear_for_reader(cursor: Any, seconds: float) -> Iterator[None]:
     """Turn DuckDB's errors about a statement of a reader's into InputError; end it in time."""
-    timer = threading.Timer(seconds, _interrupt, [cursor])
-    timer.daemon = True
-    timer.start()
     try:
-        yield
+        with time_limit(seconds, partial(_interrupt, cursor)):
+            yield
     except duckdb.InterruptException as error:
         raise InputError(
             f"took more than {seconds:g} s and was ended", where="query", allowed=f"{seconds:g} s"
@@ -275,8 +274,6 @@ def _clear_for_reader(cursor: Any, seconds: float) -> Iterator[None]:
         ) from error
     except (duckdb.Error, UnicodeError, pa.ArrowException) as error:
         raise InputError(_reason(error), where="query") from error
-    finally:
-        timer.cancel()
 
 
 def _reason(error: Exception) -> str:

@@ -76,6 +76,30 @@ STEPPED = {
 """whose training steps are timed"""
 
 
+DASHBOARDS = Peer(
+    name="SAEDashboard",
+    package="sae-dashboard",
+    version="0.8.0",
+    script=HERE / "in_saedashboard.py",
+    # its decode-clt brings a torchvision of another torch; it holds NumPy below 2, which later
+    # releases of pyarrow refuse
+    alone=("sae-dashboard==0.8.0",),
+    needs=(
+        "dataclasses-json<0.7",
+        "datasets<4",
+        "eindex-callum",
+        "numpy<2",
+        "pyarrow<21",
+        "rich<14",
+        "sae-lens==6.54.12",
+        "safetensors<0.5",
+        "transformer-lens<3",
+        "transformers<4.57",
+    ),
+)
+"""whose pages of features are compared with ours"""
+
+
 def python_of(peer: Peer, work: Path) -> Path:
     """The interpreter of a peer's environment, made if it is not there yet.
 
