@@ -1,11 +1,12 @@
-"""The explorer's entry: `saescope explore` runs it with Streamlit."""
+"""The explorer's entry: `dashboards.server` runs it with Streamlit for every turn of a reader."""
 
 from pathlib import Path
 
 import streamlit as st
 
+from dashboards.failures import show
 from dashboards.pages import streamlit_pages, way_to_first
-from dashboards.tokens import STYLE, plain
+from dashboards.tokens import STYLE
 from saescope.errors import SaescopeError
 
 # a file of ours: the browser would fetch an icon that is only named from a server of others
@@ -16,4 +17,4 @@ try:
     st.html(STYLE)
     page.run()
 except SaescopeError as error:
-    st.error(plain(error), icon=":material/error:")
+    show(error)

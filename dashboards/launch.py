@@ -4,17 +4,17 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from saescope.config import Config
-from saescope.errors import InputError, check_range
+from saescope.errors import ArtefactError, InputError, check_range
 from saescope.progress import say
 
 HOST = "localhost"
-_APP = Path(__file__).parent / "app.py"
+_SERVER = Path(__file__).parent / "server.py"
 _PRIMARY_COLOURS = {"light": "#c2601a", "dark": "#e8873a"}
 
 
@@ -85,38 +85,51 @@ def command(config: ExploreConfig) -> list[str]:
     ]
     # other names of this machine are refused, so that no page of others can pass for this one
     words += [f"--server.allowedHosts={host}" for host in (HOST, "127.0.0.1")]
-    return [sys.executable, "-m", "streamlit", "run", str(_APP), *words]
+    return [sys.executable, "-m", "streamlit", "run", str(_SERVER), *words]
 
 
 @contextmanager
 def serving(config: ExploreConfig) -> Iterator[subprocess.Popen[bytes]]:
     """The explorer's process, which is ended at the end of the block.
 
-    Raises ArtefactError if there is no store, or one cannot be read; InputError if the port is
-    taken.
+    Raises ArtefactError if there is no store, or none can be read; InputError if the port is taken.
     """
     from dashboards.find_stores import environment, find_stores
-    from store import FeatureStore
 
     stores = find_stores(config.store)
-    for path in stores.values():
-        FeatureStore.open(path).close()
+    _check_some_open(stores)
     _check_port(config.port)
     # Streamlit reads no settings of the folder the command is called in, nor from variables
     ours = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLIT_")}
     ours |= environment(config.store, model=config.model, sae=config.sae)
     # the packages of this very tree, wherever the command is called
-    path = [str(_APP.resolve().parent.parent), *ours.get("PYTHONPATH", "").split(os.pathsep)]
+    path = [str(_SERVER.resolve().parent.parent), *ours.get("PYTHONPATH", "").split(os.pathsep)]
     ours["PYTHONPATH"] = os.pathsep.join(str(Path(entry).resolve()) for entry in path if entry)
     say(f"explorer: {url(config)}  ({', '.join(stores)}; Ctrl-C ends it)")
     process = subprocess.Popen(
-        command(config), env=ours, cwd=_APP.parent, stdout=subprocess.DEVNULL
+        command(config), env=ours, cwd=_SERVER.parent, stdout=subprocess.DEVNULL
     )
     try:
         yield process
     finally:
         process.terminate()
         process.wait()
+
+
+def _check_some_open(stores: Mapping[str, Path]) -> None:
+    """Say which stores cannot be read, and why; raise the first one's error if none can."""
+    from store import FeatureStore
+
+    errors = []
+    for path in stores.values():
+        try:
+            FeatureStore.open(path).close()
+        except ArtefactError as error:
+            errors.append(error)
+    if len(errors) == len(stores):
+        raise errors[0]
+    for error in errors:
+        say(f"left out: {error}")
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The beginning of every page: which SAE, which store and which feature it is about."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import streamlit as st
 
@@ -9,6 +11,7 @@ from dashboards import find_stores, queries
 from dashboards.pages import page_at
 from dashboards.parameters import choose_feature, choose_sae
 from dashboards.tokens import plain
+from saescope.errors import SaescopeError
 from store import Annotations, FeatureStore
 
 
@@ -30,7 +33,7 @@ def begin_page(title: str, parameters: Collection[str] = ()) -> Session:
     stores = find_stores.stores()
     fallback = st.session_state.get("sae")
     if fallback not in stores:
-        fallback = next(iter(stores))
+        fallback = _first_readable(stores)
     chosen = choose_sae(st.query_params.get("sae"), stores, fallback)
     name = chosen.value
     if len(stores) > 1:
@@ -51,6 +54,15 @@ def begin_page(title: str, parameters: Collection[str] = ()) -> Session:
         del st.query_params[key]
     st.query_params["sae"] = name
     return session_of(name)
+
+
+def _first_readable(stores: Mapping[str, Path]) -> str:
+    """The first store that can be read; the very first, whose error is shown, if none can."""
+    for name, path in stores.items():
+        with suppress(SaescopeError, OSError):
+            queries.open_store(path)
+            return name
+    return next(iter(stores))
 
 
 def session_of(name: str) -> Session:

@@ -9,26 +9,11 @@ from typing import Any
 import pytest
 
 from store import Annotations, FeatureFilter, FeatureStore
+from tests.browsing import READY, heading, settle, visit
 from tests.explorer_process import serving
 from tests.tiny_store import D_SAE, EVERYWHERE, RARE, make_tiny_store
 
-CHROMIUM = "/usr/bin/chromium"
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-READY = "[data-testid=stMainBlockContainer] h2"
-HARMLESS = ("favicon", "Failed to load resource", "preload")
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no Chromium at {CHROMIUM}"),
-]
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
@@ -41,48 +26,6 @@ def server(stores: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     """The explorer's address; the server is `saescope explore`, ended by Ctrl-C."""
     with serving(stores, tmp_path_factory.mktemp("log") / "explore.txt") as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A page in a fresh session; the test fails if it wrote errors to the console."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800})
-    opened = context.new_page()
-    errors: list[str] = []
-    opened.on("pageerror", lambda error: errors.append(str(error)))
-    opened.on(
-        "console", lambda message: errors.append(message.text) if message.type == "error" else None
-    )
-    opened.set_default_timeout(30_000)
-    yield opened
-    context.close()
-    assert [e for e in errors if not any(part in e for part in HARMLESS)] == []
-
-
-def visit(page: Any, address: str) -> None:
-    page.goto(address)
-    page.wait_for_selector(READY)
-    settle(page)
-
-
-def settle(page: Any) -> None:
-    page.wait_for_timeout(250)
-    page.wait_for_function("!document.querySelector('[data-testid=stStatusWidget]')")
-    page.wait_for_timeout(250)
-
-
-def heading(page: Any, text: str) -> None:
-    page.wait_for_function(f"document.querySelector('{READY}')?.innerText.startsWith({text!r})")
-    settle(page)
 
 
 def test_overview_and_navigation(page: Any, server: str) -> None:

@@ -14,15 +14,7 @@ import torch
 import sae
 from sae.architectures.topk import TopKConfig, TopKSAE
 from store import Annotations, FeatureFilter, FeatureStore
-from tests.e2e.test_explorer_browser import (
-    ARGUMENTS,
-    CHROMIUM,
-    HARMLESS,
-    READY,
-    heading,
-    settle,
-    visit,
-)
+from tests.browsing import READY, heading, settle, visit
 from tests.explorer_process import serving
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
@@ -30,11 +22,7 @@ SCREENS = os.environ.get("SAESCOPE_SCREENS")
 WIDTHS = (1280, 1920)
 PROMPT = "The river rose in the night"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no Chromium at {CHROMIUM}"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 
 @pytest.fixture(scope="module")
@@ -54,31 +42,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with serving(made / "stores", tmp_path_factory.mktemp("log") / "explore.txt") as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A page in a fresh session; the test fails if it wrote an error to the console."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    opened = context.new_page()
-    errors: list[str] = []
-    opened.on("pageerror", lambda error: errors.append(str(error)))
-    opened.on(
-        "console", lambda message: errors.append(message.text) if message.type == "error" else None
-    )
-    opened.set_default_timeout(45_000)
-    yield opened
-    context.close()
-    assert [e for e in errors if not any(part in e for part in HARMLESS)] == []
 
 
 def done(page: Any) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from saescope.__main__ import main
-from tests.e2e.test_explorer_browser import browser, page, pytestmark, server, stores, visit
+from tests.browsing import visit
+from tests.e2e.test_explorer_browser import pytestmark, server, stores
 from tests.tiny_store import EVERYWHERE, RARE
 
-__all__ = ["browser", "page", "pytestmark", "server", "stores"]  # fixtures, and the marks
+__all__ = ["pytestmark", "server", "stores"]  # fixtures, and the mark
 
 
 @pytest.fixture
