@@ -37,16 +37,24 @@ class _Watch:
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                self._wakes = min((due for due, _ in self._due.values()), default=float("inf"))
-                wait = self._wakes - time.monotonic()
-                if wait > 0:
-                    self._changed.wait(min(wait, threading.TIMEOUT_MAX))
-                now = time.monotonic()
-                late = [key for key, (due, _) in self._due.items() if due <= now]
-                calls = [self._due.pop(key)[1] for key in late]
-            for call in calls:
-                call()
+            self._wait()
+            self._call_late()
+
+    def _wait(self) -> None:
+        with self._changed:
+            self._wakes = min((due for due, _ in self._due.values()), default=float("inf"))
+            wait = self._wakes - time.monotonic()
+            if wait > 0:
+                self._changed.wait(min(wait, threading.TIMEOUT_MAX))
+
+    def _call_late(self) -> None:
+        # a method of its own, so that nothing that was called is kept while the thread waits
+        with self._changed:
+            now = time.monotonic()
+            late = [key for key, (due, _) in self._due.items() if due <= now]
+            calls = [self._due.pop(key)[1] for key in late]
+        for call in calls:
+            call()
 
 
 _WATCH = _Watch()
