@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from dashboards.amounts import amount, span
 from dashboards.figures import BLUE, percent
+from dashboards.group_bars import groups_html
 from dashboards.tokens import STYLE, effects_html, examples_html, facts_html, plain_visible, visible
 from store.export.record import FeatureRecord
 from store.results import Histogram, Overview
@@ -120,7 +121,7 @@ def _section(record: FeatureRecord, inside: set[int]) -> str:
         f"mean {amount(feature.mean)} ± {amount(feature.std)} where it fires"
     )
     left = f"<h3>Activations</h3>{histogram_svg(record.histogram)}{_effects(record)}"
-    left += _related(record, inside)
+    left += _facts_of(record) + _related(record, inside)
     return (
         f'<section>{heading}<p class="quiet">{summary}</p>{written}<div class="columns">'
         f"<div>{left}</div><div>{_examples(record)}</div></div></section>"
@@ -133,6 +134,23 @@ def _effects(record: FeatureRecord) -> str:
         return ""
     pairs = ([(e.token, e.value) for e in side] for side in (top, bottom))
     return f"<h3>Effect on the next token</h3>{effects_html(*pairs)}"
+
+
+def _facts_of(record: FeatureRecord) -> str:
+    """Topics and sources, layers and attention heads, where the store has them."""
+    parts = []
+    if record.enrichments:
+        parts.append(f"<h3>Topics and sources</h3>{groups_html(record.enrichments)}")
+    layers = [(layer.site, each.share) for layer, each in record.layers]
+    heads = [(f"head {each.head}", each.share) for each in record.heads]
+    titles = ("Share of the feature at each layer", "Share of the decoder's norm in each head")
+    for title, rows in zip(titles, (layers, heads), strict=True):
+        if rows:
+            cells = "".join(
+                f"<span>{visible(name)}</span><span>{percent(share)}</span>" for name, share in rows
+            )
+            parts.append(f'<h3>{title}</h3><div class="related">{cells}</div>')
+    return "".join(parts)
 
 
 def _related(record: FeatureRecord, inside: set[int]) -> str:

@@ -34,7 +34,8 @@ DOWNLOADABLE = {
 """for a chart with a button that saves it as a picture"""
 
 
-def _finish(figure: "Figure", x: str, y: str, height: int) -> "Figure":
+def finish(figure: "Figure", x: str, y: str, height: int) -> "Figure":
+    """Give a figure the explorer's look, titles of its axes and a height in pixels."""
     figure.update_layout(
         height=height,
         margin={"l": 4, "r": 8, "t": 8, "b": 4},
@@ -85,7 +86,7 @@ def activation_histogram(histogram: Histogram, height: int = 210) -> "Figure":
         hovertext=text,
         hoverinfo="text",
     )
-    figure = _finish(Figure(bars), "activation", "positions", height)
+    figure = finish(Figure(bars), "activation", "positions", height)
     if counts.max() > _FEW:
         top = np.log10(counts.max())
         # starting below 1, so that a bin with a single position can be seen
@@ -119,7 +120,7 @@ def density_histogram(densities: np.ndarray, height: int = 260) -> "Figure":
         hovertext=text,
         hoverinfo="text",
     )
-    figure = _finish(
+    figure = finish(
         Figure(bars), "density (share of positions at which a feature fires)", "features", height
     )
     ticks = np.arange(low, 0.5)
@@ -156,7 +157,7 @@ def scatter(
         hovertext=text,
         hoverinfo="text",
     )
-    figure = _finish(Figure(dots), titles[x], titles[y], height)
+    figure = finish(Figure(dots), titles[x], titles[y], height)
     figure.update_layout(hovermode="closest", clickmode="event+select")
     logarithmic = {"type": "log", "dtick": 1, "exponentformat": "power"}
     if _spans_decades(across):
@@ -198,7 +199,7 @@ def pareto(points: "DataFrame", y: str, titles: Mapping[str, str], height: int =
                 cliponaxis=False,
             )
         )
-    figure = _finish(figure, titles["l0"], titles[y], height)
+    figure = finish(figure, titles["l0"], titles[y], height)
     several = points["protocol"].nunique() > 1
     figure.update_layout(hovermode="closest", showlegend=several, legend=_LEGEND)
     figure.update_layout(margin={"t": 26})
@@ -233,7 +234,7 @@ def curves(
                 + "</extra>",
             )
         )
-    figure = _finish(figure, "tokens", title, height)
+    figure = finish(figure, "tokens", title, height)
     figure.update_layout(hovermode="closest", showlegend=len(lines) > 1, legend=_LEGEND)
     if logarithmic:
         figure.update_yaxes(type="log", dtick=1, exponentformat="power")
@@ -280,7 +281,7 @@ def position_profile(profile: PositionProfile, height: int = 170) -> "Figure":
         hovertext=text,
         hoverinfo="text",
     )
-    figure = _finish(Figure(bars), "index in the sequence", "% of positions", height)
+    figure = finish(Figure(bars), "index in the sequence", "% of positions", height)
     figure.update_yaxes(rangemode="tozero")
     figure.update_xaxes(range=[-0.5, float(profile.edges[-1]) - 0.5])
     return figure
@@ -318,7 +319,7 @@ def difference_scatter(rows: "DataFrame", fdr: float, height: int = 330) -> "Fig
                 hoverinfo="text",
             )
         )
-    _finish(figure, "density where it fires more", "log₂ (density in A / density in B)", height)
+    finish(figure, "density where it fires more", "log₂ (density in A / density in B)", height)
     figure.update_layout(
         hovermode="closest",
         showlegend=True,
@@ -345,7 +346,7 @@ def query_chart(frame: "DataFrame", x: str, y: str, kind: str, height: int = 380
         mode = "lines" if kind == "line" else "markers"
         trace = Scatter(x=across, y=up, mode=mode, marker={"color": BLUE}, line={"color": BLUE})
     trace.hovertemplate = "%{x}: %{y}<extra></extra>"
-    figure = _finish(Figure(trace), _literal(x), _literal(y), height)
+    figure = finish(Figure(trace), _literal(x), _literal(y), height)
     figure.update_layout(hovermode="closest")
     if not numeric:
         figure.update_xaxes(type="category")
@@ -381,7 +382,7 @@ def similarity_histogram(
                 hoverinfo="text",
             )
         )
-    _finish(figure, "largest similarity to a feature of the other SAE", "features", height)
+    finish(figure, "largest similarity to a feature of the other SAE", "features", height)
     figure.update_layout(
         barmode="group",
         showlegend=True,

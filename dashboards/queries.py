@@ -13,6 +13,7 @@ from dashboards.feature_view import matching
 from dashboards.tokens import plain_visible
 from saescope.errors import SaescopeError
 from store import Annotations, FeatureFilter, FeatureStore
+from store.fact_results import DocumentGroup, Enrichment, HeadNorm, Layer, LayerShare
 from store.pictures import Grid
 from store.profiles import has_profiles
 from store.results import (
@@ -34,6 +35,23 @@ EXAMPLE_KINDS = {"top": "Strongest", "interval": "By interval"}
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What stores have of a feature since schema 4."""
+
+    logits: Histogram | None
+    """of the effects on the logits of all tokens"""
+    has_groups: bool
+    """whether the store's documents have topics or sources"""
+    groups: list[Enrichment]
+    """in which the feature fires more often than by chance"""
+    layers: list[Layer]
+    """of an SAE of several"""
+    layer_shares: list[LayerShare]
+    heads: list[HeadNorm]
+    """of an SAE at the outputs of attention heads"""
+
+
+@dataclass(frozen=True)
 class FeatureData:
     """All that the feature page shows, except examples; for panels."""
 
@@ -45,6 +63,8 @@ class FeatureData:
     tokens: list[TokenShare] | None
     """None where the store is of a schema that has no profiles"""
     positions: PositionProfile | None
+    facts: Facts | None
+    """None where the store is of a schema that has none"""
     grid: Grid | None
     """of a store of pictures: how positions lie on one"""
     previous: int | None
@@ -102,10 +122,28 @@ def feature(_store: FeatureStore, version: Version, number: int) -> FeatureData:
         coactivating=_store.coactivating(number),
         tokens=_store.token_profile(number) if profiled else None,
         positions=_store.position_profile(number) if profiled else None,
+        facts=_facts(_store, version, number) if _store.has_facts else None,
         grid=_store.grid,
         previous=_store.previous_live(number),
         next=_store.next_live(number),
     )
+
+
+def _facts(store: FeatureStore, version: Version, number: int) -> Facts:
+    return Facts(
+        logits=store.logit_histogram(number),
+        has_groups=bool(document_groups(store, version)),
+        groups=store.enrichments(number),
+        layers=store.layers(),
+        layer_shares=store.layer_profile(number),
+        heads=store.head_norms(number),
+    )
+
+
+@st.cache_data(max_entries=64, ttl=_DAY, show_spinner=False)
+def document_groups(_store: FeatureStore, version: Version) -> list[DocumentGroup]:
+    """The topics and sources of the store's documents; none in a store of an older schema."""
+    return _store.document_groups() if _store.has_facts else []
 
 
 @st.cache_data(max_entries=256, ttl=_DAY, show_spinner=False)

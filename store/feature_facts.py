@@ -113,6 +113,9 @@ class FeatureFacts(StoreBase):
         self._need_facts()
         sql = "SELECT layer, count, amount, share FROM db.layer_profile WHERE feature = ?"
         rows = self._rows(f"{sql} ORDER BY layer", [self._check(feature)])
+        if rows:
+            fits = [row[0] for row in rows] == list(range(len(self.layers())))
+            self._db.check_fits(fits, "layer_profile")
         return [LayerShare(*row) for row in rows]
 
     def layer_shares(self) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 import streamlit as st
 
+from dashboards import fact_figures, figures
 from dashboards.pages import Panel
 from dashboards.queries import FeatureData
 from dashboards.session import Session
@@ -11,7 +12,8 @@ PANEL = Panel(
     title="Effect on the next token",
     order=30,
     help="Tokens whose logit the feature's decoder direction raises and lowers most, directly "
-    "through the unembedding; what later layers make of it is not counted.",
+    "through the unembedding; what later layers make of it is not counted. The chart has the "
+    "effects on all tokens of the vocabulary, about their mean.",
 )
 
 
@@ -27,3 +29,11 @@ def panel(session: Session, data: FeatureData) -> None:
             [(e.token, e.value) for e in data.logits.bottom],
         )
     )
+    histogram = data.facts.logits if data.facts else None
+    if histogram is not None:
+        st.plotly_chart(
+            fact_figures.logit_histogram(histogram),
+            config=figures.CONFIG,
+            key="logit_histogram",
+            alt="Histogram of the feature's effects on the logits of all tokens",
+        )

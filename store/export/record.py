@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from store.annotations import Annotation, Annotations
+from store.fact_results import Enrichment, HeadNorm, Layer, LayerShare
 from store.feature_store import FeatureStore
 from store.machine_labels import MachineLabel
 from store.results import Coactivation, Example, Feature, Histogram, Logits, Neighbour
@@ -30,6 +31,13 @@ class FeatureRecord:
     top: list[Example]
     intervals: list[Interval]
     """from the strongest to the weakest"""
+    logit_histogram: Histogram | None
+    """None where the store has none"""
+    enrichments: list[Enrichment]
+    """topics and sources in which it fires more often than by chance"""
+    layers: list[tuple[Layer, LayerShare]]
+    """of an SAE of several, what the feature does at each"""
+    heads: list[HeadNorm]
     neighbours: list[Neighbour]
     coactivating: list[Coactivation]
     top_tokens: dict[int, list[str]]
@@ -69,6 +77,10 @@ def read_record(
         logits=store.logits(number),
         top=store.examples(number, "top", window),
         intervals=[] if feature.dead else intervals,
+        logit_histogram=store.logit_histogram(number) if store.has_facts else None,
+        enrichments=store.enrichments(number) if store.has_facts else [],
+        layers=_layers(store, number) if store.has_facts else [],
+        heads=store.head_norms(number) if store.has_facts else [],
         neighbours=neighbours,
         coactivating=coactivating,
         top_tokens=store.top_tokens(named, 3),
@@ -76,6 +88,11 @@ def read_record(
         annotation=notes.get(number),
         machine_label=notes.best_machine_labels([number]).get(number),
     )
+
+
+def _layers(store: FeatureStore, number: int) -> list[tuple[Layer, LayerShare]]:
+    layers = store.layers()
+    return [(layers[each.layer], each) for each in store.layer_profile(number)]
 
 
 def figures(value: float) -> float:

@@ -2,7 +2,7 @@
 
 The keys are those of `NeuronpediaDashboardBatch` and `NeuronpediaDashboardFeature` in SAEDashboard
 (sae_dashboard/neuronpedia/neuronpedia_dashboard.py). What a store does not have is left empty:
-neuron alignment, correlated neurons, the histogram of logit effects, the decoder vector.
+neuron alignment, correlated neurons, the decoder vector.
 
 Two things differ on purpose. Intervals exclude zero and do not overlap, where SAEDashboard's lowest
 one counts all inactive tokens; and examples are one a sequence, whole sequences, and never at
@@ -83,15 +83,22 @@ def dashboard_feature(store: FeatureStore, record: FeatureRecord) -> dict[str, A
         "frac_nonzero": figures(record.feature.density),
         "freq_hist_data_bar_values": [figures(each) for each in (edges[:-1] + edges[1:]) / 2],
         "freq_hist_data_bar_heights": record.histogram.counts.tolist(),
-        "logits_hist_data_bar_heights": [],
-        "logits_hist_data_bar_values": [],
+        **logit_bars(record),
         "n_prompts_total": overview.n_sequences,
         "n_tokens_in_prompt": overview.context,
         "dataset": str((store.meta.get("corpus") or {}).get("source") or ""),
-        "decoder_weights_dist": [],
+        "decoder_weights_dist": [figures(each.share) for each in record.heads],
         "activations": list(dashboard_activations(store, record)),
         "vector": [],
     }
+
+
+def logit_bars(record: FeatureRecord) -> dict[str, list[Any]]:
+    """The histogram of effects on all logits, as SAEDashboard and Neuronpedia call it."""
+    found = record.logit_histogram
+    heights, edges = ([], None) if found is None else (found.counts.tolist(), found.edges)
+    middle = [] if edges is None else [figures(each) for each in (edges[:-1] + edges[1:]) / 2]
+    return {"logits_hist_data_bar_heights": heights, "logits_hist_data_bar_values": middle}
 
 
 def dashboard_activations(store: FeatureStore, record: FeatureRecord) -> Iterator[dict[str, Any]]:

@@ -51,6 +51,32 @@ SCHEMAS = {
             "value": _F32,
         }
     ),
+    "enrichment": pa.schema(
+        {
+            "feature": pa.int32(),
+            "rank": pa.int16(),
+            "kind": _TEXT,
+            "name": _TEXT,
+            "documents": _I64,
+            "expected": pa.float64(),
+            "log_odds": pa.float64(),
+            "q": pa.float64(),
+            "positions": _I64,
+            "share": pa.float64(),
+            "expected_share": pa.float64(),
+        }
+    ),
+    "layers": pa.schema(
+        {
+            "feature": pa.int32(),
+            "layer": pa.int16(),
+            "site": _TEXT,
+            "count": _I64,
+            "amount": pa.float64(),
+            "share": pa.float64(),
+        }
+    ),
+    "heads": pa.schema({"feature": pa.int32(), "head": pa.int16(), "norm": _F32, "share": _F32}),
     "neighbours": pa.schema(
         {"feature": pa.int32(), "rank": pa.int16(), "other": pa.int32(), "cosine": _F32}
     ),
@@ -141,6 +167,14 @@ def rows_of(table: str, record: FeatureRecord) -> Rows:
             for sign, effects in sides
             for rank, effect in enumerate(effects)
         ]
+    if table == "enrichment":
+        names = SCHEMAS[table].names[2:]
+        found = enumerate(record.enrichments)
+        return [(number, rank, *(getattr(e, name) for name in names)) for rank, e in found]
+    if table == "layers":
+        return [(number, e.layer, la.site, e.count, e.amount, e.share) for la, e in record.layers]
+    if table == "heads":
+        return [(number, e.head, e.norm, e.share) for e in record.heads]
     if table == "neighbours":
         return [(number, rank, n.feature, n.cosine) for rank, n in enumerate(record.neighbours)]
     return [
