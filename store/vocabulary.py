@@ -69,13 +69,16 @@ class Vocabulary:
 
     def decode(self, token_ids: Sequence[int]) -> list[str]:
         """One string a token of a window; runs of partial tokens are decoded together."""
+        if self._partial.keys().isdisjoint(token_ids):
+            return [self._texts[token_id] for token_id in token_ids]
         texts: list[str] = []
         run: list[bytes] = []
         for token_id in token_ids:
             if token_id in self._partial:
                 run.append(self._partial[token_id])
                 continue
-            texts += join_partial(run)
-            run = []
+            if run:
+                texts += join_partial(run)
+                run = []
             texts.append(self._texts[token_id])
         return texts + join_partial(run)
