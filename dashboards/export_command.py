@@ -5,37 +5,42 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dashboards.feature_html import features_page, iframe, index_page, page_title
-from saescope.artefact import atomic_path, read_manifest, write_manifest
+from saescope.artefact import MANIFEST, atomic_path, read_manifest, write_manifest
 from saescope.config import Config, to_dict
 from saescope.errors import InputError, check_range
-from saescope.paths import local
+from saescope.paths import AnyPath, as_path, if_local, local
 from saescope.progress import Progress, say
 from saescope.replacing import PLAIN_FILE, Kind, check_apart, check_replaceable
 from saescope.system import system_errors
 from store import Annotations, FeatureStore
 from store.export.neuronpedia import LOCAL_CREATOR, write_neuronpedia
+from store.export.parquet_store import PARQUET_STORE, write_parquet_store
 from store.export.record import read_record
 from store.export.saedashboard import write_saedashboard
 from store.export.tables import FORMATS as TABLES
 from store.export.tables import write_tables
 from store.selection import choose_features
 
-FORMATS = ("neuronpedia", "saedashboard", *TABLES, "html")
+WHOLE = "parquet-store"
+FORMATS = ("neuronpedia", "saedashboard", *TABLES, "html", WHOLE)
 SCHEMA = 1
 INDEX = "index.html"
+_A_WEEK = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(Config):
-    """Export features of a store."""
+    """Export features of a store, or all of it."""
 
     store: str
     """A store's file or folder."""
     out: str
-    """Folder to write; for HTML also a file NAME.html, one page for all the features."""
+    """Folder to write; for HTML also a file NAME.html, one page for all the features; for a whole
+    store also a URL (s3://bucket/name)."""
     format: str = "html"
-    """neuronpedia (what its importer reads), saedashboard (its batch-N.json), csv, parquet or
-    html (pages that open without a network)."""
+    """neuronpedia (what its importer reads), saedashboard (its batch-N.json), csv, parquet,
+    html (pages that open without a network), or parquet-store: the whole store as partitioned
+    Parquet, which saescope opens as it does the store, from an object store too."""
     features: str | None = None
     """Numbers and ranges, as 3,17,100-120; without these and without a list, all live features."""
     list: str | None = None
@@ -57,6 +62,12 @@ class ExportConfig(Config):
         if self.format not in FORMATS:
             raise InputError("no such format", where="format", given=self.format, allowed=FORMATS)
         check_range("window", self.window, low=0)
+        if self.format == WHOLE and (self.features or self.list):
+            raise InputError(
+                f"a whole store is written with {WHOLE}; choose features with another format",
+                where="features" if self.features else "list",
+                given=self.features or self.list,
+            )
 
 
 def _is_export(folder: Path) -> bool:
@@ -67,18 +78,20 @@ EXPORT = Kind("an export of features", _is_export)
 
 
 @system_errors()
-def export(config: ExportConfig) -> Path:
+def export(config: ExportConfig) -> AnyPath:
     """Write the export; the path of what was written.
 
     Raises InputError for a wrong choice of features, or if something is in the way; an interrupted
     export leaves nothing behind.
     """
+    if config.format == WHOLE:
+        return _whole_store(config)
     out = local(config.out)
     one_page = config.format == "html" and out.suffix == ".html"
     kind = PLAIN_FILE if one_page else EXPORT
     check_replaceable(out, kind, replace=config.replace)
-    with FeatureStore.open(local(config.store)) as store, _notes(store) as notes:
-        check_apart(out, store.path)
+    with FeatureStore.open(config.store) as store, _notes(store) as notes:
+        check_apart(out, if_local(store.path))
         features = choose_features(store, notes, config.features, config.list)
         with (
             atomic_path(out, kind, replace=config.replace) as temporary,
@@ -98,6 +111,18 @@ def export(config: ExportConfig) -> Path:
     if config.format == "html":
         name = out.name if one_page else f"{out.name}/{_page_name(features[0])}"
         say(f"to show it in another page: {iframe(name, name)}")
+    return out
+
+
+def _whole_store(config: ExportConfig) -> AnyPath:
+    out = as_path(config.out)
+    with FeatureStore.open(config.store, query_seconds=_A_WEEK) as store:
+        if isinstance(out, Path):
+            check_replaceable(out, PARQUET_STORE, replace=config.replace)
+            path = if_local(store.path)
+            check_apart(out, path.parent if path and path.name == MANIFEST else path)
+        write_parquet_store(store, out, replace=config.replace)
+    say(f"{out}: the whole store, in Parquet; open it as any store: saescope explore {out}")
     return out
 
 

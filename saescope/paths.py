@@ -167,6 +167,18 @@ def put(path: "UPath", data: bytes, *, new: bool = False) -> None:
         raise ArtefactError(f"cannot be written: {error}", where=str(path)) from error
 
 
+def upload(file: Path, path: "UPath") -> None:
+    """Write a file of this machine as an object, whole or not at all, and piece by piece.
+
+    Raises ArtefactError if the store does not take it.
+    """
+    try:
+        with _reaching(path):
+            path.fs.put_file(str(file), path.path)
+    except FileNotFoundError as error:
+        raise ArtefactError(f"cannot be written: {error}", where=str(path)) from error
+
+
 def objects(folder: "UPath") -> "list[UPath]":
     """All objects whose names begin with that of a folder; none where there is no such folder."""
     try:
@@ -177,6 +189,23 @@ def objects(folder: "UPath") -> "list[UPath]":
     first = len(folder.path.rstrip("/")) + 1
     names = [name[first:] for name in sorted(found)]
     return [folder.joinpath(*name.split("/")) for name in names if name]
+
+
+def file_sizes(folder: AnyPath) -> dict[str, int]:
+    """The size of each file in a folder, at any depth, by its path there with `/`; one listing.
+
+    Raises OSError for a folder of this machine, ArtefactError for an object store.
+    """
+    if isinstance(folder, Path):
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {"/".join(below(path, folder)): path.stat().st_size for path in files}
+    try:
+        with _reaching(folder):
+            found: Any = folder.fs.find(folder.path, detail=True)
+    except FileNotFoundError:
+        return {}
+    first = len(folder.path.rstrip("/")) + 1
+    return {name[first:]: int(facts["size"]) for name, facts in found.items() if name[first:]}
 
 
 def occupied(folder: AnyPath) -> bool:

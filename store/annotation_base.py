@@ -1,34 +1,54 @@
 """The open file of annotations: one connection, used by several threads, in short transactions."""
 
 import getpass
+import hashlib
 import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from saescope.artefact import MANIFEST
 from saescope.errors import ArtefactError, InputError
 from saescope.integers import as_index
+from saescope.paths import AnyPath, as_path, if_local
 from store import annotation_file
 from store.database import STORE_FILE
 
 LARGEST = 2**31 - 1
+SUFFIX = ".annotations.sqlite"
 _Answer = TypeVar("_Answer")
 
 
-def annotations_file(store_path: str | Path) -> Path:
-    """The annotations file of a store (its file, or its folder).
+def annotations_file(store_path: str | AnyPath) -> Path:
+    """The annotations file of a store (its file, or its folder): beside it.
+
+    Of a store in Parquet it lies beside the folder, which may be replaced whole; of one in an
+    object store in the user's data folder on this machine, $XDG_DATA_HOME or ~/.local/share.
 
     >>> annotations_file("stores/demo/features.duckdb").name
     'features.annotations.sqlite'
+    >>> annotations_file("stores/large/manifest.json").as_posix()
+    'stores/large.annotations.sqlite'
     """
-    path = Path(store_path)
-    file = path / STORE_FILE if path.is_dir() else path
-    return file.with_name(f"{file.stem}.annotations.sqlite")
+    path = as_path(store_path)
+    if not isinstance(path, Path):
+        folder = path.parent if path.name == MANIFEST else path
+        number = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+        home = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
+        return home / "saescope" / f"{folder.name}-{number}.annotations.sqlite"
+    file = path
+    if path.is_dir():
+        in_parquet = not (path / STORE_FILE).exists() and (path / MANIFEST).exists()
+        file = path / (MANIFEST if in_parquet else STORE_FILE)
+    if file.name == MANIFEST:
+        folder = file.parent if file.parent.name else file.parent.resolve()
+        return folder.with_name(f"{folder.name}{SUFFIX}")
+    return file.with_name(f"{file.stem}{SUFFIX}")
 
 
 class AnnotationBase:
@@ -44,7 +64,7 @@ class AnnotationBase:
         self._lock = threading.RLock()
 
     @classmethod
-    def open(cls, store_path: str | Path, *, sae_hash: str = "", who: str | None = None) -> Self:
+    def open(cls, store_path: str | AnyPath, *, sae_hash: str = "", who: str | None = None) -> Self:
         """Open the annotations of a store; files of unknown origin are safe to open.
 
         who: the name that changes are recorded under; the system's user if not given.
@@ -55,6 +75,9 @@ class AnnotationBase:
         """
         notes = cls(annotations_file(store_path), sae_hash=sae_hash, who=who)
         with notes._lock:
+            if if_local(store_path) is None:  # its folder is ours
+                with suppress(OSError):
+                    notes.path.parent.mkdir(parents=True, exist_ok=True)
             if notes._connection() is None:
                 notes.read_only = not _can_create(notes.path.parent)
         return notes

@@ -19,6 +19,7 @@ from saescope.errors import ArtefactError
 from saescope.metrics import metric_table
 from saescope.replacing import Kind
 from store.database import ADDED, COUNTS, KIND, OLDEST, SCHEMA, Database
+from store.parquet.database import ParquetDatabase
 
 _PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 _PLAIN_TYPES = re.compile(r"BOOLEAN|U?(TINY|SMALL|BIG)INT|U?INTEGER|FLOAT|DOUBLE|VARCHAR")
@@ -78,8 +79,13 @@ def check_store(db: Database) -> dict[str, Any]:
     a feature store does not.
     """
     where = str(db.file)
-    foreign = db.rows(_FOREIGN)
+    in_parquet = isinstance(db, ParquetDatabase)
+    foreign = [] if in_parquet else db.rows(_FOREIGN)  # its views are made here
     found = _by_table(db.rows(_COLUMNS.format("db")))
+    if in_parquet:
+        for table, columns in found.items():
+            nullable = db.nullable(table)
+            found[table] = {n: (kind, nullable[n]) for n, (kind, _) in columns.items()}
     if "meta" not in found and not any(kind == "view" and name == "meta" for kind, name in foreign):
         raise ArtefactError("is a DuckDB file but not a feature store", where=where)
     if foreign:

@@ -21,7 +21,9 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from saescope.artefact import MANIFEST
 from saescope.errors import ArtefactError, InputError
+from saescope.paths import AnyPath, as_path, exists, local
 from store.time_limit import time_limit
 
 KIND = "feature store"
@@ -35,6 +37,7 @@ ADDED = {
 }
 """tables that older stores do not have, by the schema that brought them"""
 STORE_FILE = "features.duckdb"
+NO_FILES = "reads the store only: no other files, no network"
 COUNTS = ("n_kept", "n_live", "n_activations", "n_sequences", "n_tokens", "n_documents")
 """whole numbers that a store's table of facts has"""
 COUNTED = frozenset({*COUNTS, "split_kept"})
@@ -117,15 +120,24 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def store_file(path: str | Path) -> Path:
-    """The store's file for a path of it or of its folder; ArtefactError if there is none."""
-    given = Path(path)
-    file = given / STORE_FILE if given.is_dir() else given
-    if not file.is_file():
-        raise ArtefactError(
-            "no feature store here; `saescope index RUN` makes one", where=str(path)
-        )
-    return file
+def store_file(path: str | AnyPath) -> AnyPath:
+    """The store's file for a path of it or of its folder: that of DuckDB, or Parquet's manifest.
+
+    Raises ArtefactError if there is none.
+    """
+    file = as_path(path)
+    if not isinstance(file, Path):
+        file = file if file.name == MANIFEST else file / MANIFEST
+        if exists(file):
+            return file
+        how = "saescope export STORE --format parquet-store"
+    else:
+        names = (STORE_FILE, MANIFEST) if file.is_dir() else ()
+        file = next((file / name for name in names if (file / name).is_file()), file)
+        if file.is_file():
+            return file
+        how = "saescope index RUN"
+    raise ArtefactError(f"no feature store here; `{how}` makes one", where=str(path))
 
 
 class Database:
@@ -135,7 +147,7 @@ class Database:
     damaged file becomes one ArtefactError.
     """
 
-    def __init__(self, file: Path, *, threads: int, memory_limit: str, seconds: float) -> None:
+    def __init__(self, file: AnyPath, *, threads: int, memory_limit: str, seconds: float) -> None:
         self.file = file
         self._seconds = seconds
         self._lock = threading.Lock()
@@ -147,19 +159,28 @@ class Database:
             self._con.close()
             raise
 
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return local(self.file).stat().st_size
+
     def _attach(self) -> None:
-        log = self.file.with_name(f"{self.file.name}.wal")
+        file = local(self.file)
+        log = file.with_name(f"{file.name}.wal")
         if os.path.lexists(log):
             raise ArtefactError(
                 "somebody has changed this store, which is never changed once it is built: "
                 f"{log.name} lies beside it; take it away to read the store as it was",
                 where=str(self.file),
             )
-        with self._clear(self._con), _path_for_duckdb(self.file) as path:
+        with self._clear(self._con), _path_for_duckdb(file) as path:
             self._con.execute(f"ATTACH {quoted(path)} AS db (READ_ONLY)")
-            # from here on it reads no other file, runs no program and cannot be told otherwise
-            self._con.execute("SET enable_external_access = false")
-            self._con.execute("SET lock_configuration = true")
+            self._lock_configuration()
+
+    def _lock_configuration(self) -> None:
+        """From here on it reads no other file, runs no program and cannot be told otherwise."""
+        self._con.execute("SET enable_external_access = false")
+        self._con.execute("SET lock_configuration = true")
 
     def close(self) -> None:
         """Close the file; queries then raise ArtefactError."""
@@ -220,7 +241,9 @@ class Database:
             with self._clear(None):
                 cursor.execute("USE db")
             with _clear_for_reader(cursor, seconds):
-                reader = cursor.sql(_only_select(cursor, sql)).to_arrow_reader(_BATCH)
+                statement = _only_select(cursor, sql)
+                self._check_statement(cursor, sql)
+                reader = cursor.sql(statement).to_arrow_reader(_BATCH)
                 batches, rows, size = [], 0, 0
                 for batch in reader:
                     batches.append(batch)
@@ -232,6 +255,39 @@ class Database:
                         limit = f"at most {most_bytes >> 20} MiB"
                         raise InputError("the result is too large", where="query", allowed=limit)
                 return pa.Table.from_batches(batches, reader.schema)
+
+    def _check_statement(self, cursor: Any, sql: str) -> None:
+        """Raise InputError for a stranger's SELECT that DuckDB itself would not refuse."""
+
+    @contextmanager
+    def reader(self, sql: str, rows: int) -> Iterator[pa.RecordBatchReader]:
+        """A query's rows, in pieces of at most so many."""
+        with self._clear(None), self._lock:
+            cursor = self._con.cursor()
+        with cursor, self._clear(cursor):
+            yield cursor.sql(sql).to_arrow_reader(rows)
+
+    def nullable(self, table: str) -> dict[str, bool]:
+        """Whether each column of a table may be null."""
+        sql = (
+            "SELECT column_name, is_nullable FROM duckdb_columns() WHERE database_name = 'db'"
+            " AND schema_name = 'main' AND table_name = ?"
+        )
+        return dict(self.rows(sql, [table]))
+
+    def activations_of(
+        self, columns: str, features: tuple[int, int], rows: tuple[int, int]
+    ) -> dict[str, np.ndarray]:
+        """Columns of activation_by_feature of some features, in the order of its rows.
+
+        features: the first, and the one after the last. rows: the numbers of their first row in
+        the table, and of the one after the last that is wanted.
+        """
+        return self.columns(
+            f"SELECT {columns} FROM db.activation_by_feature"
+            " WHERE rowid >= ? AND rowid < ? ORDER BY rowid",
+            rows,
+        )
 
     def columns(self, sql: str, values: Sequence[Any] = ()) -> dict[str, np.ndarray]:
         """A query's columns, by name."""
@@ -269,9 +325,7 @@ def _clear_for_reader(cursor: Any, seconds: float) -> Iterator[None]:
     except duckdb.OutOfMemoryException as error:
         raise InputError("needs too much memory", where="query") from error
     except duckdb.PermissionException as error:
-        raise InputError(
-            "reads the store only: no other files, no network", where="query"
-        ) from error
+        raise InputError(NO_FILES, where="query") from error
     except (duckdb.Error, UnicodeError, pa.ArrowException) as error:
         raise InputError(_reason(error), where="query") from error
 

@@ -86,11 +86,10 @@ class _Side:
     def counts(self, features: slice, out: NDArray[np.float32]) -> None:
         """Add how often each feature of a block fires in each chosen document to `out`."""
         begin, end = int(self.rows[features.start]), int(self.rows[features.stop])
-        sql = (
-            "SELECT position FROM db.activation_by_feature WHERE rowid >= ? AND rowid < ?"
-            " ORDER BY rowid"
+        found = self.store.database.activations_of(
+            "position", (features.start, features.stop), (begin, end)
         )
-        position = self.store.database.columns(sql, [begin, end])["position"]
+        position = found["position"]
         self.store.database.check_fits(len(position) == end - begin, "activation_by_feature")
         column_of = np.full(len(self.documents.number) + 1, -1, dtype=np.int64)
         column_of[self.chosen] = self.first + np.arange(len(self.chosen))

@@ -4,37 +4,79 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from saescope.artefact import MANIFEST
 from saescope.errors import ArtefactError
+from saescope.paths import AnyPath, file_sizes, read_bytes
+from saescope.seals import crc32c_text, seal_of
 from store.annotation_file import is_sealed
 from store.annotations import Annotations, annotations_file
 from store.database import Database, store_file
 from store.feature_store import FeatureStore
+from store.parquet.database import open_database
+from store.parquet.layout import read_layout
 
+_TABLES = "SELECT DISTINCT table_name FROM duckdb_columns() WHERE database_name = 'db' ORDER BY 1"
+_PIECE = 8 << 20
 _SECONDS = 24 * 3600.0
 _TWICE = ("activation_by_feature", "activation_by_position")
 """the tables that have every activation, in two orders"""
 
 
-def examine_store(path: Path) -> Iterator[str]:
-    """What is wrong with a feature store's file, a line each.
+def examine_store(path: AnyPath) -> Iterator[str]:
+    """What is wrong with a feature store's file, or with those of one in Parquet, a line each.
 
-    Reads every block, since DuckDB verifies a block's checksum when it reads the block.
+    Reads every block, since DuckDB verifies a block's checksum when it reads the block; Parquet
+    files are compared with the checksums in their manifest.
     """
     file = store_file(path)
+    if file.name == MANIFEST:
+        damaged = list(_damaged_files(file.parent))
+        yield from damaged
+        if damaged:
+            return
     try:
         FeatureStore.open(file).close()  # its tables, and what they say of one another
     except ArtefactError as error:
         yield _what(error, file)
         return
-    db = Database(file, threads=1, memory_limit="1GB", seconds=_SECONDS)
+    db = open_database(file, threads=1, memory_limit="1GB", seconds=_SECONDS)
     try:
         yield from _read_all(db, file)
     finally:
         db.close()
 
 
-def _read_all(db: Database, file: Path) -> Iterator[str]:
-    tables = [row[0] for row in db.rows("SELECT table_name FROM duckdb_tables() ORDER BY 1")]
+def _damaged_files(folder: AnyPath) -> Iterator[str]:
+    try:
+        layout = read_layout(folder)
+    except ArtefactError as error:
+        yield _what(error, folder / MANIFEST)
+        return
+    there = file_sizes(folder)
+    for file in (each for files in layout.values() for each in files):
+        path = folder.joinpath(*file.name.split("/"))
+        if file.name not in there:
+            yield f"{file.name}: the file is missing"
+        elif there[file.name] != file.bytes:
+            yield f"{file.name}: it has {there[file.name]:,} bytes of {file.bytes:,}"
+        elif _crc32c(path, file.bytes) != file.seal["crc32c"]:
+            yield f"{file.name}: its content does not match its checksum"
+    known = {MANIFEST, *(each.name for files in layout.values() for each in files)}
+    for name in sorted(there.keys() - known):
+        yield f"{name}: does not belong here"
+
+
+def _crc32c(path: AnyPath, size: int) -> str:
+    if isinstance(path, Path):
+        return str(seal_of(path)["crc32c"])
+    found = "00000000"
+    for start in range(0, size, _PIECE):
+        found = crc32c_text(read_bytes(path, start, min(start + _PIECE, size)), found)
+    return found
+
+
+def _read_all(db: Database, file: AnyPath) -> Iterator[str]:
+    tables = [row[0] for row in db.rows(_TABLES)]
     whole = set()
     for table in tables:
         try:
@@ -51,7 +93,7 @@ def _read_all(db: Database, file: Path) -> Iterator[str]:
             yield f"{' and '.join(_TWICE)} do not hold the same activations"
 
 
-def examine_annotations(path: Path) -> Iterator[str]:
+def examine_annotations(path: AnyPath) -> Iterator[str]:
     """What is wrong with the annotations beside a store, a line each; nothing if there are none."""
     file = annotations_file(path)
     if not file.exists():
@@ -85,5 +127,5 @@ def _of_annotations(con: sqlite3.Connection) -> Iterator[str]:
     copy.close()
 
 
-def _what(error: ArtefactError, file: Path) -> str:
+def _what(error: ArtefactError, file: AnyPath) -> str:
     return str(error).removeprefix(f"{file}: ").removeprefix(f"{file}")

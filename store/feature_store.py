@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -11,14 +10,16 @@ import numpy as np
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index, as_indices
 from saescope.metrics import metric_table
+from saescope.paths import AnyPath
 from store.checking import check_store
 from store.co_occurrence import CoOccurrence
-from store.database import COUNTS, Database, store_file
+from store.database import COUNTS, store_file
 from store.documents import DocumentQueries
 from store.examples import read_examples
 from store.feature_facts import FeatureFacts
 from store.feature_map import FeatureMap, read_map
 from store.feature_table import FeatureTable
+from store.parquet.database import open_database
 from store.pictures import PictureQueries
 from store.profiles import read_positions, read_tokens
 from store.results import (
@@ -52,13 +53,16 @@ class FeatureStore(
     @classmethod
     def open(
         cls,
-        path: str | Path,
+        path: str | AnyPath,
         *,
         threads: int = 1,
         memory_limit: str = "1GB",
         query_seconds: float = 120.0,
     ) -> "FeatureStore":
         """Open a store's file, or the folder it is in; files of unknown origin are safe to open.
+
+        path: also the folder, or URL (s3://bucket/name), of a store in Parquet, which gives the
+        same answers. What was read last from an object store stays in memory, 64 MiB.
 
         threads: of one query. Queries are so short that one thread is fastest; queries of several
         callers run at the same time in any case.
@@ -67,7 +71,7 @@ class FeatureStore(
         what a feature store has not: nothing in the file is run, and no other file is read.
         """
         check_range("query_seconds", query_seconds, above=0)
-        db = Database(
+        db = open_database(
             store_file(path),
             threads=as_index(threads, where="threads", low=1),
             memory_limit=memory_limit,
@@ -112,7 +116,7 @@ class FeatureStore(
             mean_active=counts["n_activations"] / max(kept, 1),
             metrics=meta.get("metrics") or {},
             table=metric_table(meta.get("metric_rows"), where=str(self.path)),
-            bytes=self.path.stat().st_size,
+            bytes=self._db.bytes,
         )
 
     def histogram(self, feature: int) -> Histogram:

@@ -101,10 +101,8 @@ class StoreBase:
         sql = "SELECT first_row, n_active FROM db.feature WHERE feature = ?"
         first, count = self._rows(sql, [feature])[0]
         last = first + (count if limit is None else min(count, limit))
-        return self._columns(
-            "SELECT position, activation FROM db.activation_by_feature"
-            " WHERE rowid >= ? AND rowid < ? ORDER BY rowid",
-            [first, last],
+        return self._db.activations_of(
+            "position, activation", (feature, feature + 1), (first, last)
         )
 
 

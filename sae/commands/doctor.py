@@ -11,10 +11,12 @@ from pathlib import Path
 
 from activations.recompute import doctor as harvests
 from sae.commands.examination import Examination, examine, kind_of_artefact
+from saescope.artefact import MANIFEST, read_json
 from saescope.errors import ArtefactError, InputError
 from saescope.leftovers import leftovers, remove_leftover
-from saescope.paths import AnyPath, as_path
+from saescope.paths import AnyPath, as_path, exists
 from saescope.progress import say
+from store.parquet.layout import KIND as PARQUET_STORE
 
 _DEEPEST = 4
 """folders below the one given that are looked into for artefacts"""
@@ -27,7 +29,7 @@ class DoctorConfig(harvests.DoctorConfig):
 
     path: str
     """Folder or file of a harvest (or its URL), a run, a sweep, an SAE, a checkpoint, a lens, a
-    feature store or its annotations; or a folder with several of these."""
+    feature store (also its URL) or its annotations; or a folder with several of these."""
 
     remove_leftovers: bool = False
     """Remove what killed commands left behind, in the folder and beside it."""
@@ -45,7 +47,7 @@ def doctor(config: DoctorConfig) -> int:
     """
     path = as_path(config.path)
     if not isinstance(path, Path):
-        return _harvest(config, path)
+        return _remote(config, path)
     if not path.exists():
         raise ArtefactError("nothing is here", where=config.path)
     kind = kind_of_artefact(path)
@@ -56,7 +58,7 @@ def doctor(config: DoctorConfig) -> int:
     return code
 
 
-def _one(config: DoctorConfig, path: Path, kind: str) -> int:
+def _one(config: DoctorConfig, path: AnyPath, kind: str) -> int:
     if kind == "harvest":
         return _harvest(config, path)
     asked = [name for name in _OF_HARVESTS if getattr(config, name)]
@@ -69,13 +71,21 @@ def _one(config: DoctorConfig, path: Path, kind: str) -> int:
     return _say(path, kind, examine(path, kind))
 
 
+def _remote(config: DoctorConfig, path: AnyPath) -> int:
+    manifest = path / MANIFEST
+    facts = read_json(manifest) if exists(manifest) else None
+    if isinstance(facts, dict) and facts.get("kind") == PARQUET_STORE:
+        return _one(config, path, PARQUET_STORE)
+    return _harvest(config, path)
+
+
 def _harvest(config: DoctorConfig, path: AnyPath) -> int:
     names = [field.name for field in dataclasses.fields(harvests.DoctorConfig)]
     own = {name: getattr(config, name) for name in names}
     return harvests.doctor(harvests.DoctorConfig(**{**own, "path": str(path)}))
 
 
-def _say(path: Path, kind: str, found: Examination) -> int:
+def _say(path: AnyPath, kind: str, found: Examination) -> int:
     result = f"{len(found.faults)} wrong" if found.faults else "all well"
     say(f"{path}: {kind}, {found.checked:,} files checked: {result}")
     for name, what_kind, what in found.faults:

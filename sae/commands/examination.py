@@ -22,10 +22,13 @@ from sae.training.trainer import CHECKPOINT, METRICS
 from saescope.artefact import MANIFEST, DamagedError, read_json, read_manifest
 from saescope.errors import ArtefactError, SaescopeError
 from saescope.leftovers import is_leftover
+from saescope.paths import AnyPath, below, file_sizes
 from saescope.seals import FILES, SEAL, check_file, seal_of_bytes
+from store.annotation_base import SUFFIX
 from store.annotations import annotations_file
 from store.database import STORE_FILE
 from store.examination import examine_annotations, examine_store
+from store.parquet.layout import KIND as PARQUET_STORE
 
 _BESIDE_WEIGHTS = ("README.md", EVALUATION_FILE)
 _SINKS = ("tensorboard", "wandb")
@@ -34,7 +37,7 @@ _SINKS = ("tensorboard", "wandb")
 class Examination:
     """What is found wrong; paths are relative to the artefact."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = path
         self.checked = 0
         self.faults: list[tuple[str, str, str]] = []
@@ -49,15 +52,17 @@ class Examination:
             yield
         except DamagedError as error:
             where = Path(error.where)
-            self.fault(where if where.is_relative_to(self.path) else file, error.kind, error.what)
+            self.fault(
+                where if where.is_relative_to(str(self.path)) else file, error.kind, error.what
+            )
         except SaescopeError as error:
             self.fault(file, "damaged", str(error).removeprefix(f"{file}: "))
         except OSError as error:
             self.fault(file, "unreadable", error.strerror or str(error))
 
-    def fault(self, file: Path, kind: str, what: str) -> None:
+    def fault(self, file: AnyPath, kind: str, what: str) -> None:
         """Note that a file is not as it should be."""
-        name = str(file.relative_to(self.path)) if file != self.path else file.name
+        name = "/".join(below(file, self.path)) if file != self.path else file.name
         if (name, kind, what) not in self.faults:
             self.faults.append((name, kind, what))
 
@@ -73,7 +78,7 @@ class Examination:
 def kind_of_artefact(path: Path) -> str | None:
     """What saescope wrote at a path, by the names of files there; None if it is nothing known."""
     if path.is_file():
-        if path.name.endswith(".annotations.sqlite"):
+        if path.name.endswith(SUFFIX):
             return "annotations"
         return "store" if path.suffix == ".duckdb" else None
     names = {member.name for member in path.iterdir()} if path.is_dir() else set()
@@ -110,7 +115,7 @@ def _foreign(path: Path) -> str | None:
     return "SAE"
 
 
-def examine(path: Path, kind: str) -> Examination:
+def examine(path: AnyPath, kind: str) -> Examination:
     """Read and check every file of an artefact of this kind (no harvest), and look for others."""
     found = Examination(path)
     _KINDS[kind](found, path)
@@ -231,9 +236,23 @@ def _store(found: Examination, path: Path) -> None:
         found.strangers(path, [STORE_FILE, notes, *journals])
 
 
-def _annotations(found: Examination, path: Path) -> None:
-    alone = path.suffix == ".sqlite"
-    store = path.with_name(path.name.replace(".annotations.sqlite", ".duckdb")) if alone else path
+def _parquet_store(found: Examination, path: AnyPath) -> None:
+    found.checked += len(file_sizes(path))
+    for what in examine_store(path):
+        found.fault(path, "damaged", what)
+    _annotations(found, path)
+
+
+def _annotations(found: Examination, path: AnyPath) -> None:
+    store = path
+    if path.suffix == ".sqlite":
+        name = path.name.removesuffix(SUFFIX)
+        # of a store in Parquet, a folder NAME, or of one in a file NAME.duckdb
+        store = (
+            path.with_name(name)
+            if (path.parent / name).is_dir()
+            else path.with_name(f"{name}.duckdb")
+        )
     notes = annotations_file(store)
     if notes.exists():
         found.checked += 1
@@ -241,7 +260,7 @@ def _annotations(found: Examination, path: Path) -> None:
             found.fault(notes, "damaged", what)
 
 
-_KINDS: dict[str, Callable[[Examination, Path], object]] = {
+_KINDS: dict[str, Callable[[Examination, Any], object]] = {
     "SAE": _sae,
     "checkpoint": _checkpoint,
     "run": _run,
@@ -249,5 +268,6 @@ _KINDS: dict[str, Callable[[Examination, Path], object]] = {
     "packaged model": _packaged,
     "sweep": _sweep,
     "store": _store,
+    PARQUET_STORE: _parquet_store,
     "annotations": _annotations,
 }
