@@ -9,6 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from saescope.errors import ArtefactError
+from store.counting import count_bins
 from store.database import ADDED, Database
 from store.results import PositionProfile, TokenShare
 from store.vocabulary import Vocabulary
@@ -44,8 +45,8 @@ class Kept:
     def bins_of(self, position: Ints) -> NDArray[np.int64]:
         """How many of these positions lie in each bin."""
         bins = len(self.by_bin)
-        found = np.bincount(position % self.context * bins // self.context, minlength=bins)
-        return found.astype(np.int64)
+        bin_of = np.arange(self.context) * bins // self.context
+        return count_bins(position, self.context, bin_of, bins)
 
 
 def commonest_tokens(
@@ -57,8 +58,14 @@ def commonest_tokens(
 
     Returns token ids, counts, shares of the token's kept positions, and mean activations.
     """
-    ids, inverse, counts = np.unique(token, return_inverse=True, return_counts=True)
-    sums = np.bincount(inverse, weights=activation.astype(np.float64), minlength=len(ids))
+    if len(token) < len(kept.by_token) // 4:
+        ids, inverse, counts = np.unique(token, return_inverse=True, return_counts=True)
+        sums = np.bincount(inverse, weights=activation, minlength=len(ids))
+    else:  # counting all tokens is quicker than sorting those
+        every = np.bincount(token)
+        ids = np.flatnonzero(every)
+        counts = every[ids]
+        sums = np.bincount(token, weights=activation)[ids]
     best = np.lexsort((ids, -counts))[:TOKENS]
     chosen, count = ids[best].astype(np.int64), counts[best].astype(np.int64)
     return chosen, count, count / kept.by_token[chosen], sums[best] / count

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saescope.system import reserve, system_errors
+from store import counting
+from store.counting import mark_documents, rows_in_marked
 
 BINS = 40
 INTERVALS = 5
@@ -91,7 +93,7 @@ def count_documents(position: Ints, document: Ints, seen: NDArray[np.bool_]) -> 
     """
     seen[:] = False
     for begin in range(0, len(position), _BLOCK):
-        seen[document[position[begin : begin + _BLOCK]] - NOT_KEPT] = True
+        mark_documents(position[begin : begin + _BLOCK], document, NOT_KEPT, seen)
     return -1 if seen[0] else int(np.count_nonzero(seen[2:]))
 
 
@@ -157,7 +159,7 @@ def windows(
     pieces = []
     for begin in range(0, len(position), _BLOCK):
         at = position[begin : begin + _BLOCK]
-        inside = np.flatnonzero(marked[at // context] >= 0)
+        inside = rows_in_marked(at, context, marked)
         pieces.append((at[inside], activation[begin : begin + _BLOCK][inside]))
     marked[wanted] = -1
     at = np.concatenate([piece[0] for piece in pieces])
@@ -213,12 +215,7 @@ def count_together(
     step = max(block // per_position, 1)
     for first in range(0, len(position), step):
         at = np.sort(position[first : first + step])  # one after another on the disk
-        begins = scratch.start[at]
-        lengths = scratch.start[at + 1] - begins
-        ends = np.cumsum(lengths)
-        index = np.repeat(begins - (ends - lengths), lengths)
-        index += np.arange(ends[-1])
-        counts += np.bincount(np.take(scratch.other, index), minlength=n_features)
+        counting.count_together(at, scratch.start, scratch.other, counts)
     return counts
 
 
