@@ -78,6 +78,17 @@ COMMANDS = {
         ),
         resumes=True,
     ),
+    "join": Command(
+        module="activations.harvesting.join_command",
+        config="JoinConfig",
+        function="run_join",
+        summary="Join two harvests of the same text, through two models, into one for crosscoders.",
+        examples=(
+            "saescope join data/base data/tuned --out data/both",
+            "saescope join data/base data/step-100 --names base early --out data/both",
+        ),
+        positional="harvest_a harvest_b",
+    ),
     "train": Command(
         module="sae.commands.train",
         config="TrainConfig",
@@ -166,6 +177,18 @@ COMMANDS = {
             "saescope compare runs/topk-32768 --versions runs/topk-2048 runs/topk-8192",
         ),
         positional="run_a run_b",
+        loads_saes=True,
+    ),
+    "diff-models": Command(
+        module="sae.commands.diff_models",
+        config="DiffModelsConfig",
+        function="run",
+        summary="Find the features of a crosscoder over two models that only one of them has.",
+        examples=(
+            "saescope diff-models runs/both",
+            "saescope diff-models runs/both --rows 1000000 --out features.parquet",
+        ),
+        positional="run",
         loads_saes=True,
     ),
     "explore": Command(

@@ -9,6 +9,7 @@ from activations.models.packaged import SEALS, check_packaged
 from activations.storage.layout import GROUP
 from activations.storage.ledger import LEDGER
 from sae.analysis import lens
+from sae.commands.diff_models import MODEL_DIFF, read_model_diff
 from sae.commands.sweep import MEMBERS, read_members
 from sae.core.serialisation import CONFIG_FILE, WEIGHTS_FILE, described_sae
 from sae.evaluation.written import EVALUATION_FILE, read_evaluation
@@ -187,8 +188,11 @@ def _run(found: Examination, folder: Path) -> None:
     else:
         found.notes.append("is not finished")
     _evaluation(found, folder)
-    known = [MANIFEST, METRICS, CHECKPOINT.parts[0], SAE_FOLDER, EVALUATION_FILE, *_SINKS]
-    found.strangers(folder, known)
+    if (folder / MODEL_DIFF).exists():
+        with found.of(folder / MODEL_DIFF):
+            read_model_diff(folder)
+    known = [MANIFEST, METRICS, CHECKPOINT.parts[0], SAE_FOLDER, EVALUATION_FILE, MODEL_DIFF]
+    found.strangers(folder, [*known, *_SINKS])
 
 
 def _metrics(found: Examination, path: Path, sealed: dict[str, Any] | None) -> None:
