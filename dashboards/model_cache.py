@@ -16,6 +16,8 @@ from dashboards import find_stores
 from saescope.errors import ArtefactError, InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sae import TextFeatures
     from store import FeatureStore
 
@@ -135,6 +137,25 @@ def features_of_text(store: "FeatureStore", text: str) -> "TextFeatures":
             pair.model, pair.sae, text, site=pair.site, allow_other_model=what.other_model
         )
         return by_ends(found, pair.sae.d_sae) if pair.sae.signed else found
+
+
+def loss_effects(store: "FeatureStore", found: "TextFeatures") -> "np.ndarray":
+    """How much the next token's loss would rise without each entry of `features_of_text`.
+
+    To first order, in nats, float32 [entries]; see `sae.steering.loss_effects`.
+
+    Raises InputError for a crosscoder or a long text, and ArtefactError as `features_of_text` does.
+    """
+    from sae.indexing.ends import of_both_ends
+    from sae.steering.loss_effects import loss_effects as effects
+
+    what = origin_of(store)
+    with _LOCK:
+        pair = load(what)
+        own = of_both_ends(found, pair.sae.d_sae) if pair.sae.signed else found
+        return effects(
+            pair.model, pair.sae, own, site=pair.site, allow_other_model=what.other_model
+        )
 
 
 def chat_text(store: "FeatureStore", messages: Sequence[Mapping[str, str]]) -> str:

@@ -5,6 +5,7 @@ text nodes of them, so no token can become markup.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ from dashboards.amounts import amount
 from dashboards.tokens import plain_visible
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sae import TextFeatures
 
 _HERE = Path(__file__).parent
-MEASURES = ("share", "activation")
+MEASURES = ("share", "activation", "effect")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,8 @@ class Choice:
     """What of a text's features is drawn."""
 
     by: str = "share"
-    """order: "share" of the feature's strongest activation in the store, or "activation" """
+    """order: "share" of the feature's strongest activation in the store, "activation", or "effect"
+    on the loss of the next token, whichever its sign"""
     densest: float = 1.0
     """features that fire at a greater share of all positions are left out"""
     per_token: int = 5
@@ -47,6 +51,21 @@ class Cell:
     feature: int
     activation: float
     share: float
+    effect: float | None = None
+    """how much the loss of the next token would rise without it, to first order, in nats"""
+
+    def measure(self, by: str) -> float:
+        """How strong it is, as one of MEASURES counts."""
+        if by == "effect":
+            return abs(self.effect or 0.0)
+        return self.share if by == "share" else self.activation
+
+    def words(self) -> str:
+        """What is said of it."""
+        said = f"{amount(self.activation, 3)} · {100 * self.share:.3g} % of its strongest"
+        if self.effect is None:
+            return said
+        return f"{said} · loss {amount(self.effect, 3, signed=True)} without it"
 
 
 def cells_of(
@@ -54,19 +73,25 @@ def cells_of(
     strongest: Mapping[int, float],
     density: Mapping[int, float],
     choice: Choice,
+    effects: "np.ndarray | None" = None,
 ) -> list[Cell]:
     """The entries of the features that are dense enough, in the order of positions.
 
     A feature that the store has never seen firing is as strong as can be: its share is 1.
+
+    Args: effects [entries] are those on the loss, NaN where there is none.
     """
     found = []
-    entries = zip(result.position, result.feature, result.activation, strict=True)
-    for position, feature, activation in entries:
+    known = [None] * len(result.feature) if effects is None else effects.tolist()
+    entries = zip(result.position, result.feature, result.activation, known, strict=True)
+    for position, feature, activation, effect in entries:
         number, value = int(feature), float(activation)
         if density.get(number, 0.0) > choice.densest:
             continue
         top = strongest.get(number, 0.0)
-        found.append(Cell(int(position), number, value, value / top if top > 0 else 1.0))
+        effect = None if effect is None or effect != effect else effect
+        share = value / top if top > 0 else 1.0
+        found.append(Cell(int(position), number, value, share, effect))
     return found
 
 
@@ -76,7 +101,7 @@ def drawn_features(cells: list[Cell], choice: Choice, locked: int | None = None)
     If there are too many, every token has its first before any has its second. Those of a locked
     token are there in any case.
     """
-    measure = functools.partial(_measure, by=choice.by)
+    measure = operator.methodcaller("measure", choice.by)
     by_token: dict[int, list[Cell]] = {}
     for cell in cells:
         by_token.setdefault(cell.position, []).append(cell)
@@ -92,10 +117,6 @@ def drawn_features(cells: list[Cell], choice: Choice, locked: int | None = None)
     return sorted(first[: choice.most], key=lambda feature: (-best[feature], feature))
 
 
-def _measure(cell: Cell, by: str) -> float:
-    return cell.share if by == "share" else cell.activation
-
-
 def picture(
     result: "TextFeatures",
     cells: list[Cell],
@@ -108,7 +129,8 @@ def picture(
     column = {position: index for index, position in enumerate(shown)}
     row = {feature: index for index, feature in enumerate(features)}
     kept = [cell for cell in cells if cell.feature in row and cell.position in column]
-    scale = 1.0 if choice.by == "share" else max((cell.activation for cell in kept), default=1.0)
+    largest = max((cell.measure(choice.by) for cell in kept), default=0.0) or 1.0
+    scale = 1.0 if choice.by == "share" else largest
     return {
         "tokens": [
             {
@@ -125,9 +147,8 @@ def picture(
                 **asdict(cell),
                 "column": column[cell.position],
                 "row": row[cell.feature],
-                "strength": min(_measure(cell, choice.by) / scale, 1.0),
-                "tip": f"activation {amount(cell.activation, 3)}, "
-                f"{100 * cell.share:.3g} % of its strongest",
+                "strength": min(cell.measure(choice.by) / scale, 1.0),
+                "tip": f"activation {cell.words()}",
             }
             for cell in kept
         ],

@@ -16,6 +16,8 @@ from dashboards.tokens import per_token_html, plain
 from saescope.errors import SaescopeError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sae import TextFeatures
 
 # the address is the one that this page had as "Try your text"
@@ -29,7 +31,11 @@ LOADED = (
 )
 WAIT = "The first text takes 10 to 60 seconds, because the model has to be loaded."
 MODES = {"text": "Text", "chat": "Chat"}
-ORDERS = {"share": "share of its strongest", "activation": "activation"}
+ORDERS = {
+    "share": "share of its strongest",
+    "activation": "activation",
+    "effect": "effect on the loss",
+}
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 PARAMETERS = ("text", "mode", "by", "densest", "special", "with", "token", "locked")
 _MOST_LISTED = 12
@@ -178,12 +184,33 @@ def _features(session: Session, asked: str, mode: str) -> "TextFeatures":
     return known[1]
 
 
+def _effects(session: Session, result: "TextFeatures") -> "np.ndarray | None":
+    """The features' effects on the loss, once for a text; None, and why, where there are none."""
+    key, question = f"prompt_effects_{session.name}", (session.version, tuple(result.token_ids))
+    known = st.session_state.get(key)
+    if known is None or known[0] != question:
+        try:
+            with st.spinner("Running the model back from each token's loss: seconds to a minute …"):
+                known = (question, model_cache.loss_effects(session.store, result))
+        except SaescopeError as error:
+            st.warning(plain(error), icon=":material/error:")
+            return None
+        st.session_state[key] = known
+    st.caption(
+        "Effect on the loss: how much the cross-entropy of the next token, in nats, would rise if "
+        "the feature were ablated at this token. It is a first-order estimate, by the gradient; "
+        "orders and colours are by its size, its sign stands in the tooltips and lists."
+    )
+    return known[1]
+
+
 def _result(session: Session, result: "TextFeatures", choice: Choice) -> None:
     numbers = tuple(sorted({int(feature) for feature in result.feature}))
     facts = queries.statistics(session.store, session.version, numbers)
     strongest = {feature: top for feature, (top, _) in facts.items()}
     density = {feature: dense for feature, (_, dense) in facts.items()}
-    cells = prompt_grid.cells_of(result, strongest, density, choice)
+    effects = _effects(session, result) if choice.by == "effect" else None
+    cells = prompt_grid.cells_of(result, strongest, density, choice, effects)
     locked = st.session_state.get("prompt_locked") or {}
     features = prompt_grid.drawn_features(cells, choice, locked.get("token"))
     if not features:
@@ -260,7 +287,9 @@ def _of_token(
     names: Mapping[int, str],
     token: int,
 ) -> None:
-    mine = sorted((c for c in cells if c.position == token), key=lambda cell: -cell.share)
+    by = st.session_state["prompt_by"] or "share"
+    here = (cell for cell in cells if cell.position == token)
+    mine = sorted(here, key=lambda cell: -cell.measure(by))
     st.markdown(f"##### Token “{plain(result.tokens[token])}” at position {token}")
     if not mine:
         st.caption("No feature fires here, or SAEs do not read this position.")
@@ -268,10 +297,7 @@ def _of_token(
         for cell in mine[:_MOST_LISTED]:
             with st.container(horizontal=True, horizontal_alignment="distribute"):
                 link(session, cell.feature, f"{cell.feature}  {names[cell.feature]}")
-                st.caption(
-                    f"{amount(cell.activation)} · {100 * cell.share:.3g} % of its strongest",
-                    width="content",
-                )
+                st.caption(cell.words(), width="content")
 
 
 def _steering(session: Session, feature: int, best: Cell) -> dict[str, str]:
@@ -295,7 +321,7 @@ def _per_token(
         shown = set(prompt_grid.drawn_features(mine, choice))
         entries = [
             (cell.feature, names[cell.feature], cell.activation, cell.share)
-            for cell in sorted(mine, key=lambda cell: -getattr(cell, choice.by))
+            for cell in sorted(mine, key=lambda cell: -cell.measure(choice.by))
             if cell.feature in shown
         ]
         rows.append((position, text, entries))

@@ -64,6 +64,17 @@ def by_ends(found: TextFeatures, d_sae: int) -> TextFeatures:
     return TextFeatures(**fields)
 
 
+def of_both_ends(found: TextFeatures, d_sae: int) -> TextFeatures:
+    """The inverse of `by_ends`: features of the SAE, with activations of either sign."""
+    negative = found.feature >= d_sae
+    fields: dict[str, Any] = {
+        **vars(found),
+        "feature": found.feature - d_sae * negative.astype(np.int32),
+        "activation": np.where(negative, -found.activation, found.activation),
+    }
+    return TextFeatures(**fields)
+
+
 def feature_and_sign(number: int, d_sae: int | None) -> tuple[int, int]:
     """The feature and the sign of an end; d_sae is that of the signed SAE, None of another.
 

@@ -93,7 +93,16 @@ def test_what_is_drawn_by_hand() -> None:
         (1, 1, 0.5),
         (0, 1, 1.0),
     ]
-    assert data["cells"][0]["tip"] == "activation 1.000, 50 % of its strongest"
+    assert data["cells"][0]["tip"] == "activation 1.000 · 50 % of its strongest"
+
+    effects = np.array([0.02, -0.5, np.nan], dtype=np.float32)
+    by_effect = Choice(by="effect")
+    cells = prompt_grid.cells_of(result, strongest, density, by_effect, effects)
+    assert prompt_grid.drawn_features(cells, by_effect) == [2, 1, 3], "by size, whatever the sign"
+    assert cells[1].words().endswith(" · loss -0.500 without it")
+    assert cells[2].effect is None, "nothing follows the last token"
+    data = prompt_grid.picture(result, cells, [cells[0].feature], {}, by_effect)
+    assert data["cells"][0]["strength"] == 1.0
     whole = prompt_grid.picture(result, cells, [3], {}, Choice(special=True))
     assert [token["text"] for token in whole["tokens"]] == [" old", " <|x|>", " harbour"]
     assert "a special token" in whole["tokens"][1]["tip"]
@@ -134,6 +143,31 @@ def test_a_prompt(folder: Path) -> None:
     assert (parameter(app, "densest"), parameter(app, "by")) == ("0.3", "activation")
     app.select_slider(key="prompt_densest").set_value(0.001).run()
     assert "move the slider to the right" in app.info[0].value
+
+
+def test_features_are_ordered_by_their_effect_on_the_loss(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def effects(_store: object, result: Any) -> np.ndarray:
+        asked.append(result.token_ids)
+        if len(result.token_ids) > 3:
+            raise InputError("too long for effects")
+        return np.where(result.feature == 5, -0.25, 0.125).astype(np.float32)
+
+    monkeypatch.setattr(model_cache, "loss_effects", effects)
+    app = open_page(PROMPT, text="old harbour town")
+    assert not asked, "nobody wants it yet"
+    app = open_page(PROMPT, text="old harbour town", by="effect", locked="5")
+    assert grid(app)["features"][0]["feature"] == 5
+    assert {c["strength"] for c in grid(app)["cells"] if c["feature"] == 5} == {1.0}
+    assert "cross-entropy of the next token, in nats" in shown(app)
+    app.run()
+    assert len(asked) == 1, "once for a text"
+    app = open_page(PROMPT, text="one of four words", by="effect")
+    assert "too long for effects" in app.warning[0].value
+    assert grid(app)["features"], "the rest is there"
 
 
 def test_a_link_opens_the_prompt_as_it_was(folder: Path) -> None:
