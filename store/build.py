@@ -15,6 +15,7 @@ from store import summaries
 from store.database import identifier
 from store.enrichment import GroupCounts
 from store.profiles import Kept, ProfileRows
+from store.statement_progress import watched
 from store.summaries import Scratch
 
 _ORDERS = {
@@ -96,11 +97,12 @@ def build_tables(job: BuildJob, progress: Progress) -> dict[str, int]:
     """
     counts = _check_sequences(job)
     sort_rows = "INSERT INTO db.{} BY NAME SELECT * FROM staging.activation_by_position ORDER BY {}"
-    job.con.execute(sort_rows.format("activation_by_feature", "feature, activation DESC, position"))
-    progress.advance(job.n_activations, "sorted by feature")
-    job.con.execute(sort_rows.format("activation_by_position", "position, feature"))
+    by_feature = "feature, activation DESC, position"
+    with watched(job.con, progress, job.n_activations, "sorting by feature"):
+        job.con.execute(sort_rows.format("activation_by_feature", by_feature))
+    with watched(job.con, progress, job.n_activations, "sorting by position"):
+        job.con.execute(sort_rows.format("activation_by_position", "position, feature"))
     job.con.execute("DROP TABLE staging.activation_by_position; CHECKPOINT staging")
-    progress.advance(job.n_activations, "sorted by position")
     repeated = job.one(
         "SELECT position, feature FROM (SELECT position, feature, position = lag(position) OVER ()"
         " AND feature = lag(feature) OVER () AS again FROM db.activation_by_position)"

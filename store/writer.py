@@ -35,6 +35,7 @@ from store.database import (
 )
 from store.fact_writer import FactWriter
 from store.pictures import JPEG
+from store.statement_progress import can_be_watched
 
 _BUFFERED_ROWS = 1 << 20
 
@@ -109,6 +110,7 @@ class StoreWriter(FactWriter):
             spill = self._scratch / "spill"
             self._con = connect(threads=self._threads, memory_limit=self._memory_limit, spill=spill)
             stack.callback(self._con.close)
+            can_be_watched(self._con)
             schema = (Path(__file__).parent / "schema.sql").read_text(encoding="utf-8")
             # The same tables twice: `staging` as the rows come, `db` sorted, which is what stays.
             for name, file in (("staging", self._scratch / "staging"), ("db", self._built)):

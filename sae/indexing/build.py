@@ -211,14 +211,16 @@ def _add_neighbours(writer: StoreWriter, sae: Indexed, count: int) -> None:
     most = min(max(count, NEAREST), sae.d_sae - 1)
     count = min(count, most)
     nearest = []
-    for first, cosine in cosines_with_others(directions, _FEATURES):
-        value, other = cosine.topk(most, dim=1)
-        nearest.append(other[:, :NEAREST])
-        value, other = value[:, :count], other[:, :count]
-        feature, rank = _grid(first, value)
-        writer.add_neighbours(
-            feature, rank.numpy(), other.flatten().numpy(), value.flatten().numpy()
-        )
+    with Progress("nearest directions", sae.d_sae, "features") as progress:
+        for first, cosine in cosines_with_others(directions, _FEATURES):
+            value, other = cosine.topk(most, dim=1)
+            nearest.append(other[:, :NEAREST])
+            value, other = value[:, :count], other[:, :count]
+            feature, rank = _grid(first, value)
+            writer.add_neighbours(
+                feature, rank.numpy(), other.flatten().numpy(), value.flatten().numpy()
+            )
+            progress.advance(len(cosine))
     writer.add_map(*lay_out(directions, torch.cat(nearest).numpy()).T)
 
 
