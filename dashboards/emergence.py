@@ -1,6 +1,6 @@
 """The section of the Training page on the features of a run as they emerge from its snapshots."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from dashboards import comparisons, figures, find_stores, queries
+from dashboards import figures, find_stores, queries
 from dashboards.amounts import counted
 from dashboards.pages import page_at
 from dashboards.run_folders import RunFolder
@@ -196,9 +196,11 @@ def _table(
         at = np.linspace(0, len(numbers) - 1, min(_LINES, len(numbers))).round().astype(int)
         return [int(feature) for feature in numbers[at]]
     if session is not None:
+        first = selected[0]
+        name_of = queries.named(session.store, session.notes, [first])[first]
         st.page_link(
             page_at("feature"),
-            label=f"Feature {selected[0]}",
+            label=f"Feature {selected[0]} · {name_of.markdown}",
             icon=":material/search:",
             query_params={"sae": session.name, "feature": str(selected[0])},
         )
@@ -211,9 +213,8 @@ def _rows(
     columns: dict[str, object] = {"feature": numbers}
     if session is not None:
         listed = [int(number) for number in numbers]
-        labels: Mapping[int, str] = session.notes.labels(listed)
-        tokens = comparisons.top_tokens(session.store, listed)
-        columns["about"] = [labels.get(number) or tokens[number] for number in listed]
+        names = queries.names(session.store, session.notes, listed)
+        columns["about"] = [names[number] for number in listed]
     columns["emerged at"] = [emergence.names[emerged[number]] for number in numbers]
     similarity = emergence.found.similarity
     columns["cosine"] = [[*similarity[:, number].round(3), 1.0] for number in numbers]

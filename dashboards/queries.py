@@ -4,14 +4,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import streamlit as st
 
 from dashboards.feature_view import matching
-from dashboards.tokens import plain_visible
+from dashboards.tokens import plain, plain_visible
 from saescope.errors import SaescopeError
+from saescope.paths import AnyPath
 from store import Annotations, FeatureFilter, FeatureStore
 from store.fact_results import DocumentGroup, Enrichment, HeadNorm, Layer, LayerShare
 from store.pictures import Grid
@@ -71,7 +73,7 @@ class FeatureData:
     next: int | None
 
 
-def version_of(path: Path) -> Version:
+def version_of(path: AnyPath) -> Version:
     """Identity of a store's file, which changes when the store is built anew."""
     facts = path.stat()
     return str(path), facts.st_mtime_ns, facts.st_ino, facts.st_size
@@ -191,14 +193,54 @@ def table(
     return frame.assign(label=[labels.get(int(n), "") for n in frame["feature"]]), total
 
 
-def names(
+@dataclass(frozen=True)
+class Name:
+    """What a feature is called for readers."""
+
+    text: str
+    """the label, else the commonest top tokens"""
+    labelled: bool
+
+    @property
+    def markdown(self) -> str:
+        """The name, in grey where it is tokens.
+
+        >>> Name("sea", True).markdown, Name("sea · bay", False).markdown
+        ('sea', ':gray[sea · bay]')
+        """
+        return plain(self.text) if self.labelled else f":gray[{plain(self.text)}]"
+
+
+def named(
     store: FeatureStore, notes: Annotations, features: Sequence[int], tokens: int = 3
-) -> dict[int, str]:
-    """What features are called for readers: the label, else the commonest top tokens."""
+) -> dict[int, Name]:
+    """What features are called, and whether that is a label."""
     labels = notes.labels(list(features))
     bare = [feature for feature in features if not labels.get(feature)]
     found = store.top_tokens(bare, tokens)
-    return {f: labels.get(f) or called(found[f], tokens) for f in features}
+    return {
+        f: Name(labels[f], True) if labels.get(f) else Name(called(found[f], tokens), False)
+        for f in features
+    }
+
+
+def names(
+    store: FeatureStore, notes: Annotations, features: Sequence[int], tokens: int = 3
+) -> dict[int, str]:
+    """What features are called, where a label and tokens need not be told apart."""
+    return {f: name.text for f, name in named(store, notes, features, tokens).items()}
+
+
+def muted(frame: pd.DataFrame, labelled: Mapping[str, Sequence[bool]]) -> Any:
+    """A table for Streamlit whose names are grey where they are tokens.
+
+    labelled: by column of names, whether each row's is a label.
+    """
+    grey = {
+        column: ["" if each else "color: rgb(128, 132, 140)" for each in rows]
+        for column, rows in labelled.items()
+    }
+    return frame.style.apply(lambda column: grey[str(column.name)], subset=list(grey))
 
 
 @st.cache_data(max_entries=256, ttl=_DAY, show_spinner=False)

@@ -10,7 +10,7 @@ import streamlit as st
 from dashboards import find_stores, queries
 from dashboards.pages import page_at
 from dashboards.parameters import choose_feature, choose_sae
-from dashboards.tokens import plain
+from dashboards.tokens import plain, shortened
 from saescope.errors import SaescopeError
 from store import Annotations, FeatureStore
 
@@ -99,6 +99,22 @@ def link(session: Session, feature: int, text: str, help: str | None = None) -> 
         label=plain(text),
         icon="",  # not the page's own
         help=help,
+        query_params={"sae": session.name, "feature": str(feature)},
+    )
+
+
+def link_named(
+    session: Session, feature: int, name: queries.Name, *, before: str = "", most: int = 60
+) -> None:
+    """A link to a feature's page, with its number and its name: a label, or tokens in grey.
+
+    before: a sign before the number, as it is.
+    """
+    short = queries.Name(shortened(name.text, most), name.labelled)
+    st.page_link(
+        page_at("feature"),
+        label=f"{before}{feature}  {short.markdown}",
+        icon="",  # not the page's own
         query_params={"sae": session.name, "feature": str(feature)},
     )
 

@@ -2,11 +2,10 @@
 
 import streamlit as st
 
-from dashboards import figures
+from dashboards import figures, queries
 from dashboards.pages import Panel
 from dashboards.queries import FeatureData
-from dashboards.session import Session, link
-from dashboards.tokens import plain_visible, shortened
+from dashboards.session import Session, link_named
 
 # each of its two lists has a heading of its own
 PANEL = Panel(title="Related features", order=40, heading=False)
@@ -19,8 +18,7 @@ def panel(session: Session, data: FeatureData) -> None:
         c.feature: f"r {c.correlation:.2f} · PMI {c.pmi:.1f} · in {figures.percent(c.share)}"
         for c in data.coactivating
     }
-    labels = session.notes.labels([*near, *together])
-    tokens = session.store.top_tokens([*near, *together], 3)
+    names = queries.named(session.store, session.notes, [*near, *together])
     blocks = (
         ("Nearest decoder directions", near, "Cosine of the two decoder directions."),
         (
@@ -36,11 +34,6 @@ def panel(session: Session, data: FeatureData) -> None:
             if not rows:
                 st.caption("None more than by chance." if rows is together else "None.")
             for number, value in rows.items():
-                words = labels.get(number) or " ".join(map(_word, tokens[number]))
                 with st.container(horizontal=True, horizontal_alignment="distribute"):
-                    link(session, number, shortened(f"{number}  {words}", 60))
+                    link_named(session, number, names[number], most=52)
                     st.caption(value, width="content")
-
-
-def _word(token: str) -> str:
-    return plain_visible(token).strip()

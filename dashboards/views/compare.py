@@ -268,16 +268,17 @@ def _rows(found: SAEComparison, chosen: str) -> pd.DataFrame:
 
 def _table(rows: pd.DataFrame, sides: tuple[_Side, _Side], key: str) -> None:
     frame = rows.head(MOST_ROWS).copy()
+    labelled = {}
     for name, side in zip(("a", "b"), sides, strict=True):
         numbers = [int(number) for number in frame[f"feature_{name}"]]
-        tokens = comparisons.top_tokens(side.store, numbers)
-        labels = side.notes.labels(numbers)
-        frame[f"about_{name}"] = [labels.get(number) or tokens[number] for number in numbers]
+        names = queries.named(side.store, side.notes, numbers, 5)
+        frame[f"about_{name}"] = [names[number].text for number in numbers]
+        labelled[f"about_{name}"] = [names[number].labelled for number in numbers]
     number = st.column_config.NumberColumn
     words = st.column_config.TextColumn
     about = "Its label, or the commonest tokens of its strongest examples."
     event = st.dataframe(
-        frame,
+        queries.muted(frame, labelled),
         key=f"compare_table_{key}",
         hide_index=True,
         height=35 * min(len(frame) + 1, 14) + 3,
@@ -299,9 +300,10 @@ def _table(rows: pd.DataFrame, sides: tuple[_Side, _Side], key: str) -> None:
         columns = st.columns(2)
         for column, side, name in zip(columns, sides, ("a", "b"), strict=True):
             feature = int(row[f"feature_{name}"])
+            about = queries.named(side.store, side.notes, [feature])[feature]
             column.page_link(
                 page_at("feature"),
-                label=f"Feature {feature} of {plain(side.name)}",
+                label=f"Feature {feature} of {plain(side.name)} · {about.markdown}",
                 icon=":material/search:",
                 query_params={"sae": side.name, "feature": str(feature)},
             )

@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from dashboards import comparisons, figures, find_stores
+from dashboards import comparisons, figures, find_stores, queries
 from dashboards.amounts import COLUMN
 from dashboards.pages import Page
 from dashboards.parameters import shown
@@ -310,9 +310,8 @@ def _table(session: Session, rows: pd.DataFrame, key: str) -> None:
 
 def _documents(session: Session, other: Path | None, found: DatasetDiff, feature: int) -> None:
     row = found.rows.filter(found.rows["feature"].to_numpy() == feature).to_pylist()[0]
-    tokens = comparisons.top_tokens(session.store, [feature])[feature]
-    label = session.notes.labels([feature]).get(feature, "")
-    st.markdown(f"##### Feature {feature}: {plain(label or tokens)}")
+    name = queries.named(session.store, session.notes, [feature])[feature]
+    st.markdown(f"##### Feature {feature} · {name.markdown}")
     link(session, feature, "Open this feature")
     outside = found.a.name if other is None else None
     version_b = session.version if other is None else version_of(other)

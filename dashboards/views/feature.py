@@ -65,11 +65,10 @@ def _go_to_random(session: Session) -> None:
 def _heading(session: Session, data: FeatureData) -> None:
     feature = data.feature
     left, right = st.columns([4, 5], vertical_alignment="center")
-    label = session.notes.get(feature.feature).label
     with left:
-        title = f"## Feature {feature.feature}"
-        st.markdown(f"{title} · {plain(label)}" if label else title)
-        if not label:
+        name = queries.named(session.store, session.notes, [feature.feature])[feature.feature]
+        st.markdown(f"## Feature {feature.feature} · {name.markdown}")
+        if not name.labelled:
             _machine_label(session, feature.feature)
     with right, st.container(horizontal=True, horizontal_alignment="right", gap="small"):
         st.session_state["feature_number"] = feature.feature

@@ -10,7 +10,7 @@ from dashboards import catalogue, figures, queries
 from dashboards.amounts import counted
 from dashboards.catalogue import Entry
 from dashboards.pages import Page, page_at
-from dashboards.session import Session, begin_page, link, open_feature
+from dashboards.session import Session, begin_page, link_named, open_feature
 from dashboards.tokens import facts_html, measured_html, plain
 from saescope.metrics import measured_rows, metric, shown_with_interval
 from store.results import Overview
@@ -246,12 +246,12 @@ def _marked(session: Session) -> None:
     numbers = list(dict.fromkeys([*favourites, *labels]))[:24]
     if not numbers:
         return
-    names = queries.names(session.store, session.notes, numbers)
+    names = queries.named(session.store, session.notes, numbers)
     st.markdown("##### Labelled and favourite features")
     with st.container(key="marked"):
         for number in numbers:
             star = "★ " if number in favourites else ""
-            link(session, number, f"{star}{number}  {names[number]}")
+            link_named(session, number, names[number], before=star)
 
 
 if __name__ == "__main__":

@@ -263,7 +263,8 @@ def _of_feature(
 ) -> None:
     mine = [cell for cell in cells if cell.feature == feature]
     best = max(mine, key=lambda cell: cell.activation)
-    st.markdown(f"##### Feature {feature} · {plain(names[feature])}")
+    name = queries.named(session.store, session.notes, [feature])[feature]
+    st.markdown(f"##### Feature {feature} · {name.markdown}")
     st.caption(
         f"fires on {counted(len(mine), 'token')} of this text, strongest "
         f"{amount(best.activation)} on “{plain(result.tokens[best.position])}” "

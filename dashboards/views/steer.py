@@ -11,7 +11,7 @@ from dashboards.amounts import amount
 from dashboards.chat import messages_of
 from dashboards.edits import KINDS, Edit, edits_of, steer_arguments
 from dashboards.pages import Page
-from dashboards.session import Session, begin_page, link
+from dashboards.session import Session, begin_page, link_named
 from dashboards.tokens import plain, steered_html
 from saescope.errors import SaescopeError
 
@@ -241,10 +241,10 @@ def _row(session: Session, number: int, *, first: bool) -> Edit:
         args=(number,),
         help="Leave this feature alone",
     )
-    name = queries.names(session.store, session.notes, [feature])[feature]
+    name = queries.named(session.store, session.notes, [feature])[feature]
     strongest = session.store.feature(feature).max
     with st.container(horizontal=True, vertical_alignment="center", key=f"marked_{number}"):
-        link(session, feature, f"{feature}  {name}")
+        link_named(session, feature, name)
         st.caption(f"strongest in the store: {amount(strongest)}", width="content")
     return Edit(kind or "add", int(feature), 0.0 if off else float(value or 0.0))
 

@@ -286,11 +286,11 @@ def _choose(key: str, question: _Question, features: Sequence[int]) -> None:
 
 def _table(session: Session, question: _Question, found: TokenFeatures, order: str) -> None:
     numbers = found.feature.tolist()
-    names = queries.names(session.store, session.notes, numbers, 4)
+    names = queries.named(session.store, session.notes, numbers, 4)
     frame = pd.DataFrame(
         {
             "feature": numbers,
-            "about": [names[n] for n in numbers],
+            "about": [names[n].text for n in numbers],
             "match": 100 * found.dice,
             "share": 100 * found.share,
             "lift": found.lift,
@@ -301,7 +301,7 @@ def _table(session: Session, question: _Question, found: TokenFeatures, order: s
     key = f"token_table_{order}"
     number = st.column_config.NumberColumn
     st.dataframe(
-        frame,
+        queries.muted(frame, {"about": [names[n].labelled for n in numbers]}),
         key=key,
         hide_index=True,
         height=35 * min(len(frame) + 1, 14) + 3,
@@ -337,8 +337,8 @@ def _table(session: Session, question: _Question, found: TokenFeatures, order: s
 
 def _places(session: Session, occurrences: Occurrences, feature: int) -> None:
     """Draw the occurrences at which the feature fires, or does not, page by page."""
-    label = session.notes.get(feature).label
-    st.markdown(f"##### Feature {feature}{' · ' + plain(label) if label else ''}")
+    name = queries.named(session.store, session.notes, [feature])[feature]
+    st.markdown(f"##### Feature {feature} · {name.markdown}")
     firing, activation = session.store.firing_on(feature, occurrences)
     silent = session.store.silent_on(feature, occurrences)
     with st.container(horizontal=True, vertical_alignment="bottom"):

@@ -16,7 +16,16 @@ import dashboards
 from dashboards import find_stores, launch
 from saescope.errors import ArtefactError, InputError
 from store import Annotations, FeatureStore
-from tests.tiny_store import CONTEXT, D_SAE, DEAD, EVERYWHERE, RARE, make_tiny_store
+from tests.tiny_store import (
+    CONTEXT,
+    D_SAE,
+    DEAD,
+    EVERYWHERE,
+    RARE,
+    WORDS,
+    make_rows,
+    make_tiny_store,
+)
 
 APP = str(Path(dashboards.__file__).parent / "app.py")
 OVERVIEW, FEATURES, FEATURE = "overview", "features", "feature"
@@ -92,7 +101,7 @@ def test_home_at_a_glance(folder: Path) -> None:
     assert "25 documents, 640 tokens" in text
     assert "densities" in [chart.key for chart in app.get("plotly_chart")]
     labels = [label for label, _ in links(app)]
-    assert any(label.startswith("★ 9  ") and len(label) > 6 for label in labels), "by its tokens"
+    assert any(label.startswith("★ 9  :gray[") for label in labels), "by its tokens, in grey"
     assert "5  \\<b\\>bold\\</b\\> \\*label\\*" in labels
     assert parameter(app, "sae") == "tiny"
 
@@ -108,7 +117,8 @@ def test_random_feature_from_the_overview(folder: Path) -> None:
 
 def test_feature_page(folder: Path) -> None:
     app = open_page(FEATURE, sae="tiny", feature=str(RARE))
-    assert app.markdown[0].value == f"## Feature {RARE}"
+    assert WORDS[make_rows().tokens[2, 5]] == "\t"
+    assert app.markdown[0].value == f"## Feature {RARE} · :gray[→]", "its one token, in grey"
     text = shown(app)
     assert "strongest 1.50" in text
     assert "(1) · in 1 document ·" in text
@@ -158,13 +168,15 @@ def test_previous_next_and_go_to(folder: Path) -> None:
         assert not app.exception
 
     press("Next")
-    assert app.markdown[0].value == "## Feature 8", "dead feature 7 is passed over"
+    assert app.markdown[0].value.startswith("## Feature 8 · :gray["), (
+        "dead feature 7 is passed over"
+    )
     press("Previous")
-    assert app.markdown[0].value == "## Feature 6"
+    assert app.markdown[0].value.startswith("## Feature 6 · :gray[")
     press("Random")
     assert int(parameter(app, "feature")) not in DEAD
     app.number_input(key="feature_number").set_value(33).run()
-    assert app.markdown[0].value == "## Feature 33"
+    assert app.markdown[0].value.startswith("## Feature 33 · :gray[")
     assert parameter(app, "feature") == "33"
 
 
@@ -213,7 +225,7 @@ def test_labels_of_a_read_only_folder(folder: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_wrong_feature_in_the_address(folder: Path, raw: str, number: int, problem: str) -> None:
     app = open_page(FEATURE, feature=raw)
-    assert app.markdown[0].value == f"## Feature {number}"
+    assert app.markdown[0].value.startswith(f"## Feature {number} · :gray[")
     assert problem in app.warning[0].value
     assert "<script" not in app.warning[0].value.replace("\\<script", "")
     assert parameter(app, "feature") == str(number), "the address is put right"
@@ -223,7 +235,7 @@ def test_wrong_feature_in_the_address(folder: Path, raw: str, number: int, probl
 def test_wrong_sae_in_the_address(folder: Path, raw: str) -> None:
     app = open_page(FEATURE, sae=raw, feature="5")
     assert "There is no SAE named" in app.warning[0].value
-    assert app.markdown[0].value == "## Feature 5"
+    assert app.markdown[0].value.startswith("## Feature 5 · :gray[")
     assert parameter(app, "sae") == "tiny"
 
 

@@ -39,7 +39,7 @@ def test_a_feature_that_nobody_labelled_is_called_what_the_machine_says(folder: 
         notes.set_label(RARE, "")
         notes.set_machine_labels([made_by("token", "on <b>“x”</b>", 0.75)])
     app = open_page(FEATURE, sae="tiny", feature=str(RARE))
-    assert app.markdown[0].value == f"## Feature {RARE}"
+    assert app.markdown[0].value.startswith(f"## Feature {RARE} · :gray["), "tokens, no label"
     assert "machine label, score 0.75" in app.caption[0].value
     assert "<b>" not in app.caption[0].value
 
