@@ -126,20 +126,20 @@ def layer_heat_map(
     )
     figure = finish(Figure(trace), "features, by their mean layer", "layer", height)
     figure.update_layout(hovermode="closest")
-    figure.update_xaxes(showticklabels=False, ticks="")
+    figure.update_xaxes(showticklabels=False, ticks="", showline=False, title={"standoff": 14})
     figure.update_yaxes(type="category", nticks=0, showgrid=False, autorange="reversed")
     return figure
 
 
 def layer_bars(
-    values: Sequence[float], names: Sequence[str], x: str, y: str, *, height: int = 240
+    values: np.ndarray, names: Sequence[str], x: str, y: str, *, height: int = 240
 ) -> "Figure":
     """A number for each layer, or for each number of layers."""
     from plotly.graph_objects import Bar, Figure
 
     bars = Bar(
         x=list(names),
-        y=list(values),
+        y=values.tolist(),
         marker={"color": BLUE, "line": {"width": 0}},
         hovertemplate=f"{x} %{{x}}: %{{y:,}}<extra></extra>",
     )
@@ -169,4 +169,24 @@ def adjacent_layers(layers: Sequence[Layer], height: int = 240) -> "Figure":
     low = min((cosine for _, cosine in pairs if cosine is not None), default=0.0)
     figure.update_xaxes(type="category")
     figure.update_yaxes(range=[min(0.0, low) - 0.02, 1.02])
+    return figure
+
+
+def place_map(shares: np.ndarray, height: int = 300) -> "Figure":
+    """Shares [rows, columns] of a picture's places, the first row on top."""
+    from plotly.graph_objects import Figure, Heatmap
+
+    rows, columns = shares.shape
+    trace = Heatmap(
+        z=100 * shares,
+        x=list(range(1, columns + 1)),
+        y=list(range(1, rows + 1)),
+        colorscale=_SEQUENTIAL,
+        zmin=0,
+        colorbar={"title": {"text": "%", "side": "top"}, "thickness": 10, "outlinewidth": 0},
+        hovertemplate="row %{y}, column %{x}: %{z:.1f} % of pictures<extra></extra>",
+    )
+    figure = finish(Figure(trace), "column", "row", height)
+    figure.update_layout(hovermode="closest")
+    figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure

@@ -44,6 +44,10 @@ class FeatureView:
     density_to: float | None = None
     max_from: float | None = None
     max_to: float | None = None
+    group: str = ""
+    """A topic or source in which the feature fires more often than by chance, as "topic:Arts"."""
+    layer: str = ""
+    """The layer, from 0, at which the feature of an SAE of several does most."""
     column: str = ""
     """A further column to filter by."""
     column_from: float | None = None
@@ -73,6 +77,8 @@ class FeatureView:
         between = ()
         if self.column and (self.column_from is not None or self.column_to is not None):
             between = (Between(self.column, self.column_from, self.column_to),)
+        if self.layer:
+            between = (*between, Between("layer_peak", int(self.layer), int(self.layer)))
         return FeatureFilter(
             ids=None if ids is None else tuple(ids),
             not_ids=None if without is None else tuple(without),
@@ -93,10 +99,16 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:.6g}"
 
 
-def view_of(given: Mapping[str, str], columns: Collection[str]) -> tuple[FeatureView, list[str]]:
+def view_of(
+    given: Mapping[str, str],
+    columns: Collection[str],
+    groups: Collection[str] = (),
+    layers: Collection[str] = (),
+) -> tuple[FeatureView, list[str]]:
     """The view that an address asks for, and the parameters that make no sense, which are left out.
 
-    Args: columns are those of the store that have numbers.
+    Args: columns are those of the store that have numbers; groups and layers, those that it has, as
+    the fields of `FeatureView` say them.
 
     >>> view_of({"q": "Paris", "state": "gone"}, ["density"])[1]
     ['state']
@@ -106,6 +118,8 @@ def view_of(given: Mapping[str, str], columns: Collection[str]) -> tuple[Feature
         "label": LABELS,
         "look": LOOKS,
         "order": ("up", "down"),
+        "group": groups,
+        "layer": layers,
         **dict.fromkeys(("column", "sort", "x", "y"), columns),
     }
     good: dict[str, object] = {}

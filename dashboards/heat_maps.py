@@ -8,8 +8,8 @@ from dashboards.amounts import amount
 from store.pictures import Grid
 from store.results import Example
 
-_SIDE = 168
-"""pixels of a picture's width as shown"""
+_WIDTH = "168px"
+"""of a picture as shown"""
 _COLOUR = "235,110,20"
 
 
@@ -20,13 +20,16 @@ def pictures_html(
     strongest: float,
     *,
     heat: bool = True,
+    width: str = _WIDTH,
 ) -> str:
     """A grid of pictures, a heat map over each; hovering a cell says where and how much.
 
     Args: examples have the activations of whole sequences; images are JPEG, by document; strongest
-    is the activation that has the full colour.
+    is the activation that has the full colour; width is a picture's, in CSS.
     """
-    cards = [_card(each, images.get(each.document), grid, strongest, heat) for each in examples]
+    cards = [
+        _card(each, images.get(each.document), grid, strongest, heat, width) for each in examples
+    ]
     return (
         '<div style="display:flex;flex-wrap:wrap;gap:14px;padding:4px 0">'
         + "".join(cards)
@@ -34,7 +37,9 @@ def pictures_html(
     )
 
 
-def _card(example: Example, image: bytes | None, grid: Grid, strongest: float, heat: bool) -> str:
+def _card(
+    example: Example, image: bytes | None, grid: Grid, strongest: float, heat: bool, width: str
+) -> str:
     if image is None:
         ground = '<div style="width:100%;aspect-ratio:1;background:rgba(128,128,128,0.15)"></div>'
     else:
@@ -46,7 +51,7 @@ def _card(example: Example, image: bytes | None, grid: Grid, strongest: float, h
     cells = _cells(example, grid, strongest) if heat else ""
     title = escape(example.title) or "&nbsp;"
     return (
-        f'<figure style="width:{_SIDE}px;margin:0">'
+        f'<figure style="width:{width};margin:0">'
         f'<div style="position:relative;border-radius:4px;overflow:hidden">{ground}{cells}</div>'
         '<figcaption style="font-size:12px;line-height:1.4;opacity:0.85;overflow:hidden;'
         'text-overflow:ellipsis;white-space:nowrap" '

@@ -11,6 +11,7 @@ from streamlit.delta_generator import DeltaGenerator
 
 from dashboards import address, figures, queries
 from dashboards.amounts import COLUMN, counted
+from dashboards.fact_figures import layer_names
 from dashboards.feature_view import (
     LABELS,
     LOOKS,
@@ -20,8 +21,10 @@ from dashboards.feature_view import (
     column_names,
     view_of,
 )
+from dashboards.group_bars import group_parameter
 from dashboards.pages import Page
 from dashboards.session import Session, begin_page, open_feature
+from dashboards.tokens import plain_visible
 from store import FeatureFilter
 
 PAGE = Page(title="Features", icon=":material/table_rows:", order=20, url="features")
@@ -36,9 +39,9 @@ COLUMNS = ("feature", "label", "tokens", "density", "max", "mean", "n_active", "
 def render() -> None:
     """Draw the page."""
     session = begin_page("Features", PARAMETERS)
-    names = _names(session)
-    _take(address.arrived("features", PARAMETERS), names)
-    _filters(names)
+    names, groups, layers = _names(session), _groups(session), _layers(session)
+    _take(address.arrived("features", PARAMETERS), names, groups, layers)
+    _filters(names, groups, layers)
     view = _view()
     filters = view.filter(*_ids(session, view))
     total = session.store.features(filters, limit=1).total
@@ -59,13 +62,35 @@ def _names(session: Session) -> dict[str, str]:
     return column_names(session.store.number_columns)
 
 
+def _groups(session: Session) -> dict[str, str]:
+    """The topics and sources of documents by which features can be filtered, and their names."""
+    found = queries.document_groups(session.store, session.version)
+    return {
+        group_parameter(each.kind, each.name): f"{each.kind}: {plain_visible(each.name)}"
+        for each in found
+    }
+
+
+def _layers(session: Session) -> dict[str, str]:
+    """The layers of an SAE of several, by their numbers, and their names."""
+    if not session.store.has_facts or "layer_peak" not in session.store.columns:
+        return {}
+    names = layer_names([each.site for each in session.store.layers()])
+    return {str(number): name for number, name in enumerate(names)}
+
+
 # ---- the fields ---------------------------------------------------------------------------------
 
 
-def _take(arrived: dict[str, str], names: Collection[str]) -> None:
+def _take(
+    arrived: dict[str, str],
+    names: Collection[str],
+    groups: Collection[str],
+    layers: Collection[str],
+) -> None:
     """Fill the fields: with what a link says, else as they were."""
     state = st.session_state
-    view, wrong = view_of(arrived, names)
+    view, wrong = view_of(arrived, names, groups, layers)
     for field in fields(FeatureView):
         key = f"table_{field.name}"
         if arrived:
@@ -74,6 +99,9 @@ def _take(arrived: dict[str, str], names: Collection[str]) -> None:
     for name in ("sort", "x", "y", "column"):  # another store may lack a column
         if state[f"table_{name}"] not in names:
             state[f"table_{name}"] = getattr(FeatureView(), name)
+    for name, known in (("group", groups), ("layer", layers)):  # and groups and layers
+        if state[f"table_{name}"] not in known:
+            state[f"table_{name}"] = ""
     low, high = state["table_density_from"] or 0.0, state["table_density_to"]
     ends = (_nearest(low), _nearest(1.0 if high is None else high))
     if arrived:
@@ -89,7 +117,7 @@ def _nearest(density: float) -> float:
     return min(_DENSITIES, key=lambda each: abs(each - density))
 
 
-def _filters(names: dict[str, str]) -> None:
+def _filters(names: dict[str, str], groups: dict[str, str], layers: dict[str, str]) -> None:
     with st.container(horizontal=True, vertical_alignment="top", gap="medium"):
         st.text_input(
             "Search",
@@ -122,9 +150,22 @@ def _filters(names: dict[str, str]) -> None:
             _column("Sort by", "table_sort", names)
             _choice("Order", "table_order", ORDERS)
         _bounds("Strongest", "table_max", "The feature's strongest activation.")
-        _column("Also filter by", "table_column", {"": "nothing else", **names})
-        if st.session_state["table_column"]:
-            _bounds("From", "table_column", "Bounds of the column that is chosen beside.")
+        if not (groups or layers):
+            _further(names)
+    if groups or layers:
+        with st.container(horizontal=True, vertical_alignment="top", gap="medium"):
+            if groups:
+                _column("Fires more in", "table_group", {"": "any documents", **groups}, 270)
+            if layers:
+                _column("Most at layer", "table_layer", {"": "any", **layers}, 140)
+            _further(names)
+
+
+def _further(names: dict[str, str]) -> None:
+    """The field for any other column, and its bounds."""
+    _column("Also filter by", "table_column", {"": "nothing else", **names})
+    if st.session_state["table_column"]:
+        _bounds("From", "table_column", "Bounds of the column that is chosen beside.")
 
 
 def _choice(label: str, key: str, texts: dict[str, str]) -> None:
@@ -138,13 +179,13 @@ def _choice(label: str, key: str, texts: dict[str, str]) -> None:
     )
 
 
-def _column(label: str, key: str, names: dict[str, str]) -> None:
+def _column(label: str, key: str, names: dict[str, str], width: int = 180) -> None:
     st.selectbox(
         label,
         list(names),
         format_func=names.__getitem__,
         key=key,
-        width=180,
+        width=width,
         persist_state="session",
     )
 
@@ -185,13 +226,22 @@ def _ids(session: Session, view: FeatureView) -> tuple[list[int] | None, list[in
     ids, without = None, None
     if view.q:
         ids = queries.found(session.store, session.notes, session.version, view.q)
+    if view.group:
+        kind, _, name = view.group.partition(":")
+        ids = _among(session.store.features_of_group(kind, name), ids)
     if view.label == "unlabelled":
         without = list(session.notes.labels())
     elif view.label != "any":
         labelled = view.label == "labelled"
         chosen = list(session.notes.labels() if labelled else session.notes.members())
-        ids = chosen if ids is None else [feature for feature in ids if feature in set(chosen)]
+        ids = _among(chosen, ids)
     return ids, without
+
+
+def _among(chosen: list[int], ids: list[int] | None) -> list[int]:
+    """Those of `ids` that are chosen; all that are chosen where there are no ids."""
+    wanted = set(chosen)
+    return chosen if ids is None else [feature for feature in ids if feature in wanted]
 
 
 # ---- the table ----------------------------------------------------------------------------------
