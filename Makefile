@@ -15,7 +15,7 @@ PORT ?= 8501
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup harvest train-sae eval index steer explore demo docs check check-native test test-slow test-models torture bench bench-peers bench-data clean
+.PHONY: help setup harvest train-sae eval index steer explore demo docs check check-native test test-slow test-models torture bench bench-peers bench-data bench-explorer screens clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -58,6 +58,9 @@ docs: $(STAMP) ## The documentation as a site, in build/site; a broken link fail
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "build/site/index.html"
 
+screens: $(STAMP) ## Photograph every page of the explorer on stores/; writes docs/screens/.
+	@$(BIN)/python docs/screens.py .
+
 check: $(STAMP) ## Style, types, import rule.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
@@ -86,6 +89,9 @@ bench: $(STAMP) ## Time operations and training steps on this machine (some 5 mi
 bench-peers: $(STAMP) ## Time other libraries' training steps beside ours; writes docs/reports/performance.md (some 20 minutes).
 	@$(BIN)/python -m benchmarks.steps
 	@$(BIN)/python -m benchmarks.performance
+
+bench-explorer: $(STAMP) ## Time the explorer's pages in a browser on a store of 10^8 activations, built once.
+	@$(BIN)/python -m benchmarks.explorer --folder build/explorer-store
 
 bench-data: $(STAMP) ## Time harvesting and reading beside other libraries; writes docs/reports/performance.md (some 40 minutes).
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.loader

@@ -51,14 +51,13 @@ def entries() -> list[Entry]:
     found, indexed = [], set()
     for name, path in find_stores.stores().items():
         try:
-            store = queries.open_store(path)
+            meta, facts = queries.summary(queries.version_of(path))
         except (SaescopeError, OSError) as error:
             found.append(
                 Entry(name=name, state="damaged", metrics={}, table={}, problem=str(error))
             )
             continue
-        facts = queries.overview(store, queries.version_of(path))
-        own = _run_of(store.meta.get("sae_path"), known)
+        own = _run_of(meta.get("sae_path"), known)
         indexed |= {own.path.resolve()} if own else set()
         metrics = facts.metrics or (own.metrics() if own else {})
         found.append(
@@ -72,8 +71,8 @@ def entries() -> list[Entry]:
                 d_sae=facts.d_sae,
                 metrics=metrics,
                 table=facts.table,
-                protocol=str(store.meta.get("protocol") or ""),
-                todo="" if metrics else f"measure it: saescope eval {_named(store.meta, own)}",
+                protocol=str(meta.get("protocol") or ""),
+                todo="" if metrics else f"measure it: saescope eval {_named(meta, own)}",
             )
         )
     return found + [_of_run(run) for path, run in known.items() if path not in indexed]

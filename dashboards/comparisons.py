@@ -10,7 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from dashboards import find_stores
-from dashboards.queries import Version, open_store, version_of
+from dashboards.queries import Version, open_store, summary, version_of
 from dashboards.tokens import plain_visible
 from saescope.errors import ArtefactError, SaescopeError
 from store import Annotations, FeatureStore
@@ -57,7 +57,7 @@ def _unwrapped(part: str) -> str:
 
 def stores_of_same_sae(stores: Mapping[str, Path], name: str) -> list[str]:
     """Names of the other stores that are of the same SAE as this one."""
-    mine = open_store(stores[name]).meta.get("sae_hash")
+    mine = summary(version_of(stores[name]))[0].get("sae_hash")
     others = _facts({other: path for other, path in stores.items() if other != name})
     return [other for other, meta in others.items() if mine and meta.get("sae_hash") == mine]
 
@@ -67,7 +67,7 @@ def _facts(stores: Mapping[str, Path]) -> dict[str, Mapping[str, Any]]:
     found = {}
     for name, path in stores.items():
         with suppress(SaescopeError, OSError):
-            found[name] = open_store(path).meta
+            found[name], _ = summary(version_of(path))
     return found
 
 

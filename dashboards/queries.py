@@ -106,6 +106,13 @@ def overview(_store: FeatureStore, version: Version) -> Overview:
     return _store.overview()
 
 
+@st.cache_data(max_entries=512, ttl=_DAY, show_spinner=False)
+def summary(version: Version) -> tuple[Mapping[str, Any], Overview]:
+    """A store's facts and numbers, for pages about many stores: known ones are not opened again."""
+    store = _open(version)
+    return dict(store.meta), store.overview()
+
+
 @st.cache_data(max_entries=64, ttl=_DAY, show_spinner=False)
 def densities(_store: FeatureStore, version: Version) -> np.ndarray:
     """Every feature's density."""
@@ -255,14 +262,18 @@ def statistics(
     return {feature: (top, density) for feature, top, density in zip(*columns, strict=True)}
 
 
+def _model_of(path: Path) -> object:
+    return summary(version_of(path))[0].get("model_hash")
+
+
 def same_model(name: str, stores: Mapping[str, Path]) -> list[str]:
     """The stores made with the same model as this one, it first; those that cannot be read are not
     among them."""
-    model = open_store(stores[name]).meta.get("model_hash")
+    model = _model_of(stores[name])
     found = [name]
     for other, path in stores.items():
         with suppress(SaescopeError, OSError):
-            if model and other != name and open_store(path).meta.get("model_hash") == model:
+            if model and other != name and _model_of(path) == model:
                 found.append(other)
     return found
 

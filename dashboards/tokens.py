@@ -20,9 +20,12 @@ _WAYS = 8
 STYLE = """<style>
 .stMainBlockContainer{padding:4.5rem 3rem 2rem;max-width:1760px}
 .stMainBlockContainer h2{font-size:1.65rem;padding:.5rem 0 .3rem}
+.stMainBlockContainer h3{font-size:1.3rem;padding:.8rem 0 .2rem}
 .stMainBlockContainer h5{font-size:1.02rem;padding:.5rem 0 .3rem}
 .stMainBlockContainer [data-testid=stMetricValue]{font-size:1.45rem}
 .stMainBlockContainer a[aria-label="Link to heading"]{display:none}
+@media (max-width:640px){.stMainBlockContainer{padding:4rem 1rem 2rem}
+.stMainBlockContainer .stHorizontalBlock{gap:.6rem}}
 [data-testid=stToastContainer]{inset:auto 1rem 1rem auto!important}
 .st-key-relatives,.st-key-marked{gap:.12rem}
 .st-key-relatives h5{padding:1rem 0 1.4rem}

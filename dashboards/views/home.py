@@ -37,8 +37,12 @@ def render() -> None:
     session = begin_page("Home")
     entries = catalogue.entries()
     _list(entries)
-    _pareto(entries)
-    _one(session)
+    if len(entries) > 1:
+        _pareto(entries)
+        _one(session)
+    else:  # a chart with one point says less than what is known of it
+        _one(session)
+        _pareto(entries)
 
 
 # ---- all of them --------------------------------------------------------------------------------
