@@ -226,13 +226,14 @@ COMMANDS = {
         positional="store",
     ),
     "label": Command(
-        module="store.labels.command",
+        module="sae.commands.label",
         config="LabelConfig",
         function="label",
         summary="Explain features from the store alone, with scores on held-out text.",
         examples=(
             "saescope label stores/smollm2-135m-topk",
             "saescope label stores/smollm2-135m-topk --features 0-99 --methods token ngram",
+            "saescope label stores/smollm2-135m-topk --features 0-9 --url local:smollm2-135m",
         ),
         positional="store",
         resumes=True,

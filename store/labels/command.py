@@ -9,10 +9,9 @@ from saescope.config import Config
 from saescope.errors import InputError, check_range
 from saescope.paths import local
 from saescope.progress import Progress, say
-from saescope.system import system_errors
 from store.annotations import Annotations
 from store.feature_store import FeatureStore
-from store.labels.endpoint import Client, Endpoint, Usage
+from store.labels.endpoint import LOCAL, Answer, Client, Endpoint, Usage
 from store.labels.explanations import METHODS
 from store.labels.label import Labeller, LabelSettings, label_features, summary
 from store.labels.model_labels import ModelLabeller, estimate
@@ -40,9 +39,10 @@ class LabelConfig(Config):
     """Decides which windows are drawn, and which documents are held out."""
     url: str | None = None
     """OpenAI-compatible address of a language model, as http://localhost:8080/v1, that explains and
-    scores instead of the methods. Text of the store is sent there."""
+    scores instead of the methods. Text of the store is sent there. local:MODEL runs one here, as
+    local:smollm2-135m or local:FOLDER, and sends nothing."""
     model: str | None = None
-    """Name of the model at that address."""
+    """Name of the model at that address; of local:MODEL its own if not given."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that has the key, if the address needs one."""
     dry_run: bool = False
@@ -68,15 +68,24 @@ class LabelConfig(Config):
         check_range("concurrency", self.concurrency, low=1, high=256)
         check_range("price_in", self.price_in, low=0)
         check_range("price_out", self.price_out, low=0)
-        if (self.url is None) != (self.model is None):
+        here = self.url is not None and self.url.startswith(LOCAL)
+        if here and self.url == LOCAL:
+            raise InputError("names no model", where="url", given=self.url, allowed="local:MODEL")
+        if (self.url is None) != (self.model is None) and not here:
             raise InputError("give --url and --model together", where="label")
         if self.dry_run and self.url is None:
             raise InputError("only a language model costs anything; give --url", where="dry_run")
 
+    @property
+    def model_name(self) -> str:
+        """What the model's labels are saved under."""
+        return self.model or (self.url or "").removeprefix(LOCAL)
 
-@system_errors()
-def label(config: LabelConfig) -> None:
+
+def label_store(config: LabelConfig, here: tuple[Answer, str] | None = None) -> None:
     """Label features; people's labels stay as they are.
+
+    here: the answers of a model that is run here, and the hash of its weights.
 
     Raises InputError for a wrong choice of features, ArtefactError where labels cannot be saved.
     What is done when it is interrupted is kept, and the same command goes on.
@@ -86,9 +95,9 @@ def label(config: LabelConfig) -> None:
         settings = LabelSettings(
             methods=config.methods, windows=config.windows, window=config.window, seed=config.seed
         )
-        if config.url is not None and config.model is not None:
-            methods: tuple[str, ...] = (config.model,)
-            if not _by_model(config, store, notes, features, settings):
+        if config.url is not None:
+            methods: tuple[str, ...] = (config.model_name,)
+            if not _by_model(config, store, notes, features, settings, here):
                 return
         else:
             methods = config.methods
@@ -112,11 +121,13 @@ def _by_model(
     notes: Annotations,
     features: Sequence[int],
     settings: LabelSettings,
+    here: tuple[Answer, str] | None,
 ) -> bool:
     """Label with a language model, or only say what it would be asked; whether it was asked."""
+    answer, weights = here or (None, "")
     endpoint = Endpoint(
-        url=config.url or "",
-        model=config.model or "",
+        url=f"{LOCAL}{weights}" if here else config.url or "",
+        model=config.model_name,
         key=os.environ.get(config.key_variable),
         price_in=config.price_in,
         price_out=config.price_out,
@@ -126,14 +137,14 @@ def _by_model(
         say(f"{endpoint.url} would be asked: {_said(usage, endpoint)}; nothing was sent")
         return False
     cache = local(config.cache) if config.cache else cache_dir() / "answers"
-    client = Client(endpoint, cache)
+    client = Client(endpoint, cache, answer=answer)
     labeller = ModelLabeller(store, client, settings, config.concurrency)
     try:
         with Progress("labelling", len(features), "features") as progress:
             for count in labeller.run(notes, features, replace=config.replace):
                 progress.advance(count, note=f"{client.usage.requests:,} requests")
     finally:
-        say(f"{endpoint.url} was asked: {_said(client.usage, endpoint)}")
+        say(f"{config.url} was asked: {_said(client.usage, endpoint)}")
     return True
 
 

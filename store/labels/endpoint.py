@@ -19,6 +19,10 @@ from saescope.artefact import read_json, sha256_json, write_json
 from saescope.errors import ArtefactError, InputError
 
 Messages = Sequence[Mapping[str, str]]
+Answer = Callable[[dict[str, Any]], tuple[str, dict[str, Any]]]
+"""from a request, as it is sent to an address, to the answer and how many tokens that took"""
+LOCAL = "local:"
+"""begins the address of a model that is run in this process"""
 _LARGEST_ANSWER = 4 << 20
 _TRIED_AGAIN = frozenset({408, 409, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 60.0
@@ -29,7 +33,7 @@ class Endpoint:
     """Where the model is, and how it is asked."""
 
     url: str
-    """as http://localhost:8080/v1"""
+    """as http://localhost:8080/v1; local:HASH is a model run here, with weights of this hash"""
     model: str
     key: str | None = field(default=None, repr=False)
     tries: int = 6
@@ -41,9 +45,12 @@ class Endpoint:
     """of a million tokens answered"""
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
+        if not self.url.startswith(("http://", "https://", LOCAL)):
             raise InputError(
-                "is no address of a model", where="url", given=self.url, allowed="http(s)://..."
+                "is no address of a model",
+                where="url",
+                given=self.url,
+                allowed=f"http(s)://... or {LOCAL}MODEL",
             )
 
 
@@ -63,12 +70,21 @@ class Usage:
 
 
 class Client:
-    """Asks a model; safe to use from several threads."""
+    """Asks a model; safe to use from several threads.
+
+    answer: of a model that is run here; without it, requests are sent to the endpoint's address.
+    """
 
     def __init__(
-        self, endpoint: Endpoint, cache: Path, *, sleep: Callable[[float], None] = time.sleep
+        self,
+        endpoint: Endpoint,
+        cache: Path,
+        *,
+        answer: Answer | None = None,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.endpoint, self.usage = endpoint, Usage()
+        self._answer = answer or self._over_the_network
         self._cache, self._sleep = cache, sleep
         self._lock = threading.Lock()
 
@@ -100,7 +116,7 @@ class Client:
             self.usage.tokens_out += _count(usage.get("completion_tokens"))
         return answer
 
-    def _answer(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _over_the_network(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         where, reason = self.endpoint.url, ""
         for attempt in range(self.endpoint.tries):
             wait = min(2.0**attempt, _LONGEST_WAIT)
