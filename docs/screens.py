@@ -64,11 +64,11 @@ def main(project: Path) -> int:
             for url in urls:
                 page.set_viewport_size({"width": 1280, "height": 900})
                 visit(page, f"{address}/{url}?{urlencode(WORK.get(url, {}))}")
-                page.wait_for_timeout(1500)
+                page.wait_for_timeout(800)
                 page.wait_for_function(f"!document.querySelector('{_BUSY}')")
                 for width, height in WIDTHS.items():
                     page.set_viewport_size({"width": width, "height": height})
-                    page.wait_for_timeout(600)
+                    page.wait_for_timeout(300)
                     settle(page)
                     photograph(page, SCREENS / f"{url}_{width}_{scheme}.webp")
                 seen += [f"{url}: {said}" for said in complaints(page)]

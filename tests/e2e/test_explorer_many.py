@@ -148,5 +148,7 @@ def test_forty_stores_leave_no_files_open_and_no_memory_taken(page: Any, server:
         return used(process)
 
     rounds = [round_of_all() for _ in range(3)]
-    assert rounds[2][0] <= rounds[1][0] + 4, rounds
-    assert rounds[2][1] <= rounds[1][1] + 30, rounds
+    # stores that fell out of the cache are closed when Python next collects what is not used
+    assert rounds[2][0] <= max(rounds[0][0], rounds[1][0]), rounds
+    assert rounds[2][1] <= max(rounds[0][1], rounds[1][1]) + 30, rounds
+    assert max(files for files, _ in rounds) < 16 * STORES, rounds

@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -11,8 +12,9 @@ from streamlit.testing.v1 import AppTest
 from dashboards import pages
 from dashboards.pages import Page, Panel, find_pages, find_panels, page_at
 from saescope.errors import InputError
+from store import FeatureStore
 from tests.e2e.test_explorer import FEATURE, OVERVIEW, folder, made, open_page, shown
-from tests.tiny_store import DEAD
+from tests.tiny_store import DEAD, RARE
 
 __all__ = ["folder", "made"]  # fixtures
 
@@ -95,6 +97,7 @@ def test_the_explorers_own_pages_and_panels() -> None:
         *(
             "Ends",
             "Label",
+            "Use",
             "Tags, lists, votes",
             "Machine labels",
             "Activations",
@@ -108,6 +111,18 @@ def test_the_explorers_own_pages_and_panels() -> None:
         "Export",
     ]
     assert [p.declared.title for p in find_panels("right")] == ["Examples", "Pictures"]
+
+
+def test_a_feature_leads_to_steering_and_to_a_prompt(folder: Path) -> None:
+    app = open_page(FEATURE, sae="tiny", feature=str(RARE))
+    ways = {x.proto.label: parse_qs(x.proto.query_string) for x in app.get("page_link")}
+    with FeatureStore.open(folder / "tiny") as store:
+        strongest, text = store.feature(RARE).max, store.examples(RARE, "top", 16)[0].tokens
+    assert ways["Steer with it"]["edits"] == [f"add:{RARE}:{strongest:.4g}"]
+    assert ways["Test your text"]["locked"] == [str(RARE)]
+    assert ways["Test your text"]["text"] == ["".join(text).strip()]
+    dead = [x.proto.label for x in open_page(FEATURE, feature=str(DEAD[0])).get("page_link")]
+    assert "Steer with it" not in dead
 
 
 def test_a_page_is_added_by_its_file(folder: Path, write: Write) -> None:
