@@ -42,7 +42,8 @@ class Entry:
 
 def runs() -> list[RunFolder]:
     """The runs beside the stores."""
-    return find_runs(find_stores.beside_stores())
+    folder = find_stores.beside_stores()
+    return find_runs(folder) if folder != folder.parent else []  # the root: nobody's project
 
 
 def entries() -> list[Entry]:

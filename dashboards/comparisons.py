@@ -13,6 +13,7 @@ from dashboards import find_stores
 from dashboards.queries import Version, open_store, summary, version_of
 from dashboards.tokens import plain_visible
 from saescope.errors import ArtefactError, SaescopeError
+from saescope.paths import AnyPath
 from store import Annotations, FeatureStore
 from store.compare import compare_stores, same_harvest
 from store.diff import DatasetDiff, diff, documents_of_feature
@@ -55,14 +56,14 @@ def _unwrapped(part: str) -> str:
     return inner if around and not _WILD & set(inner) else part
 
 
-def stores_of_same_sae(stores: Mapping[str, Path], name: str) -> list[str]:
+def stores_of_same_sae(stores: Mapping[str, AnyPath], name: str) -> list[str]:
     """Names of the other stores that are of the same SAE as this one."""
     mine = summary(version_of(stores[name]))[0].get("sae_hash")
     others = _facts({other: path for other, path in stores.items() if other != name})
     return [other for other, meta in others.items() if mine and meta.get("sae_hash") == mine]
 
 
-def _facts(stores: Mapping[str, Path]) -> dict[str, Mapping[str, Any]]:
+def _facts(stores: Mapping[str, AnyPath]) -> dict[str, Mapping[str, Any]]:
     """What the stores say of themselves; those that cannot be read are left out."""
     found = {}
     for name, path in stores.items():
@@ -162,7 +163,7 @@ def _directions(store: FeatureStore) -> Any:
     return decoder_directions(loaded)
 
 
-def quality(stores: Mapping[str, Path], name: str) -> pd.DataFrame:
+def quality(stores: Mapping[str, AnyPath], name: str) -> pd.DataFrame:
     """L0 and another metric of the SAEs that were measured, for `figures.pareto`."""
     rows = []
     for store, meta in _facts(stores).items():

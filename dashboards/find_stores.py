@@ -5,10 +5,18 @@ Needs neither Streamlit nor torch, so that the command line answers at once.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from saescope.artefact import MANIFEST
 from saescope.errors import ArtefactError
+from saescope.paths import AnyPath, as_path, subfolders
 from store.database import STORE_FILE
+from store.parquet.layout import is_parquet_store
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 STORES_VARIABLE = "SAESCOPE_STORE"
 PLACE_VARIABLE = STORES_VARIABLE  # as it was called until 0.1
@@ -16,17 +24,22 @@ NAMED_VARIABLE = "SAESCOPE_NAMED"
 _OPTIONS = {"model": "--model", "sae": "--sae"}
 
 
-def find_stores(path: str | Path) -> dict[str, Path]:
+def find_stores(path: str | AnyPath) -> Mapping[str, AnyPath]:
     """Stores by name, at a store's file, in its folder, or in a folder of stores.
 
+    A store in Parquet is a folder, or a URL, and its file is the manifest there.
     Raises ArtefactError if there is none.
     """
-    root = Path(path).expanduser().resolve()
+    given = as_path(path)
+    if not isinstance(given, Path):
+        return _remote_stores(given)
+    root = given.resolve()
     if root.is_file():
-        return {root.parent.name if root.name == STORE_FILE else root.stem: root}
-    if (root / STORE_FILE).is_file():
-        return {root.name: root / STORE_FILE}
-    found = {file.parent.name: file for file in sorted(root.glob(f"*/{STORE_FILE}"))}
+        return {root.parent.name if root.name in (STORE_FILE, MANIFEST) else root.stem: root}
+    if (file := _file_in(root)) is not None:
+        return {root.name: file}
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    found = {folder.name: file for folder in folders if (file := _file_in(folder)) is not None}
     if not found:
         raise ArtefactError(
             "no feature store here; `saescope index RUN --out FOLDER` makes one", where=str(path)
@@ -34,7 +47,30 @@ def find_stores(path: str | Path) -> dict[str, Path]:
     return found
 
 
-def stores() -> dict[str, Path]:
+def _file_in(folder: Path) -> Path | None:
+    """The file of the store that a folder is, or has in it; None if it is none."""
+    if (folder / STORE_FILE).is_file():
+        return folder / STORE_FILE
+    return folder / MANIFEST if is_parquet_store(folder) else None
+
+
+def _remote_stores(root: "UPath") -> Mapping[str, AnyPath]:
+    if root.name == MANIFEST:
+        return {root.parent.name: root}
+    if is_parquet_store(root):
+        return {root.name: root / MANIFEST}
+    found = {
+        folder.name: folder / MANIFEST for folder in subfolders(root) if is_parquet_store(folder)
+    }
+    if not found:
+        raise ArtefactError(
+            "no feature store here; `saescope export STORE --format parquet-store` makes one",
+            where=str(root),
+        )
+    return found
+
+
+def stores() -> Mapping[str, AnyPath]:
     """The stores this explorer was started on."""
     return find_stores(os.environ.get(STORES_VARIABLE, "stores"))
 
@@ -42,12 +78,16 @@ def stores() -> dict[str, Path]:
 def beside_stores() -> Path:
     """The folder that the one of the stores is in; runs and models are expected there.
 
-    Of an explorer on one store, PROJECT/stores/NAME or a file in it, it is PROJECT too.
+    Of an explorer on one store, PROJECT/stores/NAME or a file in it, it is PROJECT too. Of stores
+    in an object store it is the root, beside which nothing is taken to be.
     """
-    path = Path(os.environ.get(STORES_VARIABLE, "stores")).expanduser().resolve()
-    if path.is_file() and path.name == STORE_FILE:
+    given = as_path(os.environ.get(STORES_VARIABLE, "stores"))
+    if not isinstance(given, Path):
+        return Path("/")
+    path = given.resolve()
+    if path.is_file() and path.name in (STORE_FILE, MANIFEST):
         path = path.parent
-    one = path.is_file() or (path / STORE_FILE).is_file()
+    one = path.is_file() or _file_in(path) is not None
     # never everything there is, as for a store right below the root
     return path.parent.parent if one and _is_no_root(path.parent.parent) else path.parent
 
@@ -64,8 +104,9 @@ def absolute(name: str) -> str:
 def environment(path: str, *, model: tuple[str, ...], sae: tuple[str, ...]) -> dict[str, str]:
     """Environment variables that tell the explorer's process its stores, models and SAEs."""
     named = {"model": [absolute(m) for m in model], "sae": [absolute(s) for s in sae]}
+    given = as_path(path)
     return {
-        STORES_VARIABLE: str(Path(path).expanduser().resolve()),
+        STORES_VARIABLE: str(given.resolve() if isinstance(given, Path) else given),
         NAMED_VARIABLE: json.dumps(named),
     }
 

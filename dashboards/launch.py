@@ -11,6 +11,7 @@ from pathlib import Path
 
 from saescope.config import Config
 from saescope.errors import ArtefactError, InputError, check_range
+from saescope.paths import AnyPath
 from saescope.progress import say
 
 HOST = "localhost"
@@ -116,7 +117,7 @@ def serving(config: ExploreConfig) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def _check_some_open(stores: Mapping[str, Path]) -> None:
+def _check_some_open(stores: Mapping[str, AnyPath]) -> None:
     """Say which stores cannot be read, and why; raise the first one's error if none can."""
     from store import FeatureStore
 

@@ -1,10 +1,12 @@
 """The pages' queries of stores: a store is opened once a process, and answers are cached."""
 
+import functools
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -13,7 +15,7 @@ import streamlit as st
 from dashboards.feature_view import matching
 from dashboards.tokens import plain, plain_visible
 from saescope.errors import SaescopeError
-from saescope.paths import AnyPath
+from saescope.paths import AnyPath, as_path, object_version
 from store import Annotations, FeatureFilter, FeatureStore
 from store.fact_results import DocumentGroup, Enrichment, HeadNorm, Layer, LayerShare
 from store.pictures import Grid
@@ -30,7 +32,11 @@ from store.results import (
     TokenShare,
 )
 
-Version = tuple[str, int, int, int]
+if TYPE_CHECKING:
+    from upath import UPath
+
+Version = tuple[str, str, int, int]
+_LOOK_AGAIN = 5.0
 _DAY = 86_400
 EXAMPLE_KINDS = {"top": "Strongest", "interval": "By interval"}
 """the kinds of examples that a store has, as readers choose them"""
@@ -74,9 +80,20 @@ class FeatureData:
 
 
 def version_of(path: AnyPath) -> Version:
-    """Identity of a store's file, which changes when the store is built anew."""
+    """Identity of a store's file, which changes when the store is built anew.
+
+    An object store is asked every few seconds, not at every look.
+    """
+    if not isinstance(path, Path):
+        return _remote_version(str(path), int(time.monotonic() / _LOOK_AGAIN))
     facts = path.stat()
-    return str(path), facts.st_mtime_ns, facts.st_ino, facts.st_size
+    return str(path), f"{facts.st_mtime_ns}", facts.st_ino, facts.st_size
+
+
+@functools.lru_cache(maxsize=64)
+def _remote_version(url: str, moment: int) -> Version:
+    said, size = object_version(cast("UPath", as_path(url)))
+    return url, said, 0, size
 
 
 # a store that is dropped from the cache is closed once no session uses it any more
@@ -85,7 +102,7 @@ def _open(version: Version) -> FeatureStore:
     return FeatureStore.open(version[0])
 
 
-def open_store(path: Path) -> FeatureStore:
+def open_store(path: AnyPath) -> FeatureStore:
     """The open store, shared by all sessions; opened anew when its file has been replaced."""
     return _open(version_of(path))
 
@@ -262,11 +279,11 @@ def statistics(
     return {feature: (top, density) for feature, top, density in zip(*columns, strict=True)}
 
 
-def _model_of(path: Path) -> object:
+def _model_of(path: AnyPath) -> object:
     return summary(version_of(path))[0].get("model_hash")
 
 
-def same_model(name: str, stores: Mapping[str, Path]) -> list[str]:
+def same_model(name: str, stores: Mapping[str, AnyPath]) -> list[str]:
     """The stores made with the same model as this one, it first; those that cannot be read are not
     among them."""
     model = _model_of(stores[name])

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import streamlit as st
 
@@ -12,6 +11,7 @@ from dashboards.pages import page_at
 from dashboards.parameters import choose_feature, choose_sae
 from dashboards.tokens import plain, shortened
 from saescope.errors import SaescopeError
+from saescope.paths import AnyPath
 from store import Annotations, FeatureStore
 
 
@@ -32,7 +32,7 @@ def begin_page(title: str, parameters: Collection[str] = ()) -> Session:
     """
     stores = find_stores.stores()
     fallback = st.session_state.get("sae")
-    if fallback not in stores:
+    if fallback is None or fallback not in stores:
         fallback = _first_readable(stores)
     chosen = choose_sae(st.query_params.get("sae"), stores, fallback)
     name = chosen.value
@@ -56,7 +56,7 @@ def begin_page(title: str, parameters: Collection[str] = ()) -> Session:
     return session_of(name)
 
 
-def _first_readable(stores: Mapping[str, Path]) -> str:
+def _first_readable(stores: Mapping[str, AnyPath]) -> str:
     """The first store that can be read; the very first, whose error is shown, if none can."""
     for name, path in stores.items():
         with suppress(SaescopeError, OSError):

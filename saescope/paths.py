@@ -208,6 +208,28 @@ def file_sizes(folder: AnyPath) -> dict[str, int]:
     return {name[first:]: int(facts["size"]) for name, facts in found.items() if name[first:]}
 
 
+def subfolders(folder: "UPath") -> "list[UPath]":
+    """The folders right in a folder of an object store, sorted; none where there is no such."""
+    try:
+        with _reaching(folder):
+            found: Any = folder.fs.ls(folder.path, detail=True)
+    except FileNotFoundError:
+        return []
+    names = [str(each["name"]).rstrip("/") for each in found if each["type"] == "directory"]
+    return [folder / name.rpartition("/")[2] for name in sorted(names)]
+
+
+def object_version(path: "UPath") -> tuple[str, int]:
+    """What changes when an object is written anew, as its store says, and its size.
+
+    Raises FileNotFoundError if there is none, ArtefactError if the store cannot be reached.
+    """
+    with _reaching(path):
+        facts: Any = path.fs.info(path.path)
+    said = [str(facts.get(key)) for key in ("ETag", "etag", "LastModified", "mtime", "created")]
+    return " ".join(said), int(facts["size"])
+
+
 def occupied(folder: AnyPath) -> bool:
     """Whether anything is there: a file, a folder (even an empty one), or objects."""
     return exists(folder) or (not isinstance(folder, Path) and bool(objects(folder)))

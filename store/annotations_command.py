@@ -61,7 +61,7 @@ def annotations(config: AnnotationsConfig) -> None:
     file = local(config.export_to or config.import_from or "")
     if file.suffix not in FORMATS:
         raise InputError("no such kind of file", where="file", given=str(file), allowed=FORMATS)
-    with FeatureStore.open(local(config.store)) as store:
+    with FeatureStore.open(config.store) as store:
         path, sae_hash, d_sae = store.path, str(store.meta.get("sae_hash") or ""), store.d_sae
     with Annotations.open(path, sae_hash=sae_hash, who=config.who) as notes:
         if config.export_to is not None:

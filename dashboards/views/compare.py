@@ -1,7 +1,6 @@
 """Two SAEs side by side: which of their features are the same, and which only one of them has."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from dashboards.session import Session, begin_page
 from dashboards.tokens import plain, plain_visible
 from saescope.errors import SaescopeError
 from saescope.metrics import metric
+from saescope.paths import AnyPath
 from store import Annotations, FeatureStore
 from store.matching import MATCHED
 
@@ -97,7 +97,7 @@ def _empty(session: Session) -> None:
     )
 
 
-def _side(stores: Mapping[str, Path], name: str) -> _Side:
+def _side(stores: Mapping[str, AnyPath], name: str) -> _Side:
     store = queries.open_store(stores[name])
     return _Side(name, store, queries.annotations(store), queries.version_of(stores[name]))
 
@@ -107,7 +107,7 @@ def _short(name: str) -> str:
     return text if len(text) <= 30 else f"{text[:29]}…"
 
 
-def _other(session: Session, stores: Mapping[str, Path], column: DeltaGenerator) -> str:
+def _other(session: Session, stores: Mapping[str, AnyPath], column: DeltaGenerator) -> str:
     """The SAE to compare with, as the address says or a reader chooses."""
     names = [name for name in stores if name != session.name]
     asked = st.query_params.get("other")
@@ -186,7 +186,7 @@ def _numbers(found: SAEComparison, sides: tuple[_Side, _Side]) -> None:
     )
 
 
-def _pareto(stores: Mapping[str, Path], sides: tuple[_Side, _Side]) -> None:
+def _pareto(stores: Mapping[str, AnyPath], sides: tuple[_Side, _Side]) -> None:
     st.markdown("##### How good, at which L0")
     rows = comparisons.quality(stores, "fvu")
     names = [side.name for side in sides]

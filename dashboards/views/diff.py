@@ -3,7 +3,6 @@
 import functools
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import pandas as pd
 import streamlit as st
@@ -17,6 +16,7 @@ from dashboards.queries import version_of
 from dashboards.session import Session, begin_page, link
 from dashboards.tokens import plain
 from saescope.errors import SaescopeError
+from saescope.paths import AnyPath
 from store.diff import DatasetDiff, Group
 
 PAGE = Page(title="Diff", icon=":material/difference:", order=50, url="diff")
@@ -93,7 +93,7 @@ def _one_of(name: str, allowed: Mapping[str, str], fallback: str) -> str:
     return fallback
 
 
-def _other(stores: Mapping[str, Path], session: Session) -> Path | None:
+def _other(stores: Mapping[str, AnyPath], session: Session) -> AnyPath | None:
     """The store that the address names for group B, if any."""
     name = st.query_params.get("other")
     if name is None or name == session.name:
@@ -308,7 +308,7 @@ def _table(session: Session, rows: pd.DataFrame, key: str) -> None:
     )
 
 
-def _documents(session: Session, other: Path | None, found: DatasetDiff, feature: int) -> None:
+def _documents(session: Session, other: AnyPath | None, found: DatasetDiff, feature: int) -> None:
     row = found.rows.filter(found.rows["feature"].to_numpy() == feature).to_pylist()[0]
     name = queries.named(session.store, session.notes, [feature])[feature]
     st.markdown(f"##### Feature {feature} · {name.markdown}")

@@ -55,10 +55,10 @@ def run(config: DiffConfig) -> DatasetDiff:
     if out is not None:
         check_replaceable(out, None, replace=False)
     with ExitStack() as stack:
-        store = stack.enter_context(FeatureStore.open(local(config.store)))
+        store = stack.enter_context(FeatureStore.open(config.store))
         other = None
         if config.other is not None:
-            other = stack.enter_context(FeatureStore.open(local(config.other)))
+            other = stack.enter_context(FeatureStore.open(config.other))
         found = diff(
             store,
             config.a,

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from activations.recompute import doctor as harvests
 from sae.commands.examination import Examination, examine, kind_of_artefact
-from saescope.artefact import MANIFEST, read_json
 from saescope.errors import ArtefactError, InputError
 from saescope.leftovers import leftovers, remove_leftover
-from saescope.paths import AnyPath, as_path, exists
+from saescope.paths import AnyPath, as_path
 from saescope.progress import say
 from store.parquet.layout import KIND as PARQUET_STORE
+from store.parquet.layout import is_parquet_store
 
 _DEEPEST = 4
 """folders below the one given that are looked into for artefacts"""
@@ -72,9 +72,7 @@ def _one(config: DoctorConfig, path: AnyPath, kind: str) -> int:
 
 
 def _remote(config: DoctorConfig, path: AnyPath) -> int:
-    manifest = path / MANIFEST
-    facts = read_json(manifest) if exists(manifest) else None
-    if isinstance(facts, dict) and facts.get("kind") == PARQUET_STORE:
+    if is_parquet_store(path):
         return _one(config, path, PARQUET_STORE)
     return _harvest(config, path)
 

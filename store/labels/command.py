@@ -90,7 +90,7 @@ def label_store(config: LabelConfig, here: tuple[Answer, str] | None = None) -> 
     Raises InputError for a wrong choice of features, ArtefactError where labels cannot be saved.
     What is done when it is interrupted is kept, and the same command goes on.
     """
-    with FeatureStore.open(local(config.store)) as store, _notes(store) as notes:
+    with FeatureStore.open(config.store) as store, _notes(store) as notes:
         features = choose_features(store, notes, config.features, config.list)
         settings = LabelSettings(
             methods=config.methods, windows=config.windows, window=config.window, seed=config.seed

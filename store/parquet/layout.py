@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from saescope.artefact import MANIFEST, DamagedError, read_manifest
+from saescope.artefact import MANIFEST, DamagedError, read_json, read_manifest
+from saescope.errors import ArtefactError
 from saescope.paths import AnyPath
 from saescope.seals import FileSeal
 
@@ -47,6 +48,15 @@ def file_name(table: str, number: int, token: str) -> str:
 def is_table_file(name: str) -> bool:
     """Whether a file of a store in Parquet may have this name, below the store's folder."""
     return bool(_FILE.fullmatch(name))
+
+
+def is_parquet_store(folder: AnyPath) -> bool:
+    """Whether the manifest in a folder says that it is a store in Parquet; no more is read."""
+    try:
+        found = read_json(folder / MANIFEST)
+    except ArtefactError:
+        return False
+    return isinstance(found, dict) and found.get("kind") == KIND
 
 
 def read_layout(folder: AnyPath) -> dict[str, tuple[TableFile, ...]]:
