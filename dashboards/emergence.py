@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from dashboards import figures, find_stores, queries
+from dashboards import figures, queries
 from dashboards.amounts import counted
 from dashboards.pages import page_at
 from dashboards.run_folders import RunFolder
-from dashboards.session import Session, session_of
+from dashboards.session import Session, session_of_sae
 from dashboards.tokens import plain
 from saescope.errors import SaescopeError
 from store.genealogy import Genealogy
@@ -114,7 +114,7 @@ def _draw(name: str, emergence: Emergence) -> None:
         f"it, {last:,} in none that lasts. Dead features count too: they hardly move, and seem to "
         "emerge early."
     )
-    session = _session_of(emergence.sae_hash)
+    session = session_of_sae(emergence.sae_hash)
     left, right = st.columns(2, gap="large")
     with right:
         chosen = _table(name, emergence, emerged, session)
@@ -145,17 +145,6 @@ def _draw(name: str, emergence: Emergence) -> None:
             key="emergence_lines",
             alt="Largest cosine of some features with any of each snapshot, over tokens",
         )
-
-
-def _session_of(sae_hash: str) -> Session | None:
-    """The store that is of this very SAE, if there is one."""
-    for name, path in find_stores.stores().items():
-        try:
-            if queries.open_store(path).meta.get("sae_hash") == sae_hash:
-                return session_of(name)
-        except (SaescopeError, OSError):
-            continue  # a damaged store has its own message on Home
-    return None
 
 
 def _table(

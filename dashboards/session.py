@@ -72,6 +72,15 @@ def session_of(name: str) -> Session:
     return Session(name, store, queries.annotations(store), queries.version_of(path))
 
 
+def session_of_sae(sae_hash: str) -> Session | None:
+    """The first store that is of this very SAE, opened; None if none is."""
+    for name, path in find_stores.stores().items():
+        with suppress(SaescopeError, OSError):  # a damaged store has its own message on Home
+            if queries.open_store(path).meta.get("sae_hash") == sae_hash:
+                return session_of(name)
+    return None
+
+
 def _change_sae() -> None:
     st.session_state["sae"] = st.session_state["sae_choice"]
     st.query_params.clear()

@@ -21,6 +21,7 @@ from sae.indexing.inputs import Inputs
 from sae.indexing.layers import LayerFacts
 from sae.indexing.layout import NEAREST, lay_out
 from sae.indexing.pending import Arrays
+from saescope.errors import InputError
 from saescope.progress import Progress, say
 from saescope.system import system_errors
 from store import StoreWriter
@@ -135,7 +136,12 @@ def _add_logits(
     if model is None:
         say("logit effects: left out, as there is no language model")
         return {}
-    directions = sae.W_dec[:, list(placement.columns(model.d_in).values())[-1]]
+    try:
+        columns = placement.columns(model.d_in)
+    except InputError:  # of harvests that were joined, which are of several models
+        say("logit effects: left out, because the sites are not those of one model")
+        return {}
+    directions = sae.W_dec[:, list(columns.values())[-1]]
     if directions.shape[1] != model.d_model:
         say("logit effects: left out, because the site is not as wide as the residual stream")
         return {}
