@@ -212,7 +212,9 @@ def _table(
         column_order=["feature", "label", "tokens", "rows", "norm_difference", *_RATIOS],
         column_config={
             "feature": number("feature", width=80, format="%d"),
-            "rows": number("fires on rows", format="localized"),
+            "label": st.column_config.TextColumn("label", width="small"),
+            "tokens": st.column_config.TextColumn("tokens", width="small"),
+            "rows": number("rows", format="localized", help="On which it fires."),
             "norm_difference": number("norms", format="%.3f", help="0: A alone, 1: B alone."),
             "error_ratio": number("error", format="%.3f", help="Of the other model."),
             "reconstruction_ratio": number("reconstruction", format="%.3f"),
