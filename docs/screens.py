@@ -66,6 +66,8 @@ def main(project: Path) -> int:
                 visit(page, f"{address}/{url}?{urlencode(WORK.get(url, {}))}")
                 page.wait_for_timeout(800)
                 page.wait_for_function(f"!document.querySelector('{_BUSY}')")
+                if url == "text":  # its picture comes last
+                    page.locator(".strip .token").first.wait_for()
                 for width, height in WIDTHS.items():
                     page.set_viewport_size({"width": width, "height": height})
                     page.wait_for_timeout(300)

@@ -116,7 +116,7 @@ def _choices(session: Session) -> tuple[Choice, list[Session]]:
     """What to draw, and the further SAEs to draw it for."""
     stores = find_stores.stores()
     same = queries.same_model(session.name, stores)[1:]
-    widths = [2.2, 2.2, 1.6, 3] if same else [2.2, 2.2, 4.6]
+    widths = [3.6, 2.2, 1.5, 2.2] if same else [3.6, 2.2, 3.7]
     columns = st.columns(widths, vertical_alignment="bottom")
     columns[0].segmented_control(
         "Order and colour by",

@@ -7,14 +7,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import torch
 
 import sae
+from dashboards.pages import find_pages
 from sae.architectures.topk import TopKConfig, TopKSAE
 from store import Annotations, FeatureFilter, FeatureStore
-from tests.browsing import READY, heading, settle, visit
+from tests.browsing import READY, complaints, heading, settle, visit
 from tests.explorer_process import serving
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
@@ -154,12 +156,34 @@ def test_type_a_prompt_click_a_feature_steer_it(page: Any, server: str) -> None:
     photograph(page, "steer")
 
 
+def test_two_groups_of_documents_their_difference_a_feature_its_documents(
+    page: Any, server: str
+) -> None:
+    visit(page, f"{server}/diff?sae=live&a=split:train&b=split:held_out")
+    frame = page.locator("[data-testid=stDataFrame]").first
+    frame.wait_for()
+    frame.scroll_into_view_if_needed()
+    page.wait_for_timeout(800)
+    box = frame.bounding_box()
+    page.mouse.click(box["x"] + 15, box["y"] + 35 * 1.5)
+    page.wait_for_url("**/diff?*feature=*")
+    done(page)
+    number = parse_qs(urlsplit(page.url).query)["feature"][0]
+    assert f"Feature {number}" in page.locator("[data-testid=stMainBlockContainer]").inner_text()
+    assert page.locator("[data-testid=stDataFrame]").count() >= 2, "its documents are listed"
+    photograph(page, "diff")
+    page.get_by_role("link", name="Open this feature").click()
+    heading(page, f"Feature {number}")
+    page.locator(".ss-ex").first.wait_for()
+
+
 def test_every_page_opens_without_an_error(page: Any, server: str) -> None:
+    declared = [found.declared for found in find_pages()]
     visit(page, server)
     links = page.locator("[data-testid=stTopNavLink]")
-    addresses = [links.nth(n).get_attribute("href") for n in range(links.count())]
-    assert len(addresses) >= 7
-    for address in addresses:
-        visit(page, address if address.startswith("http") else f"{server}{address}")
-        assert page.locator("[data-testid=stException]").count() == 0
-        assert page.locator(READY).count() >= 1
+    assert links.count() == len(declared)
+    for each in declared:
+        visit(page, f"{server}/{each.url}?sae=live")
+        done(page)
+        assert complaints(page) == [], each.url
+        assert page.inner_text(READY).startswith(each.title), each.url
