@@ -11,7 +11,8 @@ from sae.evaluation.reconstruction import measure_reconstruction
 from sae.training import run_folder
 from sae.training.rows import _Split
 from sae.training.snapshots import find_snapshots, log_spaced_steps
-from sae.training.trainer import Trainer
+from sae.training.telemetry import read_metrics
+from sae.training.trainer import METRICS, Trainer
 from sae.training.trainer_config import TrainerConfig
 from saescope.config import to_dict
 from saescope.errors import InputError
@@ -37,9 +38,12 @@ def test_steps_are_spaced_by_equal_ratios(total: int) -> None:
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
 def test_training_is_the_same_with_them_and_each_is_an_sae(tmp_path: Path, kind: str) -> None:
-    plain = sae.train(X, kind, **SHORT)
-    kept = sae.train(X, kind, **SHORT, snapshots=4, out=tmp_path / "run")
+    settings = {**SHORT, "evaluate_every": 3}
+    plain = sae.train(X, kind, **settings, out=tmp_path / "plain")
+    kept = sae.train(X, kind, **settings, snapshots=4, out=tmp_path / "run")
     assert same(plain, kept)
+    measured = [read_metrics(tmp_path / name / METRICS) for name in ("plain", "run")]
+    assert measured[0] == measured[1]
     found = find_snapshots(tmp_path / "run")
     assert [each.tokens for each in found] == [64 * step for step in (1, 2, 4, 9)]
     assert found[0].path.name == "tokens-000000000064"
