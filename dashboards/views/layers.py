@@ -1,6 +1,5 @@
 """At which layers the features of a multi-layer SAE fire (MLSAE, Lawson et al. 2024)."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from dashboards import fact_figures, figures, find_stores, queries
 from dashboards.amounts import amount, counted
 from dashboards.pages import Page
 from dashboards.session import Session, begin_page, open_feature
+from saescope.paths import AnyPath
 from store import FeatureStore
 from store.fact_results import Layer
 
@@ -132,21 +132,16 @@ def _heat_map(session: Session, layers: list[Layer], shares: np.ndarray, used: n
         help="Each column is a feature, sorted by its mean layer; the colour is the share of its "
         "activation at each layer.",
     )
-    event: Any = st.plotly_chart(
+    st.plotly_chart(
         fact_figures.layer_heat_map(
             shares[:, order], order, [each.site for each in layers], 260 + 9 * len(layers)
         ),
         config=figures.CONFIG,
-        key=f"layers_{st.session_state.get('layers_opened', 0)}",
-        on_select="rerun",
-        selection_mode="points",
+        key="layers_heat_map",
         alt="Features, sorted by their mean layer, and the share of each at each layer",
     )
     some = f" {len(order):,} of {len(used):,} are drawn, evenly." if len(order) < len(used) else ""
-    st.caption(f"Point at a feature to see its number.{some}")
-    if event.selection.points:
-        st.session_state["layers_opened"] = st.session_state.get("layers_opened", 0) + 1
-        open_feature(session, int(order[int(event.selection.points[0]["x"])]))
+    st.caption(f"Point at a feature to see its number; click a row below to open one.{some}")
     _open_one(session, layers, shares, used)
 
 
@@ -246,7 +241,7 @@ def _stores(session: Session) -> None:
     st.caption("Choose another SAE above to see its layers.")
 
 
-def _store_row(name: str, path: Path) -> dict[str, Any]:
+def _store_row(name: str, path: AnyPath) -> dict[str, Any]:
     store = queries.open_store(path)
     facts = queries.overview(store, queries.version_of(path))
     number = facts.site.removeprefix("blocks.").partition(".")[0]
