@@ -24,7 +24,7 @@ from activations.harvesting.staging import Staging
 from activations.harvesting.windows import MissingWindow, missing_windows
 from activations.harvesting.workers import help_with, lead
 from activations.models.base import HarvestModel
-from activations.storage.layout import PENDING, SPLITS, row_arrays
+from activations.storage.layout import SPLITS, row_arrays
 from activations.storage.reader import ActivationStore
 from activations.storage.window_data import WindowData
 from activations.storage.writer import HarvestWriter
@@ -152,11 +152,11 @@ def assist(config: HarvestConfig, find: Callable[[], ActivationStore | None]) ->
     Raises InputError if it is of another configuration or model; ArtefactError if rank 0 is gone,
     or another process has this rank.
     """
-    out = window_locks.shared_folder(config.out)
+    out = window_locks.shared(config.out)
 
-    def opened() -> ActivationStore | None:
+    def opened(team: window_locks.Team) -> ActivationStore | None:
         store = find()
-        ready = store is not None and (store.complete or (out / PENDING).exists())
+        ready = store is not None and (store.complete or team.begun())
         return store if ready else None
 
     def finished() -> ActivationStore | None:
@@ -165,7 +165,7 @@ def assist(config: HarvestConfig, find: Callable[[], ActivationStore | None]) ->
 
     try:
         with silent(), window_locks.member(out) as team:
-            store = team.wait_for(opened)
+            store = team.wait_for(lambda: opened(team))
             if store.complete:
                 return store
             model = model_of(config, store)

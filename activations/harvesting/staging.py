@@ -9,6 +9,7 @@ left there has another name.
 
 import hashlib
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from activations.storage.window_data import StagedRows, WindowData, filled_up
 from saescope.artefact import atomic_path, read_json, sha256_json, write_json
 from saescope.errors import ArtefactError
 from saescope.leftovers import is_leftover
-from saescope.paths import local, remove
+from saescope.paths import AnyPath, exists, listing, remove
 from saescope.system import system_errors
 
 _RECORD = "window.json"
@@ -45,7 +46,7 @@ class Staging:
     """The windows of an unfinished harvest that wait to be committed."""
 
     def __init__(self, store: ActivationStore) -> None:
-        self._store = local(store.path)
+        self._store = store.path
         self.folder = self._store / PENDING
         self._context = store.context
         self._arrays = row_arrays(store.manifest)
@@ -63,25 +64,31 @@ class Staging:
 
     def has(self, name: str) -> bool:
         """Whether a window waits; it does until it is committed."""
-        return (self.folder / name).exists()
+        return exists(self.folder / name / _RECORD)
 
     def needs(self, name: str, number: int) -> bool:
         """Whether a window neither waits nor is committed."""
         if self.has(name):
             return False
         # reading what is committed takes longer the more it is; most windows have no list yet
-        if not (self._store / DOCUMENTS / documents_part(number)).exists():
+        if not exists(self._store / DOCUMENTS / documents_part(number)):
             return True
         return number >= len(ActivationStore.read(self._store).windows)
 
     def put(self, name: str, data: WindowData) -> None:
         """Leave a window there, flushed to the disk; it appears whole.
 
+        In an object store it is there once its record is, which is written last.
         Raises ArtefactError if the disk is full.
         """
-        if not self.folder.exists():
-            return  # the harvest has been finished by others
-        with system_errors(str(self._store)), atomic_path(self.folder / name) as temporary:
+        target = self.folder / name
+        if isinstance(target, Path):
+            if not target.parent.exists():
+                return  # the harvest has been finished by others
+            whole = atomic_path(target)
+        else:
+            whole = nullcontext(target)
+        with system_errors(str(self._store)), whole as temporary:
             crcs: dict[str, list[int]] = {array: [] for array in self._arrays}
             for number, array, values in data.chunks(self._chunk_rows):
                 path = chunk_path(temporary, array, number, values.ndim)
@@ -131,7 +138,7 @@ class Staging:
             staged=StagedRows(folder, {array: crcs[array] for array in self._arrays}),
         )
 
-    def _record(self, folder: Path) -> dict[str, Any]:
+    def _record(self, folder: AnyPath) -> dict[str, Any]:
         record = read_json(folder / _RECORD)
         if record.pop("sha256", None) != sha256_json(record):
             raise ArtefactError("its content does not match its own sha256", where=str(folder))
@@ -142,25 +149,30 @@ class Staging:
 
         For rank 0, while others may be at work.
         """
-        with system_errors(str(self._store)):
-            self.folder.mkdir(exist_ok=True)
-        for path in sorted(self.folder.glob("window-*")):
-            found = re.fullmatch(r"window-(\d{6,})-[0-9a-f]{16}", path.name)
-            if found is None or int(found[1]) < committed or not self._is_whole(path):
-                remove(path)
+        if isinstance(self.folder, Path):
+            with system_errors(str(self._store)):
+                self.folder.mkdir(exist_ok=True)
+        for name, _ in listing(self.folder)(()):
+            found = re.fullmatch(r"window-(\d{6,})-[0-9a-f]{16}", name)
+            other = found is None and name.startswith("window-")
+            if other or (found and (int(found[1]) < committed or not self._is_whole(name))):
+                remove(self.folder / name)
 
     def remove_torn(self, name: str) -> None:
         """Remove what was left of a window by ranks that died while they put it there.
 
         For the rank that has the window.
         """
+        if not isinstance(self.folder, Path):
+            return  # the objects are written over
         for path in self.folder.glob(f".{name}.*"):
             if is_leftover(path):
                 remove(path)
 
-    def _is_whole(self, folder: Path) -> bool:
+    def _is_whole(self, name: str) -> bool:
+        folder = self.folder / name
         try:
-            data = self.get(folder.name)
+            data = self.get(name)
             assert data.staged is not None
             for array, described in self._arrays.items():
                 for number, crc in enumerate(data.staged.crcs[array]):

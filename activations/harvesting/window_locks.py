@@ -1,4 +1,4 @@
-"""Locks by which several processes that harvest one store agree on who computes which window.
+"""How several processes that harvest one store agree on who computes which window.
 
     torchrun --nproc-per-node 4 -m saescope harvest CONFIG.toml
 
@@ -7,9 +7,14 @@ has, computes it and leaves it in the store (`activations.harvesting.staging`); 
 the store's lock, does the same, and commits what is there in the order of one process. To have a
 window, or to be a rank, is to hold a lock on a byte of `.NAME.ranks` beside the store, which the
 operating system takes back from a process that dies: then another one has the window.
+
+An object store locks nothing. There the ranks, on one machine or several, ask the store of keys
+that torchrun itself keeps for them (its rendezvous): a window is had by whoever sets its key first.
+If a rank dies torchrun ends all, and starts all anew with other keys.
 """
 
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +23,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from activations.storage.layout import PENDING
-from saescope.errors import ArtefactError
+from saescope.errors import ArtefactError, InputError
 from saescope.locks import locked
-from saescope.paths import AnyPath, local
+from saescope.paths import AnyPath, as_path, remove
 from saescope.process_rank import this_rank
 from saescope.system import system_errors
 
@@ -95,6 +100,13 @@ class Team:
         """Let go of a window."""
         fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, _WINDOWS + window)
 
+    def begin(self) -> None:
+        """Let the other ranks begin, for rank 0 once `pending/` is there: what they wait for."""
+
+    def begun(self) -> bool:
+        """Whether rank 0 has let the others begin."""
+        return (self._out / PENDING).exists()
+
     def check(self) -> None:
         """Raise ArtefactError if rank 0 has not been there for some time."""
         if self.number == 0:
@@ -125,6 +137,52 @@ class Team:
         os.close(self._descriptor)
 
 
+class RendezvousTeam(Team):
+    """This process as one of the ranks that torchrun has started, wherever their machines are.
+
+    Raises ArtefactError if torchrun's store of keys cannot be reached.
+    """
+
+    def __init__(self, out: AnyPath, number: int) -> None:
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
+        self.number = number
+        digest = hashlib.sha256(str(out).encode()).hexdigest()[:16]
+        try:
+            # its keys are of this attempt of torchrun's alone
+            keys, _, _ = next(rendezvous("env://"))
+            self._keys = PrefixStore(f"saescope {digest}", keys)
+            self._keys.add("ranks", 1)
+        except (RuntimeError, ValueError) as error:
+            raise ArtefactError(
+                f"torchrun's rendezvous cannot be reached: {error}", where=str(out)
+            ) from error
+
+    def claim(self, window: int) -> bool:
+        """Have a window, unless another rank has it."""
+        mine = str(self.number)
+        return self._keys.compare_set(f"window {window}", "", mine) == mine.encode()
+
+    def release(self, window: int) -> None:
+        """Let go of a window."""
+        self._keys.delete_key(f"window {window}")
+
+    def begin(self) -> None:
+        """Let the other ranks begin."""
+        self._keys.set("begun", "1")
+
+    def begun(self) -> bool:
+        """Whether rank 0 has let the others begin."""
+        return self._keys.check(["begun"])
+
+    def check(self) -> None:
+        """Nothing: torchrun ends all ranks if one has died."""
+
+    def leave(self) -> None:
+        """End this process's part."""
+
+
 def ranks_file(out: Path) -> Path:
     """The file whose bytes the ranks of a harvest lock."""
     artefact = out.absolute()
@@ -132,9 +190,11 @@ def ranks_file(out: Path) -> Path:
 
 
 @contextmanager
-def member(out: Path, work: str = "a harvest") -> Iterator[Team]:
+def member(out: AnyPath, work: str = "a harvest") -> Iterator[Team]:
     """This process as a rank of the work there. Raises ArtefactError as `Team` does."""
-    team = Team(out, this_rank().number, work)
+    number = this_rank().number
+    is_local = isinstance(out, Path)
+    team = Team(out, number, work) if is_local else RendezvousTeam(out, number)
     try:
         yield team
     finally:
@@ -149,10 +209,12 @@ def leading(out: AnyPath) -> Iterator[Team | None]:
     """
     several = this_rank().size > 1
     if several:
-        out = shared_folder(out)
+        out = shared(out)
     with locked(out, "harvest"):
-        if isinstance(out, Path) and (
-            several or (out / PENDING).exists() or ranks_file(out).exists()
+        if not several and not isinstance(out, Path):
+            remove(out / PENDING)  # what several processes left there is computed anew
+        if several or (
+            isinstance(out, Path) and ((out / PENDING).exists() or ranks_file(out).exists())
         ):
             with member(out) as team:
                 yield team
@@ -160,9 +222,16 @@ def leading(out: AnyPath) -> Iterator[Team | None]:
             yield None
 
 
-def shared_folder(out: str | AnyPath) -> Path:
-    """The folder that several ranks harvest to. Raises InputError for an object store."""
-    return local(out, "several processes harvest one store only in a folder that they share")
+def shared(out: str | AnyPath) -> AnyPath:
+    """Where several ranks harvest to. Raises InputError for an object store without torchrun."""
+    found = as_path(out)
+    if not isinstance(found, Path) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise InputError(
+            "several processes harvest into an object store only if torchrun starts them; others "
+            "need a folder that they share",
+            where=str(found),
+        )
+    return found
 
 
 def pauses() -> Iterator[None]:

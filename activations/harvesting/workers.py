@@ -33,6 +33,7 @@ def lead(
     store = writer.store
     staging = Staging(store)
     staging.open(len(store.windows))
+    team.begin()
     names: dict[int, str] = {}
     own: set[int] = set()
     number = len(store.windows)

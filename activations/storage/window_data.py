@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,14 @@ from numpy.typing import NDArray
 from activations.storage.layout import ROW_TOKEN, fill_value
 from activations.storage.ledger import Window
 from activations.storage.row_formats import SiteSums
+from saescope.paths import AnyPath
 
 
 @dataclass(frozen=True)
 class StagedRows:
     """Rows of a window that are in files already, in the order in which they are to be."""
 
-    folder: Path
+    folder: AnyPath
     """its chunks, counted from 0, lie in it as they do in the Zarr group"""
     crcs: Mapping[str, list[int]]
     """of the chunks of each array [row, ...], by name"""
