@@ -141,6 +141,13 @@ class Annotations(MachineLabels):
         rows = self._rows_added(f"{sql}{where} ORDER BY id DESC LIMIT ?", [*values, limit])
         return [Change(*row) for row in rows]
 
+    def texts(self) -> list[tuple[int, str]]:
+        """All labels and notes, and then all machine labels, each with its feature."""
+        sql = "SELECT feature, {0} FROM annotation WHERE {0} <> '' ORDER BY feature"
+        written = [row for name in ("label", "note") for row in self._rows(sql.format(name))]
+        sql = "SELECT feature, label FROM machine_label WHERE label <> '' ORDER BY feature"
+        return [(int(row[0]), str(row[1])) for row in [*written, *self._rows_added(sql)]]
+
     def search(self, text: str, limit: int = 10_000) -> list[int]:
         """Features in whose label or note each word is the beginning of some word; best first.
 
