@@ -130,14 +130,14 @@ def store_file(path: str | AnyPath) -> AnyPath:
         file = file if file.name == MANIFEST else file / MANIFEST
         if exists(file):
             return file
-        how = "saescope export STORE --format parquet-store"
+        what = "no feature store here; `saescope export STORE --format parquet-store` makes one"
     else:
         names = (STORE_FILE, MANIFEST) if file.is_dir() else ()
         file = next((file / name for name in names if (file / name).is_file()), file)
         if file.is_file():
             return file
-        how = "saescope index RUN"
-    raise ArtefactError(f"no feature store here; `{how}` makes one", where=str(path))
+        what = "no feature store here; `saescope index RUN` makes one"
+    raise ArtefactError(what, where=str(path))
 
 
 class Database:
