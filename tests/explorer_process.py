@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from saescope.paths import AnyPath
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -22,7 +24,7 @@ def free_port() -> int:
 
 @contextmanager
 def serving(
-    stores: Path,
+    stores: AnyPath,
     log: Path,
     *,
     words: Sequence[str] = (),

@@ -183,5 +183,5 @@ def test_first_groups_are_the_surest(folder: Path) -> None:
     with FeatureStore.open(folder / "tiny") as store:
         assert store.first_groups("topic") == {3: "towns", 4: "ships"}
         assert store.first_groups("source") == {}
-        named = feature_maps.groups(store, ("x", 0, 0, 0), "topic")
+        named = feature_maps.groups(store, ("x", "x", 0, 0), "topic")
         assert np.array(named)[[2, 3, 4]].tolist() == ["", "towns", "ships"]
