@@ -8,9 +8,11 @@ the store's lock, does the same, and commits what is there in the order of one p
 window, or to be a rank, is to hold a lock on a byte of `.NAME.ranks` beside the store, which the
 operating system takes back from a process that dies: then another one has the window.
 
-An object store locks nothing. There the ranks, on one machine or several, ask the store of keys
-that torchrun itself keeps for them (its rendezvous): a window is had by whoever sets its key first.
-If a rank dies torchrun ends all, and starts all anew with other keys.
+An object store locks nothing, and not every file system locks for several machines. There the
+ranks ask the store of keys that torchrun itself keeps for them (its rendezvous): a window is had by
+whoever sets its key first. If a rank dies torchrun ends all, and starts all anew with other keys.
+
+Indexing and sweeps share pieces and runs in the same way.
 """
 
 import fcntl
@@ -93,7 +95,7 @@ class Team:
         return True
 
     def claim(self, window: int) -> bool:
-        """Have a window, unless another rank has it."""
+        """Have a window (or what else has this number), unless another rank has it."""
         return self._lock(_WINDOWS + window)
 
     def release(self, window: int) -> None:
@@ -107,14 +109,20 @@ class Team:
         """Whether rank 0 has let the others begin."""
         return (self._out / PENDING).exists()
 
+    def led(self) -> bool:
+        """Whether rank 0 is at work, for the others."""
+        if not self._lock(0, shared=True):
+            return True
+        fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, 0)
+        return False
+
     def check(self) -> None:
         """Raise ArtefactError if rank 0 has not been there for some time."""
         if self.number == 0:
             return
-        if not self._lock(0, shared=True):
+        if self.led():
             self._rank_0_was_here = time.monotonic()
             return
-        fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, 0)
         if time.monotonic() - self._rank_0_was_here > _PATIENCE:
             raise ArtefactError(
                 f"rank 0, which alone finishes {self._work}, has not been at work here for "
@@ -176,6 +184,10 @@ class RendezvousTeam(Team):
         """Whether rank 0 has let the others begin."""
         return self._keys.check(["begun"])
 
+    def led(self) -> bool:
+        """Whether rank 0 has let the others begin: torchrun ends all if it is gone."""
+        return self.begun()
+
     def check(self) -> None:
         """Nothing: torchrun ends all ranks if one has died."""
 
@@ -191,10 +203,16 @@ def ranks_file(out: Path) -> Path:
 
 @contextmanager
 def member(out: AnyPath, work: str = "a harvest") -> Iterator[Team]:
-    """This process as a rank of the work there. Raises ArtefactError as `Team` does."""
-    number = this_rank().number
-    is_local = isinstance(out, Path)
-    team = Team(out, number, work) if is_local else RendezvousTeam(out, number)
+    """This process as a rank of the work there. Raises ArtefactError as `Team` does.
+
+    Ranks that torchrun started on several machines ask its store of keys about a folder too.
+    """
+    rank = this_rank()
+    keys = _torchrun_has_keys() and rank.size > rank.local_size
+    if isinstance(out, Path) and not keys:
+        team = Team(out, rank.number, work)
+    else:
+        team = RendezvousTeam(out, rank.number)
     try:
         yield team
     finally:
@@ -225,13 +243,18 @@ def leading(out: AnyPath) -> Iterator[Team | None]:
 def shared(out: str | AnyPath) -> AnyPath:
     """Where several ranks harvest to. Raises InputError for an object store without torchrun."""
     found = as_path(out)
-    if not isinstance(found, Path) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not isinstance(found, Path) and not _torchrun_has_keys():
         raise InputError(
             "several processes harvest into an object store only if torchrun starts them; others "
             "need a folder that they share",
             where=str(found),
         )
     return found
+
+
+def _torchrun_has_keys() -> bool:
+    """Whether torchrun keeps a store of keys for the processes that it started."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def pauses() -> Iterator[None]:

@@ -2,30 +2,35 @@
 
 A sweep file has a `base` (fields of a training file) and `grid` tables, in which a field may be a
 list; each table's product of lists gives its members. Every member is a run like any other, in its
-own folder, bit for bit what `saescope train` makes of the same settings.
+own folder, bit for bit what `saescope train` makes of the same settings. Processes that torchrun or
+srun started share the members: each takes some that nobody has, and trains them by itself.
 """
 
 import itertools
+import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from activations import ActivationStore
+from activations.harvesting.window_locks import Team, member, pauses, ranks_file
 from sae.data.harvests import open_complete
 from sae.data.streams import Stream
-from sae.training import process_group
 from sae.training.config import TrainConfig
 from sae.training.estimate import describe
 from sae.training.run import Run
-from saescope.artefact import SEAL, DamagedError, check_schema, check_seal, read_json
+from saescope.artefact import SEAL, DamagedError, check_schema, check_seal, read_json, sha256_json
 from saescope.config import Config, from_dict
 from saescope.errors import InputError, check_range
 from saescope.locks import locked
 from saescope.paths import local
-from saescope.progress import Progress, say
+from saescope.process_rank import this_rank
+from saescope.progress import Progress, say, silent
 from saescope.seals import write_sealed
 from saescope.system import system_errors
 
@@ -108,46 +113,119 @@ def read_members(folder: Path) -> dict[str, Any]:
 def sweep(config: SweepConfig) -> list[Path]:
     """Train every member that is not trained yet; the members' folders.
 
+    Of several processes each trains some members, and all return when all members are trained.
+
     Raises InputError as a single run does, before anything is trained, and ArtefactError if another
-    process trains the sweep, or one of its members.
+    process trains the sweep, or one of its members, or if rank 0 of several is gone.
     """
-    with process_group.session():
-        process_group.refuse_several("a sweep", where="torchrun")
+    if this_rank().number == 0:
+        return _sweep(config)
+    try:
+        with silent():
+            return _sweep(config)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # rank 0 says what there is to say
+
+
+def _sweep(config: SweepConfig) -> list[Path]:
     harvest = open_complete(config.harvest)
     streams: dict[str, Stream] = {}
     runs = {name: Run(each, harvest, streams=streams) for name, each in members(config).items()}
     if config.plan:
-        for line in describe(list(runs.values()), at_once=config.at_once):
-            say(line)
+        if this_rank().number == 0:
+            for line in describe(list(runs.values()), at_once=config.at_once):
+                say(line)
         return []
-    with locked(config.out, "sweep"):
-        return _train_all(config, harvest, runs, streams)
+    out = local(config.out)
+    with _at_work(out, runs) as team:
+        _train_all(list(runs.values()), harvest, streams, config.at_once, team)
+    return [run.folder for run in runs.values()]
+
+
+@contextmanager
+def _at_work(out: Path, runs: dict[str, Run]) -> Iterator[Team | None]:
+    """Take part in a sweep: as rank 0, which holds its lock and lists its members, or another.
+
+    None for a process that is alone. Raises InputError if rank 0 has other members.
+    """
+    if this_rank().number:
+        with member(out, "a sweep") as team:
+            team.wait_for(lambda: team.led() or _all_finished(runs) or None)
+            listed = read_members(out)
+            for name, run in runs.items():
+                if listed.get(name) != json.loads(json.dumps(run.settings)):
+                    raise InputError(
+                        "rank 0 sweeps other members, or with other settings",
+                        where=str(out),
+                        given=name,
+                    )
+            yield team
+        return
+    with locked(out, "sweep"):
+        _list_members(out, runs)
+        if this_rank().size == 1 and not ranks_file(out).exists():
+            yield None
+            return
+        with member(out, "a sweep") as team:
+            team.begin()
+            yield team
+
+
+def _list_members(out: Path, runs: dict[str, Run]) -> None:
+    """Write the members' settings, beside those of other files for this folder."""
+    listed = out / MEMBERS
+    before = read_members(out) if listed.exists() else {}
+    found = {**before, **{name: run.settings for name, run in runs.items()}}
+    write_sealed(listed, {"schema": MEMBERS_SCHEMA, "members": found})
 
 
 def _train_all(
-    config: SweepConfig, harvest: ActivationStore, runs: dict[str, Run], streams: dict[str, Stream]
-) -> list[Path]:
-    listed = local(config.out) / MEMBERS  # with the members of other files for this folder
-    before = read_members(listed.parent) if listed.exists() else {}
-    found = {**before, **{name: run.settings for name, run in runs.items()}}
-    write_sealed(listed, {"schema": MEMBERS_SCHEMA, "members": found})
-    waiting: dict[str, list[Run]] = {}
-    for run in runs.values():
-        if not run.finished():
-            waiting.setdefault(run.stream_key(), []).append(run)
-    done = len(runs) - sum(map(len, waiting.values()))
+    runs: Sequence[Run],
+    harvest: ActivationStore,
+    streams: dict[str, Stream],
+    at_once: int,
+    team: Team | None,
+) -> None:
+    """Train what nobody has, until all is trained, here or by other ranks."""
     beginnings = {key: stream.state_dict() for key, stream in streams.items()}
-    for key, alike in waiting.items():
-        for group in _groups(alike, config.at_once):
-            say(f"{done} of {len(runs)} trained; now {', '.join(run.folder.name for run in group)}")
-            # made again, so that their trainers are let go of when they are done
-            again = [Run(run.config, harvest, streams=streams) for run in group]
-            with ExitStack() as stack:
-                for run in again:
-                    stack.enter_context(run.locked())
-                _train_together(again, beginnings[key])
-            done += len(group)
-    return [run.folder for run in runs.values()]
+    alike, ranks = Counter(run.stream_key() for run in runs), this_rank().size
+    most = {key: min(at_once, math.ceil(count / ranks)) for key, count in alike.items()}
+    waiting, waits = runs, pauses()
+    while waiting := [run for run in waiting if not run.finished()]:
+        group = _take(waiting, most, team)
+        if not group:
+            if team is not None:
+                team.check()
+            next(waits)
+            continue
+        done = len(runs) - len(waiting)
+        say(f"{done} of {len(runs)} trained; now {', '.join(run.folder.name for run in group)}")
+        # made again, so that their trainers are let go of when they are done
+        again = [Run(run.config, harvest, streams=streams) for run in group]
+        with ExitStack() as stack:
+            for run in again:
+                stack.enter_context(run.locked())
+            _train_together(again, beginnings[group[0].stream_key()])
+
+
+def _take(waiting: Sequence[Run], most: Mapping[str, int], team: Team | None) -> list[Run]:
+    """Runs of one stream that this process is to train: none that another rank has.
+
+    They are this process's until it ends, so that nobody trains them again.
+
+    Args: most says how many at once, of each stream.
+    """
+    group: list[Run] = []
+    key = ""
+    for run in waiting:
+        if group and len(group) == most[key]:
+            break
+        if group and run.stream_key() != key:
+            continue
+        key = run.stream_key()
+        if (team is None or team.claim(_number(run))) and not run.finished():
+            group.append(run)
+    return group
 
 
 def _train_together(runs: Sequence[Run], beginning: dict[str, Any]) -> None:
@@ -174,8 +252,13 @@ def _train_together(runs: Sequence[Run], beginning: dict[str, Any]) -> None:
         run.release()
 
 
-def _groups(runs: list[Run], size: int) -> Iterator[list[Run]]:
-    return (runs[start : start + size] for start in range(0, len(runs), size))
+def _all_finished(runs: Mapping[str, Run]) -> bool:
+    return all(run.finished() for run in runs.values())
+
+
+def _number(run: Run) -> int:
+    """What ranks call a run, whichever of the sweep's runs they have found finished."""
+    return int(sha256_json(run.folder.name)[:15], 16)
 
 
 def _product(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -127,6 +127,12 @@ def refuse_several(what: str, *, where: str) -> None:
         )
 
 
+def refuse_together(what: str, *, where: str) -> None:
+    """Raise InputError if several processes train one SAE, and not each its own."""
+    if distributed.size() > 1:
+        refuse_several(what, where=where)
+
+
 def check_batch(size: int, accumulate: int) -> None:
     """Raise InputError if a batch, or its last micro-batch, has fewer rows than ranks."""
     each = -(-size // accumulate)

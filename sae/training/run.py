@@ -66,7 +66,7 @@ class Run:
             self.sae_config = config.sae.with_target_l0(config.trainer.target_l0)
         self.cls = architecture(kind_of(config.sae))
         if harvest.storage == "none":
-            process_group.refuse_several("training straight from the model", where="harvest")
+            process_group.refuse_together("training straight from the model", where="harvest")
         self.sites = choose_sites(
             harvest,
             self.cls,
@@ -207,7 +207,7 @@ class Run:
                 given=config.order,
                 allowed="leave it out",
             )
-        process_group.refuse_several("end-to-end training", where="objective")
+        process_group.refuse_together("end-to-end training", where="objective")
         if config.device != "cpu":
             raise InputError(
                 "end-to-end training goes through the model on the CPU",

@@ -178,8 +178,26 @@ def test_who_takes_which_window(rank_0: Keys) -> None:
     one.release(3)
     assert other.claim(3)
     assert not other.begun()
+    assert not other.led()
     one.begin()
     assert other.begun()
+    assert other.led()
+
+
+def test_folders_of_several_machines_are_shared_by_keys(
+    rank_0: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def uses_keys() -> bool:
+        with window_locks.member(tmp_path / "name") as team:
+            return isinstance(team, window_locks.RendezvousTeam)
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert uses_keys()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not uses_keys()  # one machine
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    assert not uses_keys()  # processes that something else started
 
 
 def test_without_torchrun_it_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
