@@ -15,6 +15,7 @@ from activations.loading.epoch_order import ReadingOrder
 from activations.recompute.computed_rows import ComputedRows
 from activations.storage.verify import examine
 from activations.storage.writer import HarvestWriter
+from sae import distributed
 from sae.commands.train import train
 from sae.training.config import TrainConfig
 from sae.training.run import Run
@@ -267,10 +268,12 @@ def test_end_to_end_training_has_an_order_of_its_own(disk: ActivationStore, tmp_
         Run(config(disk, tmp_path / "run", objective="end_to_end", sae=kind), disk)
 
 
-def test_several_processes_are_refused(
+def test_several_processes_that_train_one_sae_are_refused(
     text: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    Run(config(text, tmp_path / "run"), text)  # each trains SAEs of its own, as in a sweep
+    monkeypatch.setattr(distributed.ALL, "size", 2)  # they train one together
     with pytest.raises(InputError, match="straight from the model runs in one process"):
         Run(config(text, tmp_path / "run"), text)
 
