@@ -1,7 +1,7 @@
-"""Figures of effects on all logits, of layers and of attention heads."""
+"""Figures of effects on all logits, of layers and of attention heads; marks on histograms."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,6 +32,19 @@ def layer_names(sites: Sequence[str]) -> list[str]:
     if len({rest for *_, rest in pieces}) == 1:
         return [number for number, *_ in pieces]
     return [f"{number} {rest.replace('hook_', '')}" for number, _, rest in pieces]
+
+
+def mark_activation(figure: "Figure", activation: float) -> None:
+    """Draw a line at an activation, possibly above all others, on a histogram of activations."""
+    layout: Any = figure.layout
+    low, high = layout.xaxis.range
+    figure.update_xaxes(range=[low, max(high, 1.01 * activation)])
+    figure.add_vline(
+        x=activation,
+        line={"width": 2, "color": ORANGE},
+        annotation={"text": f"your text {amount(activation)}", "font": {"color": ORANGE}},
+        annotation_position="top left" if activation > high / 2 else "top right",
+    )
 
 
 def logit_histogram(histogram: Histogram, height: int = 150) -> "Figure":

@@ -128,6 +128,14 @@ def link_named(
     )
 
 
+def text_features_key(name: str) -> str:
+    """Under which key of the session's state Prompt keeps what it showed last for this SAE.
+
+    The value is (question, features of the text); the question begins with the store's version.
+    """
+    return f"prompt_result_{name}"
+
+
 def open_feature(session: Session, feature: int) -> None:
     """Go to a feature's page."""
     st.switch_page(page_at("feature"), query_params={"sae": session.name, "feature": str(feature)})

@@ -130,6 +130,11 @@ class FeatureStore(
             counts[bin_] = count
         return Histogram(np.linspace(0.0, top, BINS + 1), counts)
 
+    def activations_below(self, feature: int, activation: float) -> int:
+        """How many of the feature's activations are below this one, of those above zero."""
+        mine = self._rows_of(self._check(feature))["activation"]
+        return int((mine < np.float32(activation)).sum())
+
     def examples(self, feature: int, kind: str = "top", window: int | None = None) -> list[Example]:
         """The strongest examples ("top"), or random ones of five intervals ("interval").
 

@@ -11,7 +11,7 @@ from dashboards.chat import messages_of
 from dashboards.figures import percent
 from dashboards.pages import Page, page_at
 from dashboards.prompt_grid import Cell, Choice
-from dashboards.session import Session, begin_page, link, session_of
+from dashboards.session import Session, begin_page, link, session_of, text_features_key
 from dashboards.tokens import per_token_html, plain
 from saescope.errors import SaescopeError
 
@@ -171,7 +171,7 @@ def _one(session: Session, asked: str, mode: str, choice: Choice, *, alone: bool
 
 def _features(session: Session, asked: str, mode: str) -> "TextFeatures":
     """The text's features, computed once for as long as the same text is asked for."""
-    key, question = f"prompt_result_{session.name}", (session.version, asked, mode)
+    key, question = text_features_key(session.name), (session.version, asked, mode)
     known = st.session_state.get(key)
     if known is None or known[0] != question:
         st.session_state.pop(key, None)

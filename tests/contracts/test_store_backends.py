@@ -117,6 +117,7 @@ QUERIES: dict[str, Callable[[FeatureStore], Any]] = {
     "grid": lambda store: store.grid,
     "has_facts": lambda store: store.has_facts,
     "head_norms": _of_features("head_norms"),
+    "activations_below": lambda store: store.activations_below(EVERYWHERE, 1.0),
     "histogram": _of_features("histogram"),
     "layer_profile": _of_features("layer_profile"),
     "layer_shares": FeatureStore.layer_shares,

@@ -14,6 +14,7 @@ from streamlit.testing.v1 import AppTest
 
 from dashboards import chat, find_stores, model_cache, prompt_grid
 from dashboards.prompt_grid import Cell, Choice
+from dashboards.tokens import plain
 from saescope.errors import InputError
 from store import Annotations, FeatureStore
 from tests.e2e.test_explorer import links, open_page, parameter, shown
@@ -250,3 +251,19 @@ def test_several_saes_of_one_model(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert parameter(app, "with") == "second"
     app = open_page(PROMPT, sae="tiny", text="old town", **{"with": "second,gone"})
     assert len(app.get("bidi_component")) == 2
+
+
+def test_a_features_page_marks_the_text_that_was_tested(folder: Path) -> None:
+    kept = send(open_page(PROMPT), "old <b>harbour</b> town").session_state["prompt_result_tiny"]
+    with FeatureStore.open(folder / "tiny") as store:
+        below, n_active = store.activations_below(5, 0.5), store.feature(5).n_active
+    for number, wanted in (
+        (5, f"strongest 0.50 on “{plain(' <b>harbour</b>')}”. {below} of {n_active} activations"),
+        (6, "It does not fire on your text"),
+    ):
+        app = open_page("feature", sae="tiny", feature=str(number))
+        assert "your text" not in shown(app)
+        app.session_state["prompt_result_tiny"] = kept
+        assert wanted in shown(app.run())
+    app.session_state["prompt_result_tiny"] = ((("another version",), "", "text"), kept[1])
+    assert "your text" not in shown(app.run())

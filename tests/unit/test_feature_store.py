@@ -138,6 +138,13 @@ def test_activations_are_in_order_and_complete(features: FeatureStore) -> None:
         np.testing.assert_array_equal(features.activations(number, 3)[0], position[:3])
 
 
+def test_activations_below_one_match_numpy(features: FeatureStore) -> None:
+    _, activation = of_feature(5)
+    for at in (0.0, float(activation[0]), float(activation[len(activation) // 2]), 1e9):
+        assert features.activations_below(5, at) == (activation < np.float32(at)).sum()
+    assert features.activations_below(DEAD[0], 1.0) == 0
+
+
 def test_histogram_matches_its_definition(features: FeatureStore) -> None:
     for number in range(D_SAE):
         histogram = features.histogram(number)

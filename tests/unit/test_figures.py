@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dashboards.fact_figures import mark_activation
 from dashboards.figures import activation_histogram, density_histogram, percent
 from store.results import Histogram
 
@@ -32,6 +33,17 @@ def test_activation_histogram_has_every_count() -> None:
     assert layout(figure).yaxis.title.text == "positions (log scale)"
     assert layout(figure).yaxis.type == "log"
     assert layout(figure).yaxis.range[0] < 0, "a single position has a bar of some height"
+
+
+@pytest.mark.parametrize("mark", [2.0, 7.0, 9.0])
+def test_an_activation_is_marked_and_in_sight(mark: float) -> None:
+    counts = np.ones(40, dtype=np.int64)
+    figure = activation_histogram(Histogram(np.linspace(0, 8, 41), counts))
+    mark_activation(figure, mark)
+    (line,) = layout(figure).shapes
+    assert (line.x0, line.x1) == (mark, mark)
+    assert layout(figure).annotations[0].text == f"your text {mark:.2f}"
+    assert layout(figure).xaxis.range[1] > max(mark, 8.0)
 
 
 def test_few_positions_are_counted_on_a_plain_axis() -> None:
