@@ -32,7 +32,7 @@ LOADED = (
 WAIT = "The first text takes 10 to 60 seconds, because the model has to be loaded."
 MODES = {"text": "Text", "chat": "Chat"}
 ORDERS = {
-    "share": "share of its strongest",
+    "share": "share of strongest",
     "activation": "activation",
     "effect": "effect on the loss",
 }

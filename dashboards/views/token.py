@@ -13,7 +13,7 @@ from dashboards.amounts import COLUMN
 from dashboards.pages import Page
 from dashboards.queries import Version
 from dashboards.session import Session, begin_page, link
-from dashboards.tokens import examples_html, plain, spellings_html
+from dashboards.tokens import examples_html, plain, shortened, spellings_html
 from saescope.errors import InputError
 from store import FeatureStore
 from store.results import Occurrences, TokenFeatures
@@ -35,6 +35,8 @@ MOST_FEATURES, PER_PAGE, WINDOW = 200, 8, 16
 _SPACE = {"any": None, "with": True, "without": False}
 _CHOICES = {"by": BY, "space": SPACES, "order": ORDERS, "side": SIDES}
 _SUGGESTED = 6
+_LABEL = 24
+"""characters of a label that its column, which cuts without a sign, has room for"""
 _DAY = 86_400
 _Question = tuple[str, str, str, bool]
 
@@ -290,7 +292,7 @@ def _table(session: Session, question: _Question, found: TokenFeatures, order: s
     frame = pd.DataFrame(
         {
             "feature": numbers,
-            "about": [names[n].text for n in numbers],
+            "about": [shortened(names[n].text, _LABEL) for n in numbers],
             "match": 100 * found.dice,
             "share": 100 * found.share,
             "lift": found.lift,

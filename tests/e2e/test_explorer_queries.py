@@ -74,6 +74,14 @@ def test_a_token_and_the_features_that_fire_on_it(folder: Path) -> None:
     assert parameter(app, "feature") == str(EVERYWHERE)
 
 
+def test_a_label_that_does_not_fit_its_column_ends_in_an_ellipsis(folder: Path) -> None:
+    with Annotations.open(folder / "tiny") as notes:
+        notes.set_label(EVERYWHERE, "fires on every word of every text")
+    app = open_page("token", q="the", order="share")
+    assert app.dataframe[0].value.iloc[0].about == "fires on every word of …"
+    assert "fires on every word of every text" in texts(app)
+
+
 def test_where_a_feature_is_silent(folder: Path) -> None:
     at, mine = places(" the"), fires(5)
     silent = [p for p in at if p not in mine]
