@@ -238,6 +238,14 @@ COMMANDS = {
         positional="store",
         resumes=True,
     ),
+    "search": Command(
+        module="sae.commands.search",
+        config="SearchConfig",
+        function="search",
+        summary="Find features whose label or note means about the same as a text.",
+        examples=('saescope search stores/smollm2-135m-topk --text "ships at sea"',),
+        positional="store",
+    ),
     "sql": Command(
         module="store.sql_command",
         config="SqlConfig",
