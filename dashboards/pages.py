@@ -134,7 +134,8 @@ def way_to_first() -> st.Page:
     def lead() -> None:
         st.switch_page(first, query_params=st.query_params.to_dict())
 
-    return st.Page(lead, title=first.title, url_path=url, visibility="hidden")
+    title = find_pages()[0].declared.title
+    return st.Page(lead, title=title, url_path=url, visibility="hidden")
 
 
 def page_at(url: str) -> st.Page:

@@ -14,6 +14,7 @@ from saescope.paths import as_path
 from store import FeatureFilter, FeatureStore
 from store.diff import diff
 from store.export.parquet_store import Layout, write_parquet_store
+from tests.s3_server import s3_bucket
 from tests.tiny_store import (
     D_SAE,
     DEAD,
@@ -31,20 +32,8 @@ BACKENDS = ("folder", "s3")
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FeatureStore]]:
     """The tiny store as a DuckDB file, as a folder of Parquet files, and in a bucket."""
-    pytest.importorskip("s3fs", reason="needs s3fs, of the extra s3")
-    moto = pytest.importorskip("moto.server", reason="needs moto, of the extra dev")
-    import s3fs
-
     folder = tmp_path_factory.mktemp("backends")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.get_host_and_port()[1]}")
-        patch.setenv("SAESCOPE_CACHE", str(folder / "cache"))
-        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(key, "test")
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("bucket")
+    with s3_bucket(folder / "cache"):
         found = {"file": FeatureStore.open(make_tiny_store(folder))}
         for name, path in (("folder", folder / "tiny?[a]*"), ("s3", as_path("s3://bucket/a/tiny"))):
             write_parquet_store(found["file"], path, layout=SMALL)
@@ -52,8 +41,6 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Featu
         yield found
         for store in found.values():
             store.close()
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 FEATURES = (EVERYWHERE, RARE, 0, 20, DEAD[0])

@@ -205,9 +205,7 @@ def test_every_command_has_help_with_examples(
 
 def test_wrong_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["harvst"]) == 2
-    assert (
-        "no such command: harvst (commands: demo, init, harvest, train" in capsys.readouterr().err
-    )
+    assert "no such command: harvst (commands: demo, init, harvest, join" in capsys.readouterr().err
     assert command_line.main(["eval", "nowhere"]) == 2
     assert capsys.readouterr().err == "saescope: nowhere: no SAE here\n"
 

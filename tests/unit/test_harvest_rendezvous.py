@@ -20,11 +20,11 @@ from saescope.errors import ArtefactError, InputError
 from saescope.paths import as_path, exists, listing, objects
 from tests.damage import assert_same_content
 from tests.interrupt import Interrupt, Killed
+from tests.s3_server import s3_bucket
 from tests.tiny import make_tiny_corpus, make_tiny_model
 from tests.unit.test_harvest_ranks import settings
 
 s3fs = pytest.importorskip("s3fs", reason="needs s3fs, of the extra s3")
-moto = pytest.importorskip("moto.server", reason="needs moto, of the extra dev")
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +33,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("rendezvous")
     make_tiny_model(folder / "model")
     make_tiny_corpus(folder, documents=20)
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.get_host_and_port()[1]}")
-        patch.setenv("SAESCOPE_CACHE", str(folder / "cache"))
-        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(key, "test")
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("bucket")
+    with s3_bucket(folder / "cache"):
         harvest(settings(folder, out=folder / "whole"))
         yield folder
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 WORKER = """

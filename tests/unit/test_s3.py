@@ -24,12 +24,11 @@ from saescope.locks import locked
 from saescope.paths import as_path, exists, listing, put, remove
 from tests.damage import GROUP, assert_same_content
 from tests.interrupt import Interrupt, Killed
+from tests.s3_server import KEYS, s3_bucket
 from tests.tiny import make_tiny_corpus, make_tiny_model
 
 s3fs = pytest.importorskip("s3fs", reason="needs s3fs, of the extra s3")
-moto = pytest.importorskip("moto.server", reason="needs moto, of the extra dev")
 SITE = "blocks.1.hook_resid_post"
-KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +37,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("s3")
     make_tiny_model(folder / "model")
     make_tiny_corpus(folder, documents=12)
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("SAESCOPE_CACHE", str(folder / "cache"))
-        for key in KEYS:
-            patch.setenv(key, "test")
+    with s3_bucket(folder / "cache") as patch:
         patch.setattr(resume, "load_model", functools.cache(resume.load_model))
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("bucket")
         yield folder
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 def config_of(root: Path, out: str) -> HarvestConfig:
