@@ -48,7 +48,8 @@ from tests.unit.test_harvest_ranks import settings
 folder, out = Path(sys.argv[1]), sys.argv[2]
 compute = pipeline.compute
 def counted(window, *rest):
-    print(f"rank {os.environ['RANK']} computes {window.number}", flush=True)
+    # in one piece: both write to one pipe
+    os.write(1, f"rank {os.environ['RANK']} computes {window.number}\\n".encode())
     return compute(window, *rest)
 pipeline.compute = counted
 harvest(settings(folder, out=out))

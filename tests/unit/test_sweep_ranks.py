@@ -28,7 +28,8 @@ if not one_machine:
 real = sweep._train_together
 def counted(runs, beginning):
     for run in runs:
-        print(f"rank {os.environ['RANK']} trains {run.folder.name}", flush=True)
+        # in one piece: both write to one pipe
+        os.write(1, f"rank {os.environ['RANK']} trains {run.folder.name}\\n".encode())
     real(runs, beginning)
 sweep._train_together = counted
 sweep.sweep(config(harvest, out))
