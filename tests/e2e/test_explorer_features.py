@@ -207,10 +207,12 @@ def test_scatter_figure_by_hand() -> None:
     figure = figures.scatter(points, "density", "max", ["a <b>", "c"], titles)
     text = figure.to_dict()["data"][0]["hovertext"][0]
     assert text == "feature 4 · a &lt;b&gt;<br>density 1.00e-3, strongest 1.00e-4"
-    assert figure.layout.xaxis.type == "log"
-    assert figure.layout.xaxis.title.text == "density (log scale)"
+    axis = figure.to_dict()["layout"]["xaxis"]
+    assert axis["type"] == "log"
+    assert axis["title"]["text"] == "density (log scale)"
     near = points.assign(density=[0.0, 0.5])
-    assert figures.scatter(near, "density", "max", ["a", "b"], titles).layout.xaxis.type is None
+    linear = figures.scatter(near, "density", "max", ["a", "b"], titles)
+    assert linear.to_dict()["layout"]["xaxis"].get("type") is None
 
 
 def test_small_activations_are_told_apart(folder: Path) -> None:
