@@ -1,5 +1,8 @@
 """The long tests run only when they are asked for by their mark: `-m slow`, `-m torture`, ..."""
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 
 LONG = ("slow", "torture", "sweep")
@@ -11,3 +14,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     long = {item for item in items if any(item.get_closest_marker(mark) for mark in left_out)}
     config.hook.pytest_deselected(items=[item for item in items if item in long])
     items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture(autouse=True)
+def _main_module() -> Iterator[None]:
+    """Streamlit's AppTest leaves its script as the main module, which new processes would run."""
+    main = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = main
