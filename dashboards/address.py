@@ -27,5 +27,14 @@ def write(page: str, values: Mapping[str, str | None]) -> None:
     st.session_state[_key(page)] = kept
 
 
+def complain(wrong: Collection[str]) -> None:
+    """Name the parameters whose values a page cannot use; nothing is said if there are none."""
+    if wrong:
+        st.warning(
+            f"The address has what makes no sense here: {', '.join(wrong)}.",
+            icon=":material/link_off:",
+        )
+
+
 def _key(page: str) -> str:
     return f"address_of_{page}"

@@ -106,11 +106,7 @@ def _take(
     ends = (_nearest(low), _nearest(1.0 if high is None else high))
     if arrived:
         state["table_density"] = ends
-    if wrong:
-        st.warning(
-            f"The address has what makes no sense here: {', '.join(wrong)}.",
-            icon=":material/link_off:",
-        )
+    address.complain(wrong)
 
 
 def _nearest(density: float) -> float:

@@ -109,11 +109,7 @@ def _take(session: Session, colours: Mapping[str, str]) -> None:
     if state["map_colour"] not in colours:  # of a link, or of another store
         wrong += ["colour"] * bool(arrived)
         state["map_colour"] = "density"
-    if wrong:
-        st.warning(
-            f"The address has what makes no sense here: {', '.join(wrong)}.",
-            icon=":material/link_off:",
-        )
+    address.complain(wrong)
 
 
 def _numbers(text: str, d_sae: int) -> tuple[list[int], bool]:

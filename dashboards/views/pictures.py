@@ -98,11 +98,7 @@ def _order(session: Session, names: dict[str, str]) -> tuple[str, str]:
         for n, known in (("sort", names), ("order", ORDERS))
         if n in given and given[n] not in known
     ]
-    if wrong:
-        st.warning(
-            f"The address has what makes no sense here: {', '.join(wrong)}.",
-            icon=":material/link_off:",
-        )
+    address.complain(wrong)
     for name, known, fallback in (("sort", names, "density"), ("order", ORDERS, "down")):
         if state.get(f"pictures_{name}") not in known:
             state[f"pictures_{name}"] = fallback
