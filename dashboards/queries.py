@@ -2,6 +2,7 @@
 
 import functools
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -96,10 +97,17 @@ def _remote_version(url: str, moment: int) -> Version:
     return url, said, 0, size
 
 
-# a store that is dropped from the cache is closed once no session uses it any more
+# A store that is dropped from the cache is closed once no session uses it any more, which is two
+# minutes after its page was left: until then one that is asked for again is not opened twice.
+_IN_USE: weakref.WeakValueDictionary[Version, FeatureStore] = weakref.WeakValueDictionary()
+
+
 @st.cache_resource(max_entries=16, show_spinner=False)
 def _open(version: Version) -> FeatureStore:
-    return FeatureStore.open(version[0])
+    store = _IN_USE.get(version)
+    if store is None:
+        _IN_USE[version] = store = FeatureStore.open(version[0])
+    return store
 
 
 def open_store(path: AnyPath) -> FeatureStore:

@@ -65,9 +65,13 @@ def server_process(address: str) -> Path:
 
 
 def used(process: Path) -> tuple[int, float]:
-    """Open files, and MiB of memory in use."""
+    """Open files, and MiB of memory in use.
+
+    Sockets are not counted: Streamlit keeps three of a session for two minutes after it has ended.
+    """
     pages = int((process / "statm").read_text().split()[1])
-    return len(list((process / "fd").iterdir())), pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    named = [str(each.readlink()) for each in (process / "fd").iterdir()]
+    return sum(name.startswith("/") for name in named), pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def strongest_of(stores: Path, name: str, feature: int) -> str:
@@ -148,7 +152,6 @@ def test_forty_stores_leave_no_files_open_and_no_memory_taken(page: Any, server:
         return used(process)
 
     rounds = [round_of_all() for _ in range(3)]
-    # stores that fell out of the cache are closed when Python next collects what is not used
-    assert rounds[2][0] <= max(rounds[0][0], rounds[1][0]), rounds
+    # a store that fell out of the cache is open until the last session that showed it is forgotten
+    assert max(files for files, _ in rounds) < STORES + 10, rounds
     assert rounds[2][1] <= max(rounds[0][1], rounds[1][1]) + 30, rounds
-    assert max(files for files, _ in rounds) < 16 * STORES, rounds
