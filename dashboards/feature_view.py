@@ -11,6 +11,7 @@ from store.results import Between
 STATES = {"live": "Live", "dead": "Dead", "dense": "Dense", "all": "All"}
 LABELS = {"any": "Any", "labelled": "Labelled", "unlabelled": "Not yet", "favourites": "★"}
 LOOKS = {"table": "Table", "scatter": "Scatter"}
+SEARCHES = {"words": "Words", "meaning": "Meaning"}
 _LONGEST = 200
 _NAMES = {
     "feature": "number",
@@ -37,7 +38,9 @@ class FeatureView:
     """Filters, order and look; None means no bound. Each field is a parameter of the address."""
 
     q: str = ""
-    """Words of a label or note, tokens, or a number."""
+    """Words of a label or note, tokens, or a number; or, by meaning, any text."""
+    by: str = "words"
+    """How `q` is looked for: "words" or "meaning"."""
     state: str = "live"
     label: str = "any"
     density_from: float | None = None
@@ -71,6 +74,23 @@ class FeatureView:
             same = value is None or value == getattr(untouched, field.name)
             found[field.name] = None if same else _text(value)
         return found
+
+    @property
+    def filters_set(self) -> int:
+        """How many filters are not as on an untouched page; the search is none of them.
+
+        >>> FeatureView(q="Paris", state="dead", max_from=1, max_to=2).filters_set
+        2
+        """
+        untouched = FeatureView()
+        names = ("state", "label", "group", "layer")
+        chosen = sum(getattr(self, name) != getattr(untouched, name) for name in names)
+        bounds = [
+            (self.density_from, self.density_to),
+            (self.max_from, self.max_to),
+            (self.column_from, self.column_to),
+        ]
+        return chosen + sum(pair != (None, None) for pair in bounds)
 
     def filter(self, ids: Collection[int] | None, without: Collection[int] | None) -> FeatureFilter:
         """The store's filter; ids and without are what a search and the labels make of features."""
@@ -114,6 +134,7 @@ def view_of(
     ['state']
     """
     choices: dict[str, Collection[str]] = {
+        "by": SEARCHES,
         "state": STATES,
         "label": LABELS,
         "look": LOOKS,

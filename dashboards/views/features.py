@@ -1,226 +1,64 @@
 """All features: a table filtered, sorted and paged by the store, or two statistics' scatter."""
 
 import functools
-from collections.abc import Collection
-from dataclasses import fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import streamlit as st
-from streamlit.delta_generator import DeltaGenerator
 
-from dashboards import address, figures, queries
+from dashboards import address, feature_fields, figures, queries, search
 from dashboards.amounts import COLUMN, counted
-from dashboards.fact_figures import layer_names
-from dashboards.feature_view import (
-    LABELS,
-    LOOKS,
-    PARAMETERS,
-    STATES,
-    FeatureView,
-    column_names,
-    view_of,
-)
-from dashboards.group_bars import group_parameter
+from dashboards.feature_view import PARAMETERS, FeatureView
 from dashboards.pages import Page
 from dashboards.session import Session, begin_page, open_feature
-from dashboards.tokens import plain_visible
 from store import FeatureFilter
+from store.meaning import Meant
 
 PAGE = Page(title="Features", icon=":material/table_rows:", order=20, url="features")
 
 PAGE_ROWS = 50
 MOST_POINTS = 20_000
-ORDERS = {"up": "Ascending", "down": "Descending"}
-_DENSITIES = [0.0, *(10.0**e * m for e in range(-6, 0) for m in (1, 3)), 1.0]
 COLUMNS = ("feature", "label", "tokens", "density", "max", "mean", "n_active", "n_documents")
+MEANT_COLUMNS = ("feature", "cosine", "meant", "tokens", "density", "max", "n_documents")
 
 
 def render() -> None:
     """Draw the page."""
     session = begin_page("Features", PARAMETERS)
-    names, groups, layers = _names(session), _groups(session), _layers(session)
-    _take(address.arrived("features", PARAMETERS), names, groups, layers)
-    _filters(names, groups, layers)
-    view = _view()
-    filters = view.filter(*_ids(session, view))
-    total = session.store.features(filters, limit=1).total
+    known = feature_fields.choices(session)
+    feature_fields.take(address.arrived("features", PARAMETERS), known)
+    feature_fields.draw(known)
+    view = feature_fields.view()
     address.write("features", view.address())
+    near: dict[int, Meant] | None = None
+    if view.by == "meaning":
+        if not search.ready(session.notes):
+            return
+        if view.q:
+            near = search.by_meaning(session.store, session.notes, view.q)
+    filters = view.filter(*_ids(session, view, near))
+    total = session.store.features(filters, limit=1).total
     if not total:
         st.info(
             "No feature fits these filters: take one back, or show all.",
             icon=":material/filter_alt_off:",
         )
+    elif near is not None:
+        _meant(session, filters, view, near, known.names)
     elif view.look == "scatter":
-        _scatter(session, filters, view, total, names)
+        _scatter(session, filters, view, total, known.names)
     else:
-        _table(session, filters, view, total, names)
+        _table(session, filters, view, total, known.names)
 
 
-def _names(session: Session) -> dict[str, str]:
-    """The columns of numbers, and their names for readers."""
-    return column_names(session.store.number_columns)
-
-
-def _groups(session: Session) -> dict[str, str]:
-    """The topics and sources of documents by which features can be filtered, and their names."""
-    found = queries.document_groups(session.store, session.version)
-    return {
-        group_parameter(each.kind, each.name): f"{each.kind}: {plain_visible(each.name)}"
-        for each in found
-    }
-
-
-def _layers(session: Session) -> dict[str, str]:
-    """The layers of an SAE of several, by their numbers, and their names."""
-    if not session.store.has_facts or "layer_peak" not in session.store.columns:
-        return {}
-    names = layer_names([each.site for each in session.store.layers()])
-    return {str(number): name for number, name in enumerate(names)}
-
-
-# ---- the fields ---------------------------------------------------------------------------------
-
-
-def _take(
-    arrived: dict[str, str],
-    names: Collection[str],
-    groups: Collection[str],
-    layers: Collection[str],
-) -> None:
-    """Fill the fields: with what a link says, else as they were."""
-    state = st.session_state
-    view, wrong = view_of(arrived, names, groups, layers)
-    for field in fields(FeatureView):
-        key = f"table_{field.name}"
-        if arrived:
-            state[key] = getattr(view, field.name)
-        state.setdefault(key, field.default)
-    for name in ("sort", "x", "y", "column"):  # another store may lack a column
-        if state[f"table_{name}"] not in names:
-            state[f"table_{name}"] = getattr(FeatureView(), name)
-    for name, known in (("group", groups), ("layer", layers)):  # and groups and layers
-        if state[f"table_{name}"] not in known:
-            state[f"table_{name}"] = ""
-    low, high = state["table_density_from"] or 0.0, state["table_density_to"]
-    ends = (_nearest(low), _nearest(1.0 if high is None else high))
-    if arrived:
-        state["table_density"] = ends
-    address.complain(wrong)
-
-
-def _nearest(density: float) -> float:
-    return min(_DENSITIES, key=lambda each: abs(each - density))
-
-
-def _filters(names: dict[str, str], groups: dict[str, str], layers: dict[str, str]) -> None:
-    with st.container(horizontal=True, vertical_alignment="top", gap="medium"):
-        st.text_input(
-            "Search",
-            key="table_q",
-            type="search",
-            icon=":material/search:",
-            max_chars=200,
-            placeholder="label, note, token or number",
-            width=270,
-            persist_state="session",
-        )
-        _choice("Show", "table_state", STATES)
-        _choice("Label", "table_label", LABELS)
-        st.select_slider(
-            "Density",
-            _DENSITIES,
-            value=(0.0, 1.0),  # else it has one end
-            format_func=_density,
-            key="table_density",
-            help="Share of the kept positions at which the feature fires.",
-            width=235,
-            persist_state="session",
-        )
-    with st.container(horizontal=True, vertical_alignment="top", gap="medium"):
-        _choice("View", "table_look", LOOKS)
-        if st.session_state["table_look"] == "scatter":
-            _column("Across", "table_x", names)
-            _column("Up", "table_y", names)
-        else:
-            _column("Sort by", "table_sort", names)
-            _choice("Order", "table_order", ORDERS)
-        _bounds("Strongest", "table_max", "The feature's strongest activation.")
-        if not (groups or layers):
-            _further(names)
-    if groups or layers:
-        with st.container(horizontal=True, vertical_alignment="top", gap="medium"):
-            if groups:
-                _column("Fires more in", "table_group", {"": "any documents", **groups}, 270)
-            if layers:
-                _column("Most at layer", "table_layer", {"": "any", **layers}, 140)
-            _further(names)
-
-
-def _further(names: dict[str, str]) -> None:
-    """The field for any other column, and its bounds."""
-    _column("Also filter by", "table_column", {"": "nothing else", **names})
-    if st.session_state["table_column"]:
-        _bounds("From", "table_column", "Bounds of the column that is chosen beside.")
-
-
-def _choice(label: str, key: str, texts: dict[str, str]) -> None:
-    st.segmented_control(
-        label,
-        list(texts),
-        format_func=texts.__getitem__,
-        required=True,
-        key=key,
-        persist_state="session",
-    )
-
-
-def _column(label: str, key: str, names: dict[str, str], width: int = 180) -> None:
-    st.selectbox(
-        label,
-        list(names),
-        format_func=names.__getitem__,
-        key=key,
-        width=width,
-        persist_state="session",
-    )
-
-
-def _bounds(label: str, key: str, text: str) -> None:
-    first = label if label == "From" else f"{label} from"
-    for name, title in (("from", first), ("to", "to")):
-        st.number_input(
-            title,
-            value=None,
-            key=f"{key}_{name}",
-            placeholder="any",
-            format="%.4g",
-            help=text if name == "from" else None,
-            width=110,
-            persist_state="session",
-        )
-
-
-def _density(value: float) -> str:
-    return f"{100 * value:.4f}".rstrip("0").rstrip(".") + " %"
-
-
-def _view() -> FeatureView:
-    """The view that the fields say."""
-    state = st.session_state
-    values: dict[str, Any] = {name: state[f"table_{name}"] for name in PARAMETERS}
-    low, high = state["table_density"]
-    values |= {"density_from": low or None, "density_to": high if high < 1 else None}
-    if not values["column"]:
-        values |= {"column_from": None, "column_to": None}
-    values["q"] = (values["q"] or "").strip()
-    return FeatureView(**values)
-
-
-def _ids(session: Session, view: FeatureView) -> tuple[list[int] | None, list[int] | None]:
+def _ids(
+    session: Session, view: FeatureView, near: Collection[int] | None
+) -> tuple[list[int] | None, list[int] | None]:
     """The features that the search and the labels leave, and those that they exclude."""
-    ids, without = None, None
-    if view.q:
+    ids, without = None if near is None else list(near), None
+    if view.q and view.by == "words":
         ids = queries.found(session.store, session.notes, session.version, view.q)
     if view.group:
         kind, _, name = view.group.partition(":")
@@ -244,10 +82,13 @@ def _among(chosen: list[int], ids: list[int] | None) -> list[int]:
 
 
 def _table(
-    session: Session, filters: FeatureFilter, view: FeatureView, total: int, names: dict[str, str]
+    session: Session,
+    filters: FeatureFilter,
+    view: FeatureView,
+    total: int,
+    names: Mapping[str, str],
 ) -> None:
-    place = st.container(horizontal=True, horizontal_alignment="right")
-    first = PAGE_ROWS * (_page_number(place, total, (filters, view.sort, view.order)) - 1)
+    first = _first_row(total, (filters, view.sort, view.order))
     frame, _ = queries.table(
         session.store,
         session.notes,
@@ -257,7 +98,8 @@ def _table(
         limit=PAGE_ROWS,
         offset=first,
     )
-    _draw(session, frame, view, names)
+    columns: list[str] = list(dict.fromkeys([*COLUMNS, view.sort, *_further(view)]))
+    _draw(session, frame, columns, names, sortable=True)
     st.caption(
         f"{first + 1:,} to {first + len(frame):,} of {counted(total, 'feature')}. "
         "Click a row to open the feature, the head of a column to sort all of them by it. "
@@ -265,18 +107,61 @@ def _table(
     )
 
 
-def _page_number(column: DeltaGenerator, total: int, question: tuple[object, ...]) -> int:
-    """The page a reader is on; after a change of `question` (filters, order) page 1."""
+def _meant(
+    session: Session,
+    filters: FeatureFilter,
+    view: FeatureView,
+    near: Mapping[int, Meant],
+    names: Mapping[str, str],
+) -> None:
+    """The features that fit the filters, those nearest in meaning first; as points, the nearest."""
+    fit = session.store.features(filters, limit=len(near)).rows.column("feature").to_pylist()
+    order = sorted(fit, key=lambda feature: -near[feature].cosine)
+    if view.look == "scatter":
+        nearest = replace(filters, ids=tuple(order[: search.NEAREST]))
+        _scatter(session, nearest, view, len(nearest.ids or ()), names)
+        return
+    first = _first_row(len(order), (filters, view.q))
+    page = order[first : first + PAGE_ROWS]
+    frame, _ = queries.table(
+        session.store,
+        session.notes,
+        FeatureFilter(ids=tuple(page)),
+        sort="feature",
+        descending=False,
+        limit=PAGE_ROWS,
+        offset=0,
+    )
+    frame = frame.set_index("feature", drop=False).loc[page]
+    found = [near[feature] for feature in page]
+    frame = frame.assign(cosine=[each.cosine for each in found], meant=[e.text for e in found])
+    columns: list[str] = list(dict.fromkeys([*MEANT_COLUMNS, *_further(view)]))
+    _draw(session, frame, columns, names, sortable=False)
+    st.caption(
+        f"{first + 1:,} to {first + len(frame):,} of {counted(len(order), 'feature')} with a label "
+        "or note, the nearest in meaning first: what is near is for you to judge, a cosine below "
+        "0.3 is mostly not. Click a row to open the feature."
+    )
+
+
+def _further(view: FeatureView) -> list[str]:
+    """The column that is also filtered by, if one is."""
+    return [view.column] if view.column else []
+
+
+def _first_row(total: int, question: tuple[object, ...]) -> int:
+    """The first row of the page a reader is on; 0 after a change of `question` (filters, order)."""
     pages = -(-total // PAGE_ROWS)
     if pages == 1:
-        return 1
-    with column:
-        return st.pagination(
+        return 0
+    with st.container(horizontal=True, horizontal_alignment="right"):
+        number = st.pagination(
             pages,
             key=f"table_page_{hash(question)}_{pages}",
             max_visible_pages=7,
             persist_state="session",
         )
+    return PAGE_ROWS * (number - 1)
 
 
 def _sort_by_head(key: str, sortable: Collection[str]) -> None:
@@ -295,26 +180,34 @@ def _sort_by_head(key: str, sortable: Collection[str]) -> None:
         st.session_state["table_order"] = "down" if down else "up"
 
 
-def _draw(session: Session, frame: pd.DataFrame, view: FeatureView, names: dict[str, str]) -> None:
-    chosen = [name for name in (view.sort, view.column) if name]
-    columns: list[str] = list(dict.fromkeys([*COLUMNS, *chosen]))
+def _draw(
+    session: Session,
+    frame: pd.DataFrame,
+    columns: Sequence[str],
+    names: Mapping[str, str],
+    *,
+    sortable: bool,
+) -> None:
     shown = frame[[name for name in columns if name in frame]].assign(
         density=100 * frame["density"]
     )
     number = st.column_config.NumberColumn
     words = st.column_config.TextColumn
     key = f"table_{st.session_state.get('table_opened', 0)}"
-    more = {name: number(names[name], format=COLUMN) for name in columns if name not in COLUMNS}
+    own = {*COLUMNS, *MEANT_COLUMNS}
+    more = {name: number(names[name], format=COLUMN) for name in columns if name not in own}
     event = st.dataframe(
         shown,
         key=key,
         hide_index=True,
         height=35 * (len(shown) + 1) + 3,
-        on_select=functools.partial(_sort_by_head, key, names),
-        selection_mode=["single-cell", "single-column"],
+        on_select=functools.partial(_sort_by_head, key, names) if sortable else "rerun",
+        selection_mode=["single-cell", "single-column"] if sortable else "single-cell",
         column_config={
             "feature": number("feature", width=80, format="%d"),
             "label": words("label", width="medium"),
+            "cosine": number("cosine", format="%.2f", help="To the text's embedding."),
+            "meant": words("label or note", width="medium", help="The one nearest in meaning."),
             "tokens": words(
                 "top tokens",
                 width="large",
@@ -340,7 +233,11 @@ def _draw(session: Session, frame: pd.DataFrame, view: FeatureView, names: dict[
 
 
 def _scatter(
-    session: Session, filters: FeatureFilter, view: FeatureView, total: int, names: dict[str, str]
+    session: Session,
+    filters: FeatureFilter,
+    view: FeatureView,
+    total: int,
+    names: Mapping[str, str],
 ) -> None:
     page = session.store.features(filters, limit=MOST_POINTS)
     points = page.rows.select(list(dict.fromkeys(["feature", view.x, view.y]))).to_pandas()

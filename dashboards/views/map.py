@@ -6,10 +6,10 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from dashboards import address, feature_maps, figures, queries
+from dashboards import address, feature_maps, figures, queries, search
 from dashboards.amounts import COLUMN, counted
 from dashboards.feature_maps import Colouring
-from dashboards.feature_view import column_names
+from dashboards.feature_view import SEARCHES, column_names
 from dashboards.pages import Page
 from dashboards.session import Session, begin_page, open_feature
 from dashboards.tokens import plain
@@ -18,7 +18,7 @@ from store.feature_map import FeatureMap
 
 PAGE = Page(title="Map", icon=":material/bubble_chart:", order=28, url="map")
 
-_PARAMETERS = ("q", "colour", "features")
+_PARAMETERS = ("q", "by", "colour", "features")
 _MOST_IN_ADDRESS = 300
 _MOST_ROWS = 1000
 _LABELLED = "label"
@@ -63,17 +63,29 @@ def render() -> None:
     _take(session, colours)
     _fields(colours)
     text = (st.session_state["map_q"] or "").strip()
-    hits = []
-    if text:
-        hits = queries.found(session.store, session.notes, session.version, text)
+    by = st.session_state["map_by"]
+    hits, cosines = _hits(session, text, by)
     chosen: list[int] = st.session_state["map_features"]
     listed = ",".join(map(str, chosen)) if len(chosen) <= _MOST_IN_ADDRESS else None
     colour = st.session_state["map_colour"]
     shown = None if colour == "density" else colour
-    address.write("map", {"q": text, "colour": shown, "features": listed})
+    way = None if by == "words" else by
+    address.write("map", {"q": text, "by": way, "colour": shown, "features": listed})
     _draw(session, found, table, colours[colour], hits, chosen)
-    _said(found, text, hits)
-    _listed(session, table, chosen or hits, "chosen" if chosen else "found")
+    _said(found, text if by == "words" else "", hits)
+    _listed(session, table, chosen or hits, "chosen" if chosen else "found", cosines)
+
+
+def _hits(session: Session, text: str, by: str) -> tuple[list[int], dict[int, float]]:
+    """The features that a search finds, best first; by meaning the nearest, and their cosines."""
+    if by == "words":
+        found = queries.found(session.store, session.notes, session.version, text) if text else []
+        return found, {}
+    if not search.ready(session.notes) or not text:
+        return [], {}
+    near = search.by_meaning(session.store, session.notes, text)
+    nearest = list(near)[: search.NEAREST]
+    return nearest, {feature: near[feature].cosine for feature in nearest}
 
 
 # ---- the fields ---------------------------------------------------------------------------------
@@ -98,10 +110,15 @@ def _take(session: Session, colours: Mapping[str, str]) -> None:
     wrong = []
     if arrived:
         state["map_q"] = arrived.get("q", "")[:200]
+        state["map_by"] = arrived.get("by", "words")
         state["map_colour"] = arrived.get("colour", "density")
         state["map_features"], bad = _numbers(arrived.get("features", ""), session.store.d_sae)
         wrong += ["features"] * bad
     state.setdefault("map_q", "")
+    state.setdefault("map_by", "words")
+    if state["map_by"] not in SEARCHES:
+        wrong.append("by")
+        state["map_by"] = "words"
     state.setdefault("map_colour", "density")
     if state.get("map_of") != session.name and not arrived:
         state["map_features"] = []
@@ -126,16 +143,7 @@ def _numbers(text: str, d_sae: int) -> tuple[list[int], bool]:
 
 def _fields(colours: Mapping[str, str]) -> None:
     with st.container(horizontal=True, vertical_alignment="top", gap="medium"):
-        st.text_input(
-            "Search",
-            key="map_q",
-            type="search",
-            icon=":material/search:",
-            max_chars=200,
-            placeholder="label, note, token or number",
-            width=270,
-            persist_state="session",
-        )
+        search.fields("map")
         st.selectbox(
             "Colour by",
             list(colours),
@@ -238,7 +246,14 @@ def _said(found: FeatureMap, text: str, hits: Sequence[int]) -> None:
 # ---- the features that were chosen or found -----------------------------------------------------
 
 
-def _listed(session: Session, table: pd.DataFrame, numbers: Sequence[int], what: str) -> None:
+def _listed(
+    session: Session,
+    table: pd.DataFrame,
+    numbers: Sequence[int],
+    what: str,
+    cosines: Mapping[int, float],
+) -> None:
+    """The table of the features; cosines are to the meaning that is looked for, if one is."""
     if not numbers:
         return
     st.markdown(f"##### {counted(len(numbers), 'feature')} {what}")
@@ -250,7 +265,9 @@ def _listed(session: Session, table: pd.DataFrame, numbers: Sequence[int], what:
         label=[labels.get(n, "") for n in frame["feature"]],
         tokens=[queries.called(tokens[n], 5) for n in frame["feature"]],
         density=100 * frame["density"],
+        cosine=[cosines.get(n) for n in frame["feature"]],
     )
+    near = ["cosine"] if cosines else []
     number = st.column_config.NumberColumn
     event = st.dataframe(
         shown,
@@ -259,9 +276,10 @@ def _listed(session: Session, table: pd.DataFrame, numbers: Sequence[int], what:
         height=35 * min(len(shown) + 1, 15) + 3,
         on_select="rerun",
         selection_mode="single-cell",
-        column_order=["feature", "label", "tokens", "density", "max"],
+        column_order=["feature", *near, "label", "tokens", "density", "max"],
         column_config={
             "feature": number("feature", width=80, format="%d"),
+            "cosine": number("cosine", format="%.2f", help="Of the meanings of text and label."),
             "tokens": st.column_config.TextColumn("top tokens", width="large"),
             "density": number("density", format="%.4f %%"),
             "max": number("strongest", format=COLUMN),

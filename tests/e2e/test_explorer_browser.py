@@ -118,6 +118,23 @@ def test_a_row_of_the_table_opens_its_feature(page: Any, server: str) -> None:
     assert "feature=2" in page.url
 
 
+def test_on_a_phone_the_table_comes_first_and_the_filters_are_folded(
+    page: Any, server: str
+) -> None:
+    page.set_viewport_size({"width": 400, "height": 860})
+    visit(page, f"{server}/features?sae=tiny")
+    frame = page.locator("[data-testid=stDataFrame]")
+    frame.wait_for()
+    assert frame.bounding_box()["y"] < 500, "more than a third of the screen is the table's"
+    fold = page.locator(".st-key-table_fold")
+    fold.get_by_text("Filters and order").click()
+    settle(page)
+    fold.get_by_text("Dead", exact=True).click()
+    settle(page)
+    assert "1 filter set" in fold.inner_text()
+    assert fold.get_by_text("Dead", exact=True).is_visible(), "it stays open"
+
+
 def first_features(page: Any) -> list[int]:
     cells = page.locator("[data-testid=stDataFrame] canvas td[aria-colindex='1']")
     return [int(text) for text in cells.all_inner_texts()[:3]]

@@ -141,6 +141,17 @@ def test_bounds(folder: Path) -> None:
     assert parameter(app, "column_from") == "0.5"
 
 
+def test_the_fold_says_how_many_filters_are_set(folder: Path) -> None:
+    app = open_page(FEATURES)
+    assert [fold.label for fold in app.expander] == ["Filters and order"]
+    app.button_group(key="table_state").set_value("all")
+    app.number_input(key="table_max_from").set_value(1.0)
+    app.number_input(key="table_max_to").set_value(9.0).run()
+    assert app.expander[0].label == "Filters and order · 2 filters set"
+    app = open_page(FEATURES, look="scatter", density_to="0.1")
+    assert app.expander[0].label == "Filters · 1 filter set"
+
+
 def test_a_link_opens_the_same_view(folder: Path) -> None:
     state = {
         "state": "all",
