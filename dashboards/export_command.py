@@ -15,7 +15,7 @@ from saescope.system import system_errors
 from store import Annotations, FeatureStore
 from store.export.neuronpedia import LOCAL_CREATOR, write_neuronpedia
 from store.export.parquet_store import PARQUET_STORE, write_parquet_store
-from store.export.record import read_record
+from store.export.record import read_records
 from store.export.saedashboard import write_saedashboard
 from store.export.tables import FORMATS as TABLES
 from store.export.tables import write_tables
@@ -166,18 +166,18 @@ def _pages(
     overview, name = store.overview(), store.overview().name
     if one_page:
         records = []
-        for number in features:
-            records.append(read_record(store, notes, number, config.window))
+        for record in read_records(store, notes, features, config.window):
+            records.append(record)
             yield 1
         title = page_title(records[0], name) if len(records) == 1 else f"{name} · {_listed(config)}"
         target.write_text(features_page(records, overview, title), encoding="utf-8")
         return
     links: list[tuple[str, str]] = []
-    for number in features:
-        record = read_record(store, notes, number, config.window)
-        text = features_page([record], overview, page_title(record, name))
-        (target / _page_name(number)).write_text(text, encoding="utf-8")
-        links.append((_page_name(number), page_title(record, name)))
+    for record in read_records(store, notes, features, config.window):
+        file, title = _page_name(record.feature.feature), page_title(record, name)
+        text = features_page([record], overview, title)
+        (target / file).write_text(text, encoding="utf-8")
+        links.append((file, title))
         yield 1
     (target / INDEX).write_text(index_page(links, name), encoding="utf-8")
 

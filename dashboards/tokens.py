@@ -16,6 +16,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>$:~&^=\"'])")
 _TITLE_LENGTH = 70
 _TOKEN_LENGTH = 32  # of texts that are remembered; what is longer is no token
 _WAYS = 8
+_ANOTHER = "another document"
 
 STYLE = """<style>
 .stMainBlockContainer{padding:4.5rem 3rem 2rem;max-width:1760px}
@@ -185,12 +186,27 @@ def token_html(
     """
     classes = "ss-t" + (" ss-peak" if peak else "") + (" ss-far" if far else "")
     style = shade(activation / scale if scale > 0 else 0.0)
-    lead = " " if text.startswith(" ") and text.strip(" ") else ""
-    shown = visible(text[len(lead) :])
+    lead, shown = _word(text)
     if style or peak:
         styled = f' style="{style}"' if style else ""
         shown = f'<span class="ss-lit"{styled}>{shown}</span>'
     return f'<span class="{classes}" data-tip="{html.escape(tip, quote=True)}">{lead}{shown}</span>'
+
+
+def _word(text: str) -> tuple[str, str]:
+    """The space that a word begins with, if it does, and the rest as escaped HTML."""
+    lead = " " if text.startswith(" ") and text.strip(" ") else ""
+    return lead, visible(text[len(lead) :])
+
+
+@lru_cache(maxsize=1 << 16)
+def _silent_token(text: str, same: bool) -> tuple[str, str]:
+    """What `token_html` has of a token without an activation: all to the end of its tip's first
+    line, and all from the end of its tip on."""
+    lead, shown = _word(text)
+    classes = "ss-t" if same else "ss-t ss-far"
+    said = html.escape(plain_visible(text), quote=True)
+    return f'<span class="{classes}" data-tip="{said}', f'">{lead}{shown}</span>'
 
 
 def _breaks(text: str, line_breaks: bool) -> str:
@@ -202,18 +218,24 @@ def example_html(example: Example, scale: float, *, line_breaks: bool = False) -
     title = example.title or "untitled"
     title = plain_visible(shortened(title, _TITLE_LENGTH))
     spans = []
+    sequence = f"sequence {example.sequence:,}, position "
+    silent = f"\nactivation {amount(0.0, 3)}\n{sequence}"
+    escaped = html.escape(title, quote=True)
     near = zip(example.tokens, example.activations, example.same_document, strict=True)
-    for offset, (text, activation, same) in enumerate(near):
-        at = example.start + offset
-        tip = (
-            f"{plain_visible(text)}\nactivation {amount(activation, 3)}\n"
-            f"sequence {example.sequence:,}, position {at}\n"
-            f"{title if same else 'another document'}"
-        )
-        spans.append(
-            token_html(text, activation, scale, tip, peak=at == example.index, far=not same)
-            + _breaks(text, line_breaks)
-        )
+    for at, (text, activation, same) in enumerate(near, example.start):
+        if activation or at == example.index:
+            document = title if same else _ANOTHER
+            tip = (
+                f"{plain_visible(text)}\nactivation {amount(activation, 3)}\n"
+                f"{sequence}{at}\n{document}"
+            )
+            peak = at == example.index
+            spans.append(token_html(text, activation, scale, tip, peak=peak, far=not same))
+        else:  # the same, put together from parts that are escaped once: nearly all tokens are such
+            begin, end = _silent_token(text, same)
+            spans.append(f"{begin}{silent}{at}\n{escaped if same else _ANOTHER}{end}")
+        if line_breaks:
+            spans.append("<br>" * text.count("\n"))
     return (
         f'<div class="ss-ex"><div class="ss-act">{amount(example.activation)}</div>'
         f'<div class="ss-text">{"".join(spans)}</div>'

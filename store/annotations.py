@@ -62,9 +62,19 @@ class Annotations(MachineLabels):
 
     def get(self, feature: int) -> Annotation:
         """A feature's label and note."""
-        number = feature_number(feature)
-        rows = self._rows("SELECT label, note FROM annotation WHERE feature = ?", [number])
-        return Annotation(number, *(rows[0] if rows else ("", "")))
+        [found] = self.get_several([feature]).values()
+        return found
+
+    def get_several(self, features: Sequence[int]) -> dict[int, Annotation]:
+        """The labels and notes of these features."""
+        numbers = [feature_number(feature) for feature in features]
+        found = {number: Annotation(number, "", "") for number in numbers}
+        for begin in range(0, len(numbers), 500):
+            batch = numbers[begin : begin + 500]
+            marks = ", ".join("?" * len(batch))
+            sql = f"SELECT feature, label, note FROM annotation WHERE feature IN ({marks})"
+            found.update((row[0], Annotation(*row)) for row in self._rows(sql, batch))
+        return found
 
     def labels(self, features: Sequence[int] | None = None) -> dict[int, str]:
         """The labels of these features (all without), where there are any."""

@@ -1,5 +1,6 @@
 """A feature's examples, read from a store: positions with the tokens around them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,26 +10,69 @@ from store.database import Database
 from store.results import Example
 from store.vocabulary import Vocabulary
 
-_SQL = (
-    "SELECT interval, rank, position, activation, active_place, active_value"
-    " FROM db.example WHERE feature = ? AND kind = ? ORDER BY interval DESC, rank"
-)
-_Sequences = Mapping[int, tuple[np.ndarray, np.ndarray]]
+EXAMPLE_COLUMNS = "kind, interval, rank, position, activation, active_place, active_value"
+"""of the table of examples, as `read_examples` takes them"""
+
+
+class _Sequences:
+    """Some whole sequences of a store, and the titles of their documents.
+
+    tokens, documents: [sequences, context]; the row of each sequence is `row[number]`.
+    """
+
+    def __init__(
+        self, db: Database, vocabulary: Vocabulary, context: int, positions: Sequence[int]
+    ) -> None:
+        """Read the sequences of these positions, and the titles of the documents there."""
+        self.vocabulary = vocabulary
+        at = np.array(positions, dtype=np.int64)
+        numbers = np.unique(at // context)
+        found = db.columns(
+            "SELECT sequence, unnest(tokens) AS tokens, unnest(document) AS documents FROM"
+            " (SELECT * FROM db.sequence WHERE sequence IN (SELECT unnest(?::BIGINT[]))"
+            " ORDER BY sequence)",
+            [numbers.tolist()],
+        )
+        # a list that is too short, or longer than the other, moves the numbers or leaves nulls
+        whole = np.array_equal(found["sequence"], np.repeat(numbers, context))
+        db.check_fits(whole and not any(map(np.ma.is_masked, found.values())), "sequence")
+        tokens, documents = (np.asarray(found[name]) for name in ("tokens", "documents"))
+        fits = not len(tokens) or (tokens.min() >= 0 and tokens.max() < len(vocabulary))
+        db.check_fits(bool(fits), "sequence")
+        self.tokens, self.documents = (
+            each.reshape(len(numbers), context) for each in (tokens, documents)
+        )
+        self.row = {number: row for row, number in enumerate(numbers.tolist())}
+        here = self.documents[np.searchsorted(numbers, at // context), at % context]
+        self.titles = _titles(db, np.unique(here).tolist())
+
+    def texts(self, row: int, shown: slice, ids: Sequence[int]) -> list[str]:
+        """What is shown of a sequence, `ids`, as text."""
+        if self.vocabulary.are_whole(ids):
+            return self.vocabulary.decode(ids)
+        return self.vocabulary.decode(self.tokens[row].tolist())[shown]  # characters of several
 
 
 def read_examples(
-    db: Database, vocabulary: Vocabulary, context: int, feature: int, kind: str, window: int | None
-) -> list[Example]:
-    """The examples of one kind, with `window` tokens on each side (the whole sequence if None).
+    db: Database,
+    vocabulary: Vocabulary,
+    context: int,
+    rows: Mapping[int, Sequence[tuple[Any, ...]]],
+    window: int | None,
+) -> dict[int, list[Example]]:
+    """Features' examples, with `window` tokens on each side (the whole sequence if None).
 
+    rows: of EXAMPLE_COLUMNS, by feature.
     Raises ArtefactError where the store's tables do not fit together.
     """
-    rows = db.rows(_SQL, [feature, kind])
-    numbers = sorted({row[2] // context for row in rows})
-    sequences = _sequences(db, context, len(vocabulary), numbers)
-    documents = {int(sequences[row[2] // context][1][row[2] % context]) for row in rows}
-    titles = _titles(db, documents)
-    return [_example(db, vocabulary, context, kind, row, sequences, titles, window) for row in rows]
+    positions = [row[3] for mine in rows.values() for row in mine]
+    if not positions:
+        return {feature: [] for feature in rows}
+    sequences = _Sequences(db, vocabulary, context, positions)
+    return {
+        feature: [_example(db, context, row, sequences, window) for row in mine]
+        for feature, mine in rows.items()
+    }
 
 
 def examples_at(
@@ -43,8 +87,10 @@ def examples_at(
 
     Raises ArtefactError where the store's tables do not fit together.
     """
-    numbers = sorted({position // context for position in positions})
-    sequences = _sequences(db, context, len(vocabulary), numbers)
+    if not positions:
+        return []
+    sequences = _Sequences(db, vocabulary, context, positions)
+    numbers = list(sequences.row)
     found = db.rows(
         "SELECT position, activation FROM db.activation_by_position WHERE position IN (SELECT"
         " unnest(?::BIGINT[])) AND feature = ? ORDER BY position",
@@ -56,82 +102,56 @@ def examples_at(
         indices.append(position % context)
         values.append(value)
     activations = dict(found)
-    documents = {int(sequences[p // context][1][p % context]) for p in positions}
-    titles = _titles(db, documents)
     examples = []
     for rank, position in enumerate(positions):
-        row = (-1, rank, position, activations.get(position, 0.0), *active[position // context])
-        examples.append(_example(db, vocabulary, context, "found", row, sequences, titles, window))
+        strength = activations.get(position, 0.0)
+        row = ("found", -1, rank, position, strength, *active[position // context])
+        examples.append(_example(db, context, row, sequences, window))
     return examples
 
 
-def _sequences(db: Database, context: int, n_words: int, numbers: Sequence[int]) -> _Sequences:
-    if not numbers:
-        return {}
-    marks = ", ".join("?" * len(numbers))
-    found = db.columns(
-        f"SELECT sequence, tokens, document FROM db.sequence WHERE sequence IN ({marks})", numbers
-    )
-    columns = zip(found["sequence"], found["tokens"], found["document"], strict=True)
-    sequences = {}
-    for number, *arrays in columns:
-        for array in arrays:
-            whole = (
-                array.shape == (context,) and array.dtype.kind == "i" and not np.ma.is_masked(array)
-            )
-            db.check_fits(whole, "sequence")
-        tokens, documents = map(np.asarray, arrays)
-        db.check_fits(tokens.min() >= 0 and tokens.max() < n_words, "sequence")
-        sequences[int(number)] = (tokens, documents)
-    db.check_fits(sequences.keys() == set(numbers), "sequence")
-    return sequences
-
-
-def _titles(db: Database, documents: set[int]) -> dict[int, str]:
-    if not documents:
-        return {}
-    marks = ", ".join("?" * len(documents))
-    sql = f"SELECT document, title FROM db.document WHERE document IN ({marks})"
-    return dict(db.rows(sql, sorted(documents)))
+def _titles(db: Database, documents: Sequence[int]) -> dict[int, str]:
+    sql = "SELECT document, title FROM db.document WHERE document IN (SELECT unnest(?::INTEGER[]))"
+    return dict(db.rows(sql, [documents]))
 
 
 def _example(
     db: Database,
-    vocabulary: Vocabulary,
     context: int,
-    kind: str,
     row: tuple[Any, ...],
     sequences: _Sequences,
-    titles: Mapping[int, str],
     window: int | None,
 ) -> Example:
-    interval, rank, position, activation, indices, values = row
-    sequence, index = divmod(position, context)
-    tokens, documents = sequences[sequence]
+    kind, interval, rank, position, activation, indices, values = row
+    number, index = divmod(position, context)
     reach = context if window is None else window
-    shown = slice(max(index - reach, 0), index + reach + 1)
-    active = np.zeros(context, dtype=np.float32)
+    shown = slice(max(index - reach, 0), min(index + reach + 1, context))
     db.check_fits(
         None not in indices and None not in values and len(indices) == len(values), "example"
     )
-    at, value = np.asarray(indices, dtype=np.int64), np.asarray([activation, *values])
-    db.check_fits(bool(((at >= 0) & (at < context)).all() and np.isfinite(value).all()), "example")
-    active[at] = values
-    ids = tokens[shown].tolist()
+    activations = [0.0] * (shown.stop - shown.start)
+    for at, value in zip(indices, values, strict=True):
+        db.check_fits(0 <= at < context and math.isfinite(value), "example")
+        if shown.start <= at < shown.stop:
+            activations[at - shown.start] = value
+    db.check_fits(math.isfinite(activation), "example")
+    of = sequences.row[number]
+    ids = sequences.tokens[of, shown].tolist()
+    documents = sequences.documents[of]
     document = int(documents[index])
     return Example(
         kind=kind,
         interval=interval,
         rank=rank,
-        sequence=sequence,
+        sequence=number,
         index=index,
         start=shown.start,
         position=position,
         activation=activation,
         document=document,
-        title=titles.get(document, ""),
+        title=sequences.titles.get(document, ""),
         token_ids=ids,
-        tokens=vocabulary.decode(tokens.tolist())[shown],
-        activations=active[shown].tolist(),
+        tokens=sequences.texts(of, shown, ids),
+        activations=activations,
         same_document=(documents[shown] == document).tolist(),
     )

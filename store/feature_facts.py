@@ -1,5 +1,7 @@
 """Queries of what stores have since schema 4: effects on all logits, groups, layers, heads."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,16 +36,23 @@ class FeatureFacts(StoreBase):
 
         None for a store without effects on logits. Cost: about 1 ms.
         """
+        [found] = self.logit_histograms_of([feature]).values()
+        return found
+
+    def logit_histograms_of(self, features: Sequence[int]) -> dict[int, Histogram | None]:
+        """`logit_histogram` of each of these features, in one query, as in the methods below."""
         self._need_facts()
-        number = self._check(feature)
-        sql = "SELECT low, high, counts FROM db.logit_histogram WHERE feature = ?"
-        rows = self._rows(sql, [number])
-        if not rows:
-            return None
-        low, high, counts = rows[0]
-        fits = len(counts) == LOGIT_BINS and low <= high and min(counts) >= 0
-        self._db.check_fits(fits, "logit_histogram")
-        return Histogram(np.linspace(low, high, LOGIT_BINS + 1), np.array(counts, np.int64))
+        found: dict[int, Histogram | None] = {}
+        columns = "low, high, counts"
+        of_each = self._rows_by_feature("logit_histogram", columns, features, "low")
+        for number, rows in of_each.items():
+            found[number] = None
+            for low, high, counts in rows[:1]:
+                fits = len(counts) == LOGIT_BINS and low <= high and min(counts) >= 0
+                self._db.check_fits(fits, "logit_histogram")
+                edges = np.linspace(low, high, LOGIT_BINS + 1)
+                found[number] = Histogram(edges, np.array(counts, np.int64))
+        return found
 
     def document_groups(self) -> list[DocumentGroup]:
         """The topics and the sources of documents, each kind by name; none where all are alike.
@@ -64,11 +73,17 @@ class FeatureFacts(StoreBase):
 
         At most 10, at a false-discovery rate of 5 % over all features and groups. Cost: about 1 ms.
         """
+        [found] = self.enrichments_of([feature]).values()
+        return found
+
+    def enrichments_of(self, features: Sequence[int]) -> dict[int, list[Enrichment]]:
+        """`enrichments` of each of these features."""
         self._need_facts()
         names = "kind, name, documents, expected, log_odds, q, positions, share, expected_share"
-        sql = f"SELECT {names} FROM db.enrichment WHERE feature = ? ORDER BY rank"
-        rows = self._rows(sql, [self._check(feature)])
-        return [Enrichment(**dict(zip(names.split(", "), row, strict=True))) for row in rows]
+        return {
+            number: [Enrichment(**dict(zip(names.split(", "), row, strict=True))) for row in rows]
+            for number, rows in self._rows_by_feature("enrichment", names, features).items()
+        }
 
     def features_of_group(self, kind: str, name: str) -> list[int]:
         """The features that fire in a group's documents more often than by chance, most so first.
@@ -110,13 +125,18 @@ class FeatureFacts(StoreBase):
 
         Cost: about 1 ms.
         """
+        [found] = self.layer_profiles_of([feature]).values()
+        return found
+
+    def layer_profiles_of(self, features: Sequence[int]) -> dict[int, list[LayerShare]]:
+        """`layer_profile` of each of these features."""
         self._need_facts()
-        sql = "SELECT layer, count, amount, share FROM db.layer_profile WHERE feature = ?"
-        rows = self._rows(f"{sql} ORDER BY layer", [self._check(feature)])
-        if rows:
-            fits = [row[0] for row in rows] == list(range(len(self.layers())))
-            self._db.check_fits(fits, "layer_profile")
-        return [LayerShare(*row) for row in rows]
+        columns = "layer, count, amount, share"
+        found = self._rows_by_feature("layer_profile", columns, features, "layer")
+        layers = list(range(len(self.layers()))) if any(found.values()) else []
+        for rows in found.values():
+            self._db.check_fits(not rows or [row[0] for row in rows] == layers, "layer_profile")
+        return {number: [LayerShare(*row) for row in rows] for number, rows in found.items()}
 
     def layer_shares(self) -> NDArray[np.float64]:
         """P(layer | feature) of all features, [layers, d_sae]; 0 for silent features.
@@ -137,6 +157,11 @@ class FeatureFacts(StoreBase):
 
         Cost: about 1 ms.
         """
+        [found] = self.head_norms_of([feature]).values()
+        return found
+
+    def head_norms_of(self, features: Sequence[int]) -> dict[int, list[HeadNorm]]:
+        """`head_norms` of each of these features."""
         self._need_facts()
-        sql = "SELECT head, norm, share FROM db.head_norm WHERE feature = ? ORDER BY head"
-        return [HeadNorm(*row) for row in self._rows(sql, [self._check(feature)])]
+        found = self._rows_by_feature("head_norm", "head, norm, share", features, "head")
+        return {number: [HeadNorm(*row) for row in rows] for number, rows in found.items()}

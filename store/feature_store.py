@@ -8,14 +8,14 @@ from typing import Self
 import numpy as np
 
 from saescope.errors import InputError, check_range
-from saescope.integers import as_index, as_indices
+from saescope.integers import as_index
 from saescope.metrics import metric_table
 from saescope.paths import AnyPath
 from store.checking import check_store
 from store.co_occurrence import CoOccurrence
-from store.database import COUNTS, store_file
+from store.database import COUNTS, quoted, store_file
 from store.documents import DocumentQueries
-from store.examples import read_examples
+from store.examples import EXAMPLE_COLUMNS, read_examples
 from store.feature_facts import FeatureFacts
 from store.feature_map import FeatureMap, read_map
 from store.feature_table import FeatureTable
@@ -121,14 +121,24 @@ class FeatureStore(
 
     def histogram(self, feature: int) -> Histogram:
         """How often the feature has which activation: equal bins over (0, max]."""
-        number = self._check(feature)
-        top = float(self._of_all("max")[number])
-        rows = self._rows("SELECT bin, count FROM db.histogram WHERE feature = ?", [number])
-        counts = np.zeros(BINS, dtype=np.int64)
-        for bin_, count in rows:
-            self._db.check_fits(0 <= bin_ < BINS, "histogram")
-            counts[bin_] = count
-        return Histogram(np.linspace(0.0, top, BINS + 1), counts)
+        [found] = self.histograms_of([feature]).values()
+        return found
+
+    def histograms_of(self, features: Sequence[int]) -> dict[int, Histogram]:
+        """`histogram` of each of these features, all in one query, as in the methods below.
+
+        Cost: a few milliseconds, and under 0.1 ms a feature; of examples some 0.5 ms a feature.
+        """
+        found = {}
+        of_each = self._rows_by_feature("histogram", "bin, count", features, "bin")
+        for number, rows in of_each.items():
+            counts = np.zeros(BINS, dtype=np.int64)
+            for bin_, count in rows:
+                self._db.check_fits(0 <= bin_ < BINS, "histogram")
+                counts[bin_] = count
+            top = float(self._of_all("max")[number])
+            found[number] = Histogram(np.linspace(0.0, top, BINS + 1), counts)
+        return found
 
     def activations_below(self, feature: int, activation: float) -> int:
         """How many of the feature's activations are below this one, of those above zero."""
@@ -141,16 +151,26 @@ class FeatureStore(
         window: how many tokens to show on each side; None shows the whole sequence. Interval
         examples come from the strongest interval to the weakest.
         """
-        if kind not in KINDS:
-            raise InputError("no such kind of example", where="kind", given=kind, allowed=KINDS)
-        number = self._check(feature)
+        [found] = self.examples_of([feature], (kind,), window).values()
+        return found
+
+    def examples_of(
+        self, features: Sequence[int], kinds: Sequence[str] = KINDS, window: int | None = None
+    ) -> dict[int, list[Example]]:
+        """`examples` of each of these features, of these kinds; the strongest first."""
+        for kind in kinds:
+            if kind not in KINDS:
+                raise InputError("no such kind of example", where="kind", given=kind, allowed=KINDS)
         if window is not None:
             window = as_index(window, where="window", low=0, high=MOST)
-        return read_examples(self._db, self.vocabulary, self.context, number, kind, window)
+        among = f"kind IN ({', '.join(map(quoted, kinds))})" if kinds else "false"
+        order = "kind = 'top' DESC, interval DESC, rank"
+        rows = self._rows_by_feature("example", EXAMPLE_COLUMNS, features, order, among)
+        return read_examples(self._db, self.vocabulary, self.context, rows, window)
 
     def top_tokens(self, features: Sequence[int], n: int = 5) -> dict[int, list[str]]:
         """For each feature, the n most frequent tokens among its strongest examples."""
-        numbers = [self._check(f) for f in as_indices(features, where="features")]
+        numbers = self._check_all(features)
         n = as_index(n, where="n", low=0)
         if not numbers:
             return {}
@@ -182,20 +202,31 @@ class FeatureStore(
 
     def logits(self, feature: int) -> Logits:
         """The tokens that the feature's decoder direction raises and lowers most."""
-        rows = self._rows(
-            "SELECT sign, token_id, value FROM db.logit WHERE feature = ? ORDER BY rank",
-            [self._check(feature)],
-        )
-        effects = [(sign, LogitEffect(t, self._text(t), v)) for sign, t, v in rows]
-        return Logits([e for s, e in effects if s > 0], [e for s, e in effects if s < 0])
+        [found] = self.logits_of([feature]).values()
+        return found
+
+    def logits_of(self, features: Sequence[int]) -> dict[int, Logits]:
+        """`logits` of each of these features."""
+        found = {}
+        of_each = self._rows_by_feature("logit", "sign, token_id, value", features)
+        for number, rows in of_each.items():
+            effects = [(sign, LogitEffect(t, self._text(t), v)) for sign, t, v in rows]
+            raised, lowered = ([e for s, e in effects if s * side > 0] for side in (1, -1))
+            found[number] = Logits(raised, lowered)
+        return found
 
     def neighbours(self, feature: int) -> list[Neighbour]:
         """Features with the nearest decoder directions, nearest first."""
-        rows = self._rows(
-            "SELECT other, cosine FROM db.neighbour WHERE feature = ? ORDER BY rank",
-            [self._check(feature)],
-        )
-        return [Neighbour(o, c, self._of("density", o), self._of("max", o)) for o, c in rows]
+        [found] = self.neighbours_of([feature]).values()
+        return found
+
+    def neighbours_of(self, features: Sequence[int]) -> dict[int, list[Neighbour]]:
+        """`neighbours` of each of these features."""
+        of_each = self._rows_by_feature("neighbour", "other, cosine", features)
+        return {
+            number: [Neighbour(o, c, self._of("density", o), self._of("max", o)) for o, c in rows]
+            for number, rows in of_each.items()
+        }
 
     def feature_map(self) -> FeatureMap | None:
         """Where each feature lies on the map of decoder directions, all at once.
@@ -207,15 +238,22 @@ class FeatureStore(
 
     def coactivating(self, feature: int, n: int = 10) -> list[Coactivation]:
         """The n features whose firing correlates most with this one's (at most 20 are stored)."""
-        rows = self._rows(
-            "SELECT other, together, share, pmi, correlation FROM db.coactivation"
-            " WHERE feature = ? ORDER BY rank LIMIT ?",
-            [self._check(feature), as_index(n, where="n", low=0, high=MOST)],
-        )
-        return [
-            Coactivation(other, together, share, pmi, correlation, self._of("density", other))
-            for other, together, share, pmi, correlation in rows
-        ]
+        [found] = self.coactivating_of([feature], n).values()
+        return found
+
+    def coactivating_of(
+        self, features: Sequence[int], n: int = 10
+    ) -> dict[int, list[Coactivation]]:
+        """`coactivating` of each of these features."""
+        most = as_index(n, where="n", low=0, high=MOST)
+        columns = "other, together, share, pmi, correlation"
+        return {
+            number: [
+                Coactivation(other, together, share, pmi, r, self._of("density", other))
+                for other, together, share, pmi, r in rows[:most]
+            ]
+            for number, rows in self._rows_by_feature("coactivation", columns, features).items()
+        }
 
     def activations(self, feature: int, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The feature's positions [n] and activations [n], strongest first; all without limit."""

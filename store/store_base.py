@@ -1,12 +1,12 @@
 """What all queries of a feature store stand on: the open file, its vocabulary and statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from saescope.errors import InputError
-from saescope.integers import as_index
+from saescope.integers import as_index, as_indices
 from store.database import Database
 from store.results import Active
 from store.vocabulary import Vocabulary
@@ -44,6 +44,34 @@ class StoreBase:
                 "no such feature", where="feature", given=number, allowed=f"0 to {self.d_sae - 1}"
             )
         return number
+
+    def _check_all(self, features: Sequence[int]) -> list[int]:
+        return [self._check(each) for each in as_indices(features, where="features")]
+
+    def _rows_by_feature(
+        self,
+        table: str,
+        columns: str,
+        features: Sequence[int],
+        order: str = "rank",
+        condition: str = "true",
+    ) -> dict[int, list[tuple[Any, ...]]]:
+        """A table's rows of each of these features that fulfil a condition, all in one query.
+
+        order: by which columns each feature's rows are.
+        """
+        found: dict[int, list[tuple[Any, ...]]] = {f: [] for f in self._check_all(features)}
+        # a comparison with one number is quicker than one with a list of one
+        one = len(found) == 1
+        of = "= ?" if one else "IN (SELECT unnest(?::INTEGER[]))"
+        rows = self._rows(
+            f"SELECT feature, {columns} FROM db.{table} WHERE feature {of} AND {condition}"
+            f" ORDER BY feature, {order}",
+            list(found) if one else [list(found)],
+        )
+        for number, *row in rows:
+            found[number].append(tuple(row))
+        return found
 
     @property
     def vocabulary(self) -> Vocabulary:

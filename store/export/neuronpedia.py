@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from store.annotations import Annotations
-from store.export.record import FeatureRecord, figures, read_record
+from store.export.record import FeatureRecord, figures, read_records
 from store.export.saedashboard import dashboard_activations, dashboard_feature, layer_number
 from store.feature_store import FeatureStore
 
@@ -192,8 +192,7 @@ def write_neuronpedia(
         (folder / name).mkdir()
     for batch, first in enumerate(range(0, len(features), BATCH)):
         files = [folder / name / f"batch-{batch}.jsonl.gz" for name in tables]
-        for number in features[first : first + BATCH]:
-            record = read_record(store, notes, number)
+        for record in read_records(store, notes, features[first : first + BATCH]):
             rows = [
                 [export.feature(record)],
                 export.activations(record),

@@ -1,5 +1,6 @@
-"""All that a store and its annotations say of one feature, for export."""
+"""All that a store and its annotations say of features, for export."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from store.annotations import Annotation, Annotations
@@ -7,7 +8,11 @@ from store.fact_results import Enrichment, HeadNorm, Layer, LayerShare
 from store.feature_store import FeatureStore
 from store.machine_labels import MachineLabel
 from store.results import Coactivation, Example, Feature, Histogram, Logits, Neighbour
-from store.summaries import BINS, INTERVALS
+from store.summaries import BINS, INTERVAL_EXAMPLES, INTERVALS, TOP_EXAMPLES
+
+_MOST_AT_ONCE = 64
+_TOKENS_AT_ONCE = 1 << 20
+_EXAMPLES = TOP_EXAMPLES + INTERVALS * INTERVAL_EXAMPLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,43 +61,88 @@ def read_record(
 
     Raises InputError if there is no such feature.
     """
-    feature, histogram = store.feature(number), store.histogram(number)
+    [found] = read_records(store, notes, [number], window)
+    return found
+
+
+def read_records(
+    store: FeatureStore, notes: Annotations, numbers: Sequence[int], window: int | None = None
+) -> Iterator[FeatureRecord]:
+    """Read features in this order, some at once in shared queries; see `read_record`.
+
+    Cost: 1 to 2 ms a feature, where `read_record` takes about 15.
+    """
+    size = _at_once(store)
+    for first in range(0, len(numbers), size):
+        yield from _read_batch(store, notes, numbers[first : first + size], window)
+
+
+def _at_once(store: FeatureStore) -> int:
+    """How many features share queries: few enough for their sequences, 60 bytes a token."""
+    return max(min(_MOST_AT_ONCE, _TOKENS_AT_ONCE // (_EXAMPLES * store.context)), 1)
+
+
+def _read_batch(
+    store: FeatureStore, notes: Annotations, numbers: Sequence[int], window: int | None
+) -> Iterator[FeatureRecord]:
+    features, histograms = store.statistics_of(numbers), store.histograms_of(numbers)
+    examples = store.examples_of(numbers, window=window)
+    logits, neighbours = store.logits_of(numbers), store.neighbours_of(numbers)
+    coactivating = store.coactivating_of(numbers)
+    named = {
+        n: list(dict.fromkeys([n, *(e.feature for e in [*neighbours[n], *coactivating[n]])]))
+        for n in numbers
+    }
+    every = sorted(set().union(*named.values()))
+    top_tokens, labels = store.top_tokens(every, 3), notes.labels(every)
+    annotations, machine = notes.get_several(numbers), notes.best_machine_labels(numbers)
+    logit_histograms = store.logit_histograms_of(numbers) if store.has_facts else {}
+    enrichments = store.enrichments_of(numbers) if store.has_facts else {}
+    layers = _layers_of(store, numbers) if store.has_facts else {}
+    heads = store.head_norms_of(numbers) if store.has_facts else {}
+    for n in numbers:
+        feature, histogram = features[n], histograms[n]
+        yield FeatureRecord(
+            feature=feature,
+            histogram=histogram,
+            logits=logits[n],
+            top=[each for each in examples[n] if each.kind == "top"],
+            intervals=[] if feature.dead else _intervals(feature, histogram, examples[n]),
+            logit_histogram=logit_histograms.get(n),
+            enrichments=enrichments.get(n, []),
+            layers=layers.get(n, []),
+            heads=heads.get(n, []),
+            neighbours=neighbours[n],
+            coactivating=coactivating[n],
+            top_tokens={other: top_tokens[other] for other in named[n]},
+            labels={other: labels[other] for other in named[n] if other in labels},
+            annotation=annotations[n],
+            machine_label=machine.get(n),
+        )
+
+
+def _intervals(
+    feature: Feature, histogram: Histogram, examples: Sequence[Example]
+) -> list[Interval]:
     counts = histogram.counts.reshape(INTERVALS, BINS // INTERVALS).sum(axis=1)
     width = feature.max / INTERVALS
-    examples = store.examples(number, "interval", window)
-    intervals = [
+    return [
         Interval(
             low=interval * width,
             high=(interval + 1) * width,
             count=int(counts[interval]),
-            examples=[each for each in examples if each.interval == interval],
+            examples=[e for e in examples if e.kind == "interval" and e.interval == interval],
         )
         for interval in range(INTERVALS - 1, -1, -1)
     ]
-    neighbours, coactivating = store.neighbours(number), store.coactivating(number)
-    named = list(dict.fromkeys([number, *(each.feature for each in [*neighbours, *coactivating])]))
-    return FeatureRecord(
-        feature=feature,
-        histogram=histogram,
-        logits=store.logits(number),
-        top=store.examples(number, "top", window),
-        intervals=[] if feature.dead else intervals,
-        logit_histogram=store.logit_histogram(number) if store.has_facts else None,
-        enrichments=store.enrichments(number) if store.has_facts else [],
-        layers=_layers(store, number) if store.has_facts else [],
-        heads=store.head_norms(number) if store.has_facts else [],
-        neighbours=neighbours,
-        coactivating=coactivating,
-        top_tokens=store.top_tokens(named, 3),
-        labels=notes.labels(named),
-        annotation=notes.get(number),
-        machine_label=notes.best_machine_labels([number]).get(number),
-    )
 
 
-def _layers(store: FeatureStore, number: int) -> list[tuple[Layer, LayerShare]]:
+def _layers_of(
+    store: FeatureStore, numbers: Sequence[int]
+) -> dict[int, list[tuple[Layer, LayerShare]]]:
     layers = store.layers()
-    return [(layers[each.layer], each) for each in store.layer_profile(number)]
+    profiles = store.layer_profiles_of(numbers)
+    return {n: [(layers[each.layer], each) for each in mine] for n, mine in profiles.items()}
 
 
 def figures(value: float) -> float:

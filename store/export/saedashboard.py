@@ -17,7 +17,7 @@ from typing import Any
 
 from saescope.errors import InputError
 from store.annotations import Annotations
-from store.export.record import FeatureRecord, figures, read_record
+from store.export.record import FeatureRecord, figures, read_records
 from store.feature_store import FeatureStore
 from store.results import Example
 
@@ -55,7 +55,7 @@ def write_saedashboard(
     }
     for batch, first in enumerate(range(0, len(features), BATCH)):
         chosen = features[first : first + BATCH]
-        rows = [dashboard_feature(store, read_record(store, notes, each)) for each in chosen]
+        rows = [dashboard_feature(store, each) for each in read_records(store, notes, chosen)]
         text = json.dumps({**head, "features": rows}, ensure_ascii=False, allow_nan=False)
         (folder / f"batch-{batch}.json").write_text(text, encoding="utf-8")
         yield len(chosen)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from store.annotations import Annotations
-from store.export.record import FeatureRecord, read_record
+from store.export.record import FeatureRecord, read_records
 from store.feature_store import FeatureStore
 from store.results import FeatureFilter
 
@@ -115,7 +115,7 @@ def write_tables(
                 statistics = _Writer(folder, "features", kind, table.schema)
                 stack.callback(statistics.close)
             statistics.write(table)
-            records = [read_record(store, notes, number) for number in chosen]
+            records = list(read_records(store, notes, chosen))
             for name, writer in writers.items():
                 rows = [row for record in records for row in rows_of(name, record)]
                 columns = list(zip(*rows, strict=True)) or [()] * len(writer.schema)
@@ -128,7 +128,7 @@ def _statistics(store: FeatureStore, notes: Annotations, features: Sequence[int]
     rows = store.features(FeatureFilter(ids=tuple(features)), limit=max(len(features), 1)).rows
     numbers = rows.column("feature").to_pylist()
     labels, tokens = notes.labels(numbers), store.top_tokens(numbers)
-    texts = [notes.get(number).note for number in numbers]
+    texts = [each.note for each in notes.get_several(numbers).values()]
     rows = rows.append_column("label", pa.array([labels.get(n, "") for n in numbers], _TEXT))
     rows = rows.append_column("note", pa.array(texts, _TEXT))
     return rows.append_column("top_tokens", pa.array([tokens[n] for n in numbers], pa.list_(_TEXT)))

@@ -50,6 +50,10 @@ def _of_features(name: str) -> Callable[[FeatureStore], Any]:
     return lambda store: [getattr(store, name)(feature) for feature in FEATURES]
 
 
+def _of_several(name: str) -> Callable[[FeatureStore], Any]:
+    return lambda store: getattr(store, name)(FEATURES)
+
+
 def _token_queries(store: FeatureStore) -> Any:
     found = store.occurrences(" Paris", match="begins")
     return [
@@ -73,12 +77,14 @@ QUERIES: dict[str, Callable[[FeatureStore], Any]] = {
     ],
     "activations_between": lambda store: store.activations_between(40, 200),
     "coactivating": _of_features("coactivating"),
+    "coactivating_of": _of_several("coactivating_of"),
     "corpus": _corpus,
     "densities": FeatureStore.densities,
     "document": lambda store: [store.document(n) for n in (0, 7, N_DOCUMENTS - 1)],
     "document_groups": FeatureStore.document_groups,
     "documents": lambda store: [store.documents(), store.documents("TITLE <2", 3, 1)],
     "enrichments": _of_features("enrichments"),
+    "enrichments_of": _of_several("enrichments_of"),
     "examples": lambda store: [
         store.examples(f, kind, window)
         for f in FEATURES
@@ -86,6 +92,8 @@ QUERIES: dict[str, Callable[[FeatureStore], Any]] = {
         for window in (None, 2)
     ],
     "feature": _of_features("feature"),
+    "statistics_of": _of_several("statistics_of"),
+    "examples_of": _of_several("examples_of"),
     "feature_map": FeatureStore.feature_map,
     "features": lambda store: [
         store.features(FeatureFilter(), column, descending, 20, 3)
@@ -104,15 +112,21 @@ QUERIES: dict[str, Callable[[FeatureStore], Any]] = {
     "grid": lambda store: store.grid,
     "has_facts": lambda store: store.has_facts,
     "head_norms": _of_features("head_norms"),
+    "head_norms_of": _of_several("head_norms_of"),
     "activations_below": lambda store: store.activations_below(EVERYWHERE, 1.0),
     "histogram": _of_features("histogram"),
+    "histograms_of": _of_several("histograms_of"),
     "layer_profile": _of_features("layer_profile"),
+    "layer_profiles_of": _of_several("layer_profiles_of"),
     "layer_shares": FeatureStore.layer_shares,
     "layers": FeatureStore.layers,
     "live_features": FeatureStore.live_features,
     "logit_histogram": _of_features("logit_histogram"),
+    "logit_histograms_of": _of_several("logit_histograms_of"),
     "logits": _of_features("logits"),
+    "logits_of": _of_several("logits_of"),
     "neighbours": _of_features("neighbours"),
+    "neighbours_of": _of_several("neighbours_of"),
     "next_live": _of_features("next_live"),
     "number_columns": lambda store: store.number_columns,
     "occurrences": _token_queries,

@@ -39,6 +39,10 @@ def test_labels_notes_and_lists_are_kept(place: Path) -> None:
         assert notes.labels([9, 10]) == {9: "winter"}
         assert notes.labels(range(2000)) == {3: "river names", 9: "winter"}
         assert notes.labels([]) == {}
+        both = notes.get_several(range(2, 1200))
+        assert list(both) == list(range(2, 1200))
+        assert both[3] == notes.get(3)
+        assert (both[9].label, both[9].note, both[2].label) == ("winter", "", "")
         assert notes.members() == [9, 3]
         assert notes.lists() == {"favourites": 2, "odd ones": 1}
         notes.remove_from_list(9)

@@ -5,6 +5,7 @@ import gzip
 import html
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from dashboards.feature_html import features_page, histogram_svg
 from saescope.__main__ import main
 from saescope.errors import InputError
 from store import Annotations, FeatureStore
-from store.export.record import read_record
+from store.database import Database
+from store.export import record as records
+from store.export.record import read_record, read_records
 from store.machine_labels import MachineLabel
 from store.results import Histogram
 from store.selection import choose_features, parse_features
+from tests.facts_store import make_facts_store
 from tests.tiny_store import CONTEXT, DEAD, EVERYWHERE, RARE, WORDS, make_rows, make_tiny_store
 
 BOTH = f"{RARE},{EVERYWHERE}"
@@ -192,6 +196,70 @@ def test_pages_and_their_index(made: Path, tmp_path: Path, capsys: pytest.Captur
     assert set(re.findall(r'href="([^"]*)"', (out / "index.html").read_text())) == pages
     assert "Never fires" in (out / f"feature-{DEAD[0]}.html").read_text()
     assert f'<iframe src="pages/feature-{RARE}.html"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["neuronpedia", "saedashboard", "csv", "parquet", "html"])
+@pytest.mark.parametrize("which", ["tiny", "facts"])
+def test_features_read_together_are_exported_as_one_by_one(
+    made: Path, tmp_path: Path, form: str, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = made if which == "tiny" else make_facts_store(tmp_path)
+    words = ["--format", form, "--features", "3,0-2" if which == "facts" else f"0-63,{RARE}"]
+    words += ["--layer", "1"] if form in ("neuronpedia", "saedashboard") else []
+    written = []
+    for most in (1, 5, 64):  # 5: the last batch is a smaller one
+        monkeypatch.setattr(records, "_MOST_AT_ONCE", most)
+        out = run(store, tmp_path / f"{form}-{most}", *words)
+        files = sorted(p for p in out.rglob("*") if p.is_file() and p.name != "manifest.json")
+        written.append({str(path.relative_to(out)): path.read_bytes() for path in files})
+    assert len(written[0]) > 0
+    assert written[0] == written[1] == written[2]
+
+
+def test_queries_do_not_grow_with_features(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    answer = Database._answer
+
+    def count(self: Database, sql: str, values: Sequence[Any]) -> Any:
+        asked.append(sql)
+        return answer(self, sql, values)
+
+    with FeatureStore.open(made) as store, Annotations.open(made) as notes:
+        few, many = [EVERYWHERE], list(range(60))
+        list(read_records(store, notes, few)), store.densities()
+        monkeypatch.setattr(Database, "_answer", count)
+        list(read_records(store, notes, few))
+        once = len(asked)
+        assert len(list(read_records(store, notes, many))) == 60
+    assert len(asked) == 2 * once
+    assert not any("= ?" in sql for sql in asked[once:])
+
+
+def test_few_features_are_read_at_once_where_sequences_are_long(made: Path) -> None:
+    with FeatureStore.open(made) as store:
+        assert records._at_once(store) == 64
+        store.context = 8192  # 45 examples a feature, 2**20 tokens
+        assert records._at_once(store) == 2
+        store.context = 1 << 20
+        assert records._at_once(store) == 1
+
+
+def test_a_record_is_what_single_queries_say(made: Path) -> None:
+    with FeatureStore.open(made) as store, Annotations.open(made) as notes:
+        numbers = [RARE, EVERYWHERE, DEAD[0], 20]
+        for number, found in zip(numbers, read_records(store, notes, numbers, 3), strict=True):
+            top, spread = (store.examples(number, kind, 3) for kind in ("top", "interval"))
+            assert found.feature == store.feature(number)
+            assert found.top == top
+            assert [e for interval in found.intervals for e in interval.examples] == spread
+            assert found.logits == store.logits(number)
+            assert found.neighbours == store.neighbours(number)
+            assert found.coactivating == store.coactivating(number)
+            assert found.annotation == notes.get(number)
+            assert np.array_equal(found.histogram.counts, store.histogram(number).counts)
+            others = [e.feature for e in [*found.neighbours, *found.coactivating]]
+            assert found.top_tokens == store.top_tokens([number, *others], 3)
+            assert found.labels == notes.labels([number, *others])
 
 
 def test_the_histogram_has_each_bin_in_words(made: Path) -> None:

@@ -132,6 +132,33 @@ def test_an_example_says_what_is_where() -> None:
     assert styles == [shade(0.5), shade(0.1)]
 
 
+@given(texts, st.booleans(), st.integers(0, 2), st.sampled_from([0.0, 0.5, 2.5]))
+def test_a_silent_token_is_as_any_other(text: str, same: bool, at: int, activation: float) -> None:
+    activations = [0.0, 0.0, 0.0]
+    activations[at] = activation
+    shown = Example(
+        kind="top", interval=-1, rank=0, sequence=1234, index=2, start=1, position=18,
+        activation=2.5, document=4, title=text, token_ids=[1, 2, 3],
+        tokens=[text, " b", text], activations=activations, same_document=[same, True, same],
+    )  # fmt: skip
+    title = plain_visible(text or "untitled")
+    tokens = [
+        token_html(
+            token,
+            active,
+            5.0,
+            f"{plain_visible(token)}\nactivation {active:.3f}\n"
+            f"sequence 1,234, position {position}\n{title if here else 'another document'}",
+            peak=position == 2,
+            far=not here,
+        )
+        for token, active, position, here in zip(
+            shown.tokens, activations, (1, 2, 3), shown.same_document, strict=True
+        )
+    ]
+    assert f'<div class="ss-text">{"".join(tokens)}</div>' in example_html(shown, 5.0)
+
+
 def test_line_breaks_only_where_asked() -> None:
     assert "<br>" not in example_html(example("a\nb\n"), 5.0)
     assert example_html(example("a\nb\n"), 5.0, line_breaks=True).count("<br>") == 3
