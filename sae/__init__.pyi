@@ -14,6 +14,8 @@ from sae.formats.certificate import certify as certify
 from sae.formats.load import load as load
 from sae.formats.upload import upload as upload
 from sae.kernels.codes import SparseCodes as SparseCodes
+from sae.steering.attribution import Attribution as Attribution
+from sae.steering.attribution import attribute as attribute
 from sae.steering.steer import splice as splice
 from sae.steering.steer import steer as steer
 from sae.steering.text_features import TextFeatures as TextFeatures

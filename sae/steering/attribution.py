@@ -1,0 +1,382 @@
+"""Direct feature attribution (DFA): what a feature's pre-activation is made of, as an exact sum.
+
+A pre-activation is linear in what the SAE reads, x W_enc + bias, and x is a sum:
+
+    attn.hook_z    of the heads side by side, each a sum over source positions of
+                   pattern[source] * v[source]
+    hook_attn_out  the same, through W_O (and the norm behind it, where a model has one)
+    hook_resid_*   of the embedding, and what the attention heads (over sources, as above) and the
+                   MLPs of the layers before have added
+
+(Kissane et al. 2024, arXiv 2406.17759; Elhage et al. 2021, "A Mathematical Framework for
+Transformer Circuits").
+
+So the pre-activation is the sum over these of their product with the encoder's direction, plus the
+biases. Nothing is approximated, but two things are held as they were in the run: attention's
+patterns, and the scale of a norm between a head and the stream. What made them so (queries, keys,
+what the norm saw) gets no share. Values are counted with their bias. With grouped queries head h
+reads the values of key-value head h // (heads / key-value heads).
+
+The SAE's normaliser. A scale that is the same for all rows, and a mean, are folded into the weights
+and biases. A normaliser of each row ("standardised", the LayerNorm without a gain) takes the row's
+mean off, which is linear, and divides by its deviation, held as it was: in the model's units that
+division leaves x and multiplies the biases. SAEs behind a tuned lens are refused.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from activations import Model
+from activations.models.attention import (
+    TOLERANCE,
+    AttentionRun,
+    HeadOutputs,
+    run_with_patterns,
+)
+from sae.architectures.gated import GatedSAE
+from sae.architectures.matching_pursuit import MatchingPursuitSAE
+from sae.core.base import SparseAutoencoder
+from sae.core.config import kind_of
+from sae.steering.steer import placement_in
+from saescope.errors import InputError
+from saescope.integers import as_index, as_indices
+
+SITES = ("attn.hook_z", "hook_attn_out", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+"""of a block, where a pre-activation can be taken apart"""
+_SAME = 1e-3
+"""by how much, of the sum of the sizes of all terms, an SAE's activation may differ in rounding"""
+_SITE = re.compile(rf"blocks\.(\d+)\.({'|'.join(map(re.escape, SITES))})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """One feature at one position: all that its pre-activation there is the sum of.
+
+    In the model's units, as feature activations are:
+    sources.sum() + sum(components.values()) + sum(biases.values()) + rounding = pre_activation.
+    """
+
+    feature: int
+    site: str
+    token_ids: list[int]
+    """of the text up to `position`, which the model reads no further"""
+    tokens: list[str]
+    """their displayable texts"""
+    position: int
+    """where the feature was read: the destination"""
+    pre_activation: float
+    """x W_enc + bias, before the SAE chooses which features fire (a gated SAE's magnitude)"""
+    activation: float
+    """the feature's activation, 0 where it does not fire"""
+    heads: list[tuple[int, int]]
+    """(layer, head) of each row of `sources`"""
+    sources: NDArray[np.float64]
+    """[heads, position + 1]: what each head brought from each source position"""
+    components: dict[str, float]
+    """what did not come through a head: "embedding", "MLP 0", "MLP 1", ..."""
+    biases: dict[str, float]
+    """of the SAE's encoder and decoder, and of the attention's output"""
+    rounding: float
+    """what the model's precision leaves over"""
+
+    @property
+    def by_head(self) -> NDArray[np.float64]:
+        """Each head's share [heads], summed over sources."""
+        return self.sources.sum(axis=1)
+
+    @property
+    def by_source(self) -> NDArray[np.float64]:
+        """What heads brought from each position [position + 1], summed over heads."""
+        return self.sources.sum(axis=0)
+
+    def negated(self) -> "Attribution":
+        """The same for the negative end of a signed SAE's feature."""
+        return replace(
+            self,
+            pre_activation=-self.pre_activation,
+            activation=-self.activation,
+            sources=-self.sources,
+            components={name: -value for name, value in self.components.items()},
+            biases={name: -value for name, value in self.biases.items()},
+            rounding=-self.rounding,
+        )
+
+
+@torch.no_grad()
+def attribute(
+    model: Model,
+    sae: SparseAutoencoder,
+    text: str | Sequence[int],
+    feature: int,
+    position: int | None = None,
+    *,
+    site: str | None = None,
+    allow_other_model: bool = False,
+) -> Attribution:
+    """Where a feature's pre-activation at one position of a text comes from.
+
+    Args:
+        text: a text, or token ids of one (with BOS, where the model uses one).
+        position: index of the token at which the feature is read; by default the one at which its
+            pre-activation is the largest (of either sign, for a signed SAE).
+        site: where, if not the site the SAE was trained at; which layer, for one of several.
+        allow_other_model: read a model with an SAE that was trained on another; it is said.
+
+    Raises InputError for a site other than attn.hook_z, hook_attn_out and hook_resid_* of a block,
+    an SAE without a linear pre-activation (matching pursuit), a crosscoder, a position that SAEs do
+    not read, a text of more than 1024 tokens up to it, and a model whose attention or residual
+    stream is another sum (gates on heads, norms after the sums of the stream).
+
+    >>> found = attribute(model, sae, "The old harbour lay quiet", 123)        # doctest: +SKIP
+    >>> found.tokens[found.by_source.argmax()]                                 # doctest: +SKIP
+    ' harbour'
+    """
+    own, read, layer, name = _read_at(model, sae, site, allow_other_model)
+    encoder = _Encoder.of(own, as_index(feature, where="feature", low=0, high=own.d_sae - 1))
+    ids = _ids(model, text)
+    position = _destination(model, encoder, ids, read, position)
+    ids = ids[: position + 1]
+    parts = _Parts(model, encoder.direction, layer, name)
+    run = run_with_patterns(model, ids, [read, *parts.needed()])
+    x = run.at[read][position]
+    parts.take_apart(run, x)
+    pre_activation = float(encoder.pre_activation(x[None])[0])
+    biases = {**encoder.biases(x), **parts.biases}
+    sources = np.concatenate(parts.sources) if parts.sources else np.zeros((0, position + 1))
+    every = np.asarray([*sources.flat, *parts.components.values(), *biases.values()])
+    return Attribution(
+        feature=encoder.feature,
+        site=read,
+        token_ids=ids,
+        tokens=model.token_strings(ids),
+        position=position,
+        pre_activation=pre_activation,
+        activation=encoder.activation(x, pre_activation, float(np.abs(every).sum())),
+        heads=parts.heads,
+        sources=sources,
+        components=parts.components,
+        biases=biases,
+        rounding=pre_activation - float(every.sum()),
+    )
+
+
+def _read_at(
+    model: Model, sae: SparseAutoencoder, site: str | None, allow_other_model: bool
+) -> tuple[SparseAutoencoder, str, int, str]:
+    """The SAE in the model's units, the site that it reads, and that site's layer and name."""
+    if not isinstance(model, Model):
+        raise InputError(
+            "only a language model's activations are taken apart",
+            where="attribute",
+            given=type(model).__name__,
+        )
+    if sae.concatenates:
+        raise InputError("a crosscoder reads several sites at once", where="attribute")
+    placement = placement_in(model, sae, site, allow_other_model=allow_other_model)
+    (read,) = placement.read
+    match = _SITE.fullmatch(read)
+    if match is None:
+        raise InputError(
+            "what is read there is no sum over attention's heads and other parts",
+            where="attribute",
+            given=read,
+            allowed=", ".join(f"blocks.N.{name}" for name in SITES),
+        )
+    return placement.sae, read, int(match[1]), match[2]
+
+
+def _ids(model: Model, text: str | Sequence[int]) -> list[int]:
+    """Token ids of a text. Raises InputError for none, or for one that the model does not know."""
+    if isinstance(text, str):
+        ids = model.tokenize(text) if text else []
+    else:
+        ids = as_indices(text, where="text", low=0, high=model.d_vocab - 1)
+    if not ids:
+        raise InputError("the text is empty", where="attribute", given=text)
+    return list(ids)
+
+
+def _destination(
+    model: Model, encoder: "_Encoder", ids: list[int], site: str, position: int | None
+) -> int:
+    """The position asked for, or that of the largest pre-activation. Raises InputError if none."""
+    tokens = torch.tensor([ids])
+    keep = model.keep_mask(tokens)[0]
+    if position is not None:
+        chosen = as_index(position, where="position", low=0, high=len(ids) - 1)
+        if not keep[chosen]:
+            raise InputError(
+                "SAEs read neither a text's first token nor special tokens",
+                where="position",
+                given=chosen,
+            )
+        return chosen
+    if not bool(keep.any()):
+        raise InputError(
+            "SAEs read neither a text's first token nor special tokens, and this text has no other",
+            where="text",
+        )
+    x = model.capture(tokens, [site])[site][0].double().cpu()
+    found = encoder.pre_activation(x)
+    found = found.abs() if encoder.sae.signed else found
+    return int(found.masked_fill(~keep, -torch.inf).argmax())
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """How a feature's pre-activation is made of rows x [rows, d_in], in float64."""
+
+    feature: int
+    direction: Tensor
+    encoder_bias: float
+    decoder_bias: float
+    sae: SparseAutoencoder
+
+    @classmethod
+    def of(cls, sae: SparseAutoencoder, feature: int) -> "_Encoder":
+        """Of an SAE in the model's units. Raises InputError if its features are no such product."""
+        if isinstance(sae, MatchingPursuitSAE):
+            raise InputError(
+                "chooses features one after another, so none has a pre-activation of its own",
+                where="attribute",
+                given=kind_of(sae.config),
+            )
+        direction = sae.W_enc_T[feature].detach().double().cpu()
+        if isinstance(sae, GatedSAE):
+            direction = direction * float(sae.r_mag[feature].double().exp())
+        bias = sae.b_mag if isinstance(sae, GatedSAE) else sae.b_enc
+        before = -float(sae.b_dec.detach().double().cpu() @ direction) if sae.pre_bias else 0.0
+        if sae.normaliser.kind == "standardised":
+            direction = direction - direction.mean()  # as good as taking each row's mean off
+        return cls(feature, direction, float(bias[feature]), before, sae)
+
+    def pre_activation(self, x: Tensor) -> Tensor:
+        """[rows], in the model's units."""
+        scale = self.sae.normaliser.row_scale(x)
+        biases = (self.encoder_bias + self.decoder_bias) * scale
+        return x @ self.direction + (biases[:, 0] if isinstance(biases, Tensor) else biases)
+
+    def biases(self, x: Tensor) -> dict[str, float]:
+        """What does not depend on x [d_in], but for its scale."""
+        scale = float(self.sae.normaliser.row_scale(x))
+        named = {"SAE encoder bias": self.encoder_bias, "SAE decoder bias": self.decoder_bias}
+        return {name: value * scale for name, value in named.items()}
+
+    def activation(self, x: Tensor, pre_activation: float, size: float) -> float:
+        """The feature's activation at x [d_in], 0 where it does not fire.
+
+        Raises InputError for an architecture whose activations are not its pre-activations.
+        Args: size is the sum of the sizes of the pre-activation's terms.
+        """
+        like = self.sae.W_dec
+        codes = self.sae.encode_sparse(x[None].to(like.device, like.dtype))
+        found = float(codes.dense()[0, self.feature])
+        if found and abs(found - pre_activation) > _SAME * size:
+            raise InputError(
+                "its activations are not its pre-activations, so they are no sum of parts",
+                where="attribute",
+                given=kind_of(self.sae.config),
+            )
+        return found
+
+
+class _Parts:
+    """The parts of what is read at the last position of a run, and a direction's product with each.
+
+    The names of the model's sites are TransformerLens'.
+    """
+
+    def __init__(self, model: Model, direction: Tensor, layer: int, name: str) -> None:
+        self._model = model
+        self._direction = direction
+        self._only_heads = name == "attn.hook_z"
+        self.is_stream = name.startswith("hook_resid")
+        after_attention = name in ("hook_resid_mid", "hook_resid_post")
+        first = 0 if self.is_stream else layer
+        last = layer + 1 if after_attention or not self.is_stream else layer
+        self.attention = range(first, last)
+        """layers whose heads have a share"""
+        self._mlps = range(layer + (name == "hook_resid_post") if self.is_stream else 0)
+        self.heads: list[tuple[int, int]] = []
+        self.sources: list[NDArray[np.float64]] = []
+        self.components: dict[str, float] = {}
+        self.biases: dict[str, float] = {}
+
+    def stream(self) -> dict[str, str]:
+        """The sites that add up to the residual stream, by the names of the components."""
+        if not self.is_stream:
+            return {}
+        attention = {f"attention {n}": f"blocks.{n}.hook_attn_out" for n in self.attention}
+        mlps = {f"MLP {n}": f"blocks.{n}.hook_mlp_out" for n in self._mlps}
+        return {"embedding": "blocks.0.hook_resid_pre", **attention, **mlps}
+
+    def needed(self) -> list[str]:
+        """The sites that a run has to keep."""
+        names = ["attn.hook_v", "attn.hook_z", *([] if self._only_heads else ["hook_attn_out"])]
+        own = [f"blocks.{layer}.{name}" for layer in self.attention for name in names]
+        return list(dict.fromkeys([*own, *self.stream().values()]))
+
+    def take_apart(self, run: AttentionRun, x: Tensor) -> None:
+        """Fill in the terms; x [d_in] is what they add up to.
+
+        Raises InputError where the residual stream, or a head, is another sum.
+        """
+        tolerance = TOLERANCE[self._model.dtype]
+        added = [run.at[site][-1] for site in self.stream().values()]
+        if added and (sum(added) - x).norm() > tolerance * sum(float(a.norm()) for a in added):
+            raise InputError(
+                "the residual stream is not the sum of what attention and MLPs add to it",
+                where=self._model.spec,
+                allowed="models without norms behind the sums of their stream",
+            )
+        for name, site in self.stream().items():
+            if not name.startswith("attention"):
+                self.components[name] = float(run.at[site][-1] @ self._direction)
+        for layer in self.attention:
+            block = f"blocks.{layer}."
+            z, behind = run.at[f"{block}attn.hook_z"][-1], self._direction
+            if not self._only_heads:
+                out = HeadOutputs.of(self._model, layer)
+                through = out.multiplier(z, run.at[f"{block}hook_attn_out"][-1]) * self._direction
+                behind = out.weight @ through
+                if out.bias is not None:
+                    self.biases[f"attention {layer} output bias"] = float(out.bias @ through)
+            found = _by_head(
+                run.pattern[layer][:, -1], run.at[f"{block}attn.hook_v"], z, behind, tolerance
+            )
+            if found is None:
+                raise InputError(
+                    "heads are not their pattern times their values alone (a gate, or another kind "
+                    "of attention)",
+                    where=f"{self._model.spec}, layer {layer}",
+                )
+            self.heads += [(layer, head) for head in range(len(found))]
+            self.sources.append(found)
+
+
+def _by_head(
+    pattern: Tensor, v: Tensor, z: Tensor, direction: Tensor, tolerance: float
+) -> NDArray[np.float64] | None:
+    """What each head [heads] reads from each source [pos], times a direction [d_z].
+
+    Args: pattern [heads, pos] at the destination, v [pos, d_v] of all key-value heads, z [d_z].
+
+    Returns None where pattern and values do not make z.
+    """
+    count = len(pattern)
+    size = len(z) // count
+    groups = v.shape[1] // max(size, 1)
+    if count * size != len(z) or groups == 0 or groups * size != v.shape[1] or count % groups:
+        return None
+    values = v.view(len(v), groups, size).repeat_interleave(count // groups, dim=1)
+    made = torch.einsum("hs,shd->hd", pattern, values).flatten()
+    if not bool((made - z).norm() <= tolerance * (made.norm() + z.norm())):
+        return None
+    product = torch.einsum("shd,hd->hs", values, direction.view(count, size))
+    return (pattern * product).numpy()
