@@ -21,7 +21,8 @@ class Command:
     notes: tuple[str, ...] = ()
     """lines of help that no option shows"""
     positional: str | None = None
-    """the field, or the fields separated by spaces, that words without options are the values of"""
+    """the field, or the fields separated by spaces, that words without options are the values of;
+    one that ends in ... takes all that are left"""
     resumes: bool = False
     gives_exit_code: bool = False
     """whether what the function returns is the exit code"""
@@ -129,15 +130,23 @@ COMMANDS = {
         loads_saes=True,
     ),
     "eval": Command(
-        module="sae.commands.evaluate",
-        config="EvaluateConfig",
-        function="evaluate",
-        summary=f"Measure an SAE on held-out text: {', '.join(_MEASURED)}.",
+        module="sae.commands.evaluate_runs",
+        config="EvaluateRunsConfig",
+        function="evaluate_runs",
+        summary=f"Measure SAEs on held-out text: {', '.join(_MEASURED)}.",
         examples=(
             "saescope eval runs/smollm2-135m-topk",
             "saescope eval --run runs/x --tokens 65536",
+            "saescope eval runs/topk-seed-0 runs/topk-seed-1",
+            "saescope eval runs/pareto",
         ),
-        positional="run",
+        notes=(
+            "",
+            "Of several runs, or a sweep's, those that are measured already are left as they are.",
+            "The exit code is 2 if one of them cannot be measured; the others still are.",
+        ),
+        positional="run runs...",
+        gives_exit_code=True,
         loads_saes=True,
     ),
     "index": Command(

@@ -229,8 +229,8 @@ def parse(
 
     A first word that is no option is the configuration file if it ends in .toml, else the value of
     the field named by `positional`; where that names several fields, separated by spaces, the next
-    words are the values of the next ones. Raises InputError for a bad file; exits with 2 for bad
-    options.
+    words are the values of the next ones, and one that ends in ... takes all that are left. Raises
+    InputError for a bad file; exits with 2 for bad options.
     """
     import tyro
 
@@ -242,11 +242,7 @@ def parse(
         if first.endswith(".toml"):
             values, where = read_toml(first), first
         elif positional:
-            given = [first]
-            names = positional.split()
-            while words and len(given) < len(names) and not words[0].startswith("-"):
-                given.append(words.pop(0))
-            words[:0] = [f"--{name}={value}" for name, value in zip(names, given, strict=False)]
+            words = _named_words([first, *words], positional)
         else:
             raise InputError(
                 "not a configuration file", where=program, given=first, allowed="*.toml"
@@ -275,6 +271,26 @@ def parse(
             **options,
         )
     return from_dict(cls, _plain(chosen, lambda field: field.name), where)
+
+
+def _named_words(words: list[str], positional: str) -> list[str]:
+    """Command-line words in which the first ones, which are no options, have become options.
+
+    >>> _named_words(["a", "b", "c", "--d", "1"], "run runs...")
+    ['--run=a', '--runs', 'b', 'c', '--d', '1']
+    """
+    names, count = positional.split(), 0
+    while count < len(words) and not words[count].startswith("-"):
+        count += 1
+    named: list[str] = []
+    given, rest = words[:count], words[count:]
+    for name in names:
+        if given and name.endswith("..."):
+            named += [f"--{name.removesuffix('...')}", *given]
+            given = []
+        elif given:
+            named.append(f"--{name}={given.pop(0)}")
+    return [*named, *given, *rest]
 
 
 def _unfinished(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:

@@ -1,15 +1,17 @@
 """`saescope eval`: an SAE on held-out text, under a protocol that is written down and hashed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from activations import ActivationStore
-from activations.loading.outliers import OutlierFilter
+from sae.analysis.as_trained import Rows, as_trained
 from sae.analysis.lens import TunedLens
 from sae.core.base import SparseAutoencoder
 from sae.data.harvests import held_out_pieces, knows_model, load_harvested_model, open_harvest
@@ -17,7 +19,7 @@ from sae.data.placement import Placement
 from sae.evaluation import Family, chosen, families
 from sae.evaluation.in_model import InModel
 from sae.evaluation.intervals import PROTOCOL
-from sae.evaluation.rows import Counted, Piece, pass_over
+from sae.evaluation.rows import Counted, pass_over
 from sae.evaluation.written import ROWS, SCHEMA, report, sections
 from sae.formats.hub import evaluation_file
 from sae.formats.load import load
@@ -92,27 +94,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     path = local(config.out) if config.out is not None else evaluation_file(config.run)
     check_replaceable(path, EVALUATION, replace=True)
     wanted = chosen(config.metrics)
-    data = HeldOut.open(config)
-    of_rows = [family for family in wanted if family.needs == "activations"]
-    of_model = [family for family in wanted if family.needs == "model"]
-    if of_model and not data.has_model():
-        of_model = []
-    found: dict[str, Any] = {family.section: None for family in families().values()}
-    counted = data.measure_rows(of_rows, found) if of_rows else {}
-    facts = data.measure_model(of_model, found) if of_model else {}
-    protocol = {
-        **data.protocol(counted),
-        **facts,
-        **{each.name: each.protocol for each in (*of_rows, *of_model) if each.protocol},
-    }
-    carried = described(name for each in sections(found).values() for name in each)
-    result = {
-        "schema": SCHEMA,
-        "protocol": protocol,
-        "protocol_hash": sha256_json(protocol),
-        **found,
-        **({ROWS: carried} if carried else {}),
-    }
+    result = HeldOut.open(config).measure(wanted)
     try:
         write_report(path, sealed(result), EVALUATION, replace=config.replace)
     finally:  # what was measured is told, wherever it cannot be written
@@ -158,6 +140,60 @@ class HeldOut:
         """The SAE at its first site."""
         return next(iter(self.sites.values()))
 
+    def measure(self, wanted: Sequence[Family]) -> dict[str, Any]:
+        """What evaluation.json is to hold: those of the families that apply."""
+        of_rows, of_model = self._applying(wanted)
+        found: dict[str, Any] = {family.section: None for family in families().values()}
+        counted = self.measure_rows(of_rows, found) if of_rows else {}
+        facts = self.measure_model(of_model, found) if of_model else {}
+        protocol = {**self.protocol(counted), **facts, **_settings([*of_rows, *of_model])}
+        carried = described(name for each in sections(found).values() for name in each)
+        return {
+            "schema": SCHEMA,
+            "protocol": protocol,
+            "protocol_hash": sha256_json(protocol),
+            **found,
+            **({ROWS: carried} if carried else {}),
+        }
+
+    def measured_in(self, evaluation: Mapping[str, Any], wanted: Sequence[Family]) -> bool:
+        """Whether an evaluation of this SAE has these families under the protocol of now."""
+        of_rows, of_model = self._applying(wanted)
+        there = sections(evaluation)
+        has = [
+            family.name
+            for family in families().values()
+            if any(row.name in there.get(family.section, {}) for row in family.metrics)
+        ]
+        if has != [family.name for family in (*of_rows, *of_model)]:
+            return False
+        expected = {
+            **self.protocol({"rows": self._n_rows()} if of_rows else {}),
+            **(self._model_facts() if of_model else {}),
+            **_settings([*of_rows, *of_model]),
+        }
+        # the documents follow from the rows
+        own = {k: v for k, v in evaluation["protocol"].items() if k != "documents"}
+        return sha256_json(own) == sha256_json(expected)
+
+    def _applying(self, wanted: Sequence[Family]) -> tuple[list[Family], list[Family]]:
+        """Those that need activations alone, and those that need the model, where they can be."""
+        of_rows = [family for family in wanted if family.needs == "activations"]
+        of_model = [family for family in wanted if family.needs == "model"]
+        return of_rows, of_model if of_model and self.has_model() else []
+
+    def _n_rows(self) -> int:
+        """How many rows `measure_rows` is to count."""
+        if "outliers" not in self.sae.metadata:
+            there = self.harvest.n_rows("held_out")
+            return len(self.sites) * min(self.config.rows or there, there)
+        return sum(len(each.x) for one in self.sites.values() for each in self._rows(one)())
+
+    def _rows(self, placement: Placement) -> Rows:
+        """The rows that are measured at sites, as the SAE was trained to see them."""
+        rows = held_out_pieces(self.harvest, placement, self.config.rows)
+        return as_trained(self.sae)(rows, placement)
+
     def protocol(self, counted: Mapping[str, Any]) -> dict[str, Any]:
         """What decides the numbers, besides the model's part."""
         harvest, metadata = self.harvest, self.sae.metadata
@@ -202,14 +238,12 @@ class HeldOut:
 
     def measure_rows(self, wanted: Sequence[Family], found: dict[str, Any]) -> dict[str, Any]:
         """Put what needs activations alone into `found`; the number of rows and documents."""
-        seen = _as_trained(self.sae)
         counts: list[Counted] = []
         by_family: list[dict[str, dict[str, Any]]] = [{} for _ in wanted]
         for site, placement in self.sites.items():
             columns = placement.columns(self.harvest.d_in) if len(placement.written) > 1 else None
-            rows = seen(held_out_pieces(self.harvest, placement, self.config.rows), placement)
             measures = [family.measure for family in wanted]
-            counted, sums = pass_over(placement.sae, rows, measures, columns)
+            counted, sums = pass_over(placement.sae, self._rows(placement), measures, columns)
             counts.append(counted)
             for of_site, one in zip(by_family, sums, strict=True):
                 of_site[site] = one.values(counted)
@@ -224,15 +258,25 @@ class HeldOut:
         given = self._in_model()
         for family in wanted:
             _put(found, family, family.measure(given), {})
+        return {**self._model_facts(), "model": given.model.weights_hash}
+
+    def _model_facts(self) -> dict[str, Any]:
+        """What the protocol says of the model, which is the harvest's, and of the sequences."""
+        model = self.harvest.manifest["model"]
         facts = {
-            "model": given.model.weights_hash,
-            "dtype": str(given.model.dtype).removeprefix("torch."),
-            "sequences": len(given.tokens),
+            "model": model["weights_hash"],
+            "dtype": model["dtype"],
+            "sequences": len(self._sequences()),
             "context": self.harvest.context,
         }
-        if given.written != self.placement.written:
+        if self._replaced()[0] != self.placement.written:
             facts["replaced"] = self.config.site
         return facts
+
+    def _sequences(self) -> NDArray[np.int64]:
+        """Indices of the sequences that the model is run on: the first that are held out."""
+        held_out = np.flatnonzero(self.harvest.split == 1)
+        return held_out[: max(1, self.config.tokens // self.harvest.context)]
 
     def _in_model(self) -> InModel:
         """The SAE in its model, with the first held-out sequences."""
@@ -240,8 +284,7 @@ class HeldOut:
         model = load_harvested_model(
             harvest, harvest.manifest["model"]["dtype"], trust_remote_code=config.trust_remote_code
         )
-        held_out = torch.from_numpy(harvest.split == 1).nonzero()[:, 0]
-        first = held_out[: max(1, config.tokens // harvest.context)].numpy()
+        first = self._sequences()
         replaced, columns = self._replaced()
         lens = placement.sae.metadata.get("lens")
 
@@ -281,40 +324,6 @@ def _put(
     found[family.section] = {**(found[family.section] or about), **written}
 
 
-Rows = Callable[[], Iterator[Piece]]
-
-
-def _as_trained(sae: SparseAutoencoder) -> Callable[[Rows, Placement], Rows]:
-    """What was done to rows in training is done here: outliers left out, a lens put before."""
-    outliers, lens = sae.metadata.get("outliers"), sae.metadata.get("lens")
-    keeps = outliers and OutlierFilter(multiple=outliers["multiple"], median=outliers["median"])
-    through = TunedLens.load(lens) if lens else None
-
-    def seen(rows: Rows, placement: Placement) -> Rows:
-        if not (keeps or through):
-            return rows
-        if len(placement.read) > 1:
-            raise InputError(
-                "a crosscoder trained without outliers can only be measured without them",
-                where="eval",
-                given=sae.metadata["outliers"],
-            )
-
-        def changed() -> Iterator[Piece]:
-            for each in rows():
-                own = each.target is each.x
-                if keeps:
-                    kept = keeps.keep(placement.read[0], each.x)
-                    if not own:
-                        kept &= keeps.keep(placement.written[0], each.target)
-                    x = each.x[kept]
-                    document = None if each.document is None else each.document[kept]
-                    each = Piece(x, x if own else each.target[kept], document)
-                if through:
-                    x = through.apply(placement.read[0], each.x)
-                    each = each._replace(x=x, target=x if own else each.target)
-                yield each
-
-        return changed
-
-    return seen
+def _settings(measured: Sequence[Family]) -> dict[str, Any]:
+    """What the protocol says of families that have settings of their own."""
+    return {family.name: family.protocol for family in measured if family.protocol}

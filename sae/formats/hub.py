@@ -56,6 +56,11 @@ class HubFolder:
         )
 
     @property
+    def is_commit(self) -> bool:
+        """Whether its revision is a commit, whose files never change."""
+        return self.revision is not None and bool(_COMMIT.fullmatch(self.revision))
+
+    @property
     def file_name(self) -> str:
         """A name for what is measured of it here.
 

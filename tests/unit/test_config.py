@@ -89,6 +89,18 @@ def test_positional_words_name_fields_in_turn() -> None:
     assert both("a", "--inner.lr", "0.5") == Outer(name="a", inner=Inner(lr=0.5))
 
 
+def test_the_last_positional_field_takes_all_words_that_are_left() -> None:
+    def parsed(*words: str) -> config.Config:
+        return config.parse(
+            Outer, words, program="test", description="", positional="name sites..."
+        )
+
+    assert parsed("a", "p", "q", "--limit", "5") == Outer(name="a", sites=("p", "q"), limit=5)
+    assert parsed("a", "--limit", "5") == Outer(name="a", limit=5)
+    with pytest.raises(SystemExit):
+        parse("a", "p")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

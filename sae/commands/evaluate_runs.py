@@ -1,0 +1,202 @@
+"""`saescope eval RUN...`: one run, or several, one after another.
+
+Processes that torchrun or srun started share the runs: each takes one that nobody has, and rank 0,
+which tells of them all, measures in the end what the others could not.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from activations.harvesting.window_locks import Team, member, pauses
+from sae.commands.evaluate import EVALUATION, EvaluateConfig, HeldOut, evaluate
+from sae.commands.sweep import MEMBERS, read_members
+from sae.evaluation import Family, chosen
+from sae.evaluation.written import measured_values, read_evaluation, rows_of
+from sae.formats.hub import SCHEME, HubFolder, evaluation_file
+from saescope.artefact import write_report
+from saescope.errors import InputError, SaescopeError
+from saescope.paths import if_local
+from saescope.process_rank import this_rank
+from saescope.progress import duration, say, silent
+from saescope.replacing import check_replaceable
+from saescope.seals import sealed
+from saescope.system import system_errors
+from saescope.terminal import complain
+
+_FAILED = 2
+"""exit code"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRunsConfig(EvaluateConfig):
+    """Measure SAEs on the held-out part of a harvest."""
+
+    runs: tuple[str, ...] = ()
+    """Further ones, measured one after another. The folder of a sweep, here and as run, stands for
+    all of its runs."""
+
+
+@system_errors()
+def evaluate_runs(config: EvaluateRunsConfig) -> int:
+    """Measure one run as `evaluate` does, or several; the exit code.
+
+    Of several each has its own evaluation.json. One that is measured already under the protocol of
+    now is left; one that cannot be measured is named, the others go on, and the exit code is 2.
+
+    Raises InputError for `out` with several runs, and for a family that is unknown; for one run
+    alone the errors of `evaluate`.
+    """
+    names = _names((config.run, *config.runs))
+    one = EvaluateConfig(
+        **{field.name: getattr(config, field.name) for field in fields(EvaluateConfig)}
+    )
+    if names == [config.run] and this_rank().size == 1:
+        evaluate(one)
+        return 0
+    if config.out is not None and len(names) > 1:
+        raise InputError(
+            "is one file, for several runs; each has its own evaluation.json",
+            where="out",
+            given=config.out,
+            allowed="leave it out",
+        )
+    sharing = _Sharing([replace(one, run=name) for name in names], chosen(config.metrics))
+    if this_rank().number:
+        try:
+            with silent(), _team(names) as team:
+                sharing.help_with(team)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        return 0  # rank 0 says what could not be measured
+    with _team(names) as team:
+        return sharing.lead(team)
+
+
+def _names(given: Sequence[str]) -> list[str]:
+    """The runs of these names, each once; instead of a sweep all of its runs."""
+    found: list[str] = []
+    for name in given:
+        folder = None if name.startswith(SCHEME) else if_local(name)
+        if folder is not None and (folder / MEMBERS).is_file():
+            found += [str(Path(name) / each) for each in read_members(folder)]
+        else:
+            found.append(name)
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def _team(names: Sequence[str]) -> Iterator[Team | None]:
+    """This process as one of several; None if it is alone."""
+    if this_rank().size == 1:
+        yield None
+        return
+    local = [None if name.startswith(SCHEME) else if_local(name) for name in names]
+    there = [folder for folder in local if folder is not None and folder.is_dir()]
+    beside = there[0].absolute() if there else Path.cwd() / "hub"
+    with member(beside.with_name(f"{beside.name}.evaluation"), "an evaluation") as team:
+        yield team
+
+
+class _Sharing:
+    """Runs to measure, each with its own configuration, and the families to measure."""
+
+    def __init__(self, runs: Sequence[EvaluateConfig], wanted: Sequence[Family]) -> None:
+        self.runs, self.wanted = runs, wanted
+
+    def help_with(self, team: Team | None) -> None:
+        """Measure runs that no other process has; what cannot be measured is rank 0's to tell."""
+        for number, run in enumerate(self.runs):
+            if team is not None and team.claim(number):
+                try:
+                    self._measured(run)
+                except SaescopeError:
+                    continue
+                finally:
+                    team.release(number)
+
+    def lead(self, team: Team | None) -> int:
+        """See to it that all runs are measured; tell of each, and of all in a table."""
+        found: dict[str, Mapping[str, Any]] = {}
+        waiting, waits, told = list(enumerate(self.runs)), pauses(), 0
+        while waiting:
+            others = []
+            for number, run in waiting:
+                if team is not None and not team.claim(number):
+                    others.append((number, run))
+                    continue
+                told += 1
+                try:
+                    found[run.run] = self._tell(run, f"{told} of {len(self.runs)}")
+                except SaescopeError as error:
+                    complain(f"{told} of {len(self.runs)}  {run.run} is not measured: {error}")
+                finally:
+                    if team is not None:
+                        team.release(number)
+            waiting = others
+            next(waits)
+        for line in _table(found):
+            say(line)
+        failed = len(self.runs) - len(found)
+        if failed:
+            complain(f"{failed} of {len(self.runs)} runs could not be measured; see above")
+        return _FAILED if failed else 0
+
+    def _tell(self, run: EvaluateConfig, count: str) -> Mapping[str, Any]:
+        start = time.monotonic()
+        with silent():
+            evaluation, new = self._measured(run)
+        how = f"measured in {duration(time.monotonic() - start)}" if new else "is measured already"
+        say(f"{count}  {run.run}: {how}")
+        return evaluation
+
+    def _measured(self, run: EvaluateConfig) -> tuple[Mapping[str, Any], bool]:
+        """A run's evaluation, and whether it was made now."""
+        path = Path(run.out) if run.out is not None else evaluation_file(run.run)
+        data = HeldOut.open(run)
+        if path.is_file() and EVALUATION.holds(path) and _is_of_one_sae(run.run):
+            before = read_evaluation(path)
+            if data.measured_in(before, self.wanted):
+                return before, False
+        check_replaceable(path, EVALUATION, replace=run.replace)
+        result = data.measure(self.wanted)
+        write_report(path, sealed(result), EVALUATION, replace=run.replace)
+        return result, True
+
+
+def _is_of_one_sae(name: str) -> bool:
+    """Whether what this names stays what it is: a branch of the hub's may have a new SAE."""
+    return not name.startswith(SCHEME) or HubFolder.parse(name).is_commit
+
+
+def _table(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines of a table with a run a line, and a column for each metric but the minor ones.
+
+    >>> one = {"protocol_hash": "0123456789abcdef", "reconstruction": {"l0": 8.0, "fvu": 0.25}}
+    >>> other = one | {"reconstruction": {"l0": 16.0}}
+    >>> print("\\n".join(_table({"runs/a": one, "runs/b": other})))
+    run        L0     FVU      protocol
+    runs/a   8.00  0.2500  0123456789ab
+    runs/b  16.00       -  0123456789ab
+    """
+    if not found:
+        return []
+    each = {name: (rows_of(one), measured_values(one)) for name, one in found.items()}
+    known = {name: row for rows, _ in each.values() for name, row in rows.items()}
+    shown = [
+        row
+        for name, row in known.items()
+        if not row.minor and any(values.get(name) is not None for _, values in each.values())
+    ]
+    lines = [["run", *(row.label for row in shown), "protocol"]]
+    for name, (_, values) in each.items():
+        texts = ["-" if (v := values.get(row.name)) is None else row.shown(v) for row in shown]
+        lines.append([name, *texts, found[name]["protocol_hash"][:12]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    ]
