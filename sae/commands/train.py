@@ -14,11 +14,13 @@ from sae import distributed
 from sae.core.base import SAEConfig, SparseAutoencoder
 from sae.data.harvests import open_complete
 from sae.formats.load import load
+from sae.synthetic.config import PREFIX
 from sae.training import process_group
 from sae.training.config import TrainConfig
 from sae.training.estimate import describe
 from sae.training.rows import train_rows
 from sae.training.run import Run
+from sae.training.synthetic import SyntheticRun
 from saescope.errors import InputError
 from saescope.progress import say
 from saescope.system import system_errors
@@ -35,7 +37,7 @@ def train(
 ) -> SparseAutoencoder: ...
 @system_errors()
 def train(*given: Any, **settings: Any) -> SparseAutoencoder | None:
-    """Train an SAE: on a harvest, as a TrainConfig says, or on rows of activations in memory.
+    """Train an SAE: on a harvest or a synthetic world, as a TrainConfig says, or on rows in memory.
 
     `train(config)` goes on from the run's last checkpoint if it has one. With `plan` nothing is
     trained and None returned. Under torchrun its processes train together, and each returns what it
@@ -80,14 +82,14 @@ def train(*given: Any, **settings: Any) -> SparseAutoencoder | None:
             where="train",
             given=", ".join(settings),
         )
-    return _train_on_harvest(config)
+    return _train_as_configured(config)
 
 
-def _train_on_harvest(config: TrainConfig) -> SparseAutoencoder | None:
+def _train_as_configured(config: TrainConfig) -> SparseAutoencoder | None:
     with process_group.session(config.ranks, config.device):
-        run = Run(config, open_complete(config.harvest))
+        run = _run_of(config)
         if config.plan:
-            for line in describe([run]):
+            for line in [run.plan()] if isinstance(run, SyntheticRun) else describe([run]):
                 say(line)
             return None
         with run.locked():
@@ -98,3 +100,9 @@ def _train_on_harvest(config: TrainConfig) -> SparseAutoencoder | None:
             run.start()
             run.trainer.run()
             return run.release()
+
+
+def _run_of(config: TrainConfig) -> Run | SyntheticRun:
+    if config.harvest.startswith(PREFIX):
+        return SyntheticRun(config)
+    return Run(config, open_complete(config.harvest))

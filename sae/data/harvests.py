@@ -16,13 +16,20 @@ from sae.data.model_expectations import warn_of_model
 from sae.data.placement import Placement, placement_of
 from sae.data.provenance import differing, refuse_other
 from sae.evaluation.rows import Piece
+from sae.synthetic.config import PREFIX
 from saescope.errors import InputError
 
 _PIECE_ROWS = 16384
 
 
 def open_complete(path: str) -> ActivationStore:
-    """Open a harvest; InputError if it is not finished."""
+    """Open a harvest; InputError if it is not finished, or is a synthetic world."""
+    if path.startswith(PREFIX):
+        raise InputError(
+            "this needs a harvest, and a synthetic world has no text and no model; its runs are "
+            "scored by `saescope synth`",
+            where=path,
+        )
     harvest = ActivationStore.open(path)
     if not harvest.complete:
         raise InputError("this harvest is not finished; run `saescope harvest` again", where=path)

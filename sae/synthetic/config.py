@@ -89,6 +89,8 @@ class WorldConfig(Config):
             )
 
 
+PREFIX = "synth:"
+"""before a world's name, where the name of a harvest is expected"""
 WORLDS = {
     "16k": WorldConfig(features=16_384, d_in=768, roots=128),
     "small": WorldConfig(),

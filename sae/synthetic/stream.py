@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sae.core.batch import RawBatch
 from sae.synthetic.drawing import Drawing, DrawnRows
@@ -48,6 +49,10 @@ class SyntheticStream:
         while True:
             first, self._next = self._next, self._next + self.batch_size
             yield RawBatch(self._training.rows(first, self.batch_size))
+
+    def first_rows(self, rows: int) -> Tensor:
+        """The first training rows [rows, d_in]; where the stream stands does not change."""
+        return self._training.rows(0, rows)
 
     def held_out(self, rows: int) -> Callable[[], Iterator[RawBatch]]:
         """Fresh iterators over so many rows that are never trained on, always the same."""

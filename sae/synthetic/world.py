@@ -8,6 +8,7 @@ so a world made there on the CPU from the same settings is this one, but for rou
 import math
 from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Self
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sae.kernels.adam import adam_
-from sae.synthetic.config import WorldConfig
+from sae.synthetic.config import PREFIX, WorldConfig, world_config
 from saescope.progress import Progress
 
 _LEAST_OWN_VARIANCE = 0.01
@@ -111,6 +112,17 @@ class Tops(NamedTuple):
             functional.pad(world.slope[tops], (0, 0, 0, short)),
             functional.pad(world.offset[tops], (0, short), value=-math.inf),
         )
+
+
+@lru_cache(maxsize=2)
+def named_world(name: str) -> World:
+    """The world of a name with the prefix synth:; InputError if there is none.
+
+    >>> named_world("synth:tiny").directions.shape
+    world: ...
+    torch.Size([96, 32])
+    """
+    return World(world_config(name.removeprefix(PREFIX)))
 
 
 def frequencies(config: WorldConfig) -> Tensor:

@@ -13,10 +13,11 @@ from sae.architectures import architecture
 from sae.architectures.topk import TopKConfig
 from sae.core.base import SAEConfig
 from sae.core.normaliser import NormaliserKind
+from sae.synthetic.config import PREFIX
 from sae.training.end_to_end import EndToEndConfig
 from sae.training.trainer_config import TrainerConfig
 from saescope.config import Config
-from saescope.errors import check_range
+from saescope.errors import InputError, check_range
 from saescope.renamed_fields import WAS
 
 _MOST_PASSES = 1e9
@@ -30,7 +31,7 @@ class TrainConfig(Config):
 
     harvest: str
     """Folder of a finished harvest, or its URL; of one with storage none, activations come straight
-    from the model."""
+    from the model. Or a synthetic world: synth:small, synth:16k."""
     out: str
     """Folder of the run to write."""
     site: str | None = None
@@ -51,6 +52,8 @@ class TrainConfig(Config):
     """What counts in end-to-end training besides the predictions."""
     passes: float = 3.0
     """Passes over the harvest's training tokens."""
+    samples: int | None = None
+    """Rows to train on, of a synthetic world, which has no passes."""
     seed: int = 0
     """Seed of the initial weights and of all else that is random but the order of the batches."""
     data_seed: int | None = None
@@ -95,6 +98,14 @@ class TrainConfig(Config):
         check_range("passes", self.passes, above=0, high=_MOST_PASSES)
         for name in ("evaluation_rows", "calibration_rows", "mix_chunks"):
             check_range(name, getattr(self, name), low=1)
+        if self.samples is not None:
+            check_range("samples", self.samples, low=1)
+            if not self.harvest.startswith(PREFIX):
+                raise InputError(
+                    "counts the rows of a synthetic world; of a harvest give passes",
+                    where="samples",
+                    given=self.samples,
+                )
         if self.outliers is not None:
             check_range("outliers", self.outliers, above=1)
 

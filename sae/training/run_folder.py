@@ -97,8 +97,9 @@ def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name in ("ranks", "device"):  # they change nothing; older runs have none
         kept.pop(name, None)
-    if kept.get("order") is None:  # older runs have none
-        kept.pop("order", None)
+    for name in ("order", "samples"):  # older runs have none
+        if kept.get(name) is None:
+            kept.pop(name, None)
     return kept
 
 
