@@ -7,7 +7,6 @@ with the number of rows, so it means something only beside a control of the same
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -82,42 +81,13 @@ def cosines(rows: Tensor, others: Tensor) -> Tensor:
 def best_assignment(value: Tensor) -> Tensor:
     """Column of each row [rows, columns] so that the sum of values is largest; no column twice.
 
-    int64 [rows]; -1 for rows left over when there are more rows than columns. Shortest augmenting
-    paths with dual prices (Kuhn 1955; Jonker and Volgenant 1987), rows^2 columns at worst.
+    int64 [rows]; -1 for rows left over when there are more rows than columns.
     """
-    cost = -value.detach().double().cpu().numpy()
-    if cost.shape[0] > cost.shape[1]:
-        rows = best_assignment(value.T)
-        columns = torch.full((len(value),), -1, dtype=torch.int64)
-        columns[rows] = torch.arange(len(rows))
-        return columns
-    n, m = cost.shape
-    row_price, column_price = np.zeros(n), np.zeros(m)
-    row_of = np.full(m, -1)
-    for start in range(n):
-        distance, previous = np.full(m, np.inf), np.full(m, -1)
-        done = np.zeros(m, dtype=bool)
-        row, column, length = start, -1, 0.0
-        while True:
-            reduced = length + cost[row] - row_price[row] - column_price
-            shorter = ~done & (reduced < distance)
-            distance[shorter], previous[shorter] = reduced[shorter], column
-            column = int(np.where(done, np.inf, distance).argmin())
-            length = distance[column]
-            if row_of[column] < 0:
-                break
-            done[column] = True
-            row = int(row_of[column])
-        row_price[start] += length
-        row_price[row_of[done]] += length - distance[done]
-        column_price[done] -= length - distance[done]
-        while column >= 0:
-            before = int(previous[column])
-            row_of[column] = start if before < 0 else row_of[before]
-            column = before
-    columns = torch.full((n,), -1, dtype=torch.int64)
-    used = torch.from_numpy(np.flatnonzero(row_of >= 0))
-    columns[torch.from_numpy(row_of[row_of >= 0])] = used
+    from scipy.optimize import linear_sum_assignment  # takes a while, and few need it
+
+    row, column = linear_sum_assignment(value.detach().double().cpu().numpy(), maximize=True)
+    columns = torch.full((len(value),), -1, dtype=torch.int64)
+    columns[torch.from_numpy(row)] = torch.from_numpy(column)
     return columns
 
 
