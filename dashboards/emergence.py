@@ -1,8 +1,6 @@
 """The section of the Training page on the features of a run as they emerge from its snapshots."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,43 +8,21 @@ import streamlit as st
 
 from dashboards import figures, queries
 from dashboards.amounts import counted
+from dashboards.genealogies import ABOUT, Emergence, emergence, snapshots
 from dashboards.pages import page_at
 from dashboards.run_folders import RunFolder
 from dashboards.session import Session, session_of_sae
 from dashboards.tokens import plain
 from saescope.errors import SaescopeError
-from store.genealogy import Genealogy
-from store.matching import MATCHED
 
 MOST_ROWS = 1000
 _LINES = 5
-_NEVER = "only at the end"
-_ABOUT = (
-    "Each feature of the trained SAE is compared with all features of each snapshot, by the cosine "
-    "of what they write. It is found in a snapshot where the largest of these cosines is at least "
-    f"{MATCHED:g}, and it emerged at the first snapshot from which on it is found in every one."
-)
-
-
-@dataclass(frozen=True)
-class Emergence:
-    """A run's genealogy, the tokens of its snapshots, and which SAE it is of."""
-
-    found: Genealogy
-    tokens: tuple[int, ...]
-    """of each snapshot, and of the trained SAE [versions + 1]"""
-    sae_hash: str
-
-    @property
-    def names(self) -> list[str]:
-        """When a feature may have emerged, earliest first."""
-        return [f"{each:,} tokens" for each in self.tokens[:-1]] + [_NEVER]
 
 
 def section(runs: Sequence[RunFolder]) -> None:
     """Draw it for one of these runs: those that are trained and kept snapshots."""
-    st.markdown("##### Features as they emerge", help=_ABOUT)
-    kept = {run.name: run for run in runs if run.state == "finished" and _snapshots(run)}
+    st.markdown("##### Features as they emerge", help=ABOUT)
+    kept = {run.name: run for run in runs if run.state == "finished" and snapshots(run.path)}
     if not kept:
         st.caption(
             "None of these runs is trained and has snapshots to find its features in. `saescope "
@@ -60,7 +36,7 @@ def section(runs: Sequence[RunFolder]) -> None:
     if len(kept) > 1:
         name = st.selectbox("Of the run", list(kept), key="emergence_run", width=360)
     if asked != name:
-        versions = counted(len(_snapshots(kept[name])), "snapshot")
+        versions = counted(len(snapshots(kept[name].path)), "snapshot")
         if not st.button(
             f"Find its features in {versions}",
             icon=":material/family_history:",
@@ -70,38 +46,10 @@ def section(runs: Sequence[RunFolder]) -> None:
             return
         st.query_params["emerged"] = name
     try:
-        _draw(name, _emergence(kept[name]))
+        _draw(name, emergence(kept[name].path))
     except (SaescopeError, OSError) as error:
         st.error(plain(error), icon=":material/error:")
         st.caption("`saescope doctor` says which files of a run are damaged.")
-
-
-def _snapshots(run: RunFolder) -> list[Path]:
-    """Folders of a run's snapshots, without loading what trains."""
-    return sorted((run.path / "checkpoints").glob("tokens-*/config.json"))
-
-
-def _emergence(run: RunFolder) -> Emergence:
-    files = [*_snapshots(run), run.path / "sae" / "config.json"]
-    stamps = tuple(file.stat().st_mtime_ns for file in files)
-    return _computed(str(run.path), stamps)
-
-
-@st.cache_data(max_entries=8, show_spinner="Finding the features in each snapshot …")
-def _computed(path: str, stamps: tuple[int, ...]) -> Emergence:
-    del stamps  # what is in the folder, for the cache
-    import sae
-    from sae.analysis.dictionary_matching import decoder_directions
-    from sae.commands.genealogy import named, snapshots_of
-    from sae.data.provenance import weights_hash
-    from store.genealogy import genealogy_of_directions
-
-    kept = snapshots_of(path)
-    last = sae.load(path)
-    directions = [decoder_directions(each) for each in (*(sae.load(k.path) for k in kept), last)]
-    found = genealogy_of_directions(directions, [named(each) for each in kept], match=False)
-    trained = int(last.metadata.get("tokens_trained") or 0)
-    return Emergence(found, (*(each.tokens for each in kept), trained), weights_hash(last))
 
 
 def _draw(name: str, emergence: Emergence) -> None:

@@ -206,7 +206,7 @@ def _genealogy(
                     sizes[version],
                     threshold=threshold,
                 )
-            events += _events(step, version + 1)
+            events += merges_and_splits(step, version + 1)
         nearest.append(index)
         strongest.append(value)
     return Genealogy(
@@ -237,8 +237,11 @@ def _partners(found: Matching) -> NDArray[np.int64]:
     return partner
 
 
-def _events(step: Matching, version: int) -> list[dict[str, Any]]:
-    """Merges and splits on the way to a version (A of the matching) from the one before (B)."""
+def merges_and_splits(step: Matching, version: int = 1) -> list[dict[str, Any]]:
+    """Merges and splits on the way to a version (A of the matching) from the one before (B).
+
+    Each as a row of `EVENTS`; a feature counts from the matching's threshold on.
+    """
     events = []
     for kind, nearest, value in (
         ("split", step.nearest_a, step.similarity_a),

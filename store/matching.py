@@ -5,7 +5,7 @@ similar ones of the other SAE are remembered, and the one-to-one matching choose
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,20 @@ class Matching:
     def matched(self) -> pa.Table:
         """The pairs from the threshold on."""
         return self.pairs.filter(pa.array(self.pairs["similarity"].to_numpy() >= self.threshold))
+
+    @property
+    def flipped(self) -> "Matching":
+        """The same with A and B exchanged."""
+        names = {"feature_a": "feature_b", "feature_b": "feature_a"}
+        columns = [names.get(name, name) for name in self.pairs.column_names]
+        return replace(
+            self,
+            pairs=self.pairs.rename_columns(columns),
+            nearest_a=self.nearest_b,
+            similarity_a=self.similarity_b,
+            nearest_b=self.nearest_a,
+            similarity_b=self.similarity_a,
+        )
 
     @property
     def unmatched_a(self) -> NDArray[np.int64]:

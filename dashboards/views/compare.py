@@ -9,7 +9,9 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from dashboards import comparisons, figures, find_stores, queries
+from dashboards.amounts import counted
 from dashboards.comparisons import SAEComparison
+from dashboards.genealogies import lineage
 from dashboards.pages import Page, page_at
 from dashboards.parameters import shown
 from dashboards.session import Session, begin_page
@@ -18,6 +20,7 @@ from saescope.errors import SaescopeError
 from saescope.metrics import metric
 from saescope.paths import AnyPath
 from store import Annotations, FeatureStore
+from store.genealogy import merges_and_splits
 from store.matching import MATCHED
 
 PAGE = Page(title="Compare", icon=":material/compare_arrows:", order=55, url="compare")
@@ -63,6 +66,7 @@ def render() -> None:
         _pareto(stores, sides)
         return
     _numbers(found, sides)
+    _lineage(found, sides)
     left, right = st.columns(2, gap="large")
     with left:
         st.markdown("##### How alike")
@@ -184,6 +188,51 @@ def _numbers(found: SAEComparison, sides: tuple[_Side, _Side]) -> None:
         f"By the {found.over}.{chance} Dead features count too: "
         f"A has {dead[0]:,} of {sides[0].store.d_sae:,}, B {dead[1]:,} of {sides[1].store.d_sae:,}."
     )
+
+
+def _lineage(found: SAEComparison, sides: tuple[_Side, _Side]) -> None:
+    """What became of features between two SAEs of one run; nothing of others."""
+    times = lineage(sides[0].store, sides[1].store)
+    if times is None:
+        return
+    earlier, later = (1, 0) if times.first_is_later else (0, 1)
+    matching = found.matching if times.first_is_later else found.matching.flipped
+    there = matching.similarity_a >= matching.threshold
+    letters = ("A", "B")
+    st.markdown(
+        f"##### One run: {letters[earlier]} became {letters[later]}",
+        help="A feature counts as there where the most similar one of the other is at least "
+        f"{matching.threshold:g} similar. A split: several later features have the same most "
+        "similar earlier one; a merge: the other way round.",
+    )
+    events = merges_and_splits(matching)
+    kinds = [event["kind"] for event in events]
+    st.caption(
+        f"From {times.tokens[0]:,} to {times.tokens[1]:,} tokens of training. "
+        f"{figures.percent(float(there.mean()))} of the features of {letters[later]} were there in "
+        f"{letters[earlier]}, and {counted(int((~there).sum()), 'feature')} came after. "
+        f"{counted(kinds.count('split'), 'split')}, {counted(kinds.count('merge'), 'merge')}."
+    )
+    if not events:
+        return
+    rows = [
+        {
+            "what": event["kind"],
+            f"in {letters[earlier]}": str(event["feature" if split else "others"]),
+            f"in {letters[later]}": str(event["others" if split else "feature"]),
+        }
+        for event in events[:MOST_ROWS]
+        for split in [event["kind"] == "split"]
+    ]
+    with st.expander(f"Merges and splits ({len(events):,})", icon=":material/family_history:"):
+        st.dataframe(
+            pd.DataFrame(rows),
+            key="compare_events",
+            hide_index=True,
+            height=35 * min(len(rows) + 1, 12) + 3,
+        )
+        if len(rows) < len(events):
+            st.caption(f"The first {len(rows):,} of {len(events):,}.")
 
 
 def _pareto(stores: Mapping[str, AnyPath], sides: tuple[_Side, _Side]) -> None:

@@ -86,6 +86,10 @@ def test_the_matching_is_the_hungarian_one() -> None:
             assert found.nearest_a.tolist() == similarity.argmax(1).tolist()
             assert found.nearest_b.tolist() == similarity.argmax(0).tolist()
             np.testing.assert_array_equal(found.similarity_b, similarity.max(0))
+            other = found.flipped
+            assert other.nearest_a.tolist() == similarity.argmax(0).tolist()
+            assert other.pairs["feature_a"].equals(found.pairs["feature_b"])
+            assert other.pairs["feature_b"].equals(found.pairs["feature_a"])
 
 
 def test_greedy_would_be_worse() -> None:
