@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import count
 from urllib.parse import urlencode
 
 from dashboards.amounts import amount
@@ -110,6 +111,8 @@ def visible(text: str) -> str:
 def _visible(text: str) -> str:
     if not text:
         return _mark("·")
+    if text.isprintable():  # nothing to be made visible
+        return html.escape(text, quote=True)
     return "".join(_visible_character(c) for c in text)
 
 
@@ -143,6 +146,8 @@ def plain_visible(text: str) -> str:
 
 
 def _plain(text: str) -> str:
+    if text and text.isprintable():
+        return text
     return html.unescape(re.sub(r'<span class="ss-mark">|</span>', "", visible(text)))
 
 
@@ -200,13 +205,11 @@ def _word(text: str) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=1 << 16)
-def _silent_token(text: str, same: bool) -> tuple[str, str]:
-    """What `token_html` has of a token without an activation: all to the end of its tip's first
-    line, and all from the end of its tip on."""
+def _silent_token(text: str) -> tuple[str, str]:
+    """What `token_html` has of a token without an activation: the first line of its tip, and all
+    after its tip."""
     lead, shown = _word(text)
-    classes = "ss-t" if same else "ss-t ss-far"
-    said = html.escape(plain_visible(text), quote=True)
-    return f'<span class="{classes}" data-tip="{said}', f'">{lead}{shown}</span>'
+    return html.escape(plain_visible(text), quote=True), f'">{lead}{shown}</span>'
 
 
 def _breaks(text: str, line_breaks: bool) -> str:
@@ -217,25 +220,30 @@ def example_html(example: Example, scale: float, *, line_breaks: bool = False) -
     """One example: its activation, the tokens around it, the document's title."""
     title = example.title or "untitled"
     title = plain_visible(shortened(title, _TITLE_LENGTH))
-    spans = []
     sequence = f"sequence {example.sequence:,}, position "
+    # every token as if it had no activation, put together from parts that were escaped before:
+    # nearly all tokens are such
     silent = f"\nactivation {amount(0.0, 3)}\n{sequence}"
-    escaped = html.escape(title, quote=True)
-    near = zip(example.tokens, example.activations, example.same_document, strict=True)
-    for at, (text, activation, same) in enumerate(near, example.start):
-        if activation or at == example.index:
-            document = title if same else _ANOTHER
+    same = example.same_document
+    begins = '<span class="ss-t ss-far" data-tip="', '<span class="ss-t" data-tip="'
+    documents = f"\n{_ANOTHER}", f"\n{html.escape(title, quote=True)}"
+    near = zip(count(example.start), same, map(_silent_token, example.tokens))
+    spans = [
+        f"{begins[here]}{said}{silent}{at}{documents[here]}{end}" for at, here, (said, end) in near
+    ]
+    peak = example.index - example.start
+    for at, activation in enumerate(example.activations):
+        if activation or at == peak:
+            text, document = example.tokens[at], title if same[at] else _ANOTHER
             tip = (
                 f"{plain_visible(text)}\nactivation {amount(activation, 3)}\n"
-                f"{sequence}{at}\n{document}"
+                f"{sequence}{example.start + at}\n{document}"
             )
-            peak = at == example.index
-            spans.append(token_html(text, activation, scale, tip, peak=peak, far=not same))
-        else:  # the same, put together from parts that are escaped once: nearly all tokens are such
-            begin, end = _silent_token(text, same)
-            spans.append(f"{begin}{silent}{at}\n{escaped if same else _ANOTHER}{end}")
-        if line_breaks:
-            spans.append("<br>" * text.count("\n"))
+            far = not same[at]
+            spans[at] = token_html(text, activation, scale, tip, peak=at == peak, far=far)
+    if line_breaks:
+        breaks = ("<br>" * text.count("\n") for text in example.tokens)
+        spans = [span + line for span, line in zip(spans, breaks, strict=True)]
     return (
         f'<div class="ss-ex"><div class="ss-act">{amount(example.activation)}</div>'
         f'<div class="ss-text">{"".join(spans)}</div>'

@@ -48,8 +48,9 @@ class _Sequences:
 
     def texts(self, row: int, shown: slice, ids: Sequence[int]) -> list[str]:
         """What is shown of a sequence, `ids`, as text."""
-        if self.vocabulary.are_whole(ids):
-            return self.vocabulary.decode(ids)
+        whole = self.vocabulary.whole_texts(ids)
+        if whole is not None:
+            return whole
         return self.vocabulary.decode(self.tokens[row].tolist())[shown]  # characters of several
 
 
@@ -126,15 +127,17 @@ def _example(
     number, index = divmod(position, context)
     reach = context if window is None else window
     shown = slice(max(index - reach, 0), min(index + reach + 1, context))
+    fits = None not in indices and None not in values and len(indices) == len(values)
     db.check_fits(
-        None not in indices and None not in values and len(indices) == len(values), "example"
+        fits
+        and (not indices or (min(indices) >= 0 and max(indices) < context))
+        and all(map(math.isfinite, [activation, *values])),
+        "example",
     )
     activations = [0.0] * (shown.stop - shown.start)
     for at, value in zip(indices, values, strict=True):
-        db.check_fits(0 <= at < context and math.isfinite(value), "example")
         if shown.start <= at < shown.stop:
             activations[at - shown.start] = value
-    db.check_fits(math.isfinite(activation), "example")
     of = sequences.row[number]
     ids = sequences.tokens[of, shown].tolist()
     documents = sequences.documents[of]

@@ -67,14 +67,17 @@ class Vocabulary:
             return join_partial([self._partial[token_id]])[0]
         return self._texts[token_id]
 
-    def are_whole(self, token_ids: Sequence[int]) -> bool:
-        """Whether each of these tokens is a text by itself, whatever is before and after it."""
-        return self._partial.keys().isdisjoint(token_ids)
+    def whole_texts(self, token_ids: Sequence[int]) -> list[str] | None:
+        """The tokens' texts if each is one by itself, whatever is before and after it; or None."""
+        if self._partial.keys().isdisjoint(token_ids):
+            return [self._texts[token_id] for token_id in token_ids]
+        return None
 
     def decode(self, token_ids: Sequence[int]) -> list[str]:
         """One string a token of a window; runs of partial tokens are decoded together."""
-        if self.are_whole(token_ids):
-            return [self._texts[token_id] for token_id in token_ids]
+        whole = self.whole_texts(token_ids)
+        if whole is not None:
+            return whole
         texts: list[str] = []
         run: list[bytes] = []
         for token_id in token_ids:
