@@ -20,7 +20,7 @@ from typing import Any
 
 from saescope.errors import ArtefactError
 from saescope.leftovers import preparing, remove_leftovers, settle
-from saescope.paths import AnyPath, as_path, exists, local, put
+from saescope.paths import AnyPath, as_path, exists, put, read_bytes
 from saescope.replacing import Kind, check_replaceable, put_in_place
 from saescope.system import read_whole, system_errors
 
@@ -146,13 +146,19 @@ def _as_json(value: Any) -> bytes:
     return (text + "\n").encode()
 
 
-def write_report(path: str | Path, value: Any, kind: Kind, *, replace: bool = False) -> None:
-    """Write JSON to a file that a user names; `kind` and `replace` are those of `atomic_path`.
+def write_report(path: str | AnyPath, value: Any, kind: Kind, *, replace: bool = False) -> None:
+    """Write JSON to a file or object that a user names.
 
-    Raises InputError for anything else that is there, ArtefactError if it cannot be written.
+    `kind` and `replace` are those of `atomic_path`. Raises InputError for anything else that is
+    there, ArtefactError if it cannot be written.
     """
-    with system_errors(path), atomic_path(local(path), kind, replace=replace) as temporary:
-        temporary.write_bytes(_as_json(value))
+    target, data = as_path(path), _as_json(value)
+    if isinstance(target, Path):
+        with system_errors(path), atomic_path(target, kind, replace=replace) as temporary:
+            temporary.write_bytes(data)
+    elif not (exists(target) and read_bytes(target) == data):
+        check_replaceable(target, kind, replace=replace)
+        put(target, data)
 
 
 def append_bytes(path: Path, data: bytes) -> None:

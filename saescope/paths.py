@@ -179,6 +179,22 @@ def upload(file: Path, path: "UPath") -> None:
         raise ArtefactError(f"cannot be written: {error}", where=str(path)) from error
 
 
+def download(path: "UPath", file: Path) -> None:
+    """Write an object as a file of this machine, whose folder is made if it is not there.
+
+    Raises FileNotFoundError if there is no such object, ArtefactError if it cannot be read.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _reaching(path):
+        path.fs.get_file(path.path, str(file))
+
+
+def copy(path: "UPath", to: "UPath") -> None:
+    """Write an object under another name in the same store, over one that is there."""
+    with _reaching(path):
+        path.fs.cp_file(path.path, to.path)
+
+
 def objects(folder: "UPath") -> "list[UPath]":
     """All objects whose names begin with that of a folder; none where there is no such folder."""
     try:

@@ -8,10 +8,12 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from saescope.errors import InputError, SaescopeError
 from saescope.exchange import exchange, rename_new
 from saescope.leftovers import REPLACED
+from saescope.paths import AnyPath, occupied
 
 _NOBODYS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 """what file managers put into folders"""
@@ -23,14 +25,14 @@ class Kind:
 
     name: str
     """as in "holds something else than NAME": "an SAE", "a feature store" """
-    test: Callable[[Path], bool]
+    test: Callable[[Any], bool]
     """whether a path, which is there and is no symbolic link, is one; it may raise errors of ours
     or the system's for what is none"""
 
-    def holds(self, path: Path) -> bool:
-        """Whether an artefact of this kind is at a path."""
+    def holds(self, path: AnyPath) -> bool:
+        """Whether an artefact of this kind is at a path; of files also in an object store."""
         try:
-            return not path.is_symlink() and self.test(path)
+            return not _is_link(path) and self.test(path)
         except (SaescopeError, OSError):
             return False
 
@@ -47,12 +49,12 @@ def only_files(folder: Path, names: Collection[str], others: Collection[str] = (
     return plain and set(names) <= found <= {*names, *others}
 
 
-def check_replaceable(path: Path, kind: Kind | None, *, replace: bool) -> None:
+def check_replaceable(path: AnyPath, kind: Kind | None, *, replace: bool) -> None:
     """Raise InputError unless nothing is there, an empty folder, or what may be replaced."""
-    if _is_free(path):
+    if _is_free(path) if isinstance(path, Path) else not occupied(path):
         return
     where = str(path)
-    if path.is_symlink():
+    if _is_link(path):
         raise InputError(
             "is a symbolic link, which is not replaced; give what it leads to, or another name",
             where=where,
@@ -131,6 +133,10 @@ def same_content(one: Path, other: Path) -> bool:
             return False
         return all(same_content(one / name, other / name) for name in names)
     return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def _is_link(path: AnyPath) -> bool:
+    return isinstance(path, Path) and path.is_symlink()
 
 
 def _is_free(path: Path) -> bool:

@@ -241,12 +241,12 @@ def leading(out: AnyPath) -> Iterator[Team | None]:
 
 
 def shared(out: str | AnyPath) -> AnyPath:
-    """Where several ranks harvest to. Raises InputError for an object store without torchrun."""
+    """Where several ranks work. Raises InputError for an object store without torchrun."""
     found = as_path(out)
     if not isinstance(found, Path) and not _torchrun_has_keys():
         raise InputError(
-            "several processes harvest into an object store only if torchrun starts them; others "
-            "need a folder that they share",
+            "several processes work in an object store only if torchrun starts them; others need a "
+            "folder that they share",
             where=str(found),
         )
     return found

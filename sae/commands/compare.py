@@ -23,7 +23,8 @@ class CompareConfig(Config):
     """Match the features of two SAEs, of other seeds, widths, layers or checkpoints."""
 
     run_a: str
-    """Folder of a trained run or of an SAE, in any known format, or hf://owner/repo/folder."""
+    """Folder of a trained run or of an SAE, in any known format, or its URL: s3://bucket/name,
+    hf://owner/repo/folder."""
     run_b: str | None = None
     """The other one. Without it, the features of run_a are followed back through `versions`."""
     versions: tuple[str, ...] = ()

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from saescope.artefact import read_json, sha256_json, write_report
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 from saescope.metrics import described
-from saescope.paths import local
+from saescope.paths import AnyPath, as_path
 from saescope.progress import say
 from saescope.replacing import Kind, check_replaceable
 from saescope.seals import sealed
@@ -39,7 +38,8 @@ class EvaluateConfig(Config):
     """Measure an SAE on the held-out part of a harvest."""
 
     run: str
-    """Folder of a trained run or of an SAE, in any known format, or hf://owner/repo/folder."""
+    """Folder of a trained run or of an SAE, in any known format, or its URL: s3://bucket/name,
+    hf://owner/repo/folder."""
     harvest: str | None = None
     """Folder of the harvest to measure on; the one it was trained on if not given."""
     site: str | None = None
@@ -60,8 +60,8 @@ class EvaluateConfig(Config):
     allow_other_model: bool = False
     """Measure on a harvest of another model than the SAE was trained on."""
     out: str | None = None
-    """File to write; if not given, evaluation.json in the run's folder, and for an SAE on the hub
-    OWNER--REPO--FOLDER.evaluation.json here."""
+    """File or URL to write; if not given, evaluation.json in the run's folder, and for an SAE on
+    the hub OWNER--REPO--FOLDER.evaluation.json here."""
     trust_remote_code: bool = False
     """Run the code that comes with the model, if it needs it."""
 
@@ -75,7 +75,7 @@ class EvaluateConfig(Config):
         check_range("batch", self.batch, low=1)
 
 
-def _is_evaluation(path: Path) -> bool:
+def _is_evaluation(path: AnyPath) -> bool:
     found = read_json(path)
     return isinstance(found, dict) and "protocol_hash" in found
 
@@ -91,7 +91,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for and does not apply, or if there is another evaluation, or something else, where it is to be
     written; ArtefactError if either cannot be read.
     """
-    path = local(config.out) if config.out is not None else evaluation_file(config.run)
+    path = as_path(config.out) if config.out is not None else evaluation_file(config.run)
     check_replaceable(path, EVALUATION, replace=True)
     wanted = chosen(config.metrics)
     result = HeldOut.open(config).measure(wanted)

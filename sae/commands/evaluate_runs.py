@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from activations.harvesting.window_locks import Team, member, pauses
+from activations.harvesting.window_locks import Team, member, pauses, shared
 from sae.commands.evaluate import EVALUATION, EvaluateConfig, HeldOut, evaluate
 from sae.commands.sweep import MEMBERS, read_members
 from sae.evaluation import Family, chosen
@@ -19,7 +19,7 @@ from sae.evaluation.written import measured_values, read_evaluation, rows_of
 from sae.formats.hub import SCHEME, HubFolder, evaluation_file
 from saescope.artefact import write_report
 from saescope.errors import InputError, SaescopeError
-from saescope.paths import if_local
+from saescope.paths import AnyPath, as_path, exists
 from saescope.process_rank import this_rank
 from saescope.progress import duration, say, silent
 from saescope.replacing import check_replaceable
@@ -80,9 +80,9 @@ def _names(given: Sequence[str]) -> list[str]:
     """The runs of these names, each once; instead of a sweep all of its runs."""
     found: list[str] = []
     for name in given:
-        folder = None if name.startswith(SCHEME) else if_local(name)
-        if folder is not None and (folder / MEMBERS).is_file():
-            found += [str(Path(name) / each) for each in read_members(folder)]
+        folder = None if name.startswith(SCHEME) else as_path(name)
+        if folder is not None and exists(folder / MEMBERS):
+            found += [str(folder / each) for each in read_members(folder)]
         else:
             found.append(name)
     return list(dict.fromkeys(found))
@@ -94,9 +94,10 @@ def _team(names: Sequence[str]) -> Iterator[Team | None]:
     if this_rank().size == 1:
         yield None
         return
-    local = [None if name.startswith(SCHEME) else if_local(name) for name in names]
-    there = [folder for folder in local if folder is not None and folder.is_dir()]
-    beside = there[0].absolute() if there else Path.cwd() / "hub"
+    given = [as_path(name) for name in names if not name.startswith(SCHEME)]
+    there = [each.absolute() for each in given if isinstance(each, Path) and each.is_dir()]
+    beyond = [each for each in given if not isinstance(each, Path)]
+    beside: AnyPath = [*there, *map(shared, beyond[:1]), Path.cwd() / "hub"][0]
     with member(beside.with_name(f"{beside.name}.evaluation"), "an evaluation") as team:
         yield team
 
@@ -155,9 +156,9 @@ class _Sharing:
 
     def _measured(self, run: EvaluateConfig) -> tuple[Mapping[str, Any], bool]:
         """A run's evaluation, and whether it was made now."""
-        path = Path(run.out) if run.out is not None else evaluation_file(run.run)
+        path = as_path(run.out) if run.out is not None else evaluation_file(run.run)
         data = HeldOut.open(run)
-        if path.is_file() and EVALUATION.holds(path) and _is_of_one_sae(run.run):
+        if exists(path) and EVALUATION.holds(path) and _is_of_one_sae(run.run):
             before = read_evaluation(path)
             if data.measured_in(before, self.wanted):
                 return before, False

@@ -178,7 +178,7 @@ def _run(found: Examination, folder: Path) -> None:
     if last.exists():
         state = _checkpoint(found, last)
     if last.parent.exists():
-        snapshots = [snapshot.path for snapshot in find_snapshots(folder)]
+        snapshots = [last.parent / each.path.name for each in find_snapshots(folder)]
         for path in snapshots:
             _sae(found, path)
         found.strangers(last.parent, [last.name, *(path.name for path in snapshots)])

@@ -1,7 +1,6 @@
 """The part of `saescope compare` that follows an SAE's features back through versions of it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from sae.analysis.dictionary_matching import decoder_directions, encoded_alike
 from sae.core.base import SparseAutoencoder
@@ -9,7 +8,7 @@ from sae.data.harvests import open_harvest
 from sae.formats.load import load
 from sae.training.snapshots import Snapshot, find_snapshots
 from saescope.errors import InputError
-from saescope.paths import local
+from saescope.paths import as_path
 from saescope.progress import say
 from store.genealogy import Genealogy, genealogy_of_codes, genealogy_of_directions
 
@@ -48,7 +47,7 @@ def named(snapshot: Snapshot) -> str:
 
 def snapshots_of(run: str) -> list[Snapshot]:
     """The snapshots of a run before its end. InputError if it kept none."""
-    found = [each for each in find_snapshots(local(run)) if not _is_last(each, Path(run))]
+    found = [each for each in find_snapshots(as_path(run)) if not _is_last(each, run)]
     if not found:
         raise InputError(
             "kept no snapshots to follow its features through: train with --trainer.snapshots 12, "
@@ -58,7 +57,7 @@ def snapshots_of(run: str) -> list[Snapshot]:
     return found
 
 
-def _is_last(snapshot: Snapshot, run: Path) -> bool:
+def _is_last(snapshot: Snapshot, run: str) -> bool:
     """Whether a snapshot is of the run's last step, and so the very SAE that is followed."""
     return snapshot.tokens == load(run).metadata.get("tokens_trained")
 

@@ -47,7 +47,8 @@ class IndexConfig(Config):
     """Build the feature store of an SAE."""
 
     run: str
-    """Folder of a trained run or of an SAE, in any known format, or hf://owner/repo/folder."""
+    """Folder of a trained run or of an SAE, in any known format, or its URL: s3://bucket/name,
+    hf://owner/repo/folder."""
     out: str
     """Folder of the store to write; its name is the SAE's name in the explorer."""
     harvest: str | None = None

@@ -28,7 +28,7 @@ from saescope.artefact import SEAL, DamagedError, check_schema, check_seal, read
 from saescope.config import Config, from_dict
 from saescope.errors import InputError, check_range
 from saescope.locks import locked
-from saescope.paths import local
+from saescope.paths import AnyPath, local
 from saescope.process_rank import this_rank
 from saescope.progress import Progress, say, silent
 from saescope.seals import write_sealed
@@ -96,7 +96,7 @@ def members(config: SweepConfig) -> dict[str, TrainConfig]:
     return found
 
 
-def read_members(folder: Path) -> dict[str, Any]:
+def read_members(folder: AnyPath) -> dict[str, Any]:
     """The settings of a sweep's members by name; ArtefactError if the file is damaged."""
     path = folder / MEMBERS
     found = read_json(path)

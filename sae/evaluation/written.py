@@ -5,11 +5,11 @@ the names of the metrics (`saescope.metrics`), or null for what was not measured
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from saescope.artefact import DamagedError, check_schema, check_seal, read_json
 from saescope.metrics import Metric, measured_rows, metric_table, shown_with_interval
+from saescope.paths import AnyPath
 
 EVALUATION_FILE = "evaluation.json"
 SCHEMA = 2
@@ -19,7 +19,7 @@ ROWS = "metrics"
 _COUNTED = {"rows": "held-out activations", "tokens": "held-out tokens"}
 
 
-def read_evaluation(path: Path) -> dict[str, Any]:
+def read_evaluation(path: AnyPath) -> dict[str, Any]:
     """What was measured; ArtefactError if the file is missing, damaged or newer."""
     found = read_json(path)
     if not isinstance(found, dict):

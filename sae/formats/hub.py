@@ -8,7 +8,7 @@ from typing import Any
 from sae.evaluation.written import EVALUATION_FILE, read_evaluation
 from sae.formats import formats
 from saescope.errors import ArtefactError, InputError
-from saescope.paths import local
+from saescope.paths import AnyPath, as_path, exists
 
 SCHEME = "hf://"
 _REVISION = re.compile(r"(refs/(?:pr|convert)/[^/]+|[^/]+)(?:/(.*))?")
@@ -93,15 +93,15 @@ def fetch(wanted: HubFolder) -> tuple[Path, str | None]:
     return Path(snapshot) / wanted.folder, commit if _COMMIT.fullmatch(commit) else None
 
 
-def evaluation_file(source: str | Path) -> Path:
+def evaluation_file(source: str | AnyPath) -> AnyPath:
     """Where `saescope eval` writes: into an SAE's or a run's folder; of one on the hub, here."""
     name = str(source)
     if name.startswith(SCHEME):
         return Path(f"{HubFolder.parse(name).file_name}.{EVALUATION_FILE}")
-    return local(name) / EVALUATION_FILE
+    return as_path(name) / EVALUATION_FILE
 
 
-def evaluation_of(source: str | Path) -> dict[str, Any] | None:
+def evaluation_of(source: str | AnyPath) -> dict[str, Any] | None:
     """What `saescope eval` wrote beside an SAE or a run; None where it did not."""
     path = evaluation_file(source)
-    return read_evaluation(path) if path.is_file() else None
+    return read_evaluation(path) if exists(path) else None

@@ -1,6 +1,7 @@
-"""Load an SAE: our folder, a run's, any known format's, here or on the Hugging Face hub."""
+"""Load an SAE: our folder, a run's, any known format's; here, in a bucket or on the hub."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,10 @@ from sae.formats import Format, format_named, recognise
 from sae.formats._claim import Claim
 from sae.formats._ours import sae_of
 from sae.formats.hub import SCHEME, HubFolder, fetch
+from sae.formats.remote import copied
 from saescope.artefact import MANIFEST
 from saescope.errors import ArtefactError, InputError
-from saescope.paths import local
+from saescope.paths import AnyPath, as_path
 from saescope.system import system_errors
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ SAE_FOLDER = "sae"
 
 @system_errors()
 def load(
-    path: str | Path,
+    path: str | AnyPath,
     *,
     reference: Tensor | None = None,
     target: Tensor | None = None,
@@ -41,7 +43,8 @@ def load(
     """The SAE in a folder, in evaluation mode, on the CPU.
 
     The folder is an SAE's own, a run's, or one that SAELens, Gemma Scope, sparsify or
-    dictionary_learning wrote; hf://owner/repo[/folder][@revision] names one on the hub.
+    dictionary_learning wrote. A URL such as s3://bucket/name names one in an object store;
+    hf://owner/repo[/folder][@revision] one on the Hugging Face hub.
 
     Args:
         reference: activations [rows, d_in] of the site, in the model's units, some thousands. L0
@@ -85,13 +88,30 @@ def _read(
 ) -> tuple[SparseAutoencoder, Claim | None]:
     """The SAE at a path or on the hub, nothing measured, and what its files claim."""
     hub = HubFolder.parse(name) if name.startswith(SCHEME) else None
-    try:
-        here, commit = fetch(hub) if hub else (local(name), None)
-        folder, found = find(here, name)
-    except (OSError, ValueError) as error:  # names that no file can have
-        if isinstance(error, InputError):
-            raise
-        raise ArtefactError(f"no SAE here: {error}", where=name[:200]) from error
+    with ExitStack() as stack:
+        try:
+            here, commit = fetch(hub) if hub else (as_path(name), None)
+            if not isinstance(here, Path):
+                here = stack.enter_context(copied(here, SAE_FOLDER))
+            folder, found = find(here, name)
+        except (OSError, ValueError) as error:  # names that no file can have
+            if isinstance(error, InputError):
+                raise
+            raise ArtefactError(f"no SAE here: {error}", where=name[:200]) from error
+        return _of_format(found, folder, name, hub, commit, input_scale, site, target_site)
+
+
+def _of_format(
+    found: Format,
+    folder: Path,
+    name: str,
+    hub: HubFolder | None,
+    commit: str | None,
+    input_scale: float | None,
+    site: str | None,
+    target_site: str | None,
+) -> tuple[SparseAutoencoder, Claim | None]:
+    """The SAE in a folder of a format, checked, and what its files claim."""
     released = PurePosixPath(hub.repo, hub.folder) if hub else None
     sae = found.read(folder, input_scale=input_scale, released=released).eval()
     sae = named_sites(sae, site, target_site)

@@ -15,6 +15,7 @@ from sae.core.serialisation import CONFIG_FILE
 from sae.training import sharded_checkpoint
 from sae.training.trainer_config import TrainerConfig
 from saescope.errors import InputError
+from saescope.paths import AnyPath, exists, subfolders
 from saescope.progress import say
 
 FOLDER = "checkpoints"
@@ -28,17 +29,18 @@ class Snapshot(NamedTuple):
 
     tokens: int
     """tokens that it had been trained on"""
-    path: Path
+    path: AnyPath
 
 
-def find_snapshots(run: Path) -> list[Snapshot]:
+def find_snapshots(run: AnyPath) -> list[Snapshot]:
     """The snapshots in a run's folder, earliest first."""
+    kept = run / FOLDER
     found = []
-    for path in (run / FOLDER).glob("tokens-*"):
+    for path in kept.glob("tokens-*") if isinstance(kept, Path) else subfolders(kept):
         match = _NAME.fullmatch(path.name)
-        if match and (path / CONFIG_FILE).is_file():
+        if match and exists(path / CONFIG_FILE):
             found.append(Snapshot(int(match[1]), path))
-    return sorted(found)
+    return sorted(found, key=lambda each: each.tokens)
 
 
 def log_spaced_steps(count: int, total_steps: int) -> list[int]:
