@@ -18,7 +18,7 @@ from saescope.errors import ArtefactError, InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from sae import TextFeatures
+    from sae import Attribution, TextFeatures
     from store import FeatureStore
 
 # hooks are on the one model that all sessions share, so one text at a time
@@ -156,6 +156,34 @@ def loss_effects(store: "FeatureStore", found: "TextFeatures") -> "np.ndarray":
         return effects(
             pair.model, pair.sae, own, site=pair.site, allow_other_model=what.other_model
         )
+
+
+def attribution(
+    store: "FeatureStore", feature: int, token_ids: Sequence[int], position: int | None
+) -> "Attribution":
+    """What a feature's pre-activation at a position of a text is the sum of; see `sae.attribute`.
+
+    Args: feature is the store's: of a signed SAE one end, whose pre-activation has its own sign.
+
+    Raises InputError as `sae.attribute` does, and ArtefactError as `features_of_text` does.
+    """
+    import sae
+    from sae.indexing.ends import feature_and_sign
+
+    what = origin_of(store)
+    with _LOCK:
+        pair = load(what)
+        own, sign = feature_and_sign(feature, pair.sae.d_sae if pair.sae.signed else None)
+        found = sae.attribute(
+            pair.model,
+            pair.sae,
+            token_ids,
+            own,
+            position,
+            site=pair.site,
+            allow_other_model=what.other_model,
+        )
+    return found if sign > 0 else found.negated()
 
 
 def chat_text(store: "FeatureStore", messages: Sequence[Mapping[str, str]]) -> str:

@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 from dashboards.amounts import amount
 from store.results import Example, Occurrences
 
-HOT = (235, 122, 28)
+HOT, COLD = (235, 122, 28), (61, 126, 196)
 _JOINERS = "\u200c\u200d"  # scripts and emoji need these inside words
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>$:~&^=\"'])")
 _TITLE_LENGTH = 70
@@ -175,11 +175,12 @@ def plain(text: object) -> str:
 
 
 def shade(strength: float) -> str:
-    """A background colour for 0 (none) to 1, readable under light and dark text."""
-    clamped = min(max(strength, 0.0), 1.0)
+    """A background colour for -1 (blue) over 0 (none) to 1 (orange), readable under any text."""
+    clamped = min(abs(strength), 1.0)
     if clamped == 0.0:
         return ""
-    return f"background:rgba({HOT[0]},{HOT[1]},{HOT[2]},{0.08 + 0.54 * clamped:.3f})"
+    red, green, blue = HOT if strength > 0 else COLD
+    return f"background:rgba({red},{green},{blue},{0.08 + 0.54 * clamped:.3f})"
 
 
 def token_html(

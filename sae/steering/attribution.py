@@ -23,7 +23,6 @@ mean off, which is linear, and divides by its deviation, held as it was: in the 
 division leaves x and multiplies the biases. SAEs behind a tuned lens are refused.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -44,14 +43,12 @@ from sae.architectures.matching_pursuit import MatchingPursuitSAE
 from sae.core.base import SparseAutoencoder
 from sae.core.config import kind_of
 from sae.steering.steer import placement_in
+from sae.steering.sums import SITES, sum_at
 from saescope.errors import InputError
 from saescope.integers import as_index, as_indices
 
-SITES = ("attn.hook_z", "hook_attn_out", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
-"""of a block, where a pre-activation can be taken apart"""
 _SAME = 1e-3
 """by how much, of the sum of the sizes of all terms, an SAE's activation may differ in rounding"""
-_SITE = re.compile(rf"blocks\.(\d+)\.({'|'.join(map(re.escape, SITES))})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,15 +177,15 @@ def _read_at(
         raise InputError("a crosscoder reads several sites at once", where="attribute")
     placement = placement_in(model, sae, site, allow_other_model=allow_other_model)
     (read,) = placement.read
-    match = _SITE.fullmatch(read)
-    if match is None:
+    found = sum_at(read)
+    if found is None:
         raise InputError(
             "what is read there is no sum over attention's heads and other parts",
             where="attribute",
             given=read,
             allowed=", ".join(f"blocks.N.{name}" for name in SITES),
         )
-    return placement.sae, read, int(match[1]), match[2]
+    return placement.sae, read, *found
 
 
 def _ids(model: Model, text: str | Sequence[int]) -> list[int]:

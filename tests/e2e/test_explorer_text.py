@@ -11,6 +11,7 @@ import torch
 import sae
 from activations import load_model
 from dashboards import find_stores, model_cache
+from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from saescope.errors import ArtefactError
 from store import FeatureStore
@@ -78,6 +79,39 @@ def test_another_model_in_its_place_is_refused(made: Path) -> None:
         answer(made)
     weights.write_bytes(kept)
     assert answer(made)
+
+
+def test_attribution_sums_to_the_stores_own_activations(made: Path) -> None:
+    with FeatureStore.open(made / "stores" / "a") as store:
+        number = int(store.next_live(-1) or 0)
+        example = store.examples(number, "top", None)[0]
+        found = model_cache.attribution(store, number, example.token_ids, example.index)
+    terms = found.sources.sum() + sum(found.components.values()) + sum(found.biases.values())
+    assert found.activation == pytest.approx(example.activation, rel=1e-4)
+    assert terms == pytest.approx(example.activation, rel=1e-4)
+    assert found.site == SITE
+    assert found.tokens == example.tokens[: example.index + 1]
+
+
+def test_the_attribution_of_a_negative_end_has_its_sign(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    signed = AbsTopKSAE(AbsTopKConfig(d_sae=64, k=6), 32).eval()
+    model = load_model(str(made / "model"), dtype="float32")
+    pair = model_cache.LoadedPair(model, signed, SITE)
+    ids = model.tokenize(TEXT)
+    wanted = sae.features_of_text(model, signed, TEXT, site=SITE, allow_other_model=True)
+    entry = int(wanted.activation.argmin())
+    value, number = float(wanted.activation[entry]), int(wanted.feature[entry])
+    with FeatureStore.open(made / "stores" / "a") as store, monkeypatch.context() as patch:
+        patch.setattr(model_cache, "load", lambda _what: pair)
+        found = model_cache.attribution(store, 64 + number, ids, int(wanted.position[entry]))
+    assert value < 0
+    assert found.activation == pytest.approx(-value, rel=1e-4)
+    assert found.sources.sum() + sum(found.components.values()) + sum(
+        found.biases.values()
+    ) == pytest.approx(-value, rel=1e-4)
 
 
 def test_in_the_explorer_a_store_from_elsewhere_loads_nothing(

@@ -17,7 +17,8 @@ from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPu
 from sae.architectures.relu import ReLUConfig, ReLUSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.core.normaliser import Normaliser
-from sae.steering.attribution import SITES, Attribution
+from sae.steering.attribution import Attribution
+from sae.steering.sums import SITES
 from saescope.errors import InputError
 from tests.tiny import ARCHITECTURES, D_MODEL, make_tiny_model
 

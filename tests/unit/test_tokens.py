@@ -169,7 +169,8 @@ def test_shading_grows_with_activation_and_is_bounded() -> None:
         return float(shade(strength).split(",")[-1].rstrip(")"))
 
     assert shade(0) == ""
-    assert shade(-1) == ""
+    assert shade(-1) != shade(1)
+    assert alpha(-1) == alpha(1)
     assert alpha(0.01) < alpha(0.5) < alpha(1.0)
     assert alpha(7.0) == alpha(1.0) < 0.7, "text stays readable"
 
