@@ -229,6 +229,13 @@ def main() -> None:
     with process_group.session():
         for job in jobs:
             run(job)
+    left = [name for name in threads() if "gloo" in name]
+    assert not left, f"threads of a group that has ended: {left}"
+
+
+def threads() -> list[str]:
+    """Names of this process's threads, those of C++ included, where Linux tells."""
+    return [each.read_text().strip() for each in Path("/proc/self/task").glob("*/comm")]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Every rank reads the same stream and takes its share of each batch, so all have 
 rank 0 writes files and prints.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -79,7 +80,13 @@ def session(split: Split = "rows", kind: Literal["cpu", "cuda"] = "cpu") -> Iter
 
 
 def _join(kind: str) -> Store:
-    """Start the process group; the store in which a rank says that it failed."""
+    """Start the process group; the store in which a rank says that it failed.
+
+    Torch's module of differentiable collectives keeps, as the default of its arguments, the group
+    that there is when it is first imported (by an optimiser, say). Kept so, a group's threads run
+    on while the interpreter ends, and a process may abort: it is imported before there is one.
+    """
+    importlib.import_module("torch.distributed.nn")
     store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
     store.set_timeout(_TIMEOUT)
     dist.init_process_group(

@@ -52,27 +52,10 @@ def job(split: str, case: str, folder: Path, **more: Any) -> dict[str, Any]:
     return {"split": split, "case": case, "folder": str(folder), **more}
 
 
-ABORTED = "terminate called without an active exception"
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which one pair of processes has done everything that needs two.
-
-    On a busy machine a process sometimes aborts where torch ends the threads of a group (seen with
-    torch 2.13); this alone, by its message, is tried once more.
-    """
+    """The folder in which one pair of processes has done everything that needs two."""
     folder = tmp_path_factory.mktemp("two")
-    code, said = done_by_two(folder)
-    if code and ABORTED in said:
-        folder = tmp_path_factory.mktemp("two")
-        code, said = done_by_two(folder)
-    assert code == 0, said
-    return folder
-
-
-def done_by_two(folder: Path) -> tuple[int, str]:
-    """Have a pair of processes do everything; the exit code, and what they said."""
     jobs = []
     for split, cases in (("rows", worker.CASES), ("features", worker.BY_FEATURE)):
         jobs += [job(split, case, folder / split / case) for case in cases]
@@ -95,7 +78,8 @@ def done_by_two(folder: Path) -> tuple[int, str]:
     path.write_text(json.dumps(jobs))
     process = launched("-m", "tests.ranks_worker", str(path))
     out, errors = process.communicate(timeout=TIMEOUT)
-    return process.returncode, out + errors
+    assert process.returncode == 0, out + errors
+    return folder
 
 
 @pytest.fixture(scope="module")
