@@ -1,7 +1,7 @@
 """`saescope eval`: an SAE on held-out text, under a protocol that is written down and hashed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,20 @@ from torch import Tensor
 from activations import ActivationStore
 from sae.analysis.as_trained import Rows, as_trained
 from sae.analysis.lens import TunedLens
+from sae.commands.evaluate_texts import on_texts, one_site, text_facts
 from sae.core.base import SparseAutoencoder
 from sae.data.harvests import held_out_pieces, knows_model, load_harvested_model, open_harvest
 from sae.data.placement import Placement
-from sae.evaluation import Family, chosen, families
+from sae.evaluation import CORE, Family, chosen, families
 from sae.evaluation.in_model import InModel
 from sae.evaluation.intervals import PROTOCOL
+from sae.evaluation.on_texts import OnTexts
 from sae.evaluation.rows import Counted, pass_over
 from sae.evaluation.written import ROWS, SCHEMA, report, sections
 from sae.formats.hub import evaluation_file
 from sae.formats.load import load
+from sae.probing.config import ProbingConfig
+from sae.probing.tables import lines, write_tables
 from saescope.artefact import read_json, sha256_json, write_report
 from saescope.config import Config
 from saescope.errors import InputError, check_range
@@ -54,6 +58,11 @@ class EvaluateConfig(Config):
     """Held-out tokens that the model is run on for delta CE and KL; 0 leaves these out."""
     batch: int = 4
     """Sequences a run of the model."""
+    suite: tuple[str, ...] = (CORE,)
+    """Suites of families to measure: core (what is above), probing (how well features tell labels
+    of texts); several by commas, as in core,probing."""
+    quick: bool = False
+    """Measure what suites of labelled texts measure on fewer of them, in a few minutes."""
     metrics: tuple[str, ...] = ()
     """Families of metrics to measure (density, reconstruction, downstream, and those of plug-ins);
     all that apply if not given. The evaluation then has these alone."""
@@ -67,12 +76,18 @@ class EvaluateConfig(Config):
 
     replace: bool = False
     """Write in the place of an evaluation that is there and says something else."""
+    probing: ProbingConfig = field(default_factory=ProbingConfig)
+    """How labelled texts are probed."""
 
     def __post_init__(self) -> None:
         if self.rows is not None:
             check_range("rows", self.rows, low=1)
         check_range("tokens", self.tokens, low=0)
         check_range("batch", self.batch, low=1)
+
+    def texts(self) -> ProbingConfig:
+        """How labelled texts are probed, quickly if that is wanted."""
+        return self.probing.quick() if self.quick else self.probing
 
 
 def _is_evaluation(path: AnyPath) -> bool:
@@ -93,14 +108,27 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     path = as_path(config.out) if config.out is not None else evaluation_file(config.run)
     check_replaceable(path, EVALUATION, replace=True)
-    wanted = chosen(config.metrics)
-    result = HeldOut.open(config).measure(wanted)
+    wanted = chosen(config.metrics, config.suite)
+    data = HeldOut.open(config)
+    result = data.measure(wanted)
     try:
-        write_report(path, sealed(result), EVALUATION, replace=config.replace)
+        write_evaluation(path, result, data.tables, replace=config.replace)
     finally:  # what was measured is told, wherever it cannot be written
-        for line in report(result):
+        for line in (
+            *report(result),
+            *(lines(rows) if (rows := data.tables.get("probing")) else ()),
+        ):
             say(line)
     return result
+
+
+def write_evaluation(
+    path: AnyPath, result: Mapping[str, Any], tables: Mapping[str, Any], *, replace: bool
+) -> None:
+    """Write what was measured, and the tables of families beside it; the errors of `evaluate`."""
+    write_report(path, sealed(result), EVALUATION, replace=replace)
+    if "probing" in tables:
+        write_tables(path, tables["probing"], result["protocol_hash"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +143,8 @@ class HeldOut:
     """the SAE at each site it is measured at: several for one of several layers"""
     pooled: bool
     """whether it is of several layers and measured at all of them"""
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """rows that `measure` leaves for files beside the evaluation, by family"""
 
     @classmethod
     def open(cls, config: EvaluateConfig) -> "HeldOut":
@@ -142,11 +172,14 @@ class HeldOut:
 
     def measure(self, wanted: Sequence[Family]) -> dict[str, Any]:
         """What evaluation.json is to hold: those of the families that apply."""
-        of_rows, of_model = self._applying(wanted)
+        of_rows, of_model, of_texts = self._applying(wanted)
         found: dict[str, Any] = {family.section: None for family in families().values()}
         counted = self.measure_rows(of_rows, found) if of_rows else {}
         facts = self.measure_model(of_model, found) if of_model else {}
-        protocol = {**self.protocol(counted), **facts, **_settings([*of_rows, *of_model])}
+        settings = _settings([*of_rows, *of_model])
+        protocol = {**self.protocol(counted), **facts, **settings, **self._text_facts(of_texts)}
+        for family in of_texts:
+            _put(found, family, family.measure(self._on_texts()), {})
         carried = described(name for each in sections(found).values() for name in each)
         return {
             "schema": SCHEMA,
@@ -158,29 +191,54 @@ class HeldOut:
 
     def measured_in(self, evaluation: Mapping[str, Any], wanted: Sequence[Family]) -> bool:
         """Whether an evaluation of this SAE has these families under the protocol of now."""
-        of_rows, of_model = self._applying(wanted)
+        of_rows, of_model, of_texts = self._applying(wanted)
         there = sections(evaluation)
         has = [
             family.name
             for family in families().values()
             if any(row.name in there.get(family.section, {}) for row in family.metrics)
         ]
-        if has != [family.name for family in (*of_rows, *of_model)]:
+        if has != [family.name for family in (*of_rows, *of_model, *of_texts)]:
             return False
         expected = {
             **self.protocol({"rows": self._n_rows()} if of_rows else {}),
             **(self._model_facts() if of_model else {}),
             **_settings([*of_rows, *of_model]),
+            **self._text_facts(of_texts),
         }
         # the documents follow from the rows
         own = {k: v for k, v in evaluation["protocol"].items() if k != "documents"}
         return sha256_json(own) == sha256_json(expected)
 
-    def _applying(self, wanted: Sequence[Family]) -> tuple[list[Family], list[Family]]:
-        """Those that need activations alone, and those that need the model, where they can be."""
-        of_rows = [family for family in wanted if family.needs == "activations"]
-        of_model = [family for family in wanted if family.needs == "model"]
-        return of_rows, of_model if of_model and self.has_model() else []
+    def _applying(
+        self, wanted: Sequence[Family]
+    ) -> tuple[list[Family], list[Family], list[Family]]:
+        """Those that need activations alone, those that need the model, where they can be, and
+        those with texts of their own."""
+        by_needs: dict[str, list[Family]] = {"activations": [], "model": [], "texts": []}
+        for family in wanted:
+            by_needs[family.needs].append(family)
+        of_rows, of_model, of_texts = by_needs.values()
+        return of_rows, of_model if of_model and self.has_model() else [], of_texts
+
+    def _text_facts(self, wanted: Sequence[Family]) -> dict[str, Any]:
+        """What the protocol says of families with texts of their own, by family."""
+        if not wanted:
+            return {}
+        site = one_site(self.harvest, self.placement, pooled=self.pooled)
+        return text_facts(self.config.texts(), self.harvest.manifest["model"], site)
+
+    def _on_texts(self) -> OnTexts:
+        """The SAE and its model, for families with texts of their own."""
+        config = self.config
+        return on_texts(
+            self.harvest,
+            self.placement,
+            config.texts(),
+            path=as_path(config.out) if config.out else evaluation_file(config.run).parent,
+            tables=self.tables,
+            trust_remote_code=config.trust_remote_code,
+        )
 
     def _n_rows(self) -> int:
         """How many rows `measure_rows` is to count."""

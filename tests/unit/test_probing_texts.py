@@ -41,7 +41,7 @@ def test_a_file_is_read_each_text_once(tmp_path: Path) -> None:
     """Repeated texts would be in training and in the test; those with both labels say nothing."""
     path = tmp_path / "mine.csv"
     path.write_text('prompt,target\n"one, two",yes\nthree,no\n"one, two",yes\nfour,no\nfour,yes\n')
-    found = labelled_sets([str(path)])["mine.csv"]()
+    found = labelled_sets([str(path)])["mine.csv"].read()
     assert found.texts == ("one, two", "three")
     assert found.labels.tolist() == [True, False]
     assert found.origins[0].source == "mine.csv"
@@ -56,9 +56,9 @@ def test_every_kind_of_file_says_the_same(tmp_path: Path) -> None:
     records = [json.dumps({"text": text, "label": label}) for text, label in lines]
     (tmp_path / "j.jsonl").write_text("\n".join(records))
     (tmp_path / "c.csv").write_text(plain)
-    for name, read in labelled_sets([str(tmp_path / "*")]).items():
-        assert read().texts == ("a", "b", "c"), name
-        assert read().labels.tolist() == [False, True, False], name
+    for name, source in labelled_sets([str(tmp_path / "*")]).items():
+        assert source.read().texts == ("a", "b", "c"), name
+        assert source.read().labels.tolist() == [False, True, False], name
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_files_that_are_no_labelled_texts(tmp_path: Path, content: str, message:
     path = tmp_path / "bad.csv"
     path.write_text(content)
     with pytest.raises(InputError, match=message):
-        labelled_sets([str(path)])["bad.csv"]()
+        labelled_sets([str(path)])["bad.csv"].read()
 
 
 def test_what_is_neither_set_nor_file() -> None:
