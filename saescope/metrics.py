@@ -220,7 +220,6 @@ declare(
         label="norm ratio",
         better="neither",
         help="Length of the reconstructions over length of the activations; below 1 is shrinkage.",
-        source="The L2 ratio of SAEBench (Karvonen et al. 2025)",
     ),
     Metric(
         name="dead_fraction",

@@ -39,9 +39,7 @@ def as_trained(sae: SparseAutoencoder) -> Callable[[Rows, Placement], Rows]:
                     kept = keeps.keep(placement.read[0], each.x)
                     if not own:
                         kept &= keeps.keep(placement.written[0], each.target)
-                    x = each.x[kept]
-                    document = None if each.document is None else each.document[kept]
-                    each = Piece(x, x if own else each.target[kept], document)
+                    each = each.rows(kept)
                 if through:
                     x = through.apply(placement.read[0], each.x)
                     each = each._replace(x=x, target=x if own else each.target)

@@ -119,10 +119,25 @@ def held_out_pieces(
 ) -> Callable[[], Iterator[Piece]]:
     """Fresh iterators over the first `limit` held-out rows (None: all) that an SAE reads.
 
-    Float32 [n, d_in], with what is at the sites it writes [n, d_out], and each row's document.
+    Float32 [n, d_in], with what is at the sites it writes [n, d_out], and each row's document;
+    where rows are of tokens, also its position and how common its token is.
     """
+    return _pieces(harvest, placement, "held_out", limit)
+
+
+def training_pieces(
+    harvest: ActivationStore, placement: Placement, limit: int
+) -> Callable[[], Iterator[Piece]]:
+    """As `held_out_pieces`, rows of the training split: `limit` of them, from all over it."""
+    return _pieces(harvest, placement, "train", limit)
+
+
+def _pieces(
+    harvest: ActivationStore, placement: Placement, split: str, limit: int | None
+) -> Callable[[], Iterator[Piece]]:
     names = tuple(dict.fromkeys((*placement.read, *placement.written)))
     document = torch.from_numpy(np.asarray(harvest.document[:])).flatten()
+    share = _token_shares(harvest)
 
     def beside(sites: Sequence[str], by_name: Sequence[Tensor]) -> Tensor:
         chosen = [by_name[names.index(site)] for site in sites]
@@ -130,15 +145,34 @@ def held_out_pieces(
 
     def rows() -> Iterator[Piece]:
         size = max(1, _PIECE_ROWS // len(names))
-        pieces = aligned_rows(harvest, names, split="held_out", limit=limit, piece=size)
+        spread = split == "train"
+        pieces = aligned_rows(harvest, names, split=split, limit=limit, piece=size, spread=spread)
         for by_name, row_token in pieces:
             x = beside(placement.read, by_name)
             target = (
                 x if placement.read == placement.written else beside(placement.written, by_name)
             )
-            yield Piece(x, target, document[row_token].long())
+            known = document[row_token].long()
+            if share is None:
+                yield Piece(x, target, known)
+            else:
+                yield Piece(x, target, known, row_token % harvest.context, share[row_token])
 
     return rows
+
+
+def _token_shares(harvest: ActivationStore) -> Tensor | None:
+    """Of each token of a harvest, flat, the part of all tokens with a row that are the same one.
+
+    float64; None where rows are not of tokens.
+    """
+    if not harvest.harvested or kind_of_model(harvest) not in ("language", "text_encoder"):
+        return None
+    tokens = torch.from_numpy(np.asarray(harvest.tokens[:])).flatten()
+    kept = torch.from_numpy(np.asarray(harvest.keep[:])).flatten()
+    _, own = tokens.unique(return_inverse=True)
+    count = own[kept].bincount(minlength=int(own.max()) + 1).double()
+    return (count / count.sum())[own]
 
 
 def read_chunk(harvest: ActivationStore, sites: Sequence[str], chunk: Chunk) -> tuple[Tensor, ...]:

@@ -155,6 +155,10 @@ class Reconstruction:
     """sum ||x_hat|| / sum ||t||; below 1 is shrinkage"""
     dead_fraction: float
     """features that fire on none of the rows, over d_sae"""
+    dense_fraction: float
+    """features that fire on more than a tenth of the rows, over d_sae"""
+    density_histogram: dict[str, list[float]]
+    """how many features have which density (`sae.evaluation.density.density_histogram`)"""
     density: Tensor
     """float64 [d_sae], part of the rows each feature fires on"""
     documents: int | None = None

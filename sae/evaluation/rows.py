@@ -42,11 +42,16 @@ class Piece(NamedTuple):
     """[rows, d_out], what is to be reconstructed; x itself but for transcoders"""
     document: Tensor | None = None
     """int64 [rows]"""
+    position: Tensor | None = None
+    """int64 [rows], of each row's token in its sequence; None where rows are not of tokens"""
+    token_share: Tensor | None = None
+    """float64 [rows], the part of the harvest's tokens that are this row's token"""
 
-    def rows(self, chosen: slice) -> "Piece":
-        """Some of the rows."""
-        document = None if self.document is None else self.document[chosen]
-        return Piece(self.x[chosen], self.target[chosen], document)
+    def rows(self, chosen: slice | Tensor) -> "Piece":
+        """Some of the rows: a slice of them, or those where `chosen` bool [rows] is true."""
+        x = self.x[chosen]
+        about = (None if each is None else each[chosen] for each in self[2:])
+        return Piece(x, x if self.target is self.x else self.target[chosen], *about)
 
 
 Rows = Tensor | tuple[Tensor, Tensor] | Piece
@@ -62,12 +67,15 @@ class EncodedRows(NamedTuple):
     """float64 [rows, d_out]"""
     x_hat: Tensor
     """float64 [rows, d_out], the reconstruction"""
+    given: Piece
+    """the rows as they came, with what is known of them"""
 
 
-def encoded(sae: Coder, x: Tensor, target: Tensor) -> EncodedRows:
-    """Rows x [rows, d_in], encoded, and decoded beside the target [rows, d_out]."""
-    codes = sae.encode_sparse(x).compact()
-    return EncodedRows(codes, target.double(), sae.decode(codes, like=x).double())
+def encoded(sae: Coder, given: Piece) -> EncodedRows:
+    """Rows, encoded, and decoded beside their target."""
+    codes = sae.encode_sparse(given.x).compact()
+    x_hat = sae.decode(codes, like=given.x)
+    return EncodedRows(codes, given.target.double(), x_hat.double(), given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +173,7 @@ def pass_over(
             own = part.rows(ROWS.share(len(part.x)))
             counter.add(own)
             if len(own.x):
-                shown = encoded(sae, own.x, own.target)
+                shown = encoded(sae, own)
                 for one in sums:
                     one.add(shown)
     return counter.result(), sums

@@ -23,7 +23,7 @@ from torch import Tensor
 from sae.core.base import SparseAutoencoder
 from sae.evaluation.intervals import half_width
 from sae.evaluation.reconstruction import FvuSums
-from sae.evaluation.rows import Coder, encoded
+from sae.evaluation.rows import Coder, Piece, encoded
 from sae.formats._claim import Claim
 from sae.formats.misreadings import readings
 from saescope.errors import ArtefactError, InputError
@@ -164,7 +164,7 @@ def measure(sae: Coder, x: Tensor, target: Tensor | None) -> Measured:
         if target is None or squares is None:
             counts.append(sae.encode_sparse(x[rows].float()).l0().double())
             continue
-        found = encoded(sae, x[rows].float(), target[rows])
+        found = encoded(sae, Piece(x[rows].float(), target[rows]))
         counts.append(found.codes.l0().double())
         squares.add(found.target, found.x_hat)
     l0 = torch.cat(counts)

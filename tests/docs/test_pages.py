@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from saescope.metrics import metric_table
+from sae.evaluation import families
 from tests.docs.pages import (
     PAGES,
     ROOT,
@@ -85,7 +85,8 @@ def test_the_table_of_metrics_is_that_of_the_code() -> None:
     rows = [
         f"| `{m.name}` | {m.label} | {m.unit} | {m.better} | "
         f"{m.help}{f' ({m.source})' if m.source else ''} |"
-        for m in metric_table().values()
+        for family in families().values()
+        for m in family.metrics
     ]
     table = page.split("<!-- table: saescope.metrics -->")[1].split("<!-- end of table -->")[0]
     assert table.split("|---|---|---|---|---|\n")[1].strip().splitlines() == rows

@@ -86,6 +86,17 @@ def test_it_covers_the_truth_as_often_as_it_says(documents: int) -> None:
     assert by_rows / trials < 0.6
 
 
+def test_it_is_what_a_bootstrap_over_documents_would_give() -> None:
+    """The closed form has no seed, and is exact in memory that grows with documents alone."""
+    generator = torch.Generator().manual_seed(0)
+    error, variance, cluster = correlated(200, generator)
+    above, below = by_cluster(error, cluster), by_cluster(variance, cluster)
+    drawn = torch.randint(200, (4000, 200), generator=generator)
+    ratios = above[drawn].sum(1) / below[drawn].sum(1)
+    half = half_width(above, below)
+    assert half == pytest.approx(t_quantile(199) * float(ratios.std()), rel=0.05)
+
+
 class Shrink:
     """Features are coordinates; reconstructs a part of them."""
 
