@@ -10,13 +10,14 @@ import pandas as pd
 import streamlit as st
 
 from dashboards import find_stores
-from dashboards.queries import Version, open_store, summary, version_of
+from dashboards.queries import Version, document_groups, open_store, summary, version_of
 from dashboards.tokens import plain_visible
 from saescope.errors import ArtefactError, SaescopeError
 from saescope.paths import AnyPath
 from store import Annotations, FeatureStore
 from store.compare import compare_stores, same_harvest
 from store.diff import DatasetDiff, diff, documents_of_feature
+from store.fact_writer import GROUP_KINDS
 from store.matching import Matching, cosine_blocks, expected_max_cosine, match_features
 
 _DAY = 86_400
@@ -32,6 +33,8 @@ def written_group(kind: str, words: str) -> str:
     >>> written_group("title", "music | *song"), written_group("held_out", "")
     ('title:*music*|*song', 'split:held_out')
     """
+    if kind in GROUP_KINDS:
+        return f"{kind}:{words}"
     if kind not in _KINDS:
         return f"split:{kind}" if kind in ("train", "held_out") else kind
     parts = [part.strip() for part in words.split("|") if part.strip()]
@@ -47,7 +50,26 @@ def read_group(group: str) -> tuple[str, str]:
     kind, _, rest = group.partition(":")
     if kind == "split":
         return rest, ""
+    if kind in GROUP_KINDS:
+        return kind, rest
     return kind, "|".join(_unwrapped(part) for part in rest.split("|"))
+
+
+def names_of_groups(store: FeatureStore) -> dict[str, list[str]]:
+    """The topics and the sources of a store's documents, by kind."""
+    found: dict[str, list[str]] = {kind: [] for kind in GROUP_KINDS}
+    for group in document_groups(store, version_of(store.path)):
+        found[group.kind].append(group.name)
+    return found
+
+
+def written_names(names: Sequence[str]) -> str:
+    """Names of topics or sources as one pattern; a | in a name is any character there.
+
+    >>> written_names(["Arts", "this|that"])
+    'Arts|this?that'
+    """
+    return "|".join(name.replace("|", "?") for name in names)
 
 
 def _unwrapped(part: str) -> str:

@@ -114,7 +114,7 @@ def diff(
 
     Args:
         store: where the documents of group a are, and of b unless `other` is given.
-        a: a group, e.g. "title:*river*|*lake*", "key:news/*", "split:held_out" or "all".
+        a: a group, e.g. "title:*river*|*lake*", "topic:Arts", "split:held_out" or "all".
         b: a group, or "rest": all other documents (of `other`: all of them).
         other: another store of the same SAE, for group b.
         permutations: random divisions of the documents that the observed one is compared with.

@@ -51,6 +51,10 @@ def make_topic_store(
                 }
             )
         )
+        # the last ten have no topic
+        topics = ["Rivers"] * TOPIC + ["Towns"] * (DOCUMENTS - TOPIC - 10)
+        writer.add_document_groups("topic", numbers[:-10], topics)
+        writer.add_document_groups("source", numbers, [f"source{n % 3}|x" for n in numbers])
         position = document * CONTEXT + index
         writer.add_activations(position, feature, rng.uniform(0.5, 4, len(feature)))
         writer.finish()

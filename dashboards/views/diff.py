@@ -3,6 +3,7 @@
 import functools
 import io
 from collections.abc import Mapping, Sequence
+from itertools import compress
 
 import pandas as pd
 import streamlit as st
@@ -17,13 +18,18 @@ from dashboards.session import Session, begin_page, link
 from dashboards.tokens import plain
 from saescope.errors import SaescopeError
 from saescope.paths import AnyPath
+from store import FeatureStore
 from store.diff import DatasetDiff, Group
+from store.document_groups import matching
+from store.fact_writer import GROUP_KINDS
 
 PAGE = Page(title="Diff", icon=":material/difference:", order=50, url="diff")
 
 KINDS = {
     "title": "Title contains",
     "key": "Key contains",
+    "topic": "Topic is",
+    "source": "Source is",
     "train": "Training documents",
     "held_out": "Held-out documents",
     "all": "All documents",
@@ -76,7 +82,7 @@ def render() -> None:
 def _empty() -> None:
     st.info(
         "Choose two groups of documents and press Compare: those whose title has a word and all "
-        "others, say, or training and held-out documents.",
+        "others, say, or two topics, or training and held-out documents.",
         icon=":material/difference:",
     )
     st.caption(_TEST)
@@ -109,11 +115,16 @@ def _other(stores: Mapping[str, AnyPath], session: Session) -> AnyPath | None:
 
 def _choose(session: Session, others: list[str]) -> None:
     """The fields, which show what the address says; Compare writes them into it."""
-    _fill_fields(others)
+    of_b = _store_of_b(session, others)
+    names = {
+        "A": comparisons.names_of_groups(session.store),
+        "B": comparisons.names_of_groups(of_b),
+    }
+    _fill_fields(others, names)
     columns = st.columns([1.3, 2, 0.25, 1.3, 2], vertical_alignment="bottom")
-    a = _group(columns[0], columns[1], "A", KINDS)
+    a = _group(columns[0], columns[1], "A", KINDS, names["A"])
     columns[2].markdown("vs.", text_alignment="center")
-    b = _group(columns[3], columns[4], "B", KINDS_B)
+    b = _group(columns[3], columns[4], "B", KINDS_B, names["B"])
     columns = st.columns([1.3, 1.3, 1.3, 1, 2], vertical_alignment="bottom")
     columns[0].selectbox(
         "False discoveries up to",
@@ -144,12 +155,20 @@ def _choose(session: Session, others: list[str]) -> None:
     st.session_state["diff_shown"] = _address()
 
 
+def _store_of_b(session: Session, others: list[str]) -> FeatureStore:
+    """The store of group B as the field has it, or else the address."""
+    chosen = st.session_state.get("diff_other", st.query_params.get("other"))
+    if chosen not in others:
+        return session.store
+    return queries.open_store(find_stores.stores()[chosen])
+
+
 def _address() -> tuple[str | None, ...]:
     names = ("sae", "a", "b", "other", "permutations", "fdr")
     return tuple(st.query_params.get(name) for name in names)
 
 
-def _fill_fields(others: list[str]) -> None:
+def _fill_fields(others: list[str], names: Mapping[str, Mapping[str, list[str]]]) -> None:
     """Put what the address says into the fields, where it is not what they were filled from."""
     if st.session_state.get("diff_shown") == _address() and "diff_A" in st.session_state:
         return
@@ -157,7 +176,10 @@ def _fill_fields(others: list[str]) -> None:
     for name, kinds, fallback in (("A", KINDS, "title"), ("B", KINDS_B, "rest")):
         kind, words = comparisons.read_group(st.query_params.get(name.lower(), fallback))
         st.session_state[f"diff_{name}"] = kind if kind in kinds else fallback
-        st.session_state[f"diff_{name}_words"] = words
+        known = names[name].get(kind)
+        st.session_state[f"diff_{name}_words"] = words if known is None else ""
+        fits = matching(known or [], words)
+        st.session_state[f"diff_{name}_names"] = list(compress(known or [], fits))
     raw = {name: st.query_params.get(name) for name in ("fdr", "permutations", "other")}
     st.session_state["diff_fdr"] = raw["fdr"] if raw["fdr"] in RATES else "0.05"
     known = raw["permutations"] in PERMUTATIONS
@@ -166,7 +188,13 @@ def _fill_fields(others: list[str]) -> None:
         st.session_state["diff_other"] = raw["other"]
 
 
-def _group(left: DeltaGenerator, right: DeltaGenerator, name: str, kinds: Mapping[str, str]) -> str:
+def _group(
+    left: DeltaGenerator,
+    right: DeltaGenerator,
+    name: str,
+    kinds: Mapping[str, str],
+    names: Mapping[str, list[str]],
+) -> str:
     kind = left.selectbox(
         f"Documents {name}",
         list(kinds),
@@ -174,6 +202,8 @@ def _group(left: DeltaGenerator, right: DeltaGenerator, name: str, kinds: Mappin
         key=f"diff_{name}",
         persist_state="session",
     )
+    if kind in GROUP_KINDS:
+        return comparisons.written_group(kind, _chosen_names(right, name, kind, names[kind]))
     words = right.text_input(
         f"Words of {name}",
         key=f"diff_{name}_words",
@@ -185,6 +215,22 @@ def _group(left: DeltaGenerator, right: DeltaGenerator, name: str, kinds: Mappin
         persist_state="session",
     )
     return comparisons.written_group(kind or "title", words or "")
+
+
+def _chosen_names(right: DeltaGenerator, name: str, kind: str, known: list[str]) -> str:
+    """The field for topics or sources, of which there may be none; what is chosen, as a pattern."""
+    key = f"diff_{name}_names"
+    st.session_state[key] = [each for each in st.session_state.get(key, []) if each in known]
+    chosen = right.multiselect(
+        f"{kind.capitalize()}s of {name}",
+        known,
+        key=key,
+        disabled=not known,
+        placeholder=f"Choose {kind}s" if known else f"The store has no {kind}s of documents",
+        help=f"Documents of any of these {kind}s.",
+        persist_state="session",
+    )
+    return comparisons.written_names(chosen)
 
 
 def _summary(found: DatasetDiff) -> None:

@@ -20,8 +20,8 @@ class DiffConfig(Config):
     store: str
     """Folder of the feature store that the documents of group a are in."""
     a: str
-    """The documents of group a: title:PATTERN, key:PATTERN (several patterns separated by |),
-    split:train, split:held_out, or all."""
+    """The documents of group a: title:PATTERN, key:PATTERN, topic:NAME, source:NAME (several of
+    these separated by |), split:train, split:held_out, or all."""
     b: str = "rest"
     """The documents of group b, written alike; rest is all documents that are not in a."""
     other: str | None = None

@@ -12,6 +12,7 @@ from store import Annotations, FeatureStore
 from store.diff import diff, documents_of_feature
 from tests.diff_store import SHIFTED, make_topic_store
 from tests.e2e.test_explorer import links, open_page, parameter, shown
+from tests.older_stores import as_store_schema
 
 DIFF = "diff"
 
@@ -32,6 +33,7 @@ def test_groups_are_written_and_read() -> None:
         ("title", " a b | *c ", "title:*a b*|*c"),
         ("train", "left over", "split:train"),
         ("rest", "", "rest"),
+        ("topic", "Arts|*x*", "topic:Arts|*x*"),
         ("all", "", "all"),
         ("title", "", "title:"),
     ):
@@ -90,6 +92,41 @@ def test_a_link_opens_the_comparison_and_a_features_documents(folder: Path) -> N
     others = app.dataframe[2].value["title"].tolist()
     assert others
     assert all(title.startswith("Place") for title in others), "B's documents only"
+
+
+def test_compare_topics(folder: Path) -> None:
+    app = open_page(DIFF)
+    app.selectbox(key="diff_A").set_value("topic").run()
+    assert app.multiselect(key="diff_A_names").options == ["Rivers", "Towns"]
+    app.multiselect(key="diff_A_names").set_value(["Rivers"])
+    app.selectbox(key="diff_B").set_value("source").run()
+    app.multiselect(key="diff_B_names").set_value(["source0|x", "source2|x"])
+    app.selectbox(key="diff_B").set_value("topic").run()
+    app.multiselect(key="diff_B_names").set_value(["Towns"])
+    app.button[0].click().run()
+    assert not app.exception
+    assert not app.error
+    assert (parameter(app, "a"), parameter(app, "b")) == ("topic:Rivers", "topic:Towns")
+    with FeatureStore.open(folder / "topic") as store:
+        wanted = diff(store, "topic:Rivers", "topic:Towns")
+    assert app.metric[0].value == f"{len(wanted.differing)}"
+    assert "Towns · 50 documents · 1,550 positions" in shown(app)
+
+
+def test_a_link_with_topics_fills_the_fields(folder: Path) -> None:
+    app = open_page(DIFF, a="source:source0?x|*2?x", b="source:source1?x")
+    assert app.multiselect(key="diff_A_names").value == ["source0|x", "source2|x"]
+    assert app.multiselect(key="diff_B_names").value == ["source1|x"]
+    assert "60 documents" in shown(app)
+    assert not app.exception
+
+
+def test_a_store_without_topics_says_so(folder: Path) -> None:
+    as_store_schema(folder / "topic" / "features.duckdb", 3)
+    app = open_page(DIFF, a="topic:Rivers")
+    assert app.multiselect(key="diff_A_names").disabled
+    assert app.multiselect(key="diff_A_names").placeholder == "The store has no topics of documents"
+    assert "builds it anew, and labels stay" in app.error[0].value.replace("\\", "")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Features that differ between two groups of documents."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from store import FeatureStore, StoreWriter
 from store.diff import diff, documents_of_feature
 from store.document_groups import read_documents, select_documents
 from tests.diff_store import DOCUMENTS, SHIFTED, TOPIC, make_topic_store
+from tests.older_stores import as_store_schema
 from tests.tiny_store import CONTEXT, D_SAE, N_DOCUMENTS, make_rows, make_tiny_store
 
 
@@ -106,6 +109,42 @@ def test_a_planted_topic_is_found(path: Path) -> None:
     assert 1.2 < np.median(rows["log2_ratio"].to_numpy()) < 2.8, "four times: 2"
     assert found.tested == 80
     assert found.undecided == 0
+
+
+def test_a_planted_topic_is_found_by_its_topic(path: Path) -> None:
+    """By the documents' topics the groups are what their titles say, but for those without one."""
+    with FeatureStore.open(path) as store:
+        found = diff(store, "topic:rivers", "topic:Towns")
+        assert diff(store, "topic:R*").rows.equals(diff(store, "title:river*").rows)
+    assert (found.a.documents, found.b.documents) == (TOPIC, DOCUMENTS - TOPIC - 10)
+    chosen = set(found.differing["feature"].to_pylist())
+    assert set(SHIFTED) <= chosen, "recall 1"
+    assert len(chosen) <= 11, "precision"
+    rows = found.differing.to_pandas().set_index("feature").loc[list(SHIFTED)]
+    assert (rows["difference"] > 0).all()
+
+
+def test_groups_by_topic_and_source(path: Path, tmp_path: Path) -> None:
+    with FeatureStore.open(path) as store:
+        documents = read_documents(store)
+
+    def chosen(group: str) -> list[int]:
+        return np.flatnonzero(select_documents(documents, group, "a")).tolist()
+
+    assert chosen("topic:Rivers") == list(range(TOPIC))
+    assert chosen("topic:towns") == list(range(TOPIC, DOCUMENTS - 10))
+    assert chosen("topic:river? | t*") == list(range(DOCUMENTS - 10))
+    assert chosen("source:source1?x") == list(range(1, DOCUMENTS, 3))
+    for wrong in ("topic:", "topic:Sea", "topic:|"):
+        with pytest.raises(InputError, match=r"a: no such topic.*allowed: Rivers, Towns"):
+            chosen(wrong)
+    without = replace(documents, groups={})
+    with pytest.raises(InputError, match="not of several sources that it knows"):
+        select_documents(without, "source:x", "a")
+    old = shutil.copy(path, tmp_path / "old.duckdb")
+    as_store_schema(Path(old), 3)
+    with FeatureStore.open(old) as store, pytest.raises(InputError, match="--replace` builds it"):
+        diff(store, "topic:Rivers")
 
 
 def test_random_splits_stay_below_the_nominal_rate(
