@@ -49,9 +49,9 @@ def render() -> None:
     read = feature_maps.points(session.store, session.version)
     if read is None:
         st.info(
-            "This store has no map of its features: it was built by an older saescope, or without "
-            "the weights. `saescope index RUN --out FOLDER --replace` builds it anew, and labels "
-            "stay.",
+            "This store has no map of its features: it was built with `--no-map`, by an older "
+            "saescope, or without the weights. `saescope index RUN --out FOLDER --replace`, "
+            "without `--no-map`, builds it anew with the map, and labels stay.",
             icon=":material/bubble_chart:",
         )
         return

@@ -64,6 +64,8 @@ class IndexConfig(Config):
     """JSON list of the text of each token id, where the harvest does not know its model."""
     neighbours: int = 10
     """Nearest decoder directions kept of each feature."""
+    map: bool = True
+    """Lay the features out by their decoder directions, for the explorer's page Map."""
     topic_field: str = "topic"
     """Field of the corpus's records that says what a document is about, where they have one."""
     layer_tokens: int = 16_384
@@ -152,6 +154,7 @@ def _index(config: IndexConfig, path: Path) -> Path:
             activations=chain(old.activations() if old else (), encoder.activations()),
             logits=config.logits,
             neighbours=config.neighbours,
+            with_map=config.map,
             topic_field=config.topic_field,
             layers=layer_facts(whole, placement, harvest, config.layer_tokens),
             replace=config.replace or config.append,

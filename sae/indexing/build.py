@@ -45,6 +45,7 @@ def build_store(
     activations: Iterable[Arrays],
     logits: int = 10,
     neighbours: int = 10,
+    with_map: bool = True,
     topic_field: str = "topic",
     layers: LayerFacts | None = None,
     replace: bool = False,
@@ -60,6 +61,7 @@ def build_store(
         activations: position, feature and activation [n each], piece by piece.
         logits: most raised and most lowered tokens kept of each feature.
         neighbours: nearest decoder directions kept of each feature.
+        with_map: whether to lay out the map of decoder directions.
         topic_field: of the corpus's records, which says what a document is about.
         layers: what the features of an SAE of several layers do at each.
         replace: write over the store that is there.
@@ -89,7 +91,7 @@ def build_store(
         if layers is not None:
             layers.write(writer)
         _add_heads(writer, sae, placement, model)
-        _add_neighbours(writer, sae, neighbours)
+        _add_neighbours(writer, sae, neighbours, with_map=with_map)
         return writer.finish()
 
 
@@ -211,11 +213,12 @@ def head_norms(W_dec: Tensor, heads: int) -> Tensor:
     return rearrange(W_dec, "f (head d) -> f head d", head=heads).double().norm(dim=-1)
 
 
-def _add_neighbours(writer: StoreWriter, sae: Indexed, count: int) -> None:
-    """Write each feature's nearest decoder directions, and the map on which these are near."""
+def _add_neighbours(writer: StoreWriter, sae: Indexed, count: int, *, with_map: bool) -> None:
+    """Write each feature's nearest decoder directions, and if wanted the map on which these are
+    near."""
     directions = sae.decoder_directions()
-    most = min(max(count, NEAREST), sae.d_sae - 1)
-    count = min(count, most)
+    count = min(count, sae.d_sae - 1)
+    most = min(max(count, NEAREST), sae.d_sae - 1) if with_map else count
     nearest = []
     with Progress("nearest directions", sae.d_sae, "features") as progress:
         for first, cosine in cosines_with_others(directions, _FEATURES):
@@ -227,7 +230,8 @@ def _add_neighbours(writer: StoreWriter, sae: Indexed, count: int) -> None:
                 feature, rank.numpy(), other.flatten().numpy(), value.flatten().numpy()
             )
             progress.advance(len(cosine))
-    writer.add_map(*lay_out(directions, torch.cat(nearest).numpy()).T)
+    if with_map:
+        writer.add_map(*lay_out(directions, torch.cat(nearest).numpy()).T)
 
 
 def _grid(first: int, values: Tensor) -> tuple[Any, Tensor]:

@@ -161,7 +161,10 @@ def test_a_store_without_a_map_says_what_to_do(folder: Path, older: bool) -> Non
         with duckdb.connect(str(path)) as con:
             con.execute("DELETE FROM map_point")
     app = open_page("map")
-    assert "`saescope index RUN --out FOLDER --replace` builds it anew" in app.info[0].value
+    assert (
+        "`saescope index RUN --out FOLDER --replace`, without `--no-map`, builds it anew"
+        in app.info[0].value
+    )
     assert not app.get("plotly_chart")
 
 

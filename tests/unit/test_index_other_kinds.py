@@ -14,6 +14,7 @@ from PIL import Image
 import sae
 from activations import ActivationStore, CorpusConfig, HarvestConfig, ModelConfig, harvest
 from dashboards.heat_maps import pictures_html
+from saescope.__main__ import main
 from saescope.config import from_dict
 from saescope.errors import ArtefactError, InputError
 from store import FeatureStore
@@ -94,6 +95,20 @@ def test_every_position_of_every_picture_is_in_the_store(vision: Path) -> None:
         assert on_map.nearest == 10
         assert on_map.kept is not None
         assert on_map.kept > 1.2 * (on_map.by_chance or 1)
+
+
+def test_without_the_map_all_else_is_the_same(vision: Path, tmp_path: Path) -> None:
+    words = ["--no-map", "--neighbours", "20", "--harvest", str(vision / "harvest")]
+    assert main(["index", str(vision / "run"), "--out", str(tmp_path / "bare"), *words]) == 0
+    with (
+        FeatureStore.open(vision / "store") as store,
+        FeatureStore.open(tmp_path / "bare") as bare,
+    ):
+        assert bare.feature_map() is None
+        for number in range(3):
+            assert len(bare.neighbours(number)) == 20
+            assert bare.neighbours(number)[:10] == store.neighbours(number)
+            assert bare.examples(number) == store.examples(number)
 
 
 def test_thumbnails_are_of_their_pictures(vision: Path) -> None:
