@@ -1,5 +1,6 @@
 """Figures of effects on all logits, of layers and of attention heads; marks on histograms."""
 
+import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from store.results import Histogram
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+_MOST_TICKS = 16
 _QUIET = "rgba(128,128,128,0.6)"
 _SEQUENTIAL = ((0.0, "rgba(61,126,166,0)"), (0.25, "rgba(61,126,166,0.45)"), (1.0, BLUE))
 """clear to blue, so that the page's own ground shows where there is nothing"""
@@ -123,24 +125,42 @@ def head_norms(heads: Sequence[HeadNorm], height: int = 170) -> "Figure":
 def layer_heat_map(
     shares: np.ndarray, features: np.ndarray, sites: Sequence[str], height: int = 430
 ) -> "Figure":
-    """Features [n], in their order, by layer: shares [layers, n]."""
-    from plotly.graph_objects import Figure, Heatmap
+    """Features [n], in their order, by layer: shares [layers, n].
+
+    Streamlit reports no clicks on a heat map. So on each cell lies an invisible point, whose index
+    is the feature's column; a click anywhere finds the nearest, which is that of its cell.
+    """
+    from plotly.graph_objects import Figure, Heatmap, Scattergl
 
     names = layer_names(sites)
     trace = Heatmap(
         z=100 * shares,
-        y=names,
-        customdata=np.broadcast_to(features, shares.shape),
         colorscale=_SEQUENTIAL,
         zmin=0,
         zmax=100,
         colorbar={"title": {"text": "%", "side": "top"}, "thickness": 10, "outlinewidth": 0},
-        hovertemplate="feature %{customdata}, layer %{y}: %{z:.1f} %<extra></extra>",
+        hoverinfo="skip",
     )
     figure = finish(Figure(trace), "features, by their mean layer", "layer", height)
-    figure.update_layout(hovermode="closest")
+    for layer, name in enumerate(names):
+        figure.add_trace(
+            Scattergl(
+                x=np.arange(len(features)),
+                y=np.full(len(features), layer),
+                mode="markers",
+                marker={"opacity": 0},
+                customdata=np.stack([features, 100 * shares[layer]], axis=1),
+                hovertemplate=f"feature %{{customdata[0]:d}}, layer {html.escape(name)}: "
+                "%{customdata[1]:.1f} %<extra></extra>",
+                showlegend=False,
+            )
+        )
+    figure.update_layout(hovermode="closest", hoverdistance=-1)
     figure.update_xaxes(showticklabels=False, ticks="", showline=False, title={"standoff": 14})
-    figure.update_yaxes(type="category", nticks=0, showgrid=False, autorange="reversed")
+    figure.update_xaxes(range=[-0.5, len(features) - 0.5], showgrid=False)
+    ticks = np.arange(0, len(names), -(-len(names) // _MOST_TICKS))
+    figure.update_yaxes(range=[len(names) - 0.5, -0.5], showgrid=False)
+    figure.update_yaxes(tickvals=ticks, ticktext=[names[tick] for tick in ticks])
     return figure
 
 

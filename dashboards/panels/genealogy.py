@@ -35,19 +35,23 @@ def panel(session: Session, data: FeatureData) -> None:
         return
     asked = f"genealogy_of_{session.name}"
     if not st.session_state.get(asked):
-        wanted = st.button(
+        st.button(
             f"Find it in {counted(len(kept), 'snapshot')}",
             icon=":material/family_history:",
             help="For all features of this SAE at once: a second or so a snapshot for 4,096.",
+            on_click=_ask,
+            args=(asked,),
         )
-        if not wanted:
-            return
-        st.session_state[asked] = True
+        return
     try:
         _draw(session, data.feature.feature, emergence(run), run)
     except (SaescopeError, OSError) as error:
         st.error(plain(error), icon=":material/error:")
         st.caption("`saescope doctor` says which files of a run are damaged.")
+
+
+def _ask(key: str) -> None:
+    st.session_state[key] = True
 
 
 def _draw(session: Session, number: int, found: Emergence, run: Path) -> None:

@@ -132,16 +132,21 @@ def _heat_map(session: Session, layers: list[Layer], shares: np.ndarray, used: n
         help="Each column is a feature, sorted by its mean layer; the colour is the share of its "
         "activation at each layer.",
     )
-    st.plotly_chart(
+    event: Any = st.plotly_chart(
         fact_figures.layer_heat_map(
             shares[:, order], order, [each.site for each in layers], 260 + 9 * len(layers)
         ),
         config=figures.CONFIG,
-        key="layers_heat_map",
+        key=f"layers_heat_map_{st.session_state.get('layers_opened', 0)}",
+        on_select="rerun",
+        selection_mode="points",
         alt="Features, sorted by their mean layer, and the share of each at each layer",
     )
     some = f" {len(order):,} of {len(used):,} are drawn, evenly." if len(order) < len(used) else ""
-    st.caption(f"Point at a feature to see its number; click a row below to open one.{some}")
+    st.caption(f"Click a cell to open its feature, or a row below.{some}")
+    if event.selection.points:
+        st.session_state["layers_opened"] = st.session_state.get("layers_opened", 0) + 1
+        open_feature(session, int(order[event.selection.points[0]["point_index"]]))
     _open_one(session, layers, shares, used)
 
 

@@ -98,10 +98,14 @@ def test_layers_of_one_layer_or_of_an_older_store_say_what_to_do(folder: Path) -
 def test_the_heat_map_has_the_shares() -> None:
     shares = np.array([[0.75, 0.0], [0.25, 1.0]])
     figure = fact_figures.layer_heat_map(shares, np.array([7, 3]), ["blocks.0.x", "blocks.5.x"])
-    (trace,) = traces(figure)
-    assert np.asarray(trace.z).tolist() == [[75, 0], [25, 100]]
-    assert list(trace.y) == ["0", "5"]
-    assert np.asarray(trace.customdata)[:, 1].tolist() == [3, 3]
+    cells, *rows = traces(figure)
+    assert np.asarray(cells.z).tolist() == [[75, 0], [25, 100]]
+    # the points that a click finds lie on the cells, and name their feature and share
+    assert [np.asarray(row.y).tolist() for row in rows] == [[0, 0], [1, 1]]
+    assert [np.asarray(row.x).tolist() for row in rows] == [[0, 1]] * 2
+    assert np.asarray(rows[1].customdata).tolist() == [[7, 25], [3, 100]]
+    assert "layer 5:" in rows[1].hovertemplate
+    assert list(figure.to_dict()["layout"]["yaxis"]["ticktext"]) == ["0", "5"]
 
 
 # ---- Features by topic and layer ----------------------------------------------------------------
