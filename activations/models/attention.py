@@ -25,6 +25,8 @@ LONGEST = 1024
 """tokens of a run: each layer's patterns have their number squared for each head"""
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """by how much, relative, sums may differ from what a model of a precision made of them"""
+_MOST = 0.1
+"""relative difference of two runs, whatever the precision; ten times the above otherwise"""
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,11 @@ class AttentionRun:
 def run_with_patterns(model: Model, tokens: Sequence[int], sites: Sequence[str]) -> AttentionRun:
     """Run a model over one text and keep some sites and how all of its heads attended.
 
-    The attention is transformers' "eager" one meanwhile, the only one that tells its weights.
+    The attention is transformers' "eager" one meanwhile, the only one that tells its weights; at
+    the first of the sites what it gives is compared with the model's own run.
 
     Raises InputError for an unknown site, a text of more than 1024 tokens, and a model whose
-    attention tells no weights for some layer.
+    attention tells no weights for some layer, or those of another computation.
     """
     if len(tokens) > LONGEST:
         raise InputError(
@@ -76,6 +79,7 @@ def run_with_patterns(model: Model, tokens: Sequence[int], sites: Sequence[str])
             where=model.spec,
             given=f"{sum(square)} of {model.n_layers} layers",
         )
+    _check_same(model, tokens, sites[0], found[sites[0]])
     return AttentionRun(found, [each[0].double().cpu() for each in patterns])
 
 
@@ -89,19 +93,30 @@ def _keeping(target: HookTarget, found: dict[str, Tensor], shape: tuple[int, int
 
 @contextmanager
 def _eager(hf: Any) -> Iterator[None]:
-    """While the context lasts, the attention that computes its weights one by one."""
+    """While the context lasts, the attention that computes its weights one by one.
+
+    Set in the configuration, which every layer and the mask look at: `set_attn_implementation`
+    leaves some models (Falcon) as they were, and only logs it.
+    """
     before = hf.config._attn_implementation
-    if before == "eager":
-        yield
-        return
-    try:
-        hf.set_attn_implementation("eager")
-    except (ValueError, NotImplementedError, AttributeError) as error:
-        raise InputError("its attention tells no weights", where=str(hf.name_or_path)) from error
+    hf.config._attn_implementation = "eager"
     try:
         yield
     finally:
-        hf.set_attn_implementation(before)
+        hf.config._attn_implementation = before
+
+
+def _check_same(model: Model, tokens: Sequence[int], site: str, found: Tensor) -> None:
+    """Raise InputError if the model's own run has something else at a site's last position."""
+    own = model.capture(torch.tensor([list(tokens)]), [site])[site][0, -1].double().cpu()
+    allowed = min(10 * TOLERANCE[model.dtype], _MOST)
+    if not bool((found[-1] - own).norm() <= allowed * own.norm()):
+        raise InputError(
+            "the attention that tells its weights computes something else than the model's own",
+            where=f"{model.spec}, {site}",
+            given=f"relative difference {float((found[-1] - own).norm() / own.norm()):.2g}",
+            allowed=f"up to {allowed:g}",
+        )
 
 
 @dataclass(frozen=True)

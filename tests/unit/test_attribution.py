@@ -1,5 +1,6 @@
 """Direct feature attribution: exact sums, numbers set by hand, and what an edit of values does."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 import sae
 from activations import Model, load_model
+from activations.models import attention
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.architectures.crosscoder import Crosscoder, CrosscoderConfig
 from sae.architectures.gated import GatedConfig, GatedSAE
@@ -34,6 +36,52 @@ def double(folder: Path) -> Model:
     model.hf.double()
     model.dtype = torch.float64
     return model
+
+
+def others() -> dict[str, Any]:
+    """Configurations of further kinds of attention and of residual streams."""
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 320, "hidden_size": D_MODEL, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64,
+    }  # fmt: skip
+    gqa = {**sizes, "num_key_value_heads": 2, "pad_token_id": 2}
+    return {
+        # one key-value head for all, in one projection; attention and MLP are parallel
+        "falcon": transformers.FalconConfig(**sizes),
+        "granite": transformers.GraniteConfig(
+            **gqa, residual_multiplier=0.3, embedding_multiplier=2.0
+        ),
+        # norms between the heads and the stream, and of queries and keys
+        "olmo2": transformers.Olmo2Config(**gqa),
+        # weights that sum to less than 1
+        "gpt_oss": transformers.GptOssConfig(
+            **gqa, head_dim=8, num_local_experts=2, num_experts_per_tok=1
+        ),
+        # norms behind the sums of the stream
+        "opt": transformers.OPTConfig(
+            vocab_size=320, hidden_size=D_MODEL, num_hidden_layers=2, num_attention_heads=4,
+            ffn_dim=48, word_embed_proj_dim=D_MODEL, do_layer_norm_before=False,
+            max_position_embeddings=64,
+        ),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def other_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    from transformers import AutoModelForCausalLM
+
+    root = tmp_path_factory.mktemp("others")
+    for name, config in others().items():
+        make_tiny_model(root / name)  # for its tokenizer
+        torch.manual_seed(0)
+        hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in hf.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        hf.save_pretrained(root / name)
+    return {name: load_model(str(root / name), dtype="float32") for name in others()}
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +166,32 @@ def test_a_source_is_worth_what_is_lost_without_its_values(
             heads = [head for head in range(4) if head // (4 // groups) == group]
             lost = found.pre_activation - without
             assert lost == pytest.approx(found.sources[heads, source].sum(), rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("architecture", ["falcon", "granite", "olmo2", "gpt_oss", "opt"])
+def test_other_kinds_of_attention_are_exact_or_refused(
+    other_models: dict[str, Model], architecture: str
+) -> None:
+    model, made = other_models[architecture], relu()
+    for name in ("attn.hook_z", "hook_attn_out", "hook_resid_post"):
+        site = f"blocks.{LAYER}.{name}"
+        if (architecture, name) == ("opt", "hook_resid_post"):
+            with pytest.raises(InputError, match="not the sum of what attention and MLPs add"):
+                attribute(model, made, site=site, position=7)
+            continue
+        found = attribute(model, made, site=site, position=7)
+        own = own_pre_activation(model, made, found)
+        assert total(found) == pytest.approx(own, rel=1e-4, abs=1e-5)
+        assert np.abs(found.sources).max() > 1e-4
+
+
+def test_weights_of_another_computation_are_refused(
+    other_models: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # asked for its weights without "eager", Falcon adds a mask of 0 and 1 to its scores
+    monkeypatch.setattr(attention, "_eager", lambda _: nullcontext())
+    with pytest.raises(InputError, match="computes something else than the model's own"):
+        attribute(other_models["falcon"], relu().float(), position=7)
 
 
 def one_head(folder: Path) -> Model:
