@@ -200,6 +200,22 @@ COMMANDS = {
         positional="run",
         loads_saes=True,
     ),
+    "synth": Command(
+        module="sae.commands.synth",
+        config="SynthConfig",
+        function="synth",
+        summary="Train architectures on a world whose true features are known, and score them.",
+        examples=(
+            "saescope synth small",
+            "saescope synth small --architectures topk batchtopk --seeds 0 1 2 --samples 5000000",
+            "saescope synth 16k --samples 20000000 --out runs/synthsaebench",
+            "saescope synth small --runs runs/mine runs/yours --out runs/synth-scores",
+        ),
+        notes=("", "It writes OUT/scores.json, and each trained run beside it."),
+        positional="world",
+        resumes=True,
+        loads_saes=True,
+    ),
     "explore": Command(
         module="dashboards.launch",
         config="ExploreConfig",

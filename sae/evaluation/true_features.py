@@ -14,17 +14,17 @@ from torch import Tensor
 
 from sae.core.finite import check_rows
 from sae.evaluation.recovery import best_assignment, cosines
-from sae.evaluation.rows import Reconstructor, encoded
+from sae.evaluation.rows import Piece, Reconstructor, encoded
 from sae.kernels.codes import SparseCodes
 from sae.synthetic.drawing import DrawnRows
 from saescope.errors import InputError
-from saescope.metrics import Metric, declare
+from saescope.metrics import Metric, metric
 
 _SOURCE = "Chanin and Garriga-Alonso 2026"
 _LEAST_NORM = 1e-6
 """of a row that counts for shrinkage"""
 
-declare(
+_ROWS = (
     Metric(
         name="f1",
         label="F1",
@@ -93,6 +93,8 @@ declare(
         source=_SOURCE,
     ),
 )
+LABELS = {row.name: row for row in (metric("l0"), *_ROWS)}
+"""how each score is called and written; no other command measures them"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ def score_true_features(
     fit = _Fit()
     for x, true in rows:
         check_rows(x, "rows")
-        found = encoded(sae, x, x)
+        found = encoded(sae, Piece(x, x))
         fit.add(found.target, found.x_hat)
         detected.add(found.codes, true)
     if not fit.rows:

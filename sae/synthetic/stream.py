@@ -64,11 +64,11 @@ class SyntheticStream:
 
         return batches
 
-    def scored(self, rows: int) -> Iterator[DrawnRows]:
+    def scored(self, rows: int, *, piece: int = _PIECE) -> Iterator[DrawnRows]:
         """So many further rows with their true features, to score an SAE on; always the same."""
         drawing = self._drawing(_SCORED)
-        for first in range(0, rows, _PIECE):
-            yield drawing.with_codes(first, min(_PIECE, rows - first))
+        for first in range(0, rows, piece):
+            yield drawing.with_codes(first, min(piece, rows - first))
 
     def state_dict(self) -> dict[str, Any]:
         """Which rows these are, and which comes next; JSON-able."""
