@@ -102,7 +102,7 @@ class Source:
         self._taken = 0 if state is None else int(state["records"])
         self._hub: Any = None
         if config.is_streamed:
-            self._hub = _opened(config)
+            self._hub = open_data_set(config)
             if state is not None:
                 self._hub.load_state_dict(state["hub"])
             self._records = _streamed(self._hub, config, self._taken)
@@ -224,8 +224,11 @@ def _wanted(config: SourceConfig, where: str, names: list[str]) -> list[str]:
     return [name for name in (field, config.title_field) if name in names]
 
 
-def _opened(config: SourceConfig) -> Any:
-    """The data set, of which nothing but its description is read yet."""
+def open_data_set(config: SourceConfig) -> Any:
+    """A streamed data set, of which nothing but its description is read yet.
+
+    Raises InputError if there is none, or no network.
+    """
     import datasets
 
     name, _, subset = config.source.removeprefix(HUB_PREFIX).partition(":")

@@ -7,11 +7,17 @@ hf:NAME#record in a data set of the hub (see `activations.corpora.sources`).
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from activations.corpora.sources import HUB_PREFIX, PACKAGED_CORPORA
+from activations.corpora.sources import (
+    HUB_PREFIX,
+    PACKAGED_CORPORA,
+    SourceConfig,
+    open_data_set,
+)
 from activations.corpora.tables import columns_of
 from saescope.errors import InputError, SaescopeError
 from saescope.progress import say
@@ -54,14 +60,19 @@ def document_topics(
 ) -> list[str | None]:
     """What each document's record says in a field of texts; None where it says nothing.
 
-    Reads the files again, and says which are gone; a data set of the hub is not read again.
+    Reads the files again, and streams data sets of the hub again as far as they were read; says
+    which are gone.
     """
     wanted: dict[str, dict[int, list[int]]] = {}
+    streamed: dict[str, dict[int, list[int]]] = {}
     topics: list[str | None] = [None] * len(keys)
     articles = _articles(_packaged(corpus))
     for index, key in enumerate(keys):
+        source, _, number = key.rpartition("#")
         match = None if key.startswith(HUB_PREFIX) else _IN_FILE.fullmatch(key)
-        if match:
+        if key.startswith(HUB_PREFIX) and number.isdecimal():
+            streamed.setdefault(source, {}).setdefault(int(number), []).append(index)
+        elif match:
             wanted.setdefault(match[1], {}).setdefault(int(match[2]), []).append(index)
         elif key in articles:
             topics[index] = _topic(articles[key], field)
@@ -76,13 +87,51 @@ def document_topics(
             unread.append(f"{name}: {error}")
     if unread:
         say(f"topics: {len(unread)} files cannot be read again, such as {unread[0]}")
+    for config in _streamed_members(corpus):
+        for number, topic in _hub_topics(config, streamed.get(config.source, {}), field):
+            for index in streamed[config.source][number]:
+                topics[index] = topic
     return topics
+
+
+def _members(corpus: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The sources of a corpus: those of a mix, or itself."""
+    members: Iterable[Any] = corpus.get("mix") or [corpus]
+    return [member for member in members if isinstance(member, Mapping)]
+
+
+def _streamed_members(corpus: Mapping[str, Any]) -> list[SourceConfig]:
+    """The data sets of the hub in a corpus."""
+    found = []
+    for member in _members(corpus):
+        source, split = member.get("source"), member.get("hf_split", SourceConfig.hf_split)
+        if isinstance(source, str) and source.startswith(HUB_PREFIX) and isinstance(split, str):
+            found.append(SourceConfig(source=source, hf_split=split))
+    return found
+
+
+def _hub_topics(
+    config: SourceConfig, wanted: Mapping[int, Any], field: str
+) -> Iterator[tuple[int, str | None]]:
+    """Numbers and topics of the wanted records of a data set, if its records have the field."""
+    if not wanted:
+        return
+    try:
+        rows = open_data_set(config)
+        if rows.column_names is not None and field not in rows.column_names:
+            return
+        for number, record in enumerate(islice(rows, max(wanted) + 1)):
+            if field not in record:
+                return
+            if number in wanted:
+                yield number, _topic(record, field)
+    except Exception as error:  # the loader, the network and the hub raise almost anything
+        say(f"topics: {config.source} cannot be streamed again: {error}")
 
 
 def _packaged(corpus: Mapping[str, Any]) -> str | None:
     """The packaged corpus among the sources, whose documents' keys are titles."""
-    members: Iterable[Any] = corpus.get("mix") or [corpus]
-    names = [member.get("source") for member in members if isinstance(member, Mapping)]
+    names = [member.get("source") for member in _members(corpus)]
     return next((name for name in names if name in PACKAGED_CORPORA), None)
 
 

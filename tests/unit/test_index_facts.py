@@ -206,6 +206,33 @@ def test_sources_are_files_folders_and_data_sets() -> None:
     assert document_sources({"source": "none"}, ["key 1"]) == [None]
 
 
+def test_topics_of_a_streamed_data_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    lines = [{"text": "t", "topic": topic} for topic in ("a", None, " b ", "c", "d")]
+    for split in ("train", "test"):
+        file = tmp_path / "set" / f"{split}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+        lines = [{**line, "topic": "other"} for line in lines]
+    name = f"hf:{tmp_path / 'set'}"
+    keys = [f"{name}#{n}" for n in (3, 0, 1, 2, 99)] + ["hf:elsewhere#0"]
+    corpus = {"source": name, "hf_split": "train"}
+    expected = ["c", "a", None, "b", None, None]
+    assert document_topics(corpus, keys) == expected
+    mix = {"source": "mix", "mix": [{"source": "wikipedia"}, {**corpus, "hf_split": "test"}]}
+    assert document_topics(mix, keys)[:2] == ["other", "other"]
+    assert document_topics(corpus, keys, "text")[:2] == ["t", "t"]
+    capsys.readouterr()
+    assert document_topics(corpus, keys, "subject") == [None] * 6
+    assert capsys.readouterr().out == "", "it has no such field, which is no fault"
+    gone = {"source": f"hf:{tmp_path / 'gone'}"}
+    assert document_topics(gone, [f"hf:{tmp_path / 'gone'}#0"]) == [None]
+    assert "cannot be streamed again" in capsys.readouterr().out
+
+
 def test_topics_of_files_that_changed_or_are_gone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
