@@ -143,10 +143,10 @@ def _gives_again(sae: SparseAutoencoder, folder: Path) -> bool:
 
 def _check(sae: SparseAutoencoder, config: ConvertConfig, claimed: dict[str, float]) -> Measured:
     """Certify on held-out rows of the harvest, against the files' claims and the user's."""
-    from sae.data.harvests import held_out_pieces, open_harvest
+    from sae.data.harvests import open_harvest, split_pieces
 
     harvest, placement = open_harvest(sae, config.harvest, config.site)
-    pieces = list(held_out_pieces(harvest, placement, config.rows)())
+    pieces = list(split_pieces(harvest, placement, "held_out", config.rows)())
     if not pieces:
         raise InputError("has no held-out rows to check on", where=str(config.harvest))
     x = torch.cat([each.x for each in pieces])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from sae.analysis.as_trained import Rows, as_trained
 from sae.analysis.lens import TunedLens
 from sae.commands.evaluate_texts import on_texts, one_site, text_facts
 from sae.core.base import SparseAutoencoder
-from sae.data.harvests import held_out_pieces, knows_model, load_harvested_model, open_harvest
+from sae.data.harvests import knows_model, load_harvested_model, open_harvest, split_pieces
 from sae.data.placement import Placement
 from sae.evaluation import CORE, Family, chosen, families
 from sae.evaluation.in_model import InModel
@@ -247,10 +248,10 @@ class HeldOut:
             return len(self.sites) * min(self.config.rows or there, there)
         return sum(len(each.x) for one in self.sites.values() for each in self._rows(one)())
 
-    def _rows(self, placement: Placement) -> Rows:
-        """The rows that are measured at sites, as the SAE was trained to see them."""
-        rows = held_out_pieces(self.harvest, placement, self.config.rows)
-        return as_trained(self.sae)(rows, placement)
+    def _rows(self, placement: Placement, training: int | None = None) -> Rows:
+        """The rows that are measured at sites, or so many training ones, as training saw them."""
+        split, limit = ("held_out", self.config.rows) if training is None else ("train", training)
+        return as_trained(self.sae)(split_pieces(self.harvest, placement, split, limit), placement)
 
     def protocol(self, counted: Mapping[str, Any]) -> dict[str, Any]:
         """What decides the numbers, besides the model's part."""
@@ -300,8 +301,13 @@ class HeldOut:
         by_family: list[dict[str, dict[str, Any]]] = [{} for _ in wanted]
         for site, placement in self.sites.items():
             columns = placement.columns(self.harvest.d_in) if len(placement.written) > 1 else None
-            measures = [family.measure for family in wanted]
-            counted, sums = pass_over(placement.sae, self._rows(placement), measures, columns)
+            counted, sums = pass_over(
+                placement.sae,
+                self._rows(placement),
+                [family.measure for family in wanted],
+                columns,
+                partial(self._rows, placement),
+            )
             counts.append(counted)
             for of_site, one in zip(by_family, sums, strict=True):
                 of_site[site] = one.values(counted)

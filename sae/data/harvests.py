@@ -114,27 +114,15 @@ def held_out_rows(
     return rows
 
 
-def held_out_pieces(
-    harvest: ActivationStore, placement: Placement, limit: int | None
-) -> Callable[[], Iterator[Piece]]:
-    """Fresh iterators over the first `limit` held-out rows (None: all) that an SAE reads.
-
-    Float32 [n, d_in], with what is at the sites it writes [n, d_out], and each row's document;
-    where rows are of tokens, also its position and how common its token is.
-    """
-    return _pieces(harvest, placement, "held_out", limit)
-
-
-def training_pieces(
-    harvest: ActivationStore, placement: Placement, limit: int
-) -> Callable[[], Iterator[Piece]]:
-    """As `held_out_pieces`, rows of the training split: `limit` of them, from all over it."""
-    return _pieces(harvest, placement, "train", limit)
-
-
-def _pieces(
+def split_pieces(
     harvest: ActivationStore, placement: Placement, split: str, limit: int | None
 ) -> Callable[[], Iterator[Piece]]:
+    """Fresh iterators over `limit` rows of a split (None: all) that an SAE reads.
+
+    Float32 [n, d_in], with what is at the sites it writes [n, d_out], and each row's document;
+    where rows are of tokens, also its position and how common its token is. Held-out rows are the
+    first ones, training rows are from all over the split.
+    """
     names = tuple(dict.fromkeys((*placement.read, *placement.written)))
     document = torch.from_numpy(np.asarray(harvest.document[:])).flatten()
     share = _token_shares(harvest)
@@ -146,8 +134,8 @@ def _pieces(
     def rows() -> Iterator[Piece]:
         size = max(1, _PIECE_ROWS // len(names))
         spread = split == "train"
-        pieces = aligned_rows(harvest, names, split=split, limit=limit, piece=size, spread=spread)
-        for by_name, row_token in pieces:
+        found = aligned_rows(harvest, names, split=split, limit=limit, piece=size, spread=spread)
+        for by_name, row_token in found:
             x = beside(placement.read, by_name)
             target = (
                 x if placement.read == placement.written else beside(placement.written, by_name)

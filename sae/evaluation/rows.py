@@ -5,9 +5,9 @@ rows, already encoded and decoded, and turns the sums into values at the end.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -88,6 +88,8 @@ class Setting:
     """float64 [d_out], mean of the target over all rows"""
     columns: Mapping[str, slice] = field(default_factory=dict)
     """where each site stands in the target, of an SAE that reconstructs several side by side"""
+    sae: Reconstructor | None = None
+    """what is measured, for what is said of its weights"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +114,15 @@ class RowSums(ABC):
     With several ranks each adds its own rows: `values` sums over them (`sae.distributed.ROWS`).
     """
 
+    training_rows: ClassVar[int] = 0
+    """how many rows of the training split `fit` is shown; 0: it is not called"""
+
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
+
+    def fit(self, training: Callable[[], Iterator[EncodedRows]]) -> None:
+        """Learn from rows of the training split, given as fresh iterators, before any `add`."""
+        del training
 
     @abstractmethod
     def add(self, rows: EncodedRows) -> None:
@@ -148,11 +157,18 @@ def pass_over(
     rows: Callable[[], Iterable[Rows]],
     families: Sequence[type[RowSums]],
     columns: Mapping[str, slice] | None = None,
+    training: Callable[[int], Callable[[], Iterable[Rows]]] | None = None,
 ) -> tuple[Counted, list[RowSums]]:
     """Show all rows to all families; `rows` gives fresh iterators, and is read twice.
 
     The first reading is for the mean. Sums are float64, so that neither the size of pieces nor a
-    large mean matters. Raises InputError if there are no rows, or some are not finite.
+    large mean matters.
+
+    Args: training gives, of a number of rows, that many of the training split, for families that
+    learn from them.
+
+    Raises InputError if there are no rows, some are not finite, or training rows are needed and
+    not given.
     """
     count, total = 0, torch.zeros((), dtype=torch.float64)
     for each in rows():
@@ -162,21 +178,33 @@ def pass_over(
         total = total + target.sum(0, dtype=torch.float64)
     if count == 0:
         raise InputError("no activations to evaluate on", where="measure_reconstruction", given=0)
-    setting = Setting(d_sae=sae.d_sae, mean=total / count, columns=columns or {})
+    setting = Setting(d_sae=sae.d_sae, mean=total / count, columns=columns or {}, sae=sae)
     sums = [family(setting) for family in families]
+    for one in sums:
+        if one.training_rows:
+            if training is None:
+                raise InputError(
+                    "needs rows of the training split", where=type(one).__name__, given=None
+                )
+            split = training(one.training_rows)
+            one.fit(lambda split=split: (encoded(sae, own) for own in _own(split()) if len(own.x)))
     counter = _Counter(total.device)
-    for each in rows():
+    for own in _own(rows()):
+        counter.add(own)
+        if len(own.x):
+            shown = encoded(sae, own)
+            for one in sums:
+                one.add(shown)
+    return counter.result(), sums
+
+
+def _own(rows: Iterable[Rows]) -> Iterator[Piece]:
+    """A few thousand rows at a time; of several ranks, which measure together, this one's share."""
+    for each in rows:
         piece = _piece(each)
         for start in range(0, len(piece.x), _ROWS):
             part = piece.rows(slice(start, start + _ROWS))
-            # ranks that train together measure together
-            own = part.rows(ROWS.share(len(part.x)))
-            counter.add(own)
-            if len(own.x):
-                shown = encoded(sae, own)
-                for one in sums:
-                    one.add(shown)
-    return counter.result(), sums
+            yield part.rows(ROWS.share(len(part.x)))
 
 
 class _Counter:

@@ -11,7 +11,7 @@ from torch import Tensor
 import sae
 from activations import ActivationStore
 from sae.commands.evaluate import EvaluateConfig, evaluate
-from sae.data.harvests import held_out_pieces
+from sae.data.harvests import split_pieces
 from sae.data.placement import placement_of
 from sae.evaluation.breakdown import Breakdown, Groups
 from sae.evaluation.density import Density, density_histogram
@@ -187,7 +187,9 @@ def test_rows_of_a_harvest_know_their_token(tmp_path: Path) -> None:
     sae.train(from_dict(sae.TrainConfig.specialise({}), settings, "test"))
     found = evaluate(EvaluateConfig(run=str(tmp_path / "run"), tokens=0))
     store = ActivationStore.open(harvest)
-    pieces = list(held_out_pieces(store, placement_of(sae.load(tmp_path / "run"), site), None)())
+    pieces = list(
+        split_pieces(store, placement_of(sae.load(tmp_path / "run"), site), "held_out", None)()
+    )
     tokens, keep = torch.from_numpy(store.tokens[:]), torch.from_numpy(store.keep[:])
     held_out = torch.from_numpy(store.split == 1)[:, None] & keep
     share = torch.cat([each.token_share for each in pieces if each.token_share is not None])
@@ -195,6 +197,17 @@ def test_rows_of_a_harvest_know_their_token(tmp_path: Path) -> None:
     assert share.sort().values.tolist() == pytest.approx(sorted(wanted))
     position = torch.cat([each.position for each in pieces if each.position is not None])
     assert position.sort().values.tolist() == sorted(held_out.nonzero()[:, 1].tolist())
+    described = evaluate(
+        EvaluateConfig(
+            run=str(tmp_path / "run"),
+            suite=("description_length",),
+            out=str(tmp_path / "bits.json"),
+        )
+    )
+    assert described["protocol"]["description_length"]["training_rows"] == 16_384
+    bits = described["description_length"]
+    assert 0 < bits["value_bits"] < bits["description_bits"] < 48
+    assert bits["fvu_quantised"] == pytest.approx(found["reconstruction"]["fvu"], abs=2e-3)
     table = found["breakdown"]["by_position"]
     assert sum(row["rows"] for row in table) == found["breakdown"]["rows"] == len(share)
     whole = found["reconstruction"]
