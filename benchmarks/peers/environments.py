@@ -99,6 +99,14 @@ DASHBOARDS = Peer(
 )
 """whose pages of features are compared with ours"""
 
+PROBES = Peer(
+    name="sae-probes",
+    package="sae-probes",
+    version="0.4.2",
+    script=HERE / "in_sae_probes.py",
+)
+"""whose probing of an SAE is compared with ours"""
+
 
 def python_of(peer: Peer, work: Path) -> Path:
     """The interpreter of a peer's environment, made if it is not there yet.
