@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from dashboards import address, feature_fields, figures, queries, search
+from dashboards import address, clicks, feature_fields, figures, queries, search
 from dashboards.amounts import COLUMN, counted
 from dashboards.feature_view import PARAMETERS, FeatureView
 from dashboards.pages import Page
@@ -170,7 +170,7 @@ def _sort_by_head(key: str, sortable: Collection[str]) -> None:
     The table itself could sort only the rows of this page.
     """
     for head in st.session_state[key].selection.columns:
-        st.session_state["table_opened"] = st.session_state.get("table_opened", 0) + 1
+        clicks.forget("table")
         if head not in sortable:
             st.toast(f"Features cannot be sorted by {head}.", icon=":material/sort:")
             return
@@ -193,16 +193,16 @@ def _draw(
     )
     number = st.column_config.NumberColumn
     words = st.column_config.TextColumn
-    key = f"table_{st.session_state.get('table_opened', 0)}"
     own = {*COLUMNS, *MEANT_COLUMNS}
     more = {name: number(names[name], format=COLUMN) for name in columns if name not in own}
-    event = st.dataframe(
+    by_head: dict[str, Any] = {
+        "on_select": functools.partial(_sort_by_head, clicks.key_of("table"), names),
+        "selection_mode": ["single-cell", "single-column"],
+    }
+    row = clicks.clicked_row(
         shown,
-        key=key,
-        hide_index=True,
-        height=35 * (len(shown) + 1) + 3,
-        on_select=functools.partial(_sort_by_head, key, names) if sortable else "rerun",
-        selection_mode=["single-cell", "single-column"] if sortable else "single-cell",
+        "table",
+        **(by_head if sortable else {}),
         column_config={
             "feature": number("feature", width=80, format="%d"),
             "label": words("label", width="medium"),
@@ -223,10 +223,8 @@ def _draw(
             **more,
         },
     )
-    if event.selection.cells:
-        # a new key, so that nothing is selected when the reader comes back
-        st.session_state["table_opened"] = st.session_state.get("table_opened", 0) + 1
-        open_feature(session, int(frame["feature"].iloc[event.selection.cells[0][0]]))
+    if row is not None:
+        open_feature(session, int(frame["feature"].iloc[row]))
 
 
 # ---- the scatter --------------------------------------------------------------------------------
@@ -242,12 +240,9 @@ def _scatter(
     page = session.store.features(filters, limit=MOST_POINTS)
     points = page.rows.select(list(dict.fromkeys(["feature", view.x, view.y]))).to_pandas()
     spoken = queries.all_names(session.store, session.notes, session.version, points["feature"])
-    event: Any = st.plotly_chart(
+    point = clicks.clicked_point(
         figures.scatter(points, view.x, view.y, spoken, names),
-        config=figures.CONFIG,
-        key=f"scatter_{st.session_state.get('table_opened', 0)}",
-        on_select="rerun",
-        selection_mode="points",
+        "scatter",
         alt=f"Scatter of {names[view.x]} and {names[view.y]} of the features",
     )
     left_out = total - len(points)
@@ -256,9 +251,8 @@ def _scatter(
         f"{counted(len(points), 'feature')}, each a point. Click one to open it. Where all values "
         f"are above zero and span a hundredfold, an axis is logarithmic.{more}"
     )
-    if event.selection.points:
-        st.session_state["table_opened"] = st.session_state.get("table_opened", 0) + 1
-        open_feature(session, int(points["feature"].iloc[event.selection.points[0]["point_index"]]))
+    if point is not None:
+        open_feature(session, int(points["feature"].iloc[point]))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import streamlit as st
 from dashboards import catalogue, figures, queries
 from dashboards.amounts import counted
 from dashboards.catalogue import Entry
+from dashboards.clicks import clicked_row
 from dashboards.pages import Page, page_at
 from dashboards.session import Session, begin_page, link_named, open_feature
 from dashboards.tokens import facts_html, measured_html, plain
@@ -62,13 +63,10 @@ def _list(entries: Sequence[Entry]) -> None:
         for entry in entries
     ]
     frame = pd.DataFrame(rows)
-    event = st.dataframe(
+    row = clicked_row(
         frame,
-        key=f"home_{st.session_state.get('home_opened', 0)}",
-        hide_index=True,
-        height=35 * (min(len(frame), 12) + 1) + 3,
-        on_select="rerun",
-        selection_mode="single-cell",
+        "home",
+        most=12,
         column_config={
             "SAE": st.column_config.TextColumn("SAE", width="medium"),
             "features": st.column_config.NumberColumn("features", format="localized"),
@@ -82,9 +80,8 @@ def _list(entries: Sequence[Entry]) -> None:
         "Metrics are on held-out text, with half of their 95 % intervals. Click a row to see that "
         "SAE below."
     )
-    if event.selection.cells:
-        st.session_state["home_opened"] = st.session_state.get("home_opened", 0) + 1
-        _open(entries[event.selection.cells[0][0]])
+    if row is not None:
+        _open(entries[row])
     for entry in entries:
         if entry.problem:
             st.error(plain(entry.problem), icon=":material/error:")

@@ -8,6 +8,7 @@ import streamlit as st
 
 from dashboards import fact_figures, figures, find_stores, queries
 from dashboards.amounts import amount, counted
+from dashboards.clicks import clicked_point, clicked_row
 from dashboards.pages import Page
 from dashboards.session import Session, begin_page, open_feature
 from saescope.paths import AnyPath
@@ -132,21 +133,17 @@ def _heat_map(session: Session, layers: list[Layer], shares: np.ndarray, used: n
         help="Each column is a feature, sorted by its mean layer; the colour is the share of its "
         "activation at each layer.",
     )
-    event: Any = st.plotly_chart(
+    column = clicked_point(
         fact_figures.layer_heat_map(
             shares[:, order], order, [each.site for each in layers], 260 + 9 * len(layers)
         ),
-        config=figures.CONFIG,
-        key=f"layers_heat_map_{st.session_state.get('layers_opened', 0)}",
-        on_select="rerun",
-        selection_mode="points",
+        "layers_heat_map",
         alt="Features, sorted by their mean layer, and the share of each at each layer",
     )
     some = f" {len(order):,} of {len(used):,} are drawn, evenly." if len(order) < len(used) else ""
     st.caption(f"Click a cell to open its feature, or a row below.{some}")
-    if event.selection.points:
-        st.session_state["layers_opened"] = st.session_state.get("layers_opened", 0) + 1
-        open_feature(session, int(order[event.selection.points[0]["point_index"]]))
+    if column is not None:
+        open_feature(session, int(order[column]))
     _open_one(session, layers, shares, used)
 
 
@@ -176,21 +173,17 @@ def _open_one(session: Session, layers: list[Layer], shares: np.ndarray, used: n
         name: st.column_config.NumberColumn(name, format="%.1f %%", help=layers[n].site)
         for n, name in enumerate(names)
     }
-    event = st.dataframe(
+    row = clicked_row(
         frame,
-        key=f"layers_table_{at}_{st.session_state.get('layers_opened', 0)}",
-        hide_index=True,
-        height=35 * (min(len(frame), 8) + 1) + 3,
-        on_select="rerun",
-        selection_mode="single-cell",
+        f"layers_table_{at}",
+        most=8,
         column_config={
             "feature": st.column_config.NumberColumn("feature", width=70, format="%d"),
             **percentages,
         },
     )
-    if event.selection.cells:
-        st.session_state["layers_opened"] = st.session_state.get("layers_opened", 0) + 1
-        open_feature(session, int(best[event.selection.cells[0][0]]))
+    if row is not None:
+        open_feature(session, int(best[row]))
 
 
 def _charts(layers: list[Layer], shares: np.ndarray, measured: bool) -> None:

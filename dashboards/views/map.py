@@ -8,6 +8,7 @@ import streamlit as st
 
 from dashboards import address, feature_maps, figures, queries, search
 from dashboards.amounts import COLUMN, counted
+from dashboards.clicks import clicked_row
 from dashboards.feature_maps import Colouring
 from dashboards.feature_view import SEARCHES, column_names
 from dashboards.pages import Page
@@ -269,13 +270,10 @@ def _listed(
     )
     near = ["cosine"] if cosines else []
     number = st.column_config.NumberColumn
-    event = st.dataframe(
+    row = clicked_row(
         shown,
-        key=f"map_table_{st.session_state.get('map_opened', 0)}_{hash(tuple(numbers))}",
-        hide_index=True,
-        height=35 * min(len(shown) + 1, 15) + 3,
-        on_select="rerun",
-        selection_mode="single-cell",
+        f"map_table_{hash(tuple(numbers))}",
+        most=14,
         column_order=["feature", *near, "label", "tokens", "density", "max"],
         column_config={
             "feature": number("feature", width=80, format="%d"),
@@ -287,9 +285,8 @@ def _listed(
     )
     more = f"The first {_MOST_ROWS:,}. " if len(numbers) > _MOST_ROWS else ""
     st.caption(f"{more}Click a row to open its feature.")
-    if event.selection.cells:
-        st.session_state["map_opened"] = st.session_state.get("map_opened", 0) + 1
-        open_feature(session, int(frame["feature"].iloc[event.selection.cells[0][0]]))
+    if row is not None:
+        open_feature(session, int(frame["feature"].iloc[row]))
 
 
 def _keep(session: Session, numbers: Sequence[int], what: str) -> None:

@@ -157,7 +157,10 @@ def test_the_head_of_a_column_sorts_all_features(page: Any, server: str, stores:
         box = frame.bounding_box()
         page.mouse.click(box["x"] + 800, box["y"] + 17)  # the head of density
         settle(page)
-        page.wait_for_timeout(500)
+        for _ in range(40):  # the canvas is drawn after the page
+            if first_features(page) == wanted[down]:
+                break
+            page.wait_for_timeout(250)
         assert page.inner_text(READY) == "Features"
         assert first_features(page) == wanted[down]
     box = frame.bounding_box()
