@@ -13,8 +13,8 @@ from activations import ActivationStore
 from sae.commands.evaluate import EvaluateConfig, evaluate
 from sae.data.harvests import split_pieces
 from sae.data.placement import placement_of
-from sae.evaluation.breakdown import Breakdown, Groups
 from sae.evaluation.density import Density, density_histogram
+from sae.evaluation.row_groups import Groups, RowGroups
 from sae.evaluation.rows import Piece, RowSums, pass_over
 from sae.evaluation.shrinkage import Shrinkage
 from sae.kernels.codes import SparseCodes
@@ -70,7 +70,7 @@ def fvu_of(x: Tensor, chosen: Tensor) -> float:
 def test_each_group_has_its_own_fvu() -> None:
     x, about = some_rows()
     document, position, share = about
-    found = measured(Breakdown, x, about)
+    found = measured(RowGroups, x, about)
     assert [(row["from"], row["below"]) for row in found["by_position"]] == [
         (1, 2), (2, 4), (4, 8), (8, 16), (16, 32),
     ]  # fmt: skip
@@ -105,7 +105,7 @@ def test_its_intervals_are_of_documents() -> None:
     assert groups.table()[0]["fvu"] == 8 / 5
 
 
-@pytest.mark.parametrize("family", [Breakdown, Shrinkage, Density])
+@pytest.mark.parametrize("family", [RowGroups, Shrinkage, Density])
 def test_the_size_of_pieces_does_not_matter(family: type[RowSums]) -> None:
     x, about = some_rows()
 
@@ -125,7 +125,7 @@ def test_the_size_of_pieces_does_not_matter(family: type[RowSums]) -> None:
 
 def test_what_is_not_known_of_rows_is_left_out() -> None:
     x, _ = some_rows()
-    found = measured(Breakdown, x)
+    found = measured(RowGroups, x)
     names = ("fvu_rare_tokens", "fvu_early", "fvu_document_p90", "fvu_early_interval")
     assert [found[name] for name in names] == [None] * 4
     assert (found["by_position"], found["by_token_share"], found["by_document"]) == ([], [], {})
@@ -208,8 +208,8 @@ def test_rows_of_a_harvest_know_their_token(tmp_path: Path) -> None:
     bits = described["description_length"]
     assert 0 < bits["value_bits"] < bits["description_bits"] < 48
     assert bits["fvu_quantised"] == pytest.approx(found["reconstruction"]["fvu"], abs=2e-3)
-    table = found["breakdown"]["by_position"]
-    assert sum(row["rows"] for row in table) == found["breakdown"]["rows"] == len(share)
+    table = found["row_groups"]["by_position"]
+    assert sum(row["rows"] for row in table) == found["row_groups"]["rows"] == len(share)
     whole = found["reconstruction"]
     spread = sum(row["fvu"] * row["rows"] for row in table) / len(share)
     assert spread == pytest.approx(whole["fvu"], rel=0.2)

@@ -133,8 +133,8 @@ def _summary(sums: Tensor) -> dict[str, Any]:
     }
 
 
-@metric_family("breakdown", needs="activations", metrics=(FVU_RARE, FVU_EARLY, FVU_DOCUMENTS))
-class Breakdown(RowSums):
+@metric_family("row_groups", needs="activations", metrics=(FVU_RARE, FVU_EARLY, FVU_DOCUMENTS))
+class RowGroups(RowSums):
     """Sums by position, by how common the token is, and by document."""
 
     def __init__(self, setting: Setting) -> None:
