@@ -44,7 +44,7 @@ class FeatureFacts(StoreBase):
         self._need_facts()
         found: dict[int, Histogram | None] = {}
         columns = "low, high, counts"
-        of_each = self._rows_by_feature("logit_histogram", columns, features, "low")
+        of_each = self._rows_by_feature("logit_histogram", columns, features, "")
         for number, rows in of_each.items():
             found[number] = None
             for low, high, counts in rows[:1]:

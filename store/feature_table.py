@@ -72,7 +72,7 @@ class FeatureTable(StoreBase):
         columns = ("first_row", *self.columns)
         names = ", ".join(map(identifier, columns))
         found = {}
-        for number, rows in self._rows_by_feature("feature", names, features, "feature").items():
+        for number, rows in self._rows_by_feature("feature", names, features, "").items():
             self._db.check_fits(len(rows) == 1, "feature")
             row = dict(zip(columns, rows[0], strict=True))
             more = {name: row.pop(name) for name in list(row) if name not in FEATURE_COLUMNS}

@@ -58,16 +58,18 @@ class StoreBase:
     ) -> dict[int, list[tuple[Any, ...]]]:
         """A table's rows of each of these features that fulfil a condition, all in one query.
 
-        order: by which columns each feature's rows are.
+        order: by which columns each feature's rows are; none for any order.
         """
         found: dict[int, list[tuple[Any, ...]]] = {f: [] for f in self._check_all(features)}
-        # a comparison with one number is quicker than one with a list of one
-        one = len(found) == 1
-        of = "= ?" if one else "IN (SELECT unnest(?::INTEGER[]))"
+        by = f" ORDER BY {order}" if order else ""
+        if len(found) == 1:  # this way it is quickest
+            [one] = found
+            sql = f"SELECT {columns} FROM db.{table} WHERE feature = ? AND {condition}{by}"
+            return {one: self._rows(sql, [one])}
         rows = self._rows(
-            f"SELECT feature, {columns} FROM db.{table} WHERE feature {of} AND {condition}"
-            f" ORDER BY feature, {order}",
-            list(found) if one else [list(found)],
+            f"SELECT feature, {columns} FROM db.{table}"
+            f" WHERE feature IN (SELECT unnest(?::INTEGER[])) AND {condition}{by}",
+            [list(found)],
         )
         for number, *row in rows:
             found[number].append(tuple(row))
