@@ -88,6 +88,7 @@ DASHBOARDS = Peer(
         "dataclasses-json<0.7",
         "datasets<4",
         "eindex-callum",
+        "matplotlib",
         "numpy<2",
         "pyarrow<21",
         "rich<14",
