@@ -139,6 +139,7 @@ COMMANDS = {
             "saescope eval --run runs/x --tokens 65536",
             "saescope eval runs/topk-seed-0 runs/topk-seed-1",
             "saescope eval runs/pareto",
+            "saescope eval runs/smollm2-135m-topk --suite core,probing --quick --replace",
         ),
         notes=(
             "",

@@ -1,6 +1,7 @@
 """Labelled texts and their activations: what is read, what is kept, and what decides the bits."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from activations import load_model
+from sae.probing import labelled_sets as module
 from sae.probing import text_rows
 from sae.probing.labelled_sets import labelled_sets
 from sae.probing.representations import activations_of, features_of, principal_components, untrained
@@ -208,3 +210,71 @@ def test_no_more_is_kept_than_may_be(
     kept = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in kept) < 3000 or len(kept) == 2
     assert capsys.readouterr().out.count("computed again in each evaluation") == 1
+
+
+# ---- packages ------------------------------------------------------------------------------------
+
+LIST = (
+    "Dataset save name,Data type\n"
+    "cleaned_data/7_pair.csv,Binary Classification\n"
+    "cleaned_data/2_kinds.csv,Multiclass Classification\n"
+    "cleaned_data/3_years.csv,Continuous Data\n"
+    "cleaned_data/9_gone.csv,Binary Classification\n"
+)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package laid out as sae-probes is, with a set of each kind."""
+    data = "sae_probes/data"
+    years = "prompt,target\n" + "".join(f"year {n},{n}.5\n" for n in range(30))
+    tables = {
+        f"{data}/probing_datasets_MASTER.csv.zst": LIST,
+        f"{data}/cleaned_data/7_pair.csv.zst": "prompt,target\na,True\nb,False\nc,False\n",
+        f"{data}/OOD data/7_pair_OOD.csv.zst": "prompt,target\nx,1\na,1\ny,0\n",
+        f"{data}/cleaned_data/2_kinds.csv.zst": "prompt,target\na,u\nb,v\nc,w\nd,w\n",
+        f"{data}/cleaned_data/3_years.csv.zst": years,
+    }
+    with zipfile.ZipFile(tmp_path / "some.whl", "w") as archive:
+        for name, table in tables.items():
+            stream = pa.BufferOutputStream()
+            with pa.CompressedOutputStream(stream, "zstd") as packed:
+                packed.write(table.encode())
+            archive.writestr(name, stream.getvalue().to_pybytes())
+
+    def read(_: str, member: str) -> bytes:
+        with zipfile.ZipFile(tmp_path / "some.whl") as archive:
+            return archive.read(member)
+
+    monkeypatch.setattr(module, "wheel", lambda _: tmp_path / "some.whl")
+    monkeypatch.setattr(module, "read_member", read)
+    for each in (module._members, module._kinds_of_sae_probes):
+        each.cache_clear()
+        monkeypatch.setattr(module, each.__name__, each.__wrapped__)
+
+
+@pytest.mark.usefixtures("package")
+def test_sets_of_sae_probes_by_kind() -> None:
+    """Two classes as they are; a class each, or above the median, where they are asked for."""
+    assert list(labelled_sets(["sae-probes"])) == ["sae-probes/7_pair"]
+    kinds = labelled_sets(["sae-probes/2_*"])
+    assert list(kinds) == [f"sae-probes/2_kinds={each}" for each in "uvw"]
+    assert kinds["sae-probes/2_kinds=w"].read().labels.tolist() == [False, False, True, True]
+    (years,) = labelled_sets(["sae-probes/3_years>median"]).values()
+    assert years.read().labels.tolist() == [n > 14.5 for n in range(30)]
+    with pytest.raises(InputError, match="no such set of sae-probes"):
+        labelled_sets(["sae-probes/8_*"])
+
+
+@pytest.mark.usefixtures("package")
+def test_texts_from_elsewhere_are_none_of_the_set() -> None:
+    source = labelled_sets(["sae-probes/7_pair"])["sae-probes/7_pair"]
+    found = source.read()
+    assert found.texts == ("a", "b", "c")
+    assert found.labels.tolist() == [True, False, False]
+    assert found.elsewhere is not None
+    assert found.elsewhere[0] == ("x", "y")
+    assert found.elsewhere[1].tolist() == [True, False]
+    assert source.origins() == found.origins
+    assert found.origins[1].source.endswith("OOD data/7_pair_OOD.csv.zst")
+    assert found.origins[0].source.startswith("sae-probes==0.4.2 ")
