@@ -12,6 +12,7 @@ from typing import Any
 import google_crc32c
 
 from saescope.artefact import SEAL, DamagedError, sha256_json, write_json
+from saescope.paths import AnyPath
 
 FILES = "files"
 _PIECE = 1 << 18
@@ -75,7 +76,7 @@ def check_files(
         check_file(folder / name, listed.get(name) if isinstance(listed, Mapping) else None, what)
 
 
-def write_sealed(path: str | Path, value: Mapping[str, Any]) -> None:
+def write_sealed(path: str | AnyPath, value: Mapping[str, Any]) -> None:
     """Write a JSON object that carries its own sha256, atomically."""
     write_json(path, sealed(value))
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from activations.recompute import doctor as harvests
 from sae.commands.examination import Examination, examine, kind_of_artefact
+from sae.core.serialisation import CONFIG_FILE
+from saescope.artefact import MANIFEST, read_json
 from saescope.errors import ArtefactError, InputError
 from saescope.leftovers import leftovers, remove_leftover
-from saescope.paths import AnyPath, as_path
+from saescope.paths import AnyPath, as_path, exists
 from saescope.progress import say
 from store.parquet.layout import KIND as PARQUET_STORE
 from store.parquet.layout import is_parquet_store
@@ -74,7 +76,17 @@ def _one(config: DoctorConfig, path: AnyPath, kind: str) -> int:
 def _remote(config: DoctorConfig, path: AnyPath) -> int:
     if is_parquet_store(path):
         return _one(config, path, PARQUET_STORE)
+    if _is_run(path) or exists(path / CONFIG_FILE):
+        raise InputError(
+            "is a run or an SAE, which is checked in a folder of this machine; copy it there",
+            where=config.path,
+        )
     return _harvest(config, path)
+
+
+def _is_run(path: AnyPath) -> bool:
+    found = read_json(path / MANIFEST) if exists(path / MANIFEST) else None
+    return isinstance(found, dict) and found.get("kind") == "run"
 
 
 def _harvest(config: DoctorConfig, path: AnyPath) -> int:

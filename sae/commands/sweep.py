@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from activations import ActivationStore
-from activations.harvesting.window_locks import Team, member, pauses, ranks_file
+from activations.harvesting.window_locks import Team, member, pauses, ranks_file, shared
 from sae.data.harvests import open_complete
 from sae.data.streams import Stream
 from sae.training.config import TrainConfig
@@ -28,7 +28,7 @@ from saescope.artefact import SEAL, DamagedError, check_schema, check_seal, read
 from saescope.config import Config, from_dict
 from saescope.errors import InputError, check_range
 from saescope.locks import locked
-from saescope.paths import AnyPath, local
+from saescope.paths import AnyPath, as_path, exists
 from saescope.process_rank import this_rank
 from saescope.progress import Progress, say, silent
 from saescope.seals import write_sealed
@@ -48,7 +48,7 @@ class SweepConfig(Config):
     harvest: str
     """Folder of a finished harvest, or its URL."""
     out: str
-    """Folder for the members' runs, one folder each."""
+    """Folder for the members' runs, one folder each, or a URL such as s3://bucket/name."""
     at_once: int = 8
     """Members that are trained on a batch before the next is read; bounds the memory."""
     plan: bool = False
@@ -90,7 +90,7 @@ def members(config: SweepConfig) -> dict[str, TrainConfig]:
             for key, value in chosen.items():
                 if key != "name":
                     _put(values, key, value, where)
-            values |= {"harvest": config.harvest, "out": str(local(config.out) / name)}
+            values |= {"harvest": config.harvest, "out": str(as_path(config.out) / name)}
             values.setdefault("data_seed", 0)  # one order of batches for all
             found[name] = from_dict(TrainConfig, values, f"{where}, member {name}")
     return found
@@ -110,13 +110,14 @@ def read_members(folder: AnyPath) -> dict[str, Any]:
 
 
 @system_errors()
-def sweep(config: SweepConfig) -> list[Path]:
+def sweep(config: SweepConfig) -> list[AnyPath]:
     """Train every member that is not trained yet; the members' folders.
 
     Of several processes each trains some members, and all return when all members are trained.
 
     Raises InputError as a single run does, before anything is trained, and ArtefactError if another
-    process trains the sweep, or one of its members, or if rank 0 of several is gone.
+    process trains the sweep, or one of its members, or if rank 0 of several is gone. Several
+    processes train into an object store only if torchrun starts them.
     """
     if this_rank().number == 0:
         return _sweep(config)
@@ -127,7 +128,7 @@ def sweep(config: SweepConfig) -> list[Path]:
         raise SystemExit(130) from None  # rank 0 says what there is to say
 
 
-def _sweep(config: SweepConfig) -> list[Path]:
+def _sweep(config: SweepConfig) -> list[AnyPath]:
     harvest = open_complete(config.harvest)
     streams: dict[str, Stream] = {}
     runs = {name: Run(each, harvest, streams=streams) for name, each in members(config).items()}
@@ -136,14 +137,14 @@ def _sweep(config: SweepConfig) -> list[Path]:
             for line in describe(list(runs.values()), at_once=config.at_once):
                 say(line)
         return []
-    out = local(config.out)
+    out = shared(config.out) if this_rank().size > 1 else as_path(config.out)
     with _at_work(out, runs) as team:
         _train_all(list(runs.values()), harvest, streams, config.at_once, team)
     return [run.folder for run in runs.values()]
 
 
 @contextmanager
-def _at_work(out: Path, runs: dict[str, Run]) -> Iterator[Team | None]:
+def _at_work(out: AnyPath, runs: dict[str, Run]) -> Iterator[Team | None]:
     """Take part in a sweep: as rank 0, which holds its lock and lists its members, or another.
 
     None for a process that is alone. Raises InputError if rank 0 has other members.
@@ -163,7 +164,8 @@ def _at_work(out: Path, runs: dict[str, Run]) -> Iterator[Team | None]:
         return
     with locked(out, "sweep"):
         _list_members(out, runs)
-        if this_rank().size == 1 and not ranks_file(out).exists():
+        left = isinstance(out, Path) and ranks_file(out).exists()
+        if this_rank().size == 1 and not left:
             yield None
             return
         with member(out, "a sweep") as team:
@@ -171,10 +173,10 @@ def _at_work(out: Path, runs: dict[str, Run]) -> Iterator[Team | None]:
             yield team
 
 
-def _list_members(out: Path, runs: dict[str, Run]) -> None:
+def _list_members(out: AnyPath, runs: dict[str, Run]) -> None:
     """Write the members' settings, beside those of other files for this folder."""
     listed = out / MEMBERS
-    before = read_members(out) if listed.exists() else {}
+    before = read_members(out) if exists(listed) else {}
     found = {**before, **{name: run.settings for name, run in runs.items()}}
     write_sealed(listed, {"schema": MEMBERS_SCHEMA, "members": found})
 

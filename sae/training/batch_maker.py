@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae.core.base import SparseAutoencoder
+from sae.core.base import SparseAutoencoder, kind_of
 from sae.core.batch import RawBatch, TrainingBatch
 from saescope.config import Config
 from saescope.errors import InputError, check_range
@@ -86,3 +86,15 @@ class BatchMaker:
             rows = raw.group == number
             y[rows] = site.apply(raw.x[rows])
         return y
+
+
+def check_first_rows(sae: SparseAutoencoder, batch_size: int, accumulate: int) -> None:
+    """Raise InputError if the first micro-batch is too small to initialise an SAE from."""
+    first = -(-batch_size // accumulate)
+    if first < sae.first_rows:
+        raise InputError(
+            f"{kind_of(sae.config)} takes more rows than that from its first batch",
+            where="trainer.batch_size",
+            given=f"{first} in the first of {accumulate} micro-batches",
+            allowed=f"at least {sae.first_rows} in each",
+        )

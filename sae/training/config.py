@@ -33,7 +33,7 @@ class TrainConfig(Config):
     """Folder of a finished harvest, or its URL; of one with storage none, activations come straight
     from the model. Or a synthetic world: synth:small, synth:16k."""
     out: str
-    """Folder of the run to write."""
+    """Folder of the run to write, or its URL: s3://bucket/name."""
     site: str | None = None
     """TransformerLens name of the site; may be left out if the harvest has only one."""
     sites: tuple[str, ...] = ()

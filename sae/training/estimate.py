@@ -72,7 +72,7 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
             )
     buffers = max((_stream_bytes(run) for run in runs), default=0)
     needed = sum(sorted(memory)[-at_once:]) + buffers
-    folder = runs[0].folder if runs else Path()
+    folder = runs[0].work_folder if runs else Path()
     free = free_bytes(folder)
     lines += [
         f"memory   about {needed / 1e9:.2f} GB beside the libraries' 0.6 GB",

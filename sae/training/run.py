@@ -1,6 +1,6 @@
 """One run: from its configuration to a trainer over a harvest, and to the SAE it releases."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -24,6 +24,7 @@ from sae.formats.load import SAE_FOLDER, load
 from sae.training import process_group, run_folder, sharded_checkpoint
 from sae.training.config import TrainConfig
 from sae.training.end_to_end import EndToEnd, EndToEndStream
+from sae.training.remote_run import remote_run
 from sae.training.trainer import Trainer
 from sae.training.trainer_config import TrainerConfig
 from saescope.artefact import git_commit, sha256_json
@@ -32,7 +33,7 @@ from saescope.errors import InputError
 from saescope.leftovers import leftovers, remove_leftover
 from saescope.locks import locked
 from saescope.metrics import texts
-from saescope.paths import if_local, local
+from saescope.paths import as_path, if_local, local
 from saescope.progress import say
 from saescope.replacing import check_apart
 
@@ -59,8 +60,8 @@ class Run:
     ) -> None:
         check_trainable("train")
         check_held_out(harvest)
-        self.config, self.harvest = config, harvest
-        self.folder = local(config.out)
+        self.config, self.harvest, self.folder = config, harvest, as_path(config.out)
+        self._remote = remote_run(self.folder, harvest.path, config.trainer)
         self.sae_config = config.sae
         if config.trainer.target_l0 is not None:
             self.sae_config = config.sae.with_target_l0(config.trainer.target_l0)
@@ -76,7 +77,7 @@ class Run:
             mix_layers=config.mix_layers,
         )
         before = run_folder.read_if_there(self.folder)
-        check_apart(self.folder, if_local(harvest.path))
+        check_apart(self.work_folder, if_local(harvest.path))
         order = self._order(before)
         self.trainer_config = self._trainer_config(before)
         self.settings = {
@@ -229,19 +230,30 @@ class Run:
 
     def finished(self) -> bool:
         """True if the SAE is there already."""
-        return (self.folder / SAE_FOLDER).exists()
+        if self._remote is not None:
+            return self._remote.finished()
+        return (self.work_folder / SAE_FOLDER).exists()
 
     def locked(self) -> AbstractContextManager[None]:
         """A lock against processes other than those of this torchrun training into the folder.
 
         Raises ArtefactError if one does.
         """
+        if self._remote is not None:
+            return self._remote.locked()
         return locked(self.folder, "training") if process_group.first() else nullcontext()
+
+    @property
+    def work_folder(self) -> Path:
+        """Where files are written: `folder`, or for an object store a folder of this machine."""
+        return local(self.folder) if self._remote is None else self._remote.folder
 
     def start(self) -> None:
         """Make the trainer and, in a new folder, write the manifest."""
-        if process_group.first():
-            for found in list(leftovers(self.folder)):
+        if self._remote is not None:
+            self._remote.fetch()
+        elif process_group.first():
+            for found in list(leftovers(self.work_folder)):
                 remove_leftover(found)
         trainer = self.trainer  # before anything is written: wrong input leaves no folder behind
         tokens = self.total_steps * self.stream.tokens_per_batch
@@ -263,10 +275,11 @@ class Run:
     @cached_property
     def trainer(self) -> Trainer:
         """The trainer, at the run's last checkpoint."""
-        return self.make_trainer(self.folder)
+        saved = None if self._remote is None else self._remote.put_checkpoint
+        return self.make_trainer(self.work_folder, saved)
 
-    def make_trainer(self, folder: Path) -> Trainer:
-        """A trainer that writes to a folder."""
+    def make_trainer(self, folder: Path, saved: Callable[[], None] | None = None) -> Trainer:
+        """A trainer that writes to a folder, and calls `saved` after each checkpoint."""
         config, with_loss = self.config, None
         sae = self.make_sae().to(process_group.device(config.device))
         if isinstance(self.stream, EndToEndStream):
@@ -283,6 +296,7 @@ class Run:
             initialise=config.start_from is None,
             tag=self.tag,
             seed=config.seed,
+            saved=saved,
         )
 
     def make_sae(self) -> SparseAutoencoder:
@@ -354,7 +368,9 @@ class Run:
                 **self.stream.outliers.to_dict(),
                 "rows_left_out": self.stream.removed,
             }
-        sharded_checkpoint.release(sae, self.folder / SAE_FOLDER)
+        sharded_checkpoint.release(sae, self.work_folder / SAE_FOLDER)
+        if self._remote is not None:
+            self._remote.put_sae()
         say(
             f"{self.folder}: {kind_of(sae.config)}, d_in {sae.d_in}, d_sae {sae.config.d_sae}; on "
             f"{last['rows']:,} held-out rows: {texts(('l0', 'fvu', 'cosine'), last)}"

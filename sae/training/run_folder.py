@@ -10,6 +10,7 @@ from sae.training.trainer import METRICS
 from saescope.artefact import MANIFEST, check_seal, read_manifest, write_manifest
 from saescope.errors import InputError
 from saescope.leftovers import is_leftover
+from saescope.paths import AnyPath, exists, occupied
 
 _SCHEMA = 2
 _SEALED_SINCE = 2
@@ -24,7 +25,7 @@ _SINKS = ("wandb", "tensorboard")
 """folders that measurements may go to before the manifest is written"""
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: AnyPath) -> dict[str, Any]:
     """A run's manifest; ArtefactError if it is missing, damaged or newer."""
     found = read_manifest(folder, kind="run", schema=_SCHEMA)
     # older versions sealed no manifest of a run on rows in memory, whatever its schema
@@ -33,15 +34,18 @@ def read_run(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read_if_there(folder: Path) -> dict[str, Any] | None:
+def read_if_there(folder: AnyPath) -> dict[str, Any] | None:
     """The manifest of the run in a folder; None if there is none yet.
 
     Raises InputError if the folder holds anything but what an interrupted start left of a run,
     ArtefactError if the manifest is damaged or newer.
     """
-    if (folder / MANIFEST).exists():
+    if exists(folder / MANIFEST):
         return read_run(folder)
-    if folder.is_dir():
+    if not isinstance(folder, Path):
+        if occupied(folder):
+            raise InputError("holds no run; choose another name", where=str(folder))
+    elif folder.is_dir():
         found = [path for path in folder.iterdir() if not is_leftover(path)]
         early = {METRICS, *_SINKS}
         if not all(p.name in early and (p.is_dir() or not p.stat().st_size) for p in found):
@@ -54,7 +58,7 @@ def read_if_there(folder: Path) -> dict[str, Any] | None:
 
 
 def write(
-    folder: Path,
+    folder: AnyPath,
     settings: Mapping[str, Any],
     *,
     parent: str,
@@ -71,7 +75,7 @@ def write(
         site: the first that it reads, where it reads a harvest.
         numerics: the kernels and precision that it began with.
     """
-    if (folder / MANIFEST).exists():
+    if exists(folder / MANIFEST):
         return
     write_manifest(
         folder,
@@ -108,7 +112,9 @@ def without_new(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in trainer.items() if not (k in _NEW and v in _NEW[k])}
 
 
-def another_run(folder: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> InputError:
+def another_run(
+    folder: AnyPath, before: Mapping[str, Any], settings: Mapping[str, Any]
+) -> InputError:
     """The error that a folder holds a run of other settings; it names those that differ."""
     old = identity(before)
     differing = [name for name, value in identity(settings).items() if old.get(name) != value]

@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sae.core.base import SparseAutoencoder, TrainingState, kind_of
+from sae.core.base import SparseAutoencoder, TrainingState
 from sae.core.batch import RawBatch, TrainingBatch
 from sae.core.finite import check_finite
 from sae.core.gradients import check_trainable
 from sae.distributed import FEATURES, ROWS
 from sae.kernels import gradient_buffers
 from sae.training import checkpoint, gradient_sums, process_group, sharded_checkpoint
-from sae.training.batch_maker import BatchMaker
+from sae.training.batch_maker import BatchMaker, check_first_rows
 from sae.training.held_out import HeldOutRows, measure, normalised_rows
 from sae.training.l0_controller import L0Controller, reached
 from sae.training.numerics import Numerics
@@ -60,6 +60,7 @@ class Trainer:
             data; False for an SAE whose training continues.
         tag: identifies the run's configuration; a checkpoint with another tag is refused.
         seed: of the run's own randomness (masks, resampling).
+        saved: called when a checkpoint is in the folder.
     """
 
     def __init__(
@@ -76,17 +77,18 @@ class Trainer:
         initialise: bool = True,
         tag: str = "",
         seed: int = 0,
+        saved: Callable[[], None] | None = None,
     ) -> None:
         check_trainable("Trainer")
         check_range("training steps", total_steps, low=1)
         process_group.check_batch(config.batch_size, config.accumulate)
         if initialise:
-            _check_first_rows(sae, config)
+            check_first_rows(sae, config.batch_size, config.accumulate)
         self.sae, self.batches, self.config = sae, batches, config
         self.total_steps, self.held_out = total_steps, held_out
         self.calibration = calibration or held_out
         self.with_loss, self.initialise = with_loss, initialise
-        self.folder, self.tag = folder, tag
+        self.folder, self.tag, self.saved = folder, tag, saved
         self.lr = config.lr or base_lr(sae.config.d_sae, config.optimiser) * config.lr_multiplier
         self.optimiser = _optimiser(sae, config, self.lr)
         self.numerics = Numerics(
@@ -342,6 +344,8 @@ class Trainer:
                 "metrics": self.log.seal() if self.log else None,
             },
         )
+        if self.saved is not None:
+            self.saved()
 
     def _restore(self, folder: Path) -> dict[str, Any]:
         tensors, state = sharded_checkpoint.load(folder / CHECKPOINT, self.sae)
@@ -363,18 +367,6 @@ class Trainer:
         # older checkpoints do not say, and took rows for tokens
         self.tokens = state.get("tokens", self.step * self.config.batch_size)
         return state
-
-
-def _check_first_rows(sae: SparseAutoencoder, config: TrainerConfig) -> None:
-    """Raise InputError if the first micro-batch is too small to initialise an SAE from."""
-    first = -(-config.batch_size // config.accumulate)
-    if first < sae.first_rows:
-        raise InputError(
-            f"{kind_of(sae.config)} takes more rows than that from its first batch",
-            where="trainer.batch_size",
-            given=f"{first} in the first of {config.accumulate} micro-batches",
-            allowed=f"at least {sae.first_rows} in each",
-        )
 
 
 def _optimiser(sae: SparseAutoencoder, config: TrainerConfig, lr: float) -> torch.optim.Optimizer:

@@ -18,6 +18,7 @@ from sae.training.trainer import Trainer
 from saescope.config import from_dict
 from saescope.errors import ArtefactError, InputError
 from saescope.locks import locked
+from saescope.paths import AnyPath, local
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
 SITES = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -41,9 +42,9 @@ def config(harvest: Path, out: Path, **more: Any) -> SweepConfig:
     )
 
 
-def same(one: Path, other: Path) -> bool:
+def same(one: AnyPath, other: AnyPath) -> bool:
     a, b = load(one).state_dict(), load(other).state_dict()
-    logs = [read_metrics(path / "metrics.jsonl") for path in (one, other)]
+    logs = [read_metrics(local(path) / "metrics.jsonl") for path in (one, other)]
     return all(torch.equal(a[name], b[name]) for name in a) and logs[0] == logs[1]
 
 
