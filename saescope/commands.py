@@ -6,7 +6,7 @@ It imports none of them, so that help is instant.
 from dataclasses import dataclass
 
 from saescope import plugins
-from saescope.metrics import metric_table
+from saescope.metrics import common_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ ARCHITECTURES = (
     "matryoshka msae mutual_choice relu skip_transcoder topk transcoder",
 )
 """those that come with saescope, so that help needs no torch"""
-_MEASURED = [row.label for row in metric_table().values() if not row.minor]
+_MEASURED = [row.label for row in common_rows() if not row.minor]
 COMMANDS = {
     "demo": Command(
         module="dashboards.demo_command",

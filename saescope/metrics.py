@@ -109,6 +109,11 @@ def metric(name: str) -> Metric:
     return _TABLE[name]
 
 
+def common_rows() -> list[Metric]:
+    """The rows declared in this file: the same whatever families have been imported."""
+    return [row for name, row in _TABLE.items() if name in _OWN]
+
+
 def texts(names: Iterable[str], values: Mapping[str, float]) -> str:
     """Metrics with their values, for use in a sentence.
 
