@@ -191,7 +191,7 @@ def test_a_run_that_is_killed_at_any_object_goes_on(
         train(config_of(root, url))
         assert content(url) == made, kills
         remove(as_path(url))
-    assert kills > 6
+    assert kills >= 6  # two files of each of three checkpoints
 
 
 def test_a_checkpoint_is_gone_on_from_and_not_begun_anew(
