@@ -29,6 +29,17 @@ def accuracy(scores: Matrix, y: Labels) -> float:
     return float(((scores > 0) == y).mean())
 
 
+def f1(scores: Matrix, y: Labels) -> float:
+    """Harmonic mean of precision and recall of scores above 0; 0 if none is above 0 and right.
+
+    >>> f1(np.array([1.0, 2.0, -1.0, -1.0]), np.array([True, False, True, False]))
+    0.5
+    """
+    called = scores > 0
+    both = int((called & y).sum())
+    return 2 * both / (int(called.sum()) + int(y.sum())) if both else 0.0
+
+
 def majority(y: Labels) -> float:
     """The accuracy of always saying the commoner label."""
     share = float(y.mean())

@@ -52,7 +52,7 @@ def _moments(features: Features) -> tuple[Matrix, Matrix]:
         count, width = cast("tuple[int, int]", features.shape)
         column, value = features.indices, features.data
         mean = np.bincount(column, value, width) / count
-        squares = np.bincount(column, (value - mean[column]) ** 2, width)
+        squares = np.bincount(column, (value - mean[column]) ** 2, width).astype(np.float64)
         squares += (count - np.bincount(column, minlength=width)) * mean**2
     return mean, squares / max(1, count - 1)
 
