@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "jumprelu_tanh": {"kind": "jumprelu", "sae": {"penalty": "tanh", "parametrisation": "log"}},
     "jumprelu_steered": {"kind": "jumprelu", "trainer": {"target_l0": 16.0}},
     "jumprelu_quadratic": {"kind": "jumprelu", "sae": {"penalty": "quadratic", "l0_target": 4.0}},
+    "jumprelu_frequency": {"kind": "jumprelu", "sae": {"frequency_scale": 0.05}},
     "gated": {"kind": "gated"},
     "batchtopk": {"kind": "batchtopk"},
     "mutual_choice": {"kind": "mutual_choice", "sae": {"auxiliary": "auxk"}},
@@ -65,7 +66,8 @@ CASES: dict[str, dict[str, Any]] = {
 """In float64 unless said otherwise, so that what is wrong cannot pass for rounding."""
 BY_FEATURE = (
     "topk_multi", "abstopk", "relu_levels", "jumprelu", "jumprelu_tanh", "jumprelu_quadratic",
-    "gated", "batchtopk", "mutual_choice", "tilted", "masked", "schedule_free", "wide", "float32",
+    "jumprelu_frequency", "gated", "batchtopk", "mutual_choice", "tilted", "masked",
+    "schedule_free", "wide", "float32",
 )  # fmt: skip
 """cases whose features ranks can share out"""
 

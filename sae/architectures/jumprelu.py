@@ -6,7 +6,11 @@ loss = FVU + lambda(t) * S, with one of
     step        S = mean_batch sum_i H(z_i - theta_i) / d_in                    Jumping Ahead, eq. 9
     tanh        S = mean_batch sum_i tanh(c f_i ||W_dec,i|| / s) / d_in         Anthropic, Jan. 2025
     quadratic   S = (L0 / L0_target - 1)^2, L0 = mean_batch sum_i H(z_i - theta_i)
-and, for dead features, mu * mean_batch sum_dead ReLU(theta_i - z_i) ||W_dec,i|| / (s d_in)
+to which frequency_scale adds sum_i f_i^2 / (f_0 d_in), f_i = mean_batch H(z_i - theta_i), against
+features that fire often. With "step" that is the quadratic-frequency penalty of Rajamanoharan et
+al. (2025; see _frequency.py). With "quadratic" it is a second penalty beside that on L0, as Gemma
+Scope 2 has one (section 2.3), whose exact form that paper does not print.
+And, for dead features, mu * mean_batch sum_dead ReLU(theta_i - z_i) ||W_dec,i|| / (s d_in)
 
 Units. s = sqrt(variance / d_in) is the deviation of one coordinate of the data, and of the
 pre-activations of a random direction. Bandwidth, first threshold and c count in it, so that they
@@ -28,6 +32,7 @@ from torch import Tensor, nn
 
 from sae import kernels
 from sae.architectures import register
+from sae.architectures._frequency import squared_frequencies
 from sae.architectures._ste import jump_relu, step
 from sae.architectures._thresholds import calibrated_threshold
 from sae.core import losses
@@ -55,6 +60,10 @@ class JumpReLUConfig(SAEConfig):
     """Fraction of training over which the penalty grows from 0 to its weight."""
     l0_target: float = 32.0
     """quadratic: the mean number of active features to reach."""
+    frequency_scale: float | None = None
+    """f_0, the fraction of rows from which on a feature costs more for firing more often than L0
+    alone says, such as 0.1; smaller presses harder. None: no feature does. Frequencies are of a
+    batch (with trainer.accumulate, of each part), which has to be many times 1 / f_0 rows."""
     tanh_scale: float = 4.0
     """tanh: c, per deviation of one coordinate."""
     parametrisation: Literal["theta", "log"] = "theta"
@@ -81,6 +90,8 @@ class JumpReLUConfig(SAEConfig):
         for name in ("l0_target", "tanh_scale", "initial_threshold", "bandwidth"):
             check_range(f"sae.{name}", getattr(self, name), above=0)
         check_range("sae.l0_warmup_fraction", self.l0_warmup_fraction, low=0, high=1)
+        if self.frequency_scale is not None:
+            check_range("sae.frequency_scale", self.frequency_scale, above=0)
         if self.calibrated_l0 is not None:
             check_range("sae.calibrated_l0", self.calibrated_l0, above=0, high=self.d_sae)
 
@@ -204,13 +215,13 @@ class JumpReLUSAE(SparseAutoencoder):
             for each, own in zip(both, owns, strict=True)
         )
         found = losses.reconstruct(codes, batch, self.W_dec, self.b_dec, silent)
+        active = torch.cat([step(e.value, own, eps) for e, own in zip(both, owns, strict=True)])
         if config.penalty == "tanh":
             scale = config.tanh_scale / unit * losses.row_norms(self.W_dec)
             strengths = [each.value * scale.index_select(0, each.index) for each in (codes, silent)]
             counted = batch.mean(torch.tanh(torch.cat(strengths)))
         else:
-            active = [step(each.value, own, eps) for each, own in zip(both, owns, strict=True)]
-            counted = batch.mean(torch.cat(active))
+            counted = batch.mean(active)
         if config.penalty == "quadratic":
             penalty = (counted / config.l0_target - 1).square()
         else:
@@ -218,6 +229,12 @@ class JumpReLUSAE(SparseAutoencoder):
         weight = config.l0_coefficient * state.ramp(config.l0_warmup_fraction) * state.penalty
         loss = found.loss + weight * penalty
         terms = {"fvu": found.loss.detach(), "sparsity": penalty.detach()}
+        if config.frequency_scale is not None:
+            index = torch.cat([each.index for each in both])
+            squared = squared_frequencies(active, index, self.d_sae, batch.total)
+            frequent = squared / (config.frequency_scale * self.d_in)
+            loss = loss + weight * frequent
+            terms["frequency"] = frequent.detach()
         if config.pre_act_coefficient:
             above = replace(both[0], value=both[0].value - owns[0])
             short = batch.mean(self._short(centred, theta, above, state.dead)) / (unit * self.d_in)

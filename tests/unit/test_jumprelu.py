@@ -72,6 +72,97 @@ def test_loss_by_hand(penalty: str, value: float) -> None:
     assert output.counts.tolist() == [1, 0, 1]
 
 
+@pytest.mark.parametrize("penalty", ["step", "tanh", "quadratic"])
+def test_frequent_features_cost_more_by_hand(penalty: str) -> None:
+    """Features fire on 3, 1 and 1 of 4 rows: f = 3/4, 1/4, 1/4, their squares 11/16."""
+    rows = torch.cat([ROWS, torch.tensor([[4.0, 3.0]])])
+    rows[1] = torch.tensor([3.0, 1.0])  # x - b_dec = (2,1) twice, (-1,-4), (3,3)
+    options: dict[str, Any] = {"penalty": penalty, "l0_coefficient": 0.7, "l0_target": 0.5}
+    batch, state = TrainingBatch.of(rows, variance=8.0), TrainingState(penalty=3.0)
+    without = by_hand(**options).training_output(batch, state)
+    output = by_hand(**options, frequency_scale=0.2).training_output(batch, state)
+    assert output.counts.tolist() == [3, 1, 1]
+    assert "frequency" not in without.terms
+    assert float(output.terms["frequency"]) == pytest.approx(11 / 16 / 0.2 / 2)
+    assert float(output.terms["sparsity"]) == float(without.terms["sparsity"])
+    added = float(output.loss.detach() - without.loss.detach())
+    assert added == pytest.approx(3 * 0.7 * 11 / 16 / 0.2 / 2)
+    if penalty == "step":  # the published sum_i f_i (1 + f_i / f_0)
+        published = 0.75 * (1 + 0.75 / 0.2) + 2 * 0.25 * (1 + 0.25 / 0.2)
+        found = float(output.terms["sparsity"] + output.terms["frequency"])
+        assert found == pytest.approx(published / 2)
+
+
+def test_the_gradient_of_frequencies_is_a_finite_difference_of_the_penalty() -> None:
+    """Rows that lie evenly: counts are linear in a threshold, so a difference over a band is exact.
+
+    (f+ ^2 - f- ^2) / eps = -2 f (f- - f+) / eps, since (f+ + f-) / 2 is f where they are linear.
+    """
+    config = plain(d_sae=3, bandwidth=0.5, l0_coefficient=1.0, frequency_scale=0.05)
+    sae = JumpReLUSAE(config, 1).double()
+    at = torch.tensor([0.8, 1.0, 1.7], dtype=torch.float64)
+    y = (torch.arange(4000, dtype=torch.float64)[:, None] + 0.5) / 1000 - 2  # -2 to 2
+    batch = TrainingBatch.of(y, variance=1.0)
+    with torch.no_grad():
+        sae.W_enc_T.copy_(torch.tensor([[1.0], [0.9], [-1.0]]))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+        sae.W_dec.zero_()  # nothing is reconstructed: thresholds feel the penalty alone
+
+    def penalty(theta: torch.Tensor) -> float:
+        with torch.no_grad():
+            sae.threshold.copy_(theta)
+            terms = sae.training_output(batch, TrainingState()).terms
+        return float(terms["sparsity"] + terms["frequency"])
+
+    width = config.bandwidth / 2
+    slopes = [
+        (penalty(at + direction) - penalty(at - direction)) / (2 * width)
+        for direction in torch.eye(3, dtype=torch.float64) * width
+    ]
+    with torch.no_grad():
+        sae.threshold.copy_(at)
+    sae.training_output(batch, TrainingState()).loss.backward()
+    assert sae.threshold.grad is not None
+    assert sae.threshold.grad.tolist() == pytest.approx(slopes, rel=5e-3)
+    # of the first, f = 1.2 / 4 and its slope -1 / 4: -(1 + 2 f / f_0) / 4
+    assert slopes[0] == pytest.approx(-(1 + 2 * 0.3 / 0.05) / 4, rel=5e-3)
+    # those that fire more often are pressed harder
+    assert sae.threshold.grad[0] < sae.threshold.grad[2] < -0.25
+
+
+def test_a_scale_of_frequencies_is_above_0() -> None:
+    with pytest.raises(InputError, match=r"sae\.frequency_scale.*given: 0"):
+        plain(d_sae=3, frequency_scale=0.0)
+
+
+def test_features_that_fire_often_go() -> None:
+    """The most frequent feature of a short run, against the mean of all."""
+    most = []
+    for scale in (None, 0.02):
+        torch.manual_seed(0)
+        config = JumpReLUConfig(
+            d_sae=64, penalty="quadratic", l0_target=4.0, frequency_scale=scale, l0_coefficient=1.0
+        )
+        sae = JumpReLUSAE(config, 16)
+        y = torch.randn(512, 16) / 4 * torch.linspace(0.2, 1.8, 16)
+        batch = TrainingBatch.of(y, variance=float(y.square().sum(1).mean()))
+        sae.start(batch)
+        optimiser = torch.optim.Adam(sae.parameters(), lr=2e-3)
+        counts = torch.zeros(64)
+        for number in range(300):
+            output = sae.training_output(batch, TrainingState(step=number, total_steps=300))
+            optimiser.zero_grad()
+            output.loss.backward()
+            sae.before_step()
+            optimiser.step()
+            sae.after_step()
+            counts = output.counts.double()
+        most.append(float(counts.max() / counts.mean()))
+    assert most[0] > 3
+    assert most[1] < 1.6
+
+
 def test_pre_activation_loss_of_dead_features_by_hand() -> None:
     sae = by_hand(l0_coefficient=0.0, pre_act_coefficient=0.5)
     batch, dead = TrainingBatch.of(ROWS, variance=8.0), torch.tensor([False, True, False])
@@ -129,21 +220,25 @@ def dense_objective(sae: JumpReLUSAE, y: torch.Tensor, dead: torch.Tensor) -> to
         l0 = _DenseJump.apply(z, theta, config.bandwidth, True).sum(1).mean()
         quadratic = config.penalty == "quadratic"
         sparsity = (l0 / config.l0_target - 1) ** 2 if quadratic else l0 / 7
+    if config.frequency_scale is not None:
+        frequency = _DenseJump.apply(z, theta, config.bandwidth, True).mean(0)
+        sparsity = sparsity + frequency.square().sum() / config.frequency_scale / 7
     silent = (torch.relu(theta - z) * dead * norm).sum(1).mean() / 7
     return loss + config.l0_coefficient * sparsity + config.pre_act_coefficient * silent
 
 
 @pytest.mark.parametrize("parametrisation", ["theta", "log"])
 @pytest.mark.parametrize("penalty", ["step", "tanh", "quadratic"])
-@pytest.mark.parametrize("bandwidth", [0.4, 3.0])
+@pytest.mark.parametrize(("bandwidth", "frequency_scale"), [(0.4, None), (3.0, None), (0.4, 0.02)])
 def test_gradients_equal_the_dense_float64_objective(
-    parametrisation: str, penalty: str, bandwidth: float
+    parametrisation: str, penalty: str, bandwidth: float, frequency_scale: float | None
 ) -> None:
     """With bands above 0 and with bands that reach below it."""
     torch.manual_seed(0)
     config = plain(
         d_sae=40, penalty=penalty, parametrisation=parametrisation,
         bandwidth=bandwidth, pre_act_coefficient=0.3, l0_target=5.0,
+        frequency_scale=frequency_scale,
     )  # fmt: skip
     sae = JumpReLUSAE(config, 7).double()
     with torch.no_grad():
