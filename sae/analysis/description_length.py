@@ -51,7 +51,7 @@ def at_equal_distortion(saes: Iterable[Described], fvu: float | None = None) -> 
     ...     Described(d_sae=256, l0=4, fvu=0.1, bits=50),
     ... ]
     >>> found = at_equal_distortion(saes)
-    >>> found.fvu, {width: round(bits, 6) for width, bits in found.bits.items()}, found.d_sae
+    >>> found.fvu, {width: float(bits) for width, bits in found.bits.items()}, found.d_sae
     (0.2, {64: 60.0, 256: 40.0}, 256)
     """
     curves: dict[int, list[Described]] = {}

@@ -14,6 +14,7 @@ def auc(scores: Matrix, y: Labels) -> float:
 
     Raises InputError if all labels are equal.
 
+    >>> import numpy as np
     >>> auc(np.array([0.1, 0.4, 0.4, 0.8]), np.array([False, True, False, True]))
     0.875
     """

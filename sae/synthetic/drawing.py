@@ -53,6 +53,8 @@ class Drawing:
 
     >>> from sae.synthetic.config import world_config
     >>> draw = Drawing(World(world_config("tiny")), seed=0)
+    world: 100 steps
+    world: done, 100 steps in ...
     >>> x = draw.rows(0, 8)
     >>> bool((draw.rows(5, 3) == x[5:]).all())
     True

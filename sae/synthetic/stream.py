@@ -26,6 +26,8 @@ class SyntheticStream:
 
     >>> from sae.synthetic.config import world_config
     >>> stream = SyntheticStream(World(world_config("tiny")), batch_size=64)
+    world: 100 steps
+    world: done, 100 steps in ...
     >>> batches = iter(stream)
     >>> next(batches).x.shape, stream.state_dict()["row"]
     (torch.Size([64, 32]), 64)

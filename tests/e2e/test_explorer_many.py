@@ -79,6 +79,7 @@ def strongest_of(stores: Path, name: str, feature: int) -> str:
         return f"{store.feature(feature).max:.2f}"
 
 
+@pytest.mark.slow
 def test_five_readers_at_once_each_see_their_own_feature(
     browser: Any, server: str, stores: Path, features: list[int]
 ) -> None:

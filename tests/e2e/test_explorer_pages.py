@@ -109,9 +109,14 @@ def test_the_explorers_own_pages_and_panels() -> None:
             "Attention heads",
         ),
         "Related features",
+        "How it emerged",
         "Export",
     ]
-    assert [p.declared.title for p in find_panels("right")] == ["Examples", "Pictures"]
+    assert [p.declared.title for p in find_panels("right")] == [
+        "Attribution",
+        "Examples",
+        "Pictures",
+    ]
 
 
 def test_a_feature_leads_to_steering_and_to_a_prompt(folder: Path) -> None:

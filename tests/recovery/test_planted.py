@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,17 @@ from sae.evaluation.planted import PlantedConfig, PlantedDictionary
 SMALL = Hiding(d_in=50, true=100, d_sae=500, k=3, rows=400)
 
 
-@pytest.mark.parametrize("kind", sorted(list_architectures()))
+QUICK = ("batchtopk", "jumprelu", "matryoshka", "topk")
+"""architectures that the default suite trains; the others are trained with -m slow"""
+
+
+def kinds() -> list[Any]:
+    """All architectures; those not in QUICK with the mark slow."""
+    marks = {kind: () if kind in QUICK else (pytest.mark.slow,) for kind in list_architectures()}
+    return [pytest.param(kind, marks=marks[kind]) for kind in sorted(marks)]
+
+
+@pytest.mark.parametrize("kind", kinds())
 def test_recovers_planted_features(kind: str, tmp_path: Path) -> None:
     """More than its own rows before training, random rows, PCA and NMF, by a wide margin."""
     planted = planted_for(kind, PlantedConfig())
@@ -36,7 +47,7 @@ def parents_missed(kind: str, folder: Path) -> tuple[float, float]:
     return measured.rate, measured.missed_alone
 
 
-@pytest.mark.parametrize("other", ["topk", "batchtopk"])
+@pytest.mark.parametrize("other", ["topk", pytest.param("batchtopk", marks=pytest.mark.slow)])
 def test_matryoshka_absorbs_less(other: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """At equal L0, and not because its parents' latents are silent anyway."""
     folder = tmp_path_factory.getbasetemp()
@@ -45,6 +56,7 @@ def test_matryoshka_absorbs_less(other: str, tmp_path_factory: pytest.TempPathFa
     assert missed_alone < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["truth", "samples"])
 def test_masking_wins_at_high_noise_and_not_at_low(start: Start, tmp_path: Path) -> None:
     """Chidambaram et al. 2023: distance from the true dictionary, masked against plain."""

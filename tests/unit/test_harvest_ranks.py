@@ -98,7 +98,9 @@ def alone_beside(out: Path) -> bool:
     return {path.name for path in out.parent.iterdir()} <= {out.name, "logs", "whole"}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["plain", *(pytest.param(case, marks=pytest.mark.slow) for case in ("int8", "none"))]
+)
 def test_ranks_harvest_what_one_process_does(
     make: Callable[..., HarvestConfig], tmp_path: Path, case: str
 ) -> None:
@@ -119,6 +121,7 @@ def test_ranks_harvest_what_one_process_does(
     assert [child.log.read_text() for child in children[1:]] == [""] * (size - 1)
 
 
+@pytest.mark.slow
 def test_ranks_append_what_one_process_does(
     make: Callable[..., HarvestConfig], root: Path, tmp_path: Path
 ) -> None:

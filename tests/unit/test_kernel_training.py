@@ -74,6 +74,7 @@ def errors(kind: str, name: str, steps: int, d_sae: int) -> tuple[torch.Tensor, 
     return dense, (curve(kind, name, steps, d_sae) / truth - 1).abs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAST)
 def test_200_steps_of_topk(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find, screened = screen.find, []

@@ -30,6 +30,8 @@ from saescope.errors import ArtefactError, InputError
 from tests import ranks_worker as worker
 from tests.hand_store import make_hand_store
 
+pytestmark = pytest.mark.slow
+
 BETWEEN = {
     "rows": ("batchtopk", "jumprelu_steered"), "features": ("batchtopk", "schedule_free"),
 }  # fmt: skip
