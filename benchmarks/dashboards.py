@@ -4,9 +4,10 @@ r"""Feature pages by SAEDashboard and by us: the same SAE, features and activati
         --sae runs/smollm2-135m-topk-quick
 
 SAEDashboard reads the harvest's rows as its own cached activations, and makes a page of each of 256
-features. We build the feature store of the whole SAE and export pages of the same features. Both
-write one HTML file a feature. Their histograms, densities and strongest positions are then compared
-with what the store's activations give by SAEDashboard's definitions.
+features. We build the feature store of the whole SAE, without the map of directions, and
+export pages of the same features. Both write one HTML file a feature. Their histograms, densities
+and strongest positions are then compared with what the store's activations give by SAEDashboard's
+definitions.
 """
 
 from collections.abc import Sequence
@@ -107,7 +108,10 @@ def write_inputs(config: DashboardsConfig, harvest: ActivationStore, site: str) 
 
 def ours(config: DashboardsConfig, store: Path, features: Sequence[int] | None) -> dict[str, Any]:
     """Seconds of the store's build and, given features, of their pages; bytes a page."""
-    settings = IndexConfig(run=config.sae, harvest=config.harvest, out=str(store), replace=True)
+    # SAEDashboard draws no map of directions, and no page shows it
+    settings = IndexConfig(
+        run=config.sae, harvest=config.harvest, out=str(store), map=False, replace=True
+    )
     pages = config.folder / "pages"
     with silent():
         built = timed(lambda: index(settings))

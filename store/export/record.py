@@ -1,6 +1,7 @@
 """All that a store and its annotations say of features, for export."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from store.annotations import Annotation, Annotations
@@ -70,11 +71,20 @@ def read_records(
 ) -> Iterator[FeatureRecord]:
     """Read features in this order, some at once in shared queries; see `read_record`.
 
-    Cost: 1 to 2 ms a feature, where `read_record` takes about 15.
+    Cost: 1 to 2 ms a feature, where `read_record` takes about 15. The next ones are read while the
+    caller works on these.
     """
     size = _at_once(store)
-    for first in range(0, len(numbers), size):
-        yield from _read_batch(store, notes, numbers[first : first + size], window)
+    batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    if len(batches) == 1:  # no thread for one feature
+        yield from _read_batch(store, notes, batches[0], window)
+        return
+    with ThreadPoolExecutor(1, "read-records") as pool:
+        coming: Future[list[FeatureRecord]] | None = None
+        for batch in batches:
+            read, coming = coming, pool.submit(_read_batch, store, notes, batch, window)
+            yield from read.result() if read else ()
+        yield from coming.result() if coming else ()
 
 
 def _at_once(store: FeatureStore) -> int:
@@ -84,7 +94,7 @@ def _at_once(store: FeatureStore) -> int:
 
 def _read_batch(
     store: FeatureStore, notes: Annotations, numbers: Sequence[int], window: int | None
-) -> Iterator[FeatureRecord]:
+) -> list[FeatureRecord]:
     features, histograms = store.statistics_of(numbers), store.histograms_of(numbers)
     examples = store.examples_of(numbers, window=window)
     logits, neighbours = store.logits_of(numbers), store.neighbours_of(numbers)
@@ -100,9 +110,10 @@ def _read_batch(
     enrichments = store.enrichments_of(numbers) if store.has_facts else {}
     layers = _layers_of(store, numbers) if store.has_facts else {}
     heads = store.head_norms_of(numbers) if store.has_facts else {}
+    records: list[FeatureRecord] = []
     for n in numbers:
         feature, histogram = features[n], histograms[n]
-        yield FeatureRecord(
+        record = FeatureRecord(
             feature=feature,
             histogram=histogram,
             logits=logits[n],
@@ -119,6 +130,8 @@ def _read_batch(
             annotation=annotations[n],
             machine_label=machine.get(n),
         )
+        records.append(record)
+    return records
 
 
 def _intervals(
