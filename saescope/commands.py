@@ -37,7 +37,7 @@ class Command:
 
 ARCHITECTURES = (
     "abstopk archetypal batchtopk crosscoder csr feature_choice gated jumprelu matching_pursuit",
-    "matryoshka msae mutual_choice relu skip_transcoder topk transcoder",
+    "matryoshka msae mutual_choice relu skip_transcoder temporal topk transcoder",
 )
 """those that come with saescope, so that help needs no torch"""
 _MEASURED = [row.label for row in common_rows() if not row.minor]

@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "archetypal": {"kind": "archetypal", "sae": {"n_candidates": 5}},
     "csr": {"kind": "csr"},
     "csr_class": {"kind": "csr", "sae": {"positives": "class"}, "labels": True},
+    "temporal": {"kind": "temporal", "sae": {"temporal_coefficient": 1.0}, "neighbours": True},
     "crosscoder": {"kind": "crosscoder"},
     "crosscoder_batchtopk": {"kind": "crosscoder", "sae": {"activation": "batchtopk"}},
     "transcoder": {"kind": "transcoder", "target": True},
@@ -84,7 +85,11 @@ class Stream:
             self.step += 1
             labels = torch.randint(4, (BATCH,), generator=generator)
             x = torch.randn(BATCH, D_IN, generator=generator)
-            yield rows_of(self.case, x, labels if self.case.get("labels") else None)
+            if self.case.get("neighbours"):
+                labels = torch.arange(BATCH) // 2 * 5 + torch.arange(BATCH) % 2
+            elif not self.case.get("labels"):
+                labels = None
+            yield rows_of(self.case, x, labels)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}

@@ -67,6 +67,8 @@ class ReadingOrder:
         counts = np.array([len(each) for each in cut], np.int64)
         self._table = _numbered(counts)
         lengths = [len(w.chunks(chunk_rows)) for w in store.windows if w.split == split]
+        self.window_chunks = max(lengths, default=0)
+        """chunks of the window that has most"""
         self._windows = _numbered(np.array(lengths, np.int64))
 
     def groups(self, epoch: int) -> Iterator[list[ChunkSlice]]:

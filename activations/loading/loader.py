@@ -24,6 +24,7 @@ from torch import Tensor
 
 from activations.loading.epoch_order import Order, ReadingOrder, SliceReader
 from activations.loading.gather import Gatherer
+from activations.loading.neighbours import check_has_neighbours, paired_order
 from activations.loading.unshuffled import checked_sites
 from activations.storage.layout import ROW_TOKEN
 from activations.storage.reader import ActivationStore
@@ -58,6 +59,7 @@ class LoaderOptions(TypedDict, total=False):
     device: torch.device | str
     dtype: BatchDtype
     prefetch: int
+    neighbours: bool
 
 
 class ActivationLoader(Generic[BatchT]):
@@ -78,6 +80,8 @@ class ActivationLoader(Generic[BatchT]):
         prefetch: batches that a thread has ready before they are asked for, while another reads
             the next group; with 0 there is neither, and one group in memory. Where activations are
             computed it is 0. What was not handed out yet does not count in the state.
+        neighbours: neighbouring tokens of a sequence follow each other, two by two, where both are
+            rows; only in the order "windows", of windows with no more than mix_chunks chunks.
 
     One site's name gives a tensor a batch. A sequence of names gives a tuple of tensors, one a
     site in the order given, of the very same rows; their widths may differ. The order of rows
@@ -123,6 +127,7 @@ class ActivationLoader(Generic[BatchT]):
         device: torch.device | str = "cpu",
         dtype: BatchDtype = "float32",
         prefetch: int = 4,
+        neighbours: bool = False,
     ) -> None:
         batch_size = as_index(batch_size, where="batch_size", low=1)
         mix_chunks = as_index(mix_chunks, where="mix_chunks", low=1)
@@ -142,6 +147,8 @@ class ActivationLoader(Generic[BatchT]):
         self.batch_size = batch_size
         self.epochs = epochs
         self._reading = ReadingOrder(store, split, order, mix_chunks=mix_chunks, seed=seed)
+        if neighbours:
+            check_has_neighbours(self._reading, mix_chunks)
         self._whole = self._reading.order != "spread"
         self._reader = SliceReader(store, self._reading.slice_rows)
         self.device = torch.device(device)
@@ -160,6 +167,7 @@ class ActivationLoader(Generic[BatchT]):
             "mix_chunks": mix_chunks,
             "drop_last": drop_last,
             "order": self._reading.order,
+            "neighbours": neighbours,
         }
         self._seed = seed
         self._epoch = self._batch = 0
@@ -199,7 +207,7 @@ class ActivationLoader(Generic[BatchT]):
 
         Raises InputError if the state is of another store, site or setting.
         """
-        state = {"order": "chunks", **state}  # older states do not say
+        state = {"order": "chunks", "neighbours": False, **state}  # older states do not say
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise InputError(
@@ -312,8 +320,12 @@ class ActivationLoader(Generic[BatchT]):
                 continue
             space = spaces[number % len(spaces)]
             index = self._reader.read(group, self._whole, space)
-            order = np.random.default_rng((self._seed, epoch, number)).permutation(rows)[skip:]
-            yield space, index[order]
+            random = np.random.default_rng((self._seed, epoch, number))
+            if self._identity["neighbours"]:
+                order = paired_order(space[ROW_TOKEN][index], self._store.context, random)
+            else:
+                order = random.permutation(rows)
+            yield space, index[order[skip:]]
             skip = 0
 
 

@@ -164,7 +164,7 @@ class OurStep:
     @torch.no_grad()
     def measure(self, x: Tensor) -> dict[str, float]:
         """Mean L0 and squared error of rows [batch, d_in]."""
-        batch = TrainingBatch.of(x, variance=1.0)
+        batch = TrainingBatch.of(x, variance=1.0, labels=torch.arange(len(x), device=x.device))
         state = TrainingState(dead=torch.zeros_like(self.trainer.tokens_since_fired > 0))
         with self.setting.active(x):
             output = self.trainer.sae.train().training_output(batch, state)

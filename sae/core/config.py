@@ -32,6 +32,11 @@ class SAEConfig(Config):
         """Whether the loss needs a class of each row (`RawBatch.labels`)."""
         return False
 
+    @property
+    def needs_neighbours(self) -> bool:
+        """Whether the loss needs neighbouring tokens side by side, known by `RawBatch.labels`."""
+        return False
+
     def check_k(self, name: str, value: int) -> None:
         """Raise InputError unless a row can have `value` features; name is the field's."""
         check_range(f"sae.{name}", value, low=1)

@@ -11,8 +11,11 @@ from torch import Tensor
 from activations import ActivationStore
 from saescope.errors import InputError
 
-Labels = Literal["document"] | Int[Tensor, " sequence"] | Int[Tensor, "sequence position"]
-"""The document of each token, or integers given by the user: one a sequence, or one a token."""
+Labels = (
+    Literal["document", "neighbours"] | Int[Tensor, " sequence"] | Int[Tensor, "sequence position"]
+)
+"""The document of each token; a number of each token, one more than that of the token before it in
+its sequence and of no other; or integers given by the user, one a sequence or one a token."""
 
 
 class RowLabels:
@@ -26,10 +29,18 @@ class RowLabels:
     """
 
     def __init__(self, store: ActivationStore, labels: Labels) -> None:
+        self._context = store.context
+        self._table: Tensor | None = None
+        if labels == "neighbours":
+            self.hash = hashlib.sha256(f"neighbours {store.context}".encode()).hexdigest()
+            return
         if isinstance(labels, str):
             if labels != "document":
                 raise InputError(
-                    "no such labels", where="labels", given=labels, allowed="document, or a tensor"
+                    "no such labels",
+                    where="labels",
+                    given=labels,
+                    allowed="document, neighbours, or a tensor",
                 )
             labels = torch.from_numpy(store.document[:])
         whole, sequences = (store.n_sequences, store.context), (store.n_sequences,)
@@ -49,4 +60,6 @@ class RowLabels:
 
     def of(self, row_token: Int64[Tensor, " rows"]) -> Int64[Tensor, " rows"]:
         """Label of each row."""
+        if self._table is None:  # a number between each sequence's last and the next one's first
+            return row_token + row_token // self._context
         return self._table[row_token // self._tokens_each].to(torch.int64)

@@ -44,7 +44,8 @@ class Stream(ABC):
         seed: decides the order of the tokens.
         mix_chunks: chunks whose rows are shuffled together; twice so many of every site are in
             memory.
-        labels: "document" for the document of each row, or int64 labels [sequence] or
+        labels: "document" for the document of each row, "neighbours" for tokens' numbers, by which
+            neighbours are known and which are then read two by two, or int64 labels [sequence] or
             [sequence, position] of the harvest; None for no labels.
         outliers: which rows to leave out, of training and held-out rows alike.
         transform: what is done to each site's rows (after outliers are found).
@@ -88,6 +89,7 @@ class Stream(ABC):
             # outliers and transforms are worked out on the CPU
             order=order,
             device="cpu" if outliers or transform else device,
+            neighbours=isinstance(labels, str) and labels == "neighbours",
         )
 
     @property

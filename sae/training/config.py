@@ -73,8 +73,8 @@ class TrainConfig(Config):
     """How the harvest is gone through: spread (as many rows as mix_chunks chunks have, from all
     over the harvest, are shuffled together; nearest to independent draws), chunks (the rows of so
     many chunks, drawn at random) or windows (one window of the harvest after another: the order of
-    training straight from the model, where it is the only one; else the default is spread). A run
-    that goes on keeps its own."""
+    training straight from the model, where it is the only one, and of architectures that need
+    neighbouring tokens; else the default is spread). A run that goes on keeps its own."""
     start_from: str | None = None
     """An SAE to go on from (fine-tuning); its architecture and size must be those given here."""
     evaluation_rows: int = 8192

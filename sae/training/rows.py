@@ -170,6 +170,13 @@ def _configured(
     config, trainer = dataclasses.replace(config, **mine), dataclasses.replace(trainer, **rest)
     if trainer.target_l0 is not None:
         config = config.with_target_l0(trainer.target_l0)
+    if config.needs_neighbours:
+        raise InputError(
+            "needs neighbouring tokens, which rows of a matrix do not tell",
+            where="config",
+            given=kind_of(config),
+            allowed="a harvest: sae.train(TrainConfig(...))",
+        )
     return config, trainer
 
 

@@ -121,7 +121,7 @@ class Run:
         if self.harvest.storage == "none" or self.config.objective == "end_to_end":
             return chosen
         if before is None:
-            return chosen or "spread"
+            return chosen or ("windows" if self.sae_config.needs_neighbours else "spread")
         earlier: Order | None = before["config"].get("order")
         return earlier if chosen is None or (chosen, earlier) == ("chunks", None) else chosen
 
@@ -220,8 +220,10 @@ class Run:
         return EndToEnd(model, site, config.end_to_end)
 
     @property
-    def _labels(self) -> Literal["document"] | None:
-        """Which rows are of one class, for losses that need classes: those of one document."""
+    def _labels(self) -> Literal["document", "neighbours"] | None:
+        """Which rows are of one class, or neighbours, for losses that need to know."""
+        if self.sae_config.needs_neighbours:
+            return "neighbours"
         return "document" if self.sae_config.needs_labels else None
 
     @property

@@ -199,7 +199,8 @@ def _check_fits(config: TrainConfig, cls: type[SparseAutoencoder]) -> None:
                 given=given,
                 allowed="leave it out",
             )
-    if cls.transcodes or cls.concatenates or config.sae.needs_labels:
+    of_texts = config.sae.needs_labels or config.sae.needs_neighbours
+    if cls.transcodes or cls.concatenates or of_texts:
         what = "targets" if cls.transcodes else "sites" if cls.concatenates else "documents"
         raise InputError(
             f"needs {what}, which a synthetic world has not",

@@ -72,7 +72,7 @@ def targets(x: torch.Tensor) -> torch.Tensor:
 
 
 def batch_of(sae: SparseAutoencoder, x: torch.Tensor) -> TrainingBatch:
-    raw = RawBatch(x, targets(x) if sae.transcodes else None)
+    raw = RawBatch(x, targets(x) if sae.transcodes else None, labels=torch.arange(len(x)))
     return BatchMaker(sae, LossConfig()).make(raw, torch.Generator())
 
 

@@ -28,7 +28,7 @@ def with_options(sae: SparseAutoencoder, **options: Any) -> SparseAutoencoder:
 
 def batch_at_scale(sae: SparseAutoencoder, y: Tensor) -> TrainingBatch:
     target = targets(y) if sae.transcodes else y
-    return TrainingBatch(y=y, target=target, variance=1.0)
+    return TrainingBatch(y=y, target=target, variance=1.0, labels=torch.arange(len(y)))
 
 
 def state_of(dead: Tensor) -> TrainingState:

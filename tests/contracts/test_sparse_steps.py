@@ -26,6 +26,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("matryoshka", {"aux_per_level": True}),
     ("jumprelu", {"pre_act_coefficient": 0.1, "parametrisation": "log"}),
     ("csr", {"positives": "class"}),
+    ("temporal", {"unit_codes": False}),
     ("matching_pursuit", {"orthogonal": True}),
 ]
 SMALL = {"archetypal": {"n_candidates": 8}, "msae": {"ks": (2, 4, 8)}}

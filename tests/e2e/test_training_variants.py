@@ -51,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "transcoder": {"site": SITES[0], "target_site": OUTPUT, "sae": {"kind": "transcoder"}},
     "crosscoder": {"sites": SITES, "sae": {"kind": "crosscoder", "activation": "topk"}},
     "same document": {"site": SITES[1], "sae": {"kind": "csr", "positives": "class"}},
+    "neighbouring tokens": {"site": SITES[1], "sae": {"kind": "temporal"}, "mix_chunks": 8},
     "accumulated": {"site": SITES[1], "trainer": {"accumulate": 3, "precision": "bfloat16"}},
     "schedule-free": {"site": SITES[1], "trainer": {"optimiser": "schedule_free_adam"}},
     "end to end": {"site": SITES[1], "objective": "end_to_end"},

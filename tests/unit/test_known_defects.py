@@ -20,7 +20,9 @@ from sae.training.trainer import Trainer, TrainerConfig
 
 D_IN, D_SAE, BATCH = 8, 24, 32
 KINDS = sorted(
-    kind for kind, cls in list_architectures().items() if not (cls.transcodes or cls.concatenates)
+    kind
+    for kind, cls in list_architectures().items()
+    if not (cls.transcodes or cls.concatenates or cls.Config().needs_neighbours)
 )
 
 

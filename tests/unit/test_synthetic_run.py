@@ -37,7 +37,9 @@ def config(out: Path, kind: str = "topk", **more: Any) -> TrainConfig:
 
 def fits(kind: str) -> bool:
     cls = architecture(kind)
-    return not (cls.transcodes or cls.concatenates or cls.Config().needs_labels)
+    config = cls.Config()
+    of_texts = config.needs_labels or config.needs_neighbours
+    return not (cls.transcodes or cls.concatenates or of_texts)
 
 
 @pytest.mark.parametrize("kind", sorted(filter(fits, list_architectures())))

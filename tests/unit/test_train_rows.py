@@ -50,8 +50,18 @@ def test_it_learns_and_is_measured_on_rows_it_never_saw() -> None:
     assert trained.metadata["rows"]["rows"] == 1200
 
 
+def test_what_needs_neighbouring_tokens_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^config: needs neighbouring tokens, .*temporal"):
+        sae.train(X, "temporal", d_sae=24, k=3)
+
+
 @pytest.mark.parametrize(
-    "kind", sorted(kind for kind, cls in sae.list_architectures().items() if not cls.concatenates)
+    "kind",
+    sorted(
+        kind
+        for kind, cls in sae.list_architectures().items()
+        if not (cls.concatenates or cls.Config().needs_neighbours)
+    ),
 )
 def test_every_architecture_trains(kind: str) -> None:
     cls = sae.list_architectures()[kind]
