@@ -13,7 +13,13 @@ from torch import Tensor
 from activations import ActivationStore
 from sae.analysis.as_trained import Rows, as_trained
 from sae.analysis.lens import TunedLens
-from sae.commands.evaluate_texts import on_texts, one_site, text_facts
+from sae.commands.evaluate_texts import (
+    TextSettings,
+    on_texts,
+    one_site,
+    table_lines,
+    write_tables,
+)
 from sae.core.base import SparseAutoencoder
 from sae.data.harvests import knows_model, load_harvested_model, open_harvest, split_pieces
 from sae.data.placement import Placement
@@ -26,7 +32,7 @@ from sae.evaluation.written import ROWS, SCHEMA, report, sections
 from sae.formats.hub import evaluation_file
 from sae.formats.load import load
 from sae.probing.config import ProbingConfig
-from sae.probing.tables import lines, write_tables
+from sae.probing.first_letter import AbsorptionConfig
 from saescope.artefact import read_json, sha256_json, write_report
 from saescope.config import Config
 from saescope.errors import InputError, check_range
@@ -61,9 +67,9 @@ class EvaluateConfig(Config):
     """Sequences a run of the model."""
     suite: tuple[str, ...] = (CORE,)
     """Suites of families to measure: core (what is above), probing (how well features tell labels
-    of texts); several by commas, as in core,probing."""
+    of texts), absorption (of first letters of words); several by commas, as in core,probing."""
     quick: bool = False
-    """Measure what suites of labelled texts measure on fewer of them, in a few minutes."""
+    """Measure what suites of texts measure on fewer of them, in a few minutes."""
     metrics: tuple[str, ...] = ()
     """Families of metrics to measure (density, reconstruction, downstream, and those of plug-ins);
     all that apply if not given. The evaluation then has these alone."""
@@ -79,6 +85,8 @@ class EvaluateConfig(Config):
     """Write in the place of an evaluation that is there and says something else."""
     probing: ProbingConfig = field(default_factory=ProbingConfig)
     """How labelled texts are probed."""
+    absorption: AbsorptionConfig = field(default_factory=AbsorptionConfig)
+    """Which words absorption is measured on."""
 
     def __post_init__(self) -> None:
         if self.rows is not None:
@@ -86,9 +94,12 @@ class EvaluateConfig(Config):
         check_range("tokens", self.tokens, low=0)
         check_range("batch", self.batch, low=1)
 
-    def texts(self) -> ProbingConfig:
-        """How labelled texts are probed, quickly if that is wanted."""
-        return self.probing.quick() if self.quick else self.probing
+    def texts(self) -> TextSettings:
+        """The settings of families with texts of their own, quick ones if that is wanted."""
+        probing, absorption = self.probing, self.absorption
+        if self.quick:
+            probing, absorption = probing.quick(), absorption.quick()
+        return TextSettings(probing=probing, absorption=absorption)
 
 
 def _is_evaluation(path: AnyPath) -> bool:
@@ -115,10 +126,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     try:
         write_evaluation(path, result, data.tables, replace=config.replace)
     finally:  # what was measured is told, wherever it cannot be written
-        for line in (
-            *report(result),
-            *(lines(rows) if (rows := data.tables.get("probing")) else ()),
-        ):
+        for line in (*report(result), *table_lines(data.tables)):
             say(line)
     return result
 
@@ -128,8 +136,7 @@ def write_evaluation(
 ) -> None:
     """Write what was measured, and the tables of families beside it; the errors of `evaluate`."""
     write_report(path, sealed(result), EVALUATION, replace=replace)
-    if "probing" in tables:
-        write_tables(path, tables["probing"], result["protocol_hash"])
+    write_tables(path, tables, result["protocol_hash"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +234,7 @@ class HeldOut:
         if not wanted:
             return {}
         site = one_site(self.harvest, self.placement, pooled=self.pooled)
-        return text_facts(self.config.texts(), self.harvest.manifest["model"], site)
+        return self.config.texts().facts(wanted, self.harvest.manifest["model"], site)
 
     def _on_texts(self) -> OnTexts:
         """The SAE and its model, for families with texts of their own."""
@@ -237,7 +244,7 @@ class HeldOut:
             self.placement,
             config.texts(),
             path=as_path(config.out) if config.out else evaluation_file(config.run).parent,
-            tables=self.tables,
+            rows=self.tables,
             trust_remote_code=config.trust_remote_code,
         )
 

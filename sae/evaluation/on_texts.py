@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae.core.base import SparseAutoencoder
 from sae.probing.config import ProbingConfig
+from sae.probing.first_letter import AbsorptionConfig
 
 if TYPE_CHECKING:
     from activations import Model
@@ -32,6 +33,8 @@ class OnTexts:
     """a few thousand activations [rows, d_in] of the harvest, as the SAE sees them"""
     probing: ProbingConfig
     """how labelled texts are probed"""
+    absorption: AbsorptionConfig
+    """which words absorption is measured on"""
     cache: Path
     """folder for activations of texts"""
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)

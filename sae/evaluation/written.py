@@ -20,7 +20,10 @@ _COUNTED = {
     "rows": "held-out activations",
     "tokens": "held-out tokens",
     "sets": "sets of labelled texts",
+    "words": "held-out words",
 }
+_UNITS = {"sets": "sets", "words": "letters"}
+"""what intervals are over, where it is not documents"""
 
 
 def read_evaluation(path: AnyPath) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def report(evaluation: Mapping[str, Any]) -> list[str]:
     for name, values in found.items():
         about = _measured_on(name, values)
         if not lines:
-            unit = "sets" if "sets" in values else "documents"
+            unit = next((_UNITS[key] for key in _UNITS if key in values), "documents")
             about += (
                 f" (protocol {evaluation['protocol_hash'][:12]}; ± is half of a 95% interval, "
                 f"{unit} as the unit)"

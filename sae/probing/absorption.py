@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from sae.probing.logistic import Labels, Matrix, fit, folds_of
-from sae.probing.scores import f1
+from sae.probing.scores import best_cut, f1
 from sae.probing.selection import columns, standardised_mean_difference
 from saescope.errors import InputError
 
@@ -47,6 +47,8 @@ PROPORTION = 0.4
 """of A that latents must write to have absorbed"""
 MOST_ABSORBERS = 3
 """latents that the absorption fraction counts on a row"""
+STRENGTH = 1.0
+"""C of the probes that k is chosen by"""
 SILENT = 1e-8
 """activations that are smaller count as none"""
 
@@ -95,12 +97,14 @@ def main_latents(codes: sparse.csr_array, y: Labels, *, seed: int) -> MainLatent
 
 
 def _scores_left_out(x: Matrix, y: Labels, seed: int) -> Matrix:
-    """The score of each row [rows] by a probe fitted without the row's fold."""
+    """The score of each row [rows] by a probe fitted without the row's fold, above the cut of
+    largest F1 on the rows it was fitted on."""
     fold = folds_of(y, seed)
     scores = np.zeros(len(y))
     for each in range(int(fold.max()) + 1):
         out = fold == each
-        scores[out] = fit(x[~out], y[~out], seed=seed).score(x[out])
+        probe = fit(x[~out], y[~out], seed=seed, strength=STRENGTH)
+        scores[out] = probe.score(x[out]) - best_cut(probe.score(x[~out]), y[~out])
     return scores
 
 

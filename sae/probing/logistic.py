@@ -47,8 +47,8 @@ class Probe(NamedTuple):
         return ((x - self.mean) / self.scale) @ self.weight + self.bias
 
 
-def fit(x: Matrix, y: Labels, *, seed: int) -> Probe:
-    """The probe of labels y [rows] on x [rows, columns], C chosen among `STRENGTHS`.
+def fit(x: Matrix, y: Labels, *, seed: int, strength: float | None = None) -> Probe:
+    """The probe of labels y [rows] on x [rows, columns], C chosen among `STRENGTHS` if not given.
 
     C has the least mean log loss on folds left out, stratified and drawn by `seed`; of equal ones
     the smallest. With fewer than two rows of a label there is nothing to leave out, and C is 1.
@@ -63,7 +63,11 @@ def fit(x: Matrix, y: Labels, *, seed: int) -> Probe:
     if standard.shape[1] > _FEW_COLUMNS:  # the minimum is in the span of the rows
         basis = np.linalg.svd(standard, full_matrices=False)[2]
         standard = standard @ basis.T
-    weight, bias, strength = _chosen(standard, y, folds_of(y, seed))
+    if strength is None:
+        weight, bias, strength = _chosen(standard, y, folds_of(y, seed))
+    else:
+        theta = minimise(standard, y, np.ones((1, len(y))), strength)[0]
+        weight, bias = theta[:-1], float(theta[-1])
     weight = weight if basis is None else weight @ basis
     return Probe(mean, scale, weight, bias, strength)
 

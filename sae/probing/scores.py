@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from scipy import stats
 
 from sae.probing.logistic import Labels, Matrix
@@ -39,6 +40,20 @@ def f1(scores: Matrix, y: Labels) -> float:
     called = scores > 0
     both = int((called & y).sum())
     return 2 * both / (int(called.sum()) + int(y.sum())) if both else 0.0
+
+
+def best_cut(scores: Matrix, y: Labels) -> float:
+    """The threshold of largest F1, half way to the next lower score; of equal ones the highest.
+
+    >>> import numpy as np
+    >>> best_cut(np.array([3.0, 2.0, 1.0, 0.0]), np.array([True, True, False, False]))
+    1.5
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    found = 2 * np.cumsum(y[order]) / (np.arange(1, len(y) + 1) + y.sum())
+    best = int(found.argmax())
+    return float(ranked[best] + ranked[min(best + 1, len(y) - 1)]) / 2
 
 
 def majority(y: Labels) -> float:
