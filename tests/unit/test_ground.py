@@ -151,7 +151,7 @@ def test_help_shows_the_fields_of_the_chosen_architecture(words: str) -> None:
 def test_help_shows_what_is_still_required() -> None:
     shown = _printed(HELP_OF + "help_of('train', '--harvest', 'data/somewhere')")
     assert "data/somewhere" in shown
-    assert "Folder of the run to write. (required)" in shown
+    assert "Folder of the run to write, or its URL: s3://bucket/name. (required)" in shown
 
 
 def test_after_help_everything_is_imported_for_real() -> None:
