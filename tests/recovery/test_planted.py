@@ -20,9 +20,12 @@ QUICK = ("batchtopk", "jumprelu", "matryoshka", "topk")
 
 
 def kinds() -> list[Any]:
-    """All architectures; those not in QUICK with the mark slow."""
-    marks = {kind: () if kind in QUICK else (pytest.mark.slow,) for kind in list_architectures()}
-    return [pytest.param(kind, marks=marks[kind]) for kind in sorted(marks)]
+    """All architectures that learn from single rows; those not in QUICK with the mark slow."""
+    single = (k for k, cls in list_architectures().items() if not cls.Config().needs_neighbours)
+    return [
+        pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow)
+        for kind in sorted(single)
+    ]
 
 
 @pytest.mark.parametrize("kind", kinds())
