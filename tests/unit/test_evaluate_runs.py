@@ -59,7 +59,8 @@ def test_a_sweep_is_all_of_its_runs_and_each_is_measured_as_alone(
     runs: Path, alone: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["eval", str(runs), str(runs / NAMES[0]), "--tokens", "64"]) == 0
-    assert {name: evaluation(runs / name) for name in NAMES} == alone
+    for name in NAMES:  # a process times which library multiplies faster: last bits may differ
+        assert_alike(evaluation(runs / name), alone[name])
     out = capsys.readouterr().out.splitlines()
     assert [line.partition("  ")[0] for line in out[:3]] == ["1 of 3", "2 of 3", "3 of 3"]
     assert all("measured in" in line for line in out[:3])
@@ -165,6 +166,22 @@ sys.exit(module.evaluate_runs(config))
 """
 
 
+def assert_alike(found: Any, wanted: Any) -> None:
+    """Equal texts and keys, and numbers to 1e-5; checksums of the whole are left out."""
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key in wanted.keys() - {"sha256"}:
+            assert_alike(found[key], wanted[key])
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert_alike(one, other)
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    else:
+        assert found == wanted
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("one_machine", [True, False], ids=["lock file", "rendezvous"])
 def test_two_processes_measure_each_run_once(
@@ -188,7 +205,8 @@ def test_two_processes_measure_each_run_once(
     assert sorted(words[3] for words in lines) == sorted(str(runs / name) for name in NAMES)
     assert {words[1] for words in lines} == {"0", "1"}
     assert found.stdout.count(" of 3  ") == 3
-    assert {name: evaluation(runs / name) for name in NAMES} == alone
+    for name in NAMES:  # a process times which library multiplies faster: last bits may differ
+        assert_alike(evaluation(runs / name), alone[name])
     assert not list(tmp_path.rglob(".*.ranks"))
     failed = torchrun(str(runs), str(runs / "absent"))
     assert failed.returncode

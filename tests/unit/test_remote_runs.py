@@ -300,6 +300,13 @@ sweep.sweep(sweep_of(Path(sys.argv[1]), sys.argv[2]))
 """
 
 
+def assert_trained_alike(found: dict[str, bytes], wanted: dict[str, bytes]) -> None:
+    """All bytes are equal, but of what names the library that a process timed as the faster one."""
+    timed = {"sae/config.json", "checkpoints/last/state.json"}
+    assert found.keys() == wanted.keys()
+    assert {name for name in found if found[name] != wanted[name]} <= timed
+
+
 @pytest.mark.slow
 def test_processes_that_share_a_bucket_alone_train_each_run_once(
     root: Path, tmp_path: Path
@@ -317,6 +324,6 @@ def test_processes_that_share_a_bucket_alone_train_each_run_once(
     trained = [line.split()[3] for line in found.stdout.splitlines() if " trains " in line]
     assert sorted(trained) == sorted(read_members(as_path(url)))
     for local in sweep(sweep_of(root, root / "sweep")):
-        assert content(f"{url}/{local.name}") == content(str(local))
+        assert_trained_alike(content(f"{url}/{local.name}"), content(str(local)))
     names = {name.split("/")[0] for name in file_sizes(as_path(url))}
     assert names == {*trained, MEMBERS}  # no lock is left
