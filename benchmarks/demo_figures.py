@@ -106,7 +106,7 @@ def record(demo: str, folder: Path) -> None:
     )
     write_bytes(_output(demo), f"{text}\n".encode())
     trained = folder / read_toml(examples()[SIZES[demo].train])["out"]
-    shutil.copyfile(evaluation_file(trained), _evaluation(demo))
+    write_bytes(_evaluation(demo), evaluation_file(trained).read_bytes())
     shutil.copyfile(trained / METRICS, RESULTS / f"{_stem(demo)}_training.jsonl")
     figures = {
         **times(lines),

@@ -12,6 +12,7 @@ import sae
 from sae.training.snapshots import find_snapshots
 from saescope.__main__ import main
 from saescope.errors import InputError
+from saescope.paths import AnyPath
 from store.genealogy import genealogy_of_codes, genealogy_of_directions
 from tests.unit.test_train_rows import SETTINGS, X
 
@@ -166,7 +167,7 @@ def test_a_run_is_followed_through_its_snapshots(
     assert "never replaced" in capsys.readouterr().err
 
 
-def cosines(a: Path, b: Path) -> NDArray[np.float64]:
+def cosines(a: AnyPath, b: Path) -> NDArray[np.float64]:
     """Of all decoder rows of b with all of a."""
     rows = [sae.load(each).W_dec.detach().numpy().astype(np.float64) for each in (b, a)]
     one, two = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in rows)
