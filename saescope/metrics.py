@@ -130,10 +130,12 @@ def shown_with_interval(row: Metric, values: Mapping[str, Any], *, unit: bool = 
     '0.2500 ± 0.0100 nats'
     >>> shown_with_interval(metric("fvu"), {"fvu": 0.25, "fvu_interval": None})
     '0.2500 ± unknown: too few documents'
+    >>> shown_with_interval(metric("fvu"), {"fvu": None, "fvu_interval": None})
+    'undefined: not measured'
     """
     text, key = row.shown(values[row.name]), f"{row.name}_interval"
     after = f" {row.unit}" if unit and row.unit and values[row.name] is not None else ""
-    if not row.interval or key not in values:
+    if not row.interval or key not in values or values[row.name] is None:
         return text + after
     half = values[key]
     if half is None:

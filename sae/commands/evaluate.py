@@ -20,6 +20,7 @@ from sae.commands.evaluate_texts import (
     table_lines,
     write_tables,
 )
+from sae.commands.evaluation_table import check_metric_table, write_metric_table
 from sae.core.base import SparseAutoencoder
 from sae.data.harvests import knows_model, load_harvested_model, open_harvest, split_pieces
 from sae.data.placement import Placement
@@ -80,7 +81,6 @@ class EvaluateConfig(Config):
     the hub OWNER--REPO--FOLDER.evaluation.json here."""
     trust_remote_code: bool = False
     """Run the code that comes with the model, if it needs it."""
-
     replace: bool = False
     """Write in the place of an evaluation that is there and says something else."""
     probing: ProbingConfig = field(default_factory=ProbingConfig)
@@ -120,23 +120,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     path = as_path(config.out) if config.out is not None else evaluation_file(config.run)
     check_replaceable(path, EVALUATION, replace=True)
+    check_metric_table(path)
     wanted = chosen(config.metrics, config.suite)
     data = HeldOut.open(config)
     result = data.measure(wanted)
     try:
-        write_evaluation(path, result, data.tables, replace=config.replace)
+        write_evaluation(path, result, data)
     finally:  # what was measured is told, wherever it cannot be written
         for line in (*report(result), *table_lines(data.tables)):
             say(line)
     return result
 
 
-def write_evaluation(
-    path: AnyPath, result: Mapping[str, Any], tables: Mapping[str, Any], *, replace: bool
-) -> None:
-    """Write what was measured, and the tables of families beside it; the errors of `evaluate`."""
-    write_report(path, sealed(result), EVALUATION, replace=replace)
-    write_tables(path, tables, result["protocol_hash"])
+def write_evaluation(path: AnyPath, result: Mapping[str, Any], data: "HeldOut") -> None:
+    """Write what was measured, and tables of it and of families; the errors of `evaluate`."""
+    write_report(path, sealed(result), EVALUATION, replace=data.config.replace)
+    write_metric_table(path, sealed(result), run=data.config.run, sae=data.sae)
+    write_tables(path, data.tables, result["protocol_hash"])
 
 
 @dataclass(frozen=True, kw_only=True)

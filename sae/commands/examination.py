@@ -10,9 +10,9 @@ from activations.storage.layout import GROUP
 from activations.storage.ledger import LEDGER
 from sae.analysis import lens
 from sae.commands.diff_models import MODEL_DIFF, read_model_diff
+from sae.commands.evaluation_files import check_evaluation_file, evaluation_files
 from sae.commands.sweep import MEMBERS, read_members
 from sae.core.serialisation import CONFIG_FILE, WEIGHTS_FILE, described_sae
-from sae.evaluation.written import EVALUATION_FILE, read_evaluation
 from sae.formats import recognise
 from sae.formats.load import SAE_FOLDER, load
 from sae.training import checkpoint
@@ -31,7 +31,7 @@ from store.database import STORE_FILE
 from store.examination import examine_annotations, examine_store
 from store.parquet.layout import KIND as PARQUET_STORE
 
-_BESIDE_WEIGHTS = ("README.md", EVALUATION_FILE)
+_BESIDE_WEIGHTS = ("README.md",)
 _SINKS = ("tensorboard", "wandb")
 
 
@@ -134,7 +134,8 @@ def _sae(found: Examination, folder: Path) -> None:
         if len(found.faults) == before:
             with found.of(folder / WEIGHTS_FILE):
                 load(folder)
-        found.strangers(folder, [CONFIG_FILE, WEIGHTS_FILE, *_BESIDE_WEIGHTS])
+        known = [CONFIG_FILE, WEIGHTS_FILE, *_BESIDE_WEIGHTS, *evaluation_files(folder)]
+        found.strangers(folder, known)
     elif (folder / CONFIG_FILE).is_file() or (folder / WEIGHTS_FILE).is_file():
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
@@ -147,10 +148,9 @@ def _sae(found: Examination, folder: Path) -> None:
 
 
 def _evaluation(found: Examination, folder: Path) -> None:
-    path = folder / EVALUATION_FILE
-    if path.exists():
-        with found.of(path):
-            read_evaluation(path)
+    for file in evaluation_files(folder):
+        with found.of(folder / file):
+            check_evaluation_file(folder / file)
 
 
 def _checkpoint(found: Examination, folder: Path) -> dict[str, Any] | None:
@@ -191,8 +191,8 @@ def _run(found: Examination, folder: Path) -> None:
     if (folder / MODEL_DIFF).exists():
         with found.of(folder / MODEL_DIFF):
             read_model_diff(folder)
-    known = [MANIFEST, METRICS, CHECKPOINT.parts[0], SAE_FOLDER, EVALUATION_FILE, MODEL_DIFF]
-    found.strangers(folder, [*known, *_SINKS])
+    known = [MANIFEST, METRICS, CHECKPOINT.parts[0], SAE_FOLDER, MODEL_DIFF, *_SINKS]
+    found.strangers(folder, [*known, *evaluation_files(folder)])
 
 
 def _metrics(found: Examination, path: Path, sealed: dict[str, Any] | None) -> None:

@@ -121,7 +121,10 @@ def table_paths(evaluation: AnyPath) -> tuple[AnyPath, AnyPath]:
 
 
 def _is_parquet(path: AnyPath) -> bool:
-    schema = parquet.read_schema(pa.BufferReader(read_bytes(path)))
+    try:
+        schema = parquet.read_schema(pa.BufferReader(read_bytes(path)))
+    except pa.ArrowException:  # no Parquet at all
+        return False
     return _HASH in (schema.metadata or {})
 
 
