@@ -1,8 +1,8 @@
 from sae.architectures import list_architectures as list_architectures
 from sae.commands.convert import ConvertConfig as ConvertConfig
 from sae.commands.convert import convert as convert
-from sae.commands.evaluate import EvaluateConfig as EvaluateConfig
 from sae.commands.evaluate import evaluate as evaluate
+from sae.commands.evaluate_config import EvaluateConfig as EvaluateConfig
 from sae.commands.index import IndexConfig as IndexConfig
 from sae.commands.index import index as index
 from sae.commands.train import train as train

@@ -1,7 +1,7 @@
 """`saescope eval`: an SAE on held-out text, under a protocol that is written down and hashed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,18 +13,20 @@ from torch import Tensor
 from activations import ActivationStore
 from sae.analysis.as_trained import Rows, as_trained
 from sae.analysis.lens import TunedLens
+from sae.commands.evaluate_config import EvaluateConfig
 from sae.commands.evaluate_texts import (
-    TextSettings,
     on_texts,
     one_site,
+    settings_of,
     table_lines,
+    text_facts,
     write_tables,
 )
 from sae.commands.evaluation_table import check_metric_table, write_metric_table
 from sae.core.base import SparseAutoencoder
 from sae.data.harvests import knows_model, load_harvested_model, open_harvest, split_pieces
 from sae.data.placement import Placement
-from sae.evaluation import CORE, Family, chosen, families
+from sae.evaluation import Family, chosen, families
 from sae.evaluation.in_model import InModel
 from sae.evaluation.intervals import PROTOCOL
 from sae.evaluation.on_texts import OnTexts
@@ -32,74 +34,14 @@ from sae.evaluation.rows import Counted, pass_over
 from sae.evaluation.written import ROWS, SCHEMA, report, sections
 from sae.formats.hub import evaluation_file
 from sae.formats.load import load
-from sae.probing.config import ProbingConfig
-from sae.probing.first_letter import AbsorptionConfig
 from saescope.artefact import read_json, sha256_json, write_report
-from saescope.config import Config
-from saescope.errors import InputError, check_range
+from saescope.errors import InputError
 from saescope.metrics import described
 from saescope.paths import AnyPath, as_path
 from saescope.progress import say
 from saescope.replacing import Kind, check_replaceable
 from saescope.seals import sealed
 from saescope.system import system_errors
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Config):
-    """Measure an SAE on the held-out part of a harvest."""
-
-    run: str
-    """Folder of a trained run or of an SAE, in any known format, or its URL: s3://bucket/name,
-    hf://owner/repo/folder."""
-    harvest: str | None = None
-    """Folder of the harvest to measure on; the one it was trained on if not given."""
-    site: str | None = None
-    """Of an SAE of several layers, the one to measure at (without it FVU and the like are measured
-    at all, and the model's loss is not); of a crosscoder, the only site to replace in the model;
-    of someone else's SAE, where it reads, if its files do not say."""
-    target_site: str | None = None
-    """Where someone else's transcoder writes, if its files do not say."""
-    rows: int | None = None
-    """Held-out activation rows for L0, FVU and the like; all of them if not given."""
-    tokens: int = 8192
-    """Held-out tokens that the model is run on for delta CE and KL; 0 leaves these out."""
-    batch: int = 4
-    """Sequences a run of the model."""
-    suite: tuple[str, ...] = (CORE,)
-    """Suites of families to measure: core (what is above), probing (how well features tell labels
-    of texts), absorption (of first letters of words); several by commas, as in core,probing."""
-    quick: bool = False
-    """Measure what suites of texts measure on fewer of them, in a few minutes."""
-    metrics: tuple[str, ...] = ()
-    """Families of metrics to measure (density, reconstruction, downstream, and those of plug-ins);
-    all that apply if not given. The evaluation then has these alone."""
-    allow_other_model: bool = False
-    """Measure on a harvest of another model than the SAE was trained on."""
-    out: str | None = None
-    """File or URL to write; if not given, evaluation.json in the run's folder, and for an SAE on
-    the hub OWNER--REPO--FOLDER.evaluation.json here."""
-    trust_remote_code: bool = False
-    """Run the code that comes with the model, if it needs it."""
-    replace: bool = False
-    """Write in the place of an evaluation that is there and says something else."""
-    probing: ProbingConfig = field(default_factory=ProbingConfig)
-    """How labelled texts are probed."""
-    absorption: AbsorptionConfig = field(default_factory=AbsorptionConfig)
-    """Which words absorption is measured on."""
-
-    def __post_init__(self) -> None:
-        if self.rows is not None:
-            check_range("rows", self.rows, low=1)
-        check_range("tokens", self.tokens, low=0)
-        check_range("batch", self.batch, low=1)
-
-    def texts(self) -> TextSettings:
-        """The settings of families with texts of their own, quick ones if that is wanted."""
-        probing, absorption = self.probing, self.absorption
-        if self.quick:
-            probing, absorption = probing.quick(), absorption.quick()
-        return TextSettings(probing=probing, absorption=absorption)
 
 
 def _is_evaluation(path: AnyPath) -> bool:
@@ -186,8 +128,8 @@ class HeldOut:
         facts = self.measure_model(of_model, found) if of_model else {}
         settings = _settings([*of_rows, *of_model])
         protocol = {**self.protocol(counted), **facts, **settings, **self._text_facts(of_texts)}
-        for family in of_texts:
-            _put(found, family, family.measure(self._on_texts()), {})
+        if of_texts:
+            self.measure_texts(of_texts, found)
         carried = described(name for each in sections(found).values() for name in each)
         return {
             "schema": SCHEMA,
@@ -234,15 +176,15 @@ class HeldOut:
         if not wanted:
             return {}
         site = one_site(self.harvest, self.placement, pooled=self.pooled)
-        return self.config.texts().facts(wanted, self.harvest.manifest["model"], site)
+        return text_facts(wanted, self.config, self.harvest.manifest["model"], site)
 
-    def _on_texts(self) -> OnTexts:
+    def _on_texts(self) -> OnTexts[None]:
         """The SAE and its model, for families with texts of their own."""
         config = self.config
         return on_texts(
             self.harvest,
             self.placement,
-            config.texts(),
+            config.probing,
             path=as_path(config.out) if config.out else evaluation_file(config.run).parent,
             rows=self.tables,
             trust_remote_code=config.trust_remote_code,
@@ -330,6 +272,13 @@ class HeldOut:
         for family in wanted:
             _put(found, family, family.measure(given), {})
         return {**self._model_facts(), "model": given.model.weights_hash}
+
+    def measure_texts(self, wanted: Sequence[Family], found: dict[str, Any]) -> None:
+        """Put what has texts of its own into `found`, and its tables into `tables`."""
+        given = self._on_texts()
+        for family in wanted:
+            of_family = replace(given, settings=settings_of(family, self.config))
+            _put(found, family, family.measure(of_family), {})
 
     def _model_facts(self) -> dict[str, Any]:
         """What the protocol says of the model, which is the harvest's, and of the sequences."""

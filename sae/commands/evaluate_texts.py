@@ -1,7 +1,7 @@
 """What `saescope eval` gives to families with texts of their own: the SAE, its model, settings."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,10 @@ from sae.analysis.lens import TunedLens
 from sae.data.harvests import held_out_rows, kind_of_model, knows_model, load_harvested_model
 from sae.data.placement import Placement
 from sae.data.provenance import weights_hash
-from sae.evaluation import Family
+from sae.evaluation import Family, families
 from sae.evaluation.on_texts import OnTexts
-from sae.probing import first_letter, suite, tables, text_rows
 from sae.probing.config import ProbingConfig
-from sae.probing.first_letter import AbsorptionConfig
-from sae.probing.labelled_sets import labelled_sets
+from saescope.config import Config
 from saescope.errors import InputError
 from saescope.paths import AnyPath, local
 
@@ -44,40 +42,28 @@ def one_site(harvest: ActivationStore, placement: Placement, *, pooled: bool) ->
     return site
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextSettings:
-    """Settings of the families with texts of their own."""
+def settings_of(family: Family, config: Config) -> Any:
+    """The settings of a family with texts of its own: of the configuration's field of their class,
+    or those it has by default; quick ones if `config.quick`."""
+    assert family.texts is not None
+    of_class = family.texts.settings
+    given = (getattr(config, field.name) for field in fields(config))  # type: ignore[arg-type]
+    found = next((each for each in given if isinstance(each, of_class)), None) or of_class()
+    return found.quick() if getattr(config, "quick", False) else found
 
-    probing: ProbingConfig
-    absorption: AbsorptionConfig
 
-    def facts(
-        self, wanted: Sequence[Family], model: Mapping[str, Any], site: str
-    ) -> dict[str, Any]:
-        """What the protocol says of families, by name: settings, and what decides their rows."""
-        known = {"probing": self._probing, "absorption": self._absorption}
-        return {
-            family.name: known[family.name](model, site)
-            if family.name in known
-            else dict(family.protocol)
-            for family in wanted
+def text_facts(
+    wanted: Sequence[Family], config: Config, model: Mapping[str, Any], site: str
+) -> dict[str, Any]:
+    """What the protocol says of families with texts of their own, by name."""
+    return {
+        family.name: {
+            **family.protocol,
+            **family.texts.facts(settings_of(family, config), model, site),
         }
-
-    def _probing(self, model: Mapping[str, Any], site: str) -> dict[str, Any]:
-        config = self.probing
-        sets = labelled_sets(config.sets)
-        return {
-            **suite.protocol(config),
-            "rows": text_rows.protocol(model, site, config.representation, config.max_tokens),
-            "sets": {
-                name: [asdict(origin) for origin in source.origins()]
-                for name, source in sets.items()
-            },
-        }
-
-    def _absorption(self, model: Mapping[str, Any], site: str) -> dict[str, Any]:
-        rows = text_rows.protocol(model, site, "last", first_letter.MAX_TOKENS)
-        return {**first_letter.protocol(self.absorption), "rows": rows}
+        for family in wanted
+        if family.texts is not None
+    }
 
 
 def write_tables(
@@ -87,29 +73,31 @@ def write_tables(
 
     Raises InputError if something else is there, ArtefactError if they cannot be written.
     """
-    if "probing" in rows:
-        tables.write_tables(evaluation, rows["probing"], protocol_hash)
-    if "absorption" in rows:
-        first_letter.write_letters(evaluation, rows["absorption"], protocol_hash)
+    for name, table in rows.items():
+        texts = families()[name].texts
+        if texts is not None and texts.write is not None:
+            texts.write(evaluation, table, protocol_hash)
 
 
 def table_lines(rows: Mapping[str, list[dict[str, Any]]]) -> Iterator[str]:
     """The tables of families as lines for people."""
-    if "probing" in rows:
-        yield from tables.lines(rows["probing"])
+    for name, table in rows.items():
+        texts = families()[name].texts
+        if texts is not None and texts.lines is not None:
+            yield from texts.lines(table)
 
 
 def on_texts(
     harvest: ActivationStore,
     placement: Placement,
-    settings: TextSettings,
+    probing: ProbingConfig,
     *,
     path: AnyPath,
     rows: dict[str, list[dict[str, Any]]],
     trust_remote_code: bool,
-) -> OnTexts:
-    """The SAE at its site with its model loaded, and where activations of texts are kept:
-    beside `path` if the settings name none, or in the current folder if that is remote."""
+) -> OnTexts[None]:
+    """The SAE at its site with its model loaded, and where activations of texts are kept: where
+    the settings of probing say, or beside `path`, or in the current folder if that is remote."""
     model = load_harvested_model(
         harvest, harvest.manifest["model"]["dtype"], trust_remote_code=trust_remote_code
     )
@@ -130,9 +118,9 @@ def on_texts(
         sae_hash=weights_hash(placement.sae),
         seen=seen,
         some_rows=some_rows,
-        probing=settings.probing,
-        absorption=settings.absorption,
-        cache=local(cache) if (cache := settings.probing.cache) else _beside(path),
+        settings=None,
+        cache=local(probing.cache) if probing.cache else _beside(path),
+        cache_limit=round(probing.cache_gb * 1e9),
         tables=rows,
     )
 

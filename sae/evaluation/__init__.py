@@ -7,25 +7,59 @@ row. A family in another package is known once its module is imported (`--plugin
 
 What needs activations alone is a subclass of `sae.evaluation.rows.RowSums`; what needs the model is
 a function of a `sae.evaluation.in_model.InModel`; what has texts of its own, of a
-`sae.evaluation.on_texts.OnTexts`.
+`sae.evaluation.on_texts.OnTexts`, and it says in `OwnTexts` what its settings are, what the
+protocol has of them and how its table is written.
 
 A suite is a set of families with a name: `core` is measured unless others are chosen (`--suite`).
 """
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Protocol, Self, TypeVar, get_args
 
 from saescope.errors import InputError
 from saescope.metrics import Metric, declare
+from saescope.paths import AnyPath
 from saescope.plugins import registering
 
 Needs = Literal["activations", "model", "texts"]
 CORE = "core"
 """the suite that is measured if none is chosen"""
 MeasureT = TypeVar("MeasureT", bound=Callable[..., Any])
+
+
+class Settings(Protocol):
+    """Settings of a family with texts of its own: a `saescope.config.Config`."""
+
+    def quick(self) -> Self:
+        """Those of a look in a few minutes."""
+        ...
+
+
+TableRows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTexts:
+    """What a family with texts of its own says of itself."""
+
+    settings: type[Settings]
+    """their class, made without arguments. Where the configuration of `saescope eval` has a field
+    of this class, that field is what users set"""
+    facts: Callable[[Any, Mapping[str, Any], str], dict[str, Any]]
+    """what the protocol says of it, under its name, from settings, the harvest's facts of its
+    model, and the site: all that decides its values"""
+    counted: tuple[str, str]
+    """the value that says how much was measured, and of what in words; ("sets", "sets of texts")"""
+    unit: str
+    """what intervals are over, in words"""
+    write: Callable[[AnyPath, TableRows, str], None] | None = None
+    """writes its table, which it left in `OnTexts.tables`, beside the evaluation's file of this
+    path, with this hash of the protocol"""
+    lines: Callable[[TableRows], Iterable[str]] | None = None
+    """the table as lines for people"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +82,8 @@ class Family:
     protocol, and so in the protocol's hash"""
     suite: str = CORE
     """the suite that it is of"""
+    texts: OwnTexts | None = None
+    """what it says of itself if it needs texts"""
 
 
 _REGISTRY: dict[str, Family] = {}
@@ -62,14 +98,17 @@ def metric_family(
     section: str | None = None,
     protocol: Mapping[str, Any] | None = None,
     suite: str = CORE,
+    texts: OwnTexts | None = None,
 ) -> Callable[[MeasureT], MeasureT]:
     """Add a family of metrics; its section is its name if none is given.
 
-    TypeError for a family of this name, another metric of a row's name, or what is not a class
-    where activations alone are needed.
+    TypeError for a family of this name, another metric of a row's name, what is not a class where
+    activations alone are needed, or `texts` that are not there where texts are needed, or are.
     """
     if name in _REGISTRY:
         raise TypeError(f"family of metrics {name!r} is registered twice")
+    if (texts is not None) != (needs == "texts"):
+        raise TypeError(f"family of metrics {name!r}: texts= goes with needs='texts'")
     declare(*metrics)
 
     def add(measure: MeasureT) -> MeasureT:
@@ -86,6 +125,7 @@ def metric_family(
             measure=measure,
             protocol=dict(protocol or {}),
             suite=suite,
+            texts=texts,
         )
         return measure
 

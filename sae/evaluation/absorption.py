@@ -4,26 +4,31 @@ Definitions are in `sae.probing.absorption`, words and prompts in `sae.probing.f
 protocol is docs/reference/evaluation.md.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from sae.evaluation import metric_family
+from sae.evaluation import OwnTexts, metric_family
 from sae.evaluation.on_texts import OnTexts
+from sae.probing import text_rows
 from sae.probing.first_letter import (
     LEAST_LETTERS,
     LETTERS,
     MAX_TOKENS,
+    AbsorptionConfig,
     LetterWords,
     Row,
     letter_probes,
     letter_rows,
     letter_words,
+    protocol,
+    write_letters,
 )
 from sae.probing.representations import activations_of, features_of, untrained
 from sae.probing.scores import mean_and_interval
-from sae.probing.text_rows import RowCache, TextModel, TextRows
+from sae.probing.text_rows import RowCache, TextRows
 from saescope.errors import InputError
 from saescope.metrics import Metric
 from saescope.progress import Progress, say
@@ -94,8 +99,25 @@ METRICS = (
 )
 
 
-@metric_family("absorption", needs="texts", metrics=METRICS, suite="absorption")
-def absorption(given: OnTexts) -> dict[str, Any]:
+def facts(config: AbsorptionConfig, model: Mapping[str, Any], site: str) -> dict[str, Any]:
+    """Settings, definitions, and what decides the activations at words."""
+    return {**protocol(config), "rows": text_rows.protocol(model, site, "last", MAX_TOKENS)}
+
+
+@metric_family(
+    "absorption",
+    needs="texts",
+    metrics=METRICS,
+    suite="absorption",
+    texts=OwnTexts(
+        settings=AbsorptionConfig,
+        facts=facts,
+        counted=("words", "held-out words"),
+        unit="letters",
+        write=write_letters,
+    ),
+)
+def absorption(given: OnTexts[AbsorptionConfig]) -> dict[str, Any]:
     """Measure all letters; a row a letter goes into `given.tables`.
 
     Raises InputError for a transcoder, whose latents write elsewhere than the probes read, and if
@@ -107,11 +129,9 @@ def absorption(given: OnTexts) -> dict[str, Any]:
             where="suite",
             given="absorption",
         )
-    config = given.absorption
+    config = given.settings
     words = letter_words(given.model, config)
-    of = TextModel(model=given.model, site=given.site, representation="last", max_tokens=MAX_TOKENS)
-    cache = RowCache(given.cache, of, limit=round(given.probing.cache_gb * 1e9))
-    rows = _rows(cache, words)
+    rows = _rows(given.row_cache("last", MAX_TOKENS), words)
     seen = TextRows(x=given.seen(rows.x.float()), text=rows.text)
     x = activations_of(seen, len(words.words))
     probes = letter_probes(x, words, seed=config.seed)

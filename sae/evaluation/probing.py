@@ -4,20 +4,21 @@ Definitions are in `sae.probing`; the protocol is docs/reference/probing.md. The
 of Gurnee et al. 2023 and Kantamneni et al. 2025.
 """
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from sae.core.base import SparseAutoencoder
-from sae.evaluation import metric_family
+from sae.evaluation import OwnTexts, metric_family
 from sae.evaluation.on_texts import OnTexts
 from sae.kernels.codes import SparseCodes
+from sae.probing import suite, tables, text_rows
+from sae.probing.config import ProbingConfig
 from sae.probing.labelled_sets import labelled_sets
 from sae.probing.representations import untrained
-from sae.probing.suite import Probed, forget_results, probe_sets
-from sae.probing.tables import by_set, over_sets
-from sae.probing.text_rows import RowCache, TextModel
 from saescope.metrics import Metric
 
 KS = (1, 2, 5, 16)
@@ -75,40 +76,58 @@ METRICS = (
 )
 
 
-@metric_family("probing", needs="texts", metrics=METRICS, suite="probing")
-def probing(given: OnTexts) -> dict[str, Any]:
+def facts(config: ProbingConfig, model: Mapping[str, Any], site: str) -> dict[str, Any]:
+    """Settings, and what decides the rows of texts, with the sha256 of every file of them."""
+    sets = labelled_sets(config.sets)
+    return {
+        **suite.protocol(config),
+        "rows": text_rows.protocol(model, site, config.representation, config.max_tokens),
+        "sets": {
+            name: [asdict(origin) for origin in source.origins()] for name, source in sets.items()
+        },
+    }
+
+
+@metric_family(
+    "probing",
+    needs="texts",
+    metrics=METRICS,
+    suite="probing",
+    texts=OwnTexts(
+        settings=ProbingConfig,
+        facts=facts,
+        counted=("sets", "sets of labelled texts"),
+        unit="sets",
+        write=tables.write_tables,
+        lines=tables.lines,
+    ),
+)
+def probing(given: OnTexts[ProbingConfig]) -> dict[str, Any]:
     """Probe all sets; the rows of results go into `given.tables`.
 
     Raises InputError for unknown sets, or if none has texts enough.
     """
-    config = given.probing
-    of = TextModel(
-        model=given.model,
-        site=given.site,
-        representation=config.representation,
-        max_tokens=config.max_tokens,
-    )
-    cache = RowCache(given.cache, of, limit=round(config.cache_gb * 1e9))
+    config = given.settings
     fresh = untrained(given.sae, given.some_rows(), _UNTRAINED_SEED)
 
     def encode(sae: SparseAutoencoder, x: Tensor) -> SparseCodes:
         return sae.encode_sparse(given.seen(x))
 
-    probed = Probed(
+    probed = suite.Probed(
         encode=partial(encode, given.sae),
         untrained=partial(encode, fresh),
         sae=given.sae_hash,
-        cache=cache,
+        cache=given.row_cache(config.representation, config.max_tokens),
     )
-    rows = probe_sets(labelled_sets(config.sets), probed, config)
+    rows = suite.probe_sets(labelled_sets(config.sets), probed, config)
     given.tables["probing"] = rows
-    forget_results(probed)
+    suite.forget_results(probed)
     return summary(rows)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The metrics, of the normal setting; `sae.probing.tables` has all settings and methods."""
-    table = over_sets(by_set(rows))
+    table = tables.over_sets(tables.by_set(rows))
     found: dict[str, Any] = {"sets": len({row["set"] for row in rows})}
     for row in table:
         if row["setting"] != "normal" or (row["method"] == "sae" and row["k"] not in KS):

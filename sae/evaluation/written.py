@@ -7,6 +7,7 @@ the names of the metrics (`saescope.metrics`), or null for what was not measured
 from collections.abc import Mapping
 from typing import Any
 
+from sae.evaluation import OwnTexts, families
 from saescope.artefact import DamagedError, check_schema, check_seal, read_json
 from saescope.metrics import Metric, measured_rows, metric_table, shown_with_interval
 from saescope.paths import AnyPath
@@ -16,14 +17,8 @@ SCHEMA = 2
 """the first was not written into the file, and had no sha256"""
 ROWS = "metrics"
 """key of the rows that the table of metrics of this package lacks"""
-_COUNTED = {
-    "rows": "held-out activations",
-    "tokens": "held-out tokens",
-    "sets": "sets of labelled texts",
-    "words": "held-out words",
-}
-_UNITS = {"sets": "sets", "words": "letters"}
-"""what intervals are over, where it is not documents"""
+_COUNTED = {"rows": "held-out activations", "tokens": "held-out tokens"}
+"""values that say how much was measured; families with texts of their own have others"""
 
 
 def read_evaluation(path: AnyPath) -> dict[str, Any]:
@@ -72,7 +67,9 @@ def report(evaluation: Mapping[str, Any]) -> list[str]:
     for name, values in found.items():
         about = _measured_on(name, values)
         if not lines:
-            unit = next((_UNITS[key] for key in _UNITS if key in values), "documents")
+            unit = next(
+                (each.unit for each in _own_texts() if each.counted[0] in values), "documents"
+            )
             about += (
                 f" (protocol {evaluation['protocol_hash'][:12]}; ± is half of a 95% interval, "
                 f"{unit} as the unit)"
@@ -87,9 +84,14 @@ def report(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _measured_on(section: str, values: Mapping[str, Any]) -> str:
-    counted = next((key for key in _COUNTED if key in values), None)
+    words = _COUNTED | dict(each.counted for each in _own_texts())
+    counted = next((key for key in words if key in values), None)
     if counted is None:
         return section
     documents = values.get("documents")
     of = "" if documents is None else f" of {documents:,} documents"
-    return f"on {values[counted]:,} {_COUNTED[counted]}{of}"
+    return f"on {values[counted]:,} {words[counted]}{of}"
+
+
+def _own_texts() -> list[OwnTexts]:
+    return [family.texts for family in families().values() if family.texts is not None]

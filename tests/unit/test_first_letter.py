@@ -100,7 +100,7 @@ def planted_sae() -> Any:
     return found.eval()
 
 
-def given(folder: Path, **changes: Any) -> OnTexts:
+def given(folder: Path, **changes: Any) -> OnTexts[AbsorptionConfig]:
     values: dict[str, Any] = {
         "model": Planted(),
         "site": "site",
@@ -108,9 +108,9 @@ def given(folder: Path, **changes: Any) -> OnTexts:
         "sae_hash": "h",
         "seen": lambda x: x,
         "some_rows": lambda: torch.rand(64, D, generator=torch.Generator().manual_seed(0)),
-        "probing": ProbingConfig(),
-        "absorption": AbsorptionConfig(examples=1),
+        "settings": AbsorptionConfig(examples=1),
         "cache": folder,
+        "cache_limit": 1 << 30,
     }
     return OnTexts(**(values | changes))
 

@@ -2,21 +2,29 @@
 
 import csv
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
 from pyarrow import parquet
 
 import sae
+from sae import evaluation as registry
 from sae.commands import evaluate_runs as several
+from sae.evaluation import OwnTexts, families, metric_family
+from sae.evaluation.on_texts import OnTexts
 from sae.evaluation.probing import summary
 from sae.evaluation.written import read_evaluation
 from sae.probing import suite
 from sae.probing.tables import by_set, lines, over_sets
+from saescope import metrics
 from saescope.__main__ import main
+from saescope.artefact import write_json
+from saescope.config import Config
 from saescope.errors import InputError
+from saescope.metrics import Metric
 from tests.artefacts import train_config
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
@@ -172,6 +180,79 @@ def test_a_run_measured_under_this_protocol_is_left_until_its_texts_change(
         several.evaluate_runs(config)
         told.append(capsys.readouterr().out)
     assert ["measured already" in each for each in told] == [False, True, False]
+
+
+# ---- a family of texts in one place ------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreetingConfig(Config):
+    """Settings of a family that nobody else knows."""
+
+    text: str = "the river in winter"
+
+    def quick(self) -> Self:
+        return replace(self, text="river")
+
+
+def greeting(given: OnTexts[GreetingConfig]) -> dict[str, Any]:
+    rows = given.row_cache("mean", 16).rows("greeting", [given.settings.text])
+    given.tables["greeting"] = [{"said": given.settings.text}]
+    return {"greetings": 1, "greeting_norm": float(given.seen(rows.x.float()).norm())}
+
+
+@pytest.fixture
+def _greeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", dict(families()))
+    monkeypatch.setattr(metrics, "_TABLE", dict(metrics.metric_table()))
+    row = Metric(name="greeting_norm", label="greeting", better="neither", help="A norm.")
+    metric_family(
+        "greeting",
+        needs="texts",
+        metrics=[row],
+        suite="greetings",
+        texts=OwnTexts(
+            settings=GreetingConfig,
+            facts=lambda config, model, site: {"text": config.text, "site": site},
+            counted=("greetings", "greetings in all"),
+            unit="greetings",
+            write=lambda path, rows, digest: write_json(
+                path.with_name("greeting.json"), {"rows": rows, "protocol_hash": digest}
+            ),
+            lines=lambda rows: [f"  said {row['said']!r}" for row in rows],
+        ),
+    )(greeting)
+
+
+@pytest.mark.usefixtures("_greeting")
+def test_a_family_of_texts_brings_all_that_the_command_needs(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [
+        *("eval", str(root / "runs" / "a"), "--suite", "greetings", "--replace"),
+        *("--out", str(tmp_path / "e.json"), "--probing.cache", str(tmp_path / "texts")),
+    ]
+    said, hashes = [], set()
+    for quick in ((), ("--quick",)):
+        assert main([*given, *quick]) == 0
+        evaluation = read_evaluation(tmp_path / "e.json")
+        table = json.loads((tmp_path / "greeting.json").read_text())
+        said.append(evaluation["protocol"]["greeting"]["text"])
+        assert table["rows"] == [{"said": said[-1]}]
+        assert table["protocol_hash"] == evaluation["protocol_hash"]
+        assert evaluation["greeting"]["greeting_norm"] > 0
+        hashes.add(table["protocol_hash"])
+        shown = capsys.readouterr().out
+        assert "on 1 greetings in all" in shown
+        assert "greetings as the unit" in shown
+        assert f"said {said[-1]!r}" in shown
+    assert said == ["the river in winter", "river"]
+    assert len(hashes) == 2
+
+
+def test_a_family_of_texts_says_what_it_needs() -> None:
+    with pytest.raises(TypeError, match="'deaf': texts= goes with needs='texts'"):
+        metric_family("deaf", needs="texts", metrics=())(greeting)
 
 
 # ---- tables --------------------------------------------------------------------------------------
