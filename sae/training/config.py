@@ -15,6 +15,7 @@ from sae.core.base import SAEConfig
 from sae.core.normaliser import NormaliserKind
 from sae.synthetic.config import PREFIX
 from sae.training.end_to_end import EndToEndConfig
+from sae.training.finish import FinishConfig
 from sae.training.trainer_config import TrainerConfig
 from saescope.config import Config
 from saescope.errors import InputError, check_range
@@ -50,6 +51,8 @@ class TrainConfig(Config):
     when it replaces the activation (Braun et al. 2024)."""
     end_to_end: EndToEndConfig = dataclasses.field(default_factory=EndToEndConfig)
     """What counts in end-to-end training besides the predictions."""
+    finish: FinishConfig = dataclasses.field(default_factory=FinishConfig)
+    """The last part of the run, if it is to train for something else."""
     passes: float = 3.0
     """Passes over the harvest's training tokens."""
     samples: int | None = None

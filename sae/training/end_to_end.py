@@ -17,20 +17,17 @@ whole batch (rows x vocabulary) are never in memory.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from activations import ActivationStore, Model
-from activations.loading.outliers import OutlierFilter
+from activations import Model
 from sae.core.base import SparseAutoencoder, TrainingOutput
 from sae.core.batch import RawBatch, TrainingBatch
-from sae.data.streams import OneSite
 from sae.evaluation.divergence import divergence_terms
 from saescope.config import Config
 from saescope.errors import InputError, check_range
@@ -91,6 +88,8 @@ class EndToEndLoss(NamedTuple):
 class EndToEnd:
     """The end-to-end loss of one site of a model.
 
+    Args: balanced: KL and FVU count alike, as in `balance`; `reconstruction_weight` is not used.
+
     Raises InputError for an unknown site, or if downstream errors are asked for where no layer
     follows.
 
@@ -99,8 +98,10 @@ class EndToEnd:
     >>> output = batch.finish(sae.training_output(batch, state))  # doctest: +SKIP
     """
 
-    def __init__(self, model: Model, site: str, config: EndToEndConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self, model: Model, site: str, config: EndToEndConfig, *, balanced: bool = False
+    ) -> None:
+        self.model, self.config, self.balanced = model, config, balanced
         (self.site,) = model.resolve([site])
         self.later_sites = _later_sites(model, self.site) if config.downstream_weight else []
         if config.downstream_weight and not self.later_sites:
@@ -251,6 +252,8 @@ class EndToEndBatch(TrainingBatch):
         found = self.end_to_end.loss(self.sequences, self.restore(y_hat))
         fvu = super().reconstruction(y_hat)
         self._seen.append((y_hat, {"fvu": fvu.detach(), **found.terms}))
+        if self.end_to_end.balanced:
+            return balance(found.loss, fvu)
         weight = self.end_to_end.config.reconstruction_weight
         return found.loss + weight * fvu if weight else found.loss
 
@@ -261,6 +264,16 @@ class EndToEndBatch(TrainingBatch):
             if y_hat is output.y_hat:
                 terms = found
         return output._replace(terms={**output.terms, **terms})
+
+
+def balance(kl: Tensor, fvu: Tensor) -> Tensor:
+    """(alpha KL + FVU) / 2, alpha = FVU / KL without gradient (Karvonen 2025, arXiv 2503.17272).
+
+    The value is the FVU's, and of its relative changes each of the two has half. A KL of 0 leaves
+    half the FVU.
+    """
+    alpha = torch.where(kl > 0, fvu / kl, 0.0).detach()
+    return (alpha * kl + fvu) / 2
 
 
 def _later_sites(model: Model, site: str) -> list[str]:
@@ -276,117 +289,3 @@ def _later_sites(model: Model, site: str) -> list[str]:
     first = int(layer.group(1)) if layer else 0
     after = [f"blocks.{n}.hook_resid_post" for n in range(first, model.n_layers)]
     return [each for each in after if each != site]
-
-
-class EndToEndStream(OneSite):
-    """Batches of whole training sequences of a harvest, their rows computed anew by the model.
-
-    Sequences come in a random order, another each epoch; a batch has as many as give about
-    batch_size rows. Held-out rows and statistics are the harvest's. Outliers are left out and their
-    positions stay as they are in the model.
-
-    Raises InputError as OneSite does, or if there are fewer sequences than a batch.
-    """
-
-    KIND = "end_to_end"
-
-    def __init__(
-        self,
-        store: ActivationStore,
-        end_to_end: EndToEnd,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        outliers: OutlierFilter | None = None,
-    ) -> None:
-        site = end_to_end.site
-        super().__init__(store, [site], batch_size=batch_size, seed=seed, outliers=outliers)
-        self.end_to_end = end_to_end
-        self._train = np.flatnonzero(store.split == 0)
-        self.sequences_per_batch = max(
-            1, round(batch_size * len(self._train) / store.n_rows("train"))
-        )
-        if self.sequences_per_batch > len(self._train):
-            raise InputError(
-                "fewer training sequences than one batch",
-                where="batch_size",
-                given=batch_size,
-                allowed=f"up to {store.n_rows('train')}",
-            )
-        self._epoch = self._batch = 0
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Batches in one pass over the training sequences."""
-        return len(self._train) // self.sequences_per_batch
-
-    def __iter__(self) -> Iterator[RawBatch]:
-        while True:
-            chosen = self._chosen()
-            self._batch += 1
-            if self._batch == self.batches_per_epoch:
-                self._epoch, self._batch = self._epoch + 1, 0
-            batch, removed = self._sequence_rows(chosen)
-            self.removed += removed
-            if len(batch):
-                yield batch
-
-    def _chosen(self) -> Sequence[int]:
-        """The sequences of the next batch, in the store's order, in which they are read faster."""
-        order = np.random.default_rng((self._seed, self._epoch)).permutation(self._train)
-        start = self._batch * self.sequences_per_batch
-        return np.sort(order[start : start + self.sequences_per_batch]).tolist()
-
-    def _sequence_rows(self, chosen: Sequence[int]) -> tuple[SequenceRows, int]:
-        tokens = torch.from_numpy(self.store.tokens[chosen]).long()
-        keep = torch.from_numpy(self.store.keep[chosen])
-        x, sequences = self.end_to_end.capture(tokens, keep)
-        removed = 0
-        if self.outliers is not None:
-            whole = self.outliers.keep(self.end_to_end.site, x)
-            removed = int((~whole).sum())
-            keep = keep.clone()
-            keep[keep.clone()] = whole.cpu()
-            later = {site: rows[whole] for site, rows in sequences.later.items()}
-            x, sequences = x[whole], Sequences(tokens=tokens, keep=keep, later=later)
-        first = torch.tensor(chosen)[:, None] * self.store.context
-        row_token = (first + torch.arange(keep.shape[1]))[keep]
-        return SequenceRows(x, row_token=row_token, sequences=sequences), removed
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands; JSON-able."""
-        return {
-            **self._identity(),
-            "epoch": self._epoch,
-            "batch": self._batch,
-            "removed": self.removed,
-            "outliers": self.outliers.to_dict() if self.outliers else None,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly after the batch at which `state_dict` was taken.
-
-        Raises InputError if the state is of another stream.
-        """
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise InputError(
-                    f"the state of another stream: {name} differs",
-                    where="load_state_dict",
-                    given=state.get(name),
-                    allowed=str(value),
-                )
-        self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
-        self.removed = int(state["removed"])
-        if state["outliers"]:
-            self.outliers = OutlierFilter(**state["outliers"])
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            **super()._identity(),
-            "harvest": self.store.hash,
-            "weights": self.end_to_end.model.weights_hash,
-            "site": self.end_to_end.site,
-            "seed": self._seed,
-            "sequences_per_batch": self.sequences_per_batch,
-        }

@@ -3,10 +3,12 @@
 import dataclasses
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sae.core.base import SparseAutoencoder, kind_of
+from sae.core.batch import RawBatch
+from sae.training.finish import FinishStream
 from sae.training.run import Run
 from sae.training.trainer import Trainer
 from saescope.artefact import sha256_json
@@ -15,6 +17,8 @@ from saescope.progress import duration
 from saescope.system import free_bytes
 
 _WARM, _MEASURED = 2, 5
+_FINISH = 2
+"""steps of a finish, which take seconds in a model of some size"""
 _CHUNK_ROWS = 16384
 _STATE = {"adam": 2, "signum": 1, "schedule_free_adam": 3, "schedule_free_signum": 2}
 """tensors of the parameters' size that each optimiser keeps"""
@@ -34,6 +38,8 @@ class _Step:
     """bytes beside the parameters, their gradients and the optimiser's state"""
     window: float
     """seconds to compute a window, where activations are not stored; else 0"""
+    finish: float = 0.0
+    """seconds of a step of the finish, where there is one; else 0"""
 
 
 def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
@@ -49,11 +55,21 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
             continue
         sae, trainer = run.make_sae(), run.config.trainer
         parameters = sum(p.numel() for p in sae.parameters())
-        like = sha256_json([to_dict(run.sae_config), sae.d_in, sae.d_out, to_dict(trainer)])
+        like = sha256_json(
+            [
+                to_dict(run.sae_config),
+                sae.d_in,
+                sae.d_out,
+                to_dict(trainer),
+                to_dict(run.config.finish),
+            ]
+        )
         if like not in steps:
             steps[like] = _measured(run)
         step = steps[like]
-        took = run.total_steps * step.seconds + _windows(run) * step.window
+        last = run.finish_steps
+        took = (run.total_steps - last) * step.seconds + last * step.finish
+        took += _windows(run) * step.window
         kept = parameters * _FLOAT * (2 + _STATE[trainer.optimiser])
         memory.append(kept + step.working)
         snapshots = trainer.snapshots + len(trainer.snapshot_tokens)
@@ -65,11 +81,7 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
             f"{trainer.batch_size:,} rows ({run.total_steps * run.stream.tokens_per_batch:,} "
             f"tokens); {1000 * step.seconds:.0f} ms a step, {duration(took)}"
         )
-        if _computes(run):
-            lines.append(
-                f"    of it {duration(_windows(run) * step.window)} in the model, which computes "
-                f"{_windows(run):,.0f} windows of the harvest, {duration(step.window)} each"
-            )
+        lines += _of_it(run, step)
     buffers = max((_stream_bytes(run) for run in runs), default=0)
     needed = sum(sorted(memory)[-at_once:]) + buffers
     folder = runs[0].work_folder if runs else Path()
@@ -85,6 +97,22 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
     return lines
 
 
+def _of_it(run: Run, step: _Step) -> list[str]:
+    """Lines on the time that goes into the model."""
+    lines, last = [], run.finish_steps
+    if last:
+        lines.append(
+            f"    of it {duration(last * step.finish)} in the finish: {last:,} steps through the "
+            f"model, {1000 * step.finish:,.0f} ms each"
+        )
+    if _computes(run):
+        lines.append(
+            f"    of it {duration(_windows(run) * step.window)} in the model, which computes "
+            f"{_windows(run):,.0f} windows of the harvest, {duration(step.window)} each"
+        )
+    return lines
+
+
 def _computes(run: Run) -> bool:
     """Whether activations come straight from the model, window by window."""
     return run.harvest.storage == "none" and run.config.objective != "end_to_end"
@@ -93,7 +121,7 @@ def _computes(run: Run) -> bool:
 def _windows(run: Run) -> float:
     """Windows that the run reads, over all passes."""
     count = sum(window.split == "train" for window in run.harvest.windows)
-    return count * run.total_steps / run.stream.batches_per_epoch
+    return count * (run.total_steps - run.finish_steps) / run.stream.batches_per_epoch
 
 
 def _measured(run: Run) -> _Step:
@@ -101,19 +129,30 @@ def _measured(run: Run) -> _Step:
     again = Run(run.config, run.harvest)
     with tempfile.TemporaryDirectory() as folder:
         trainer = again.make_trainer(Path(folder))
-        batches = iter(again.stream)
-        times, waits, l0 = [], [], 0.0
-        for _ in range(_WARM + _MEASURED):
-            start = time.perf_counter()
-            raw = next(batches)
-            waits.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            l0 = max(l0, trainer.train_step(raw)["l0"])
-            times.append(time.perf_counter() - start)
+        waits, times, l0 = _timed(trainer, iter(again.stream), _WARM + _MEASURED)
+        finish = 0.0
+        if isinstance(again.stream, FinishStream):  # its batches are computed as they are asked for
+            found = _timed(trainer, iter(again.stream.sequences), _FINISH)
+            finish = min(wait + took for wait, took in zip(*found[:2], strict=True))
     # a window is computed, after the model is loaded, when its first batch is asked for
     window = max(waits) if _computes(run) else 0.0
     seconds = sorted(times[_WARM:])[_MEASURED // 2]
-    return _Step(seconds, _working(trainer.sae, trainer, l0), window)
+    return _Step(seconds, _working(trainer.sae, trainer, l0), window, finish)
+
+
+def _timed(
+    trainer: Trainer, batches: Iterator[RawBatch], steps: int
+) -> tuple[list[float], list[float], float]:
+    """Seconds to get each of some batches, and to train on it; the largest L0."""
+    waits, times, l0 = [], [], 0.0
+    for _ in range(steps):
+        start = time.perf_counter()
+        raw = next(batches)
+        waits.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        l0 = max(l0, trainer.train_step(raw)["l0"])
+        times.append(time.perf_counter() - start)
+    return waits, times, l0
 
 
 def _working(sae: SparseAutoencoder, trainer: Trainer, l0: float) -> int:

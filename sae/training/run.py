@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,20 +11,20 @@ import torch
 
 from activations import ActivationStore
 from activations.loading.epoch_order import Order
-from activations.loading.outliers import OutlierFilter
 from sae import distributed
 from sae.analysis.lens import TunedLens
 from sae.architectures import architecture
 from sae.core.base import SparseAutoencoder, kind_of
 from sae.core.gradients import check_trainable
 from sae.core.normaliser import Normaliser
-from sae.data.harvests import check_held_out, choose_sites, load_harvested_model
+from sae.data.harvests import check_held_out, choose_sites
 from sae.data.streams import Stream, make_stream
 from sae.formats.load import SAE_FOLDER, load
 from sae.training import process_group, run_folder, sharded_checkpoint
 from sae.training.config import TrainConfig
-from sae.training.end_to_end import EndToEnd, EndToEndStream
+from sae.training.finish import FinishStream
 from sae.training.remote_run import remote_run
+from sae.training.through_model import loss_through_model, stream_through_model
 from sae.training.trainer import Trainer
 from sae.training.trainer_config import TrainerConfig
 from saescope.artefact import git_commit, sha256_json
@@ -160,22 +160,17 @@ class Run:
                 self._reading_order,
                 config.objective,
                 to_dict(config.end_to_end),
+                # when a finish begins depends on the run's length
+                *([to_dict(config.finish), config.passes] if config.finish.objective else []),
             ]
         )
 
     def make_stream(self) -> Stream:
         """The run's batches, from their beginning."""
         config = self.config
-        if config.objective == "end_to_end":
-            outliers = None
-            if config.outliers is not None:
-                outliers = OutlierFilter.fit(self.harvest, self.sites, config.outliers)
-            return EndToEndStream(
-                self.harvest,
-                self._end_to_end(),
-                batch_size=config.trainer.batch_size,
-                seed=self._data_seed,
-                outliers=outliers,
+        if config.objective == "end_to_end" or config.finish.objective is not None:
+            return stream_through_model(
+                config, self.harvest, self.sites, seed=self._data_seed, order=self._reading_order
             )
         return make_stream(
             self.harvest,
@@ -192,32 +187,6 @@ class Run:
             order=self._reading_order,
             device=process_group.device(config.device),
         )
-
-    def _end_to_end(self) -> EndToEnd:
-        """The end-to-end loss, with the harvest's own model."""
-        config = self.config
-        site, *others = self.sites
-        if others or config.target_site or config.lens or self.cls.concatenates:
-            raise InputError(
-                "end-to-end training is of one site's SAE", where="objective", given=self.sites
-            )
-        if config.order is not None:
-            raise InputError(
-                "end-to-end training reads whole sequences, in an order of its own",
-                where="order",
-                given=config.order,
-                allowed="leave it out",
-            )
-        process_group.refuse_together("end-to-end training", where="objective")
-        if config.device != "cpu":
-            raise InputError(
-                "end-to-end training goes through the model on the CPU",
-                where="device",
-                given=config.device,
-                allowed="cpu",
-            )
-        model = load_harvested_model(self.harvest, self.harvest.manifest["model"]["dtype"])
-        return EndToEnd(model, site, config.end_to_end)
 
     @property
     def _labels(self) -> Literal["document", "neighbours"] | None:
@@ -282,10 +251,8 @@ class Run:
 
     def make_trainer(self, folder: Path, saved: Callable[[], None] | None = None) -> Trainer:
         """A trainer that writes to a folder, and calls `saved` after each checkpoint."""
-        config, with_loss = self.config, None
+        config = self.config
         sae = self.make_sae().to(process_group.device(config.device))
-        if isinstance(self.stream, EndToEndStream):
-            with_loss = partial(self.stream.end_to_end.batch, sae)
         return Trainer(
             sae,
             self.stream,
@@ -294,7 +261,7 @@ class Run:
             held_out=self.stream.held_out(config.evaluation_rows),
             calibration=self.stream.held_out(config.calibration_rows),
             folder=folder,
-            with_loss=with_loss,  # type: ignore[arg-type]
+            with_loss=loss_through_model(self.stream, sae),
             initialise=config.start_from is None,
             tag=self.tag,
             seed=config.seed,
@@ -358,9 +325,24 @@ class Run:
             "tokens_trained": self.total_steps * self.stream.tokens_per_batch,
             "normaliser": config.normaliser,
             **({"lens": config.lens} if config.lens else {}),
+            **self._finish_facts(),
             "seed": config.seed,
             "saescope_commit": git_commit(),
         }
+
+    @property
+    def finish_steps(self) -> int:
+        """Steps of the finish, at the run's end; 0 without one."""
+        if not isinstance(self.stream, FinishStream):
+            return 0
+        return self.total_steps - self.stream.first_batches
+
+    def _finish_facts(self) -> dict[str, Any]:
+        """What is said of a finish; an SAE of no more tokens than `after_tokens` has had none."""
+        if not isinstance(self.stream, FinishStream):
+            return {}
+        after = self.stream.first_batches * self.stream.tokens_per_batch
+        return {"finish": {"objective": self.config.finish.objective, "after_tokens": after}}
 
     def release(self) -> SparseAutoencoder:
         """Write the trained SAE, folded, with its held-out metrics; the SAE."""

@@ -101,7 +101,9 @@ def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name in ("ranks", "device"):  # they change nothing; older runs have none
         kept.pop(name, None)
-    for name in ("order", "samples"):  # older runs have none
+    if not (kept.get("finish") or {}).get("objective"):  # older runs have none
+        kept.pop("finish", None)
+    for name in ("order", "samples"):  # nor these
         if kept.get(name) is None:
             kept.pop(name, None)
     return kept

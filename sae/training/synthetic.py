@@ -35,6 +35,7 @@ _OF_HARVESTS = (
     "mix_layers",
     "objective",
     "end_to_end",
+    "finish",
     "passes",
     "outliers",
     "lens",

@@ -21,10 +21,10 @@ from sae.core.normaliser import Normaliser
 from sae.training.end_to_end import (
     EndToEnd,
     EndToEndConfig,
-    EndToEndStream,
     SequenceRows,
     Sequences,
 )
+from sae.training.end_to_end_stream import EndToEndStream
 from sae.training.optimisers import make_optimiser
 from saescope.errors import InputError
 from tests.tiny import make_tiny_harvest, make_tiny_model
