@@ -150,6 +150,19 @@ COMMANDS = {
         gives_exit_code=True,
         loads_saes=True,
     ),
+    "report": Command(
+        module="dashboards.report_command",
+        config="ReportConfig",
+        function="report",
+        summary="Show what was measured on SAEs, in one page with charts, or as Markdown.",
+        examples=(
+            "saescope report runs/smollm2-135m-topk",
+            "saescope report runs/topk-seed-0 runs/topk-seed-1 --out seeds.html",
+            "saescope report runs/pareto --out pareto.md",
+        ),
+        notes=("", "It reads what `saescope eval` wrote, and measures nothing."),
+        positional="run runs...",
+    ),
     "index": Command(
         module="sae.commands.index",
         config="IndexConfig",

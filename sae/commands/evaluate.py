@@ -22,7 +22,7 @@ from sae.commands.evaluate_texts import (
     text_facts,
     write_tables,
 )
-from sae.commands.evaluation_table import check_metric_table, write_metric_table
+from sae.commands.evaluation_files import check_metric_table, write_metrics
 from sae.core.base import SparseAutoencoder
 from sae.data.harvests import knows_model, load_harvested_model, open_harvest, split_pieces
 from sae.data.placement import Placement
@@ -77,7 +77,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def write_evaluation(path: AnyPath, result: Mapping[str, Any], data: "HeldOut") -> None:
     """Write what was measured, and tables of it and of families; the errors of `evaluate`."""
     write_report(path, sealed(result), EVALUATION, replace=data.config.replace)
-    write_metric_table(path, sealed(result), run=data.config.run, sae=data.sae)
+    write_metrics(path, sealed(result), data.config.run, data.sae)
     write_tables(path, data.tables, result["protocol_hash"])
 
 

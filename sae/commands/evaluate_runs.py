@@ -19,7 +19,7 @@ from sae.commands.evaluate import (
     evaluate,
     write_evaluation,
 )
-from sae.commands.evaluation_table import check_metric_table, write_metric_table
+from sae.commands.evaluation_files import check_metric_table, write_metrics
 from sae.commands.sweep import MEMBERS, read_members
 from sae.evaluation import Family, chosen
 from sae.evaluation.written import measured_values, read_evaluation, rows_of
@@ -168,7 +168,7 @@ class _Sharing:
             before = read_evaluation(path)
             if data.measured_in(before, self.wanted):
                 # which an older version, or a kill, may have left out
-                write_metric_table(path, before, run=run.run, sae=data.sae)
+                write_metrics(path, before, run.run, data.sae)
                 return before, False
         check_replaceable(path, EVALUATION, replace=run.replace)
         check_metric_table(path)

@@ -1,7 +1,7 @@
 """The files of an evaluation in a run's folder, and whether each is what was written.
 
     evaluation.json          what was measured
-    evaluation.parquet       its metrics as rows (`sae.commands.evaluation_table`)
+    evaluation.parquet       its metrics as rows (`sae.evaluation.metric_table`)
     evaluation.FAMILY.json   a table of a family, as evaluation.probing.json
     evaluation.FAMILY.parquet
 
@@ -9,15 +9,25 @@ All of them carry the hash of one protocol.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
 
-from sae.commands.evaluation_table import metric_table_path, read_metric_table
+from sae.core.base import SparseAutoencoder, kind_of
+from sae.data.provenance import weights_hash
+from sae.evaluation.metric_table import (
+    METRIC_TABLE,
+    metric_table_path,
+    read_metric_table,
+    write_metric_table,
+)
 from sae.evaluation.written import EVALUATION_FILE, read_evaluation
 from saescope.artefact import DamagedError, check_seal, read_json
+from saescope.paths import AnyPath
+from saescope.replacing import check_replaceable
 
 _TABLE = re.compile(r"evaluation\.[a-z][a-z0-9_]*\.(json|parquet)")
 
@@ -65,3 +75,25 @@ def _json(path: Path) -> dict[str, Any]:
         raise DamagedError("is no table of an evaluation", where=str(path))
     check_seal(found, must=True, where=str(path))
     return found
+
+
+def check_metric_table(evaluation: AnyPath) -> None:
+    """Raise InputError if something else is where the table of an evaluation is to be."""
+    check_replaceable(metric_table_path(evaluation), METRIC_TABLE, replace=True)
+
+
+def write_metrics(
+    evaluation: AnyPath, written: Mapping[str, Any], run: str, sae: SparseAutoencoder
+) -> None:
+    """Write the table of what was written to an evaluation's file, in the place of an earlier one.
+
+    Raises InputError if something else is there, ArtefactError if it cannot be written.
+    """
+    about = {
+        "run": run,
+        "sae_hash": weights_hash(sae),
+        "architecture": kind_of(sae.config),
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+    }
+    write_metric_table(evaluation, written, about)

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 import sae
-from sae.commands.evaluation_table import read_metric_table
 from sae.data.provenance import weights_hash
+from sae.evaluation.metric_table import read_metric_table
 from sae.evaluation.written import read_evaluation
 from saescope.__main__ import main
 from saescope.artefact import DamagedError

@@ -13,8 +13,6 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from sae.core.base import SparseAutoencoder, kind_of
-from sae.data.provenance import weights_hash
 from sae.evaluation import families
 from sae.evaluation.written import rows_of, sections
 from saescope.artefact import SEAL, DamagedError, atomic_path, sha256_json
@@ -55,26 +53,16 @@ def metric_table_path(evaluation: AnyPath) -> AnyPath:
     return evaluation.with_name(f"{evaluation.name.removesuffix('.json')}.parquet")
 
 
-def metric_rows(
-    evaluation: Mapping[str, Any], *, run: str, sae: SparseAutoencoder
-) -> list[dict[str, Any]]:
+def metric_rows(evaluation: Mapping[str, Any], about: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each metric that was measured, and of one measured at several sites also for each.
+
+    Args: about says of the SAE its run, sae_hash, architecture, d_in and d_sae.
 
     `value` is None where a metric is undefined, `interval` (half of the 95% interval) where it has
     none or too few documents were there; `site` is None but for the values of single sites.
     """
-    return [
-        {
-            "run": run,
-            "sae_hash": weights_hash(sae),
-            "architecture": kind_of(sae.config),
-            "d_in": sae.d_in,
-            "d_sae": sae.d_sae,
-            **row,
-            "protocol_hash": evaluation["protocol_hash"],
-        }
-        for row in _measured(evaluation)
-    ]
+    own = {"protocol_hash": evaluation["protocol_hash"]}
+    return [{**about, **row, **own} for row in _measured(evaluation)]
 
 
 def _measured(evaluation: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -111,20 +99,17 @@ def _is_metric_table(path: AnyPath) -> bool:
 METRIC_TABLE = Kind("a table of metrics", _is_metric_table)
 
 
-def check_metric_table(evaluation: AnyPath) -> None:
-    """Raise InputError if something else is where the table of an evaluation is to be."""
-    check_replaceable(metric_table_path(evaluation), METRIC_TABLE, replace=True)
-
-
 def write_metric_table(
-    evaluation: AnyPath, written: Mapping[str, Any], *, run: str, sae: SparseAutoencoder
+    evaluation: AnyPath, written: Mapping[str, Any], about: Mapping[str, Any]
 ) -> None:
     """Write the table of what was written to an evaluation's file, in the place of an earlier one.
+
+    Args: about is that of `metric_rows`.
 
     Raises InputError if something else is there, ArtefactError if it cannot be written.
     """
     path = metric_table_path(evaluation)
-    table = pa.Table.from_pylist(metric_rows(written, run=run, sae=sae), schema=SCHEMA)
+    table = pa.Table.from_pylist(metric_rows(written, about), schema=SCHEMA)
     seals = {
         _PROTOCOL: written["protocol_hash"],
         _EVALUATION: written.get(SEAL, ""),
