@@ -140,6 +140,7 @@ COMMANDS = {
             "saescope eval runs/topk-seed-0 runs/topk-seed-1",
             "saescope eval runs/pareto",
             "saescope eval runs/smollm2-135m-topk --suite core,probing --quick --replace",
+            "saescope eval runs/five-seeds --reliability",
         ),
         notes=(
             "",
@@ -192,14 +193,16 @@ COMMANDS = {
         module="sae.commands.compare",
         config="CompareConfig",
         function="compare",
-        summary="Match the features of two SAEs, or follow one's through earlier versions of it.",
+        summary="Say which SAE is better in what, match features of two, or follow those of one.",
         examples=(
             "saescope compare runs/topk-seed-0 runs/topk-seed-1",
+            "saescope compare runs/topk runs/batchtopk runs/jumprelu",
+            "saescope compare runs/topk runs/batchtopk --reliability runs/seeds/reliability.json",
             "saescope compare runs/topk-8192 runs/topk-32768 --by activations --out pairs.parquet",
             "saescope compare runs/topk-with-snapshots --out emerged.parquet",
             "saescope compare runs/topk-32768 --versions runs/topk-2048 runs/topk-8192",
         ),
-        positional="run_a run_b",
+        positional="run_a run_b others...",
         loads_saes=True,
     ),
     "diff-models": Command(

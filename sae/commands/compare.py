@@ -1,13 +1,15 @@
-"""`saescope compare`: which features of two SAEs are the same, or of several versions of one."""
+"""`saescope compare`: which SAE is better in what, and which features of two are the same."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from sae.analysis.dictionary_matching import match_codes, match_decoders
+from sae.commands.compare_metrics import Scale, evaluations_of, metric_lines
 from sae.commands.genealogy import follow, print_genealogy
 from sae.commands.tables import SUFFIXES, write_table
 from sae.core.base import SparseAutoencoder, kind_of
 from sae.data.harvests import open_harvest
+from sae.evaluation.comparison import check_one_protocol
 from sae.formats.load import load
 from saescope.config import Config
 from saescope.errors import InputError, check_range
@@ -20,13 +22,22 @@ from store.matching import MATCHED, Matching, expected_max_cosine
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(Config):
-    """Match the features of two SAEs, of other seeds, widths, layers or checkpoints."""
+    """Compare the metrics of SAEs, and match the features of two of them."""
 
     run_a: str
     """Folder of a trained run or of an SAE, in any known format, or its URL: s3://bucket/name,
     hf://owner/repo/folder."""
     run_b: str | None = None
     """The other one. Without it, the features of run_a are followed back through `versions`."""
+    others: tuple[str, ...] = ()
+    """Further ones, whose metrics are compared with those of run_a."""
+    what: Literal["metrics", "features"] | None = None
+    """Compare metrics alone, or features alone; if not given, both of two SAEs, and metrics alone
+    of three or more. Metrics are those of each one's evaluation.json, of one protocol."""
+    reliability: str | None = None
+    """File that says the smallest difference each metric can tell (`saescope eval RUN...
+    --reliability`); reliability.json beside one of the runs' folders if not given. Without any, the
+    evaluations' intervals decide."""
     versions: tuple[str, ...] = ()
     """Earlier versions of run_a, in order: SAEs of any training time, width, seed or layer. If none
     are given, the snapshots that the run kept (`trainer.snapshots`)."""
@@ -58,6 +69,10 @@ class CompareConfig(Config):
             given = getattr(self, name)
             if given is not None and not given.endswith(SUFFIXES):
                 raise InputError("no kind of table", where=name, given=given, allowed=SUFFIXES)
+        if self.what == "features" and self.others:
+            raise InputError(
+                "features are those of two SAEs", where="others", given=self.others, allowed="none"
+            )
         for name in ("versions", "events"):
             if self.run_b is not None and getattr(self, name):
                 raise InputError(
@@ -65,20 +80,59 @@ class CompareConfig(Config):
                     where=name,
                     given=getattr(self, name),
                 )
-        if self.run_b is None and self.site_b is not None:
-            raise InputError("is of run_b, which is not given", where="site_b", given=self.site_b)
+        for name in ("site_b", "reliability") if self.run_b is None else ():
+            if getattr(self, name) is not None:
+                raise InputError(
+                    "is of run_b, which is not given", where=name, given=getattr(self, name)
+                )
+        if self.what == "metrics" or self.others:
+            for name in ("out", "harvest", "site_a", "site_b"):
+                if getattr(self, name) is not None:
+                    raise InputError(
+                        "is about features, and metrics alone are compared",
+                        where=name,
+                        given=getattr(self, name),
+                    )
 
 
-def compare(config: CompareConfig) -> Matching | Genealogy:
-    """Print, and write if asked, which features match: two SAEs', or one's through its versions.
+def compare(config: CompareConfig) -> Matching | Genealogy | None:
+    """Print how metrics compare, and which features match; None if metrics alone are asked for.
 
-    Raises InputError if the SAEs cannot be compared, or a file is at `out` or `events` already;
-    ArtefactError if something cannot be read.
+    Features are two SAEs', or one's through its versions; they are written if that is asked for.
+
+    Raises InputError if the SAEs cannot be compared, metrics because they were measured under two
+    protocols, or a file is at `out` or `events` already; ArtefactError if something cannot be read.
     """
     for path in (config.out, config.events):
         if path is not None:
             check_replaceable(local(path), None, replace=False)
-    return _follow(config) if config.run_b is None else _match(config, config.run_b)
+    if config.run_b is None:
+        return _follow(config)
+    alone = config.what == "metrics" or bool(config.others)
+    if config.what != "features":
+        _compare_metrics(config, (config.run_a, config.run_b, *config.others), alone=alone)
+    return None if alone else _match(config, config.run_b)
+
+
+def _compare_metrics(config: CompareConfig, names: tuple[str, ...], *, alone: bool) -> None:
+    """Print metrics; where features come too, metrics may be missing."""
+    evaluations = evaluations_of(names)
+    missing = [name for name in names if name not in evaluations]
+    if missing and (alone or config.reliability is not None):
+        raise InputError(
+            "not measured yet; `saescope eval` measures it", where="metrics", given=missing
+        )
+    if missing:
+        say(f"metrics are not compared: `saescope eval` has not measured {', '.join(missing)}")
+        return
+    try:
+        check_one_protocol(evaluations)
+    except InputError as error:
+        if alone:
+            raise
+        raise InputError(f"{error}; --what features compares their features alone") from None
+    for line in metric_lines(evaluations, Scale.of(evaluations, config.reliability)):
+        say(line)
 
 
 def _follow(config: CompareConfig) -> Genealogy:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from activations.harvesting.window_locks import Team, member, pauses, shared
+from sae.commands.compare_metrics import summary_lines
 from sae.commands.evaluate import (
     EVALUATION,
     EvaluateConfig,
@@ -20,10 +21,13 @@ from sae.commands.evaluate import (
     write_evaluation,
 )
 from sae.commands.evaluation_files import check_metric_table, write_metrics
+from sae.commands.reliability import measure_reliability, reliability_file, seeds_of_runs
 from sae.commands.sweep import MEMBERS, read_members
 from sae.evaluation import Family, chosen
+from sae.evaluation.floors_file import RELIABILITY, reliability_lines
 from sae.evaluation.written import measured_values, read_evaluation, rows_of
 from sae.formats.hub import SCHEME, HubFolder, evaluation_file
+from saescope.artefact import write_report
 from saescope.errors import InputError, SaescopeError
 from saescope.paths import AnyPath, as_path, exists
 from saescope.process_rank import this_rank
@@ -43,6 +47,10 @@ class EvaluateRunsConfig(EvaluateConfig):
     runs: tuple[str, ...] = ()
     """Further ones, measured one after another. The folder of a sweep, here and as run, stands for
     all of its runs."""
+    reliability: bool = False
+    """Measure the smallest difference that each metric can tell, from these runs, three or more,
+    better five, that differ in nothing but their seed. It is written to `out`, or to
+    reliability.json beside the first run's folder."""
 
 
 @system_errors()
@@ -52,13 +60,18 @@ def evaluate_runs(config: EvaluateRunsConfig) -> int:
     Of several each has its own evaluation.json. One that is measured already under the protocol of
     now is left; one that cannot be measured is named, the others go on, and the exit code is 2.
 
-    Raises InputError for `out` with several runs, and for a family that is unknown; for one run
-    alone the errors of `evaluate`.
+    With `reliability` the smallest differences that the metrics can tell are measured after that.
+
+    Raises InputError for `out` with several runs, for a family that is unknown, and for runs that
+    reliability cannot be measured of (`sae.commands.reliability`); for one run alone the errors of
+    `evaluate`.
     """
     names = _names((config.run, *config.runs))
     one = EvaluateConfig(
         **{field.name: getattr(config, field.name) for field in fields(EvaluateConfig)}
     )
+    if config.reliability:
+        return _reliability(config, [replace(one, run=name, out=None) for name in names])
     if names == [config.run] and this_rank().size == 1:
         evaluate(one)
         return 0
@@ -70,7 +83,13 @@ def evaluate_runs(config: EvaluateRunsConfig) -> int:
             allowed="leave it out",
         )
     wanted = chosen(config.metrics, config.suite)
-    sharing = _Sharing([replace(one, run=name) for name in names], wanted)
+    return _measure_all([replace(one, run=name) for name in names], wanted)
+
+
+def _measure_all(runs: Sequence[EvaluateConfig], wanted: Sequence[Family]) -> int:
+    """Measure runs, with the other processes if there are any; the exit code."""
+    names = [run.run for run in runs]
+    sharing = _Sharing(runs, wanted)
     if this_rank().number:
         try:
             with silent(), _team(names) as team:
@@ -80,6 +99,27 @@ def evaluate_runs(config: EvaluateRunsConfig) -> int:
         return 0  # rank 0 says what could not be measured
     with _team(names) as team:
         return sharing.lead(team)
+
+
+def _reliability(config: EvaluateRunsConfig, runs: Sequence[EvaluateConfig]) -> int:
+    """Measure runs, and from them the smallest differences that metrics tell; the exit code."""
+    wanted = chosen(config.metrics, config.suite)
+    names = [run.run for run in runs]
+    seeds_of_runs(names)
+    path = reliability_file(names, config.out)
+    check_replaceable(path, RELIABILITY, replace=True)
+    failed = _measure_all(runs, wanted)
+    if failed or this_rank().number:
+        return failed
+    evaluations = {name: read_evaluation(evaluation_file(name)) for name in names}
+    found = measure_reliability(runs, evaluations, wanted)
+    try:
+        write_report(path, found, RELIABILITY, replace=config.replace)
+    finally:  # what was measured is told, wherever it cannot be written
+        for line in reliability_lines(found, rows_of(found)):
+            say(line)
+    say(f"{path}: what {len(names)} seeds tell under protocol {found['protocol_hash'][:12]}")
+    return 0
 
 
 def _names(given: Sequence[str]) -> list[str]:
@@ -145,7 +185,7 @@ class _Sharing:
                         team.release(number)
             waiting = others
             next(waits)
-        for line in _table(found):
+        for line in (*_table(found), *summary_lines(found)):
             say(line)
         failed = len(self.runs) - len(found)
         if failed:

@@ -13,6 +13,7 @@ from sae.commands.diff_models import MODEL_DIFF, read_model_diff
 from sae.commands.evaluation_files import check_evaluation_file, evaluation_files
 from sae.commands.sweep import MEMBERS, read_members
 from sae.core.serialisation import CONFIG_FILE, WEIGHTS_FILE, described_sae
+from sae.evaluation.floors_file import RELIABILITY_FILE, read_reliability
 from sae.formats import recognise
 from sae.formats.load import SAE_FOLDER, load
 from sae.training import checkpoint
@@ -226,6 +227,9 @@ def _sweep(found: Examination, folder: Path) -> None:
         for name in read_members(folder):
             if not (folder / name).exists():
                 found.notes.append(f"{name} is not trained yet")
+    if (folder / RELIABILITY_FILE).exists():
+        with found.of(folder / RELIABILITY_FILE):
+            read_reliability(folder / RELIABILITY_FILE)
 
 
 def _store(found: Examination, path: Path) -> None:

@@ -221,6 +221,13 @@ def test_a_sweep(doctor: Doctor, root: Path) -> None:
     # of an older version
     path.write_text(json.dumps(members))
     assert doctor("runs")[0] == 0
+    found = root / "runs/reliability.json"
+    write_sealed(found, {"schema": 1, "kind": "reliability", "floors": {"fvu": {"mean": 0.5}}})
+    assert doctor("runs")[0] == 0
+    found.write_text(found.read_text().replace("0.5", "0.4"))
+    code, text = doctor("runs")
+    assert code == 1
+    assert "damaged     reliability.json: its content does not match" in text
 
 
 def test_leftovers_are_named_and_removed_only_if_asked(doctor: Doctor, root: Path) -> None:

@@ -72,7 +72,10 @@ def test_a_sweep_is_all_of_its_runs_and_each_is_measured_as_alone(
     out = capsys.readouterr().out.splitlines()
     assert [line.partition("  ")[0] for line in out[:3]] == ["1 of 3", "2 of 3", "3 of 3"]
     assert all("measured in" in line for line in out[:3])
-    head, *rows = out[3:]
+    head, *rows, beside, one, other = out[3:]
+    assert beside.startswith(f"beside {runs / NAMES[0]}, by the intervals of both figures")
+    assert one.startswith(f"  {runs / NAMES[1]}: ")
+    assert other.startswith(f"  {runs / NAMES[2]}: not compared, as it was measured under another")
     assert head.split()[:3] == ["run", "L0", "FVU"]
     assert [row.split()[0] for row in rows] == [str(runs / name) for name in NAMES]
     assert rows[0].split()[1] == "3.00"
@@ -137,7 +140,7 @@ def test_one_that_fails_is_named_and_the_others_go_on(
     assert f"2 of 4  {runs / NAMES[0]} is not measured: " in shown.err
     assert "this run is not finished" in shown.err
     assert shown.err.splitlines()[-1].endswith("2 of 4 runs could not be measured; see above")
-    assert [line.split()[0] for line in shown.out.splitlines()[-2:]] == [
+    assert [line.split()[0] for line in shown.out.splitlines()[-4:-2]] == [
         str(runs / name) for name in NAMES[1:]
     ]
     assert not (runs / "absent").exists()
