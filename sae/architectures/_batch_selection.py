@@ -15,6 +15,8 @@ from torch.nn import functional
 
 from sae import kernels
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
+from sae.architectures._falling_k import FallingKConfig, falling
+from sae.architectures._lista import check_fits, refuse_lista, step_size, stepped
 from sae.architectures._thresholds import calibrated_threshold, running_mean_, smallest_of
 from sae.architectures._zipf import zipf_densities
 from sae.core import losses
@@ -50,12 +52,12 @@ class BatchSelectionConfig(AuxKConfig):
         check_range("sae.ema_decay", self.ema_decay, low=0, below=1)
         check_range("sae.zipf_share", self.zipf_share, above=0)
 
-    def budget(self, rows: int) -> int:
-        """Activations a batch may have: k times its rows, rounded.
+    def budget(self, rows: int, k: float | None = None) -> int:
+        """Activations a batch may have: k (the configuration's if not given) times its rows.
 
         Raises InputError if that is none.
         """
-        budget = round(self.k * rows)
+        budget = round((self.k if k is None else k) * rows)
         if budget < 1:
             raise InputError(
                 "the batch is too small for a single activation",
@@ -77,13 +79,17 @@ class BatchSelectionSAE(AuxKSAE):
 
     batch_level: ClassVar[bool] = True
     """training selects over the batch, inference by thresholds: they differ row by row"""
-    feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
-    full_precision: ClassVar[tuple[str, ...]] = ("threshold", "density")
+    feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold", "first_threshold")
+    full_precision: ClassVar[tuple[str, ...]] = ("threshold", "first_threshold", "density")
     plain_rules: ClassVar[tuple[Rule, ...]] = ("jumprelu",)
     threshold: Tensor
     """float32 [] (one for all) or [d_sae]; 0 before training, when all that is positive fires"""
     threshold_updates: Tensor
     """int64, of the threshold's shape"""
+    first_threshold: Tensor
+    """float32 [], the threshold before a LISTA step; only where there is one"""
+    first_threshold_updates: Tensor
+    """int64 []"""
     density: Tensor
     """float32 [d_sae], running average of the fraction of rows each feature is selected on"""
     density_updates: Tensor
@@ -93,6 +99,7 @@ class BatchSelectionSAE(AuxKSAE):
 
     def make_parameters(self) -> None:
         """Also the buffers, which are all of a run's state that is not in the weights."""
+        check_fits(self)
         super().make_parameters()
         self._last_bar = 0.0  # the smallest value chosen in the last batch
         if FEATURES.size > 1 and self.config.auxiliary == "zipf":
@@ -105,6 +112,9 @@ class BatchSelectionSAE(AuxKSAE):
         shape = self.threshold_shape()
         self.register_buffer("threshold", torch.zeros(shape))
         self.register_buffer("threshold_updates", torch.zeros(shape, dtype=torch.int64))
+        if step_size(self.config):
+            self.register_buffer("first_threshold", torch.zeros(()))
+            self.register_buffer("first_threshold_updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("density", torch.zeros(self.d_sae))
         self.register_buffer("density_updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("underused", torch.zeros(self.d_sae, dtype=torch.bool))
@@ -117,25 +127,40 @@ class BatchSelectionSAE(AuxKSAE):
 
     def encode_normalised(self, y: Tensor) -> SparseCodes:
         """Codes of y [batch, d_in]: the pre-activations above the stored threshold."""
+        return self._above(self._inferred_input(y), self.threshold)
+
+    def _above(self, centred: Tensor, threshold: Tensor) -> SparseCodes:
         # one value a feature: a single one would be rounded to the precision of the activations
-        threshold = self.threshold.expand(self.d_sae)
-        centred = self.encoder_input(y)
-        csr = kernels.encode_above(centred, self.W_enc_T, self.b_enc, threshold)
+        bars = threshold.expand(self.d_sae)
+        csr = kernels.encode_above(centred, self.W_enc_T, self.b_enc, bars)
         return SparseCodes(*csr, self.d_sae)
+
+    def _inferred_input(self, y: Tensor) -> Tensor:
+        """The encoder's input at inference, after the LISTA step if there is one."""
+        centred, eta = self.encoder_input(y), step_size(self.config)
+        if not eta:
+            return centred
+        return stepped(centred, self._above(centred, self.first_threshold), self.W_dec, eta)
 
     @torch.no_grad()
     def calibrate(self, rows: Callable[[], Iterable[Tensor]]) -> None:
         """Set the threshold so that the mean L0 over rows y [n, d_in] is k.
 
-        Several thresholds are all multiplied by one factor. Raises InputError without rows.
+        Several thresholds are all multiplied by one factor; before a LISTA step it is k, too.
+        Raises InputError without rows.
         """
+        k = self.config.k
+        if step_size(self.config):
+            first = calibrated_threshold(self, rows, None, k, self.encoder_input)
+            self.first_threshold.fill_(first)
         profile = self.threshold_profile()
         weight = 1 / profile if profile.ndim else None
-        factor = calibrated_threshold(self, rows, weight, self.config.k)
+        factor = calibrated_threshold(self, rows, weight, k, self._inferred_input)
         self.threshold.copy_(factor * profile)
 
     def plain_parts(self) -> dict[str, Any]:
         """JumpReLU with the stored threshold, one for all or one each, which is how it infers."""
+        refuse_lista(self, "sae")
         threshold = self.threshold.detach().float().clamp_min(0).expand(self.d_sae)
         return {"activation": "jumprelu", "threshold": threshold, "b_enc": self.b_enc}
 
@@ -147,12 +172,18 @@ class BatchSelectionSAE(AuxKSAE):
 
     def select(self, centred: Tensor, state: TrainingState) -> SparseCodes:
         """What is kept of a batch's pre-activations, all positive."""
-        del state
-        return self.largest(centred)
+        return self.largest(centred, self.k_at(state))
 
-    def largest(self, centred: Tensor) -> SparseCodes:
-        """The k B largest pre-activations of the batch."""
-        budget = self.config.budget(ROWS.total(len(centred)))
+    def k_at(self, state: TrainingState) -> float:
+        """Mean number of features kept at this step of the run."""
+        config = self.config
+        if not isinstance(config, FallingKConfig) or config.k_start is None:
+            return config.k
+        return falling(config.k_start, config.k, config.k_anneal_fraction, state)
+
+    def largest(self, centred: Tensor, k: float | None = None) -> SparseCodes:
+        """The k B largest pre-activations of the batch; k is the configuration's if not given."""
+        budget = self.config.budget(ROWS.total(len(centred)), k)
         csr = kernels.encode_top_of_batch(
             centred, self.W_enc_T, self.b_enc, budget, hint=self._last_bar
         )
@@ -164,14 +195,31 @@ class BatchSelectionSAE(AuxKSAE):
 
     def training_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
         """The loss of a batch; thresholds and densities move in training mode only."""
-        centred = self.centred(batch)
+        centred = self._after_lista(batch, state)
         codes = self.select(centred, state)
-        assert len(codes.index) <= self.config.budget(batch.total), "a selection exceeds its budget"
+        budget = self.config.budget(batch.total, self.k_at(state))
+        assert len(codes.index) <= budget, "a selection exceeds its budget"
         counts = codes.counts()
         if self.training:
             self._observe(codes, counts, state)
         loss, terms, found = self.selection_loss(batch, centred, codes, state)
         return TrainingOutput(loss, terms, counts, found)
+
+    def _after_lista(self, batch: TrainingBatch, state: TrainingState) -> Tensor:
+        """The encoder's input for a batch, after the LISTA step if there is one."""
+        centred, eta = self.centred(batch), step_size(self.config)
+        if not eta:
+            return centred
+        first = self.select(centred, state)
+        smallest = smallest_of(first.value)
+        if self.training and smallest.isfinite():
+            running_mean_(
+                self.first_threshold,
+                smallest,
+                self.first_threshold_updates,
+                self.config.ema_decay,
+            )
+        return stepped(centred, first, self.W_dec, eta, batch.mask_input)
 
     def selection_loss(
         self, batch: TrainingBatch, centred: Tensor, codes: SparseCodes, state: TrainingState
@@ -190,13 +238,16 @@ class BatchSelectionSAE(AuxKSAE):
         codes: SparseCodes,
         found: Reconstruction,
         state: TrainingState,
-        width: int | None = None,
+        among: Tensor | None = None,
     ) -> Tensor:
-        """The loss with AuxK or aux_zipf added, by features below `width`; also put into terms."""
+        """The loss with AuxK or aux_zipf added, also put into terms.
+
+        Args: among, bool [d_sae]: the features that may predict the residual; all if not given.
+        """
         config = self.config
         chosen = self.underused if config.auxiliary == "zipf" else state.dead
-        if width is not None:
-            chosen = chosen & (torch.arange(self.d_sae, device=chosen.device) < width)
+        if among is not None:
+            chosen = chosen & among
         if config.auxiliary == "auxk":
             limited = replace(state, dead=chosen)
             return self.add_auxk(loss, terms, centred, found, limited)

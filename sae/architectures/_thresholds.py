@@ -38,20 +38,22 @@ def calibrated_threshold(
     rows: Callable[[], Iterable[Tensor]],
     weight: Tensor | None,
     k: float,
+    read: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """The threshold that pre-activations, times weight [d_sae], pass k times a row on average.
 
     0, with a printed notice, if fewer are positive: all of these then pass. rows gives fresh
-    iterators of y [n, d_in] at the normaliser's scale. Raises InputError without rows.
+    iterators of y [n, d_in] at the normaliser's scale, of which `read` makes what the encoder
+    multiplies (its usual input if not given). Raises InputError without rows.
     """
-    hint = 0.0
+    hint, read = 0.0, read or sae.encoder_input
     seen = positive = 0
 
     def largest(some: Tensor, n: int) -> Tensor:
         nonlocal hint, seen, positive
         own = some[ROWS.share(len(some))]
         _, index, value = kernels.encode_top_of_batch(
-            sae.encoder_input(own), sae.W_enc_T, sae.b_enc, n, weight=weight, hint=hint
+            read(own), sae.W_enc_T, sae.b_enc, n, weight=weight, hint=hint
         )
         score = ALL.gather(value if weight is None else value * weight[index])
         hint = float(score.min()) if len(score) == n else 0.0

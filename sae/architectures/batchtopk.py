@@ -2,6 +2,8 @@
 
 pi = W_enc^T (y - b_dec) + b_enc;   f = pi at the k B largest positive pi of a batch, else 0
 inference: f = pi where pi > threshold;   y_hat = f W_dec + b_dec;   loss = FVU + 1/32 AuxK
+Options: k may fall from k_start in the first part of a run, and features may be chosen again after
+a LISTA step (`_lista`).
 """
 
 from dataclasses import dataclass
@@ -9,11 +11,13 @@ from typing import ClassVar, Literal
 
 from sae.architectures import register
 from sae.architectures._batch_selection import BatchSelectionConfig, BatchSelectionSAE
+from sae.architectures._falling_k import FallingKConfig
+from sae.architectures._lista import ListaConfig
 from sae.core.base import SAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchTopKConfig(BatchSelectionConfig):
+class BatchTopKConfig(BatchSelectionConfig, FallingKConfig, ListaConfig):
     """Configuration of the BatchTopK architecture."""
 
     kind: Literal["batchtopk"] = "batchtopk"

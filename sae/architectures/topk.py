@@ -5,12 +5,14 @@ loss = FVU(f) + 1/32 AuxK,   AuxK = ||e - e_hat||^2 / ||e - mean e||^2,   e = y 
 
 e_hat is what the k_aux strongest dead features make of e, so that they learn what the others leave
 (appendix A.2 there; `sae.core.losses.auxk`). Options: Multi-TopK adds 1/8 of the FVU of the codes
-with 4k features (section 6.3), and k may fall from k_start in the first part of a run.
+with 4k features (section 6.3), k may fall from k_start in the first part of a run, and features may
+be chosen again after a LISTA step (`_lista`).
 
 W_enc, b_enc, W_dec and b_dec, their start, unit decoder rows, scales and files are every SAE's:
 `sae.core.base`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +21,8 @@ from torch import Tensor
 from sae import kernels
 from sae.architectures import register
 from sae.architectures._auxk import AuxKConfig, AuxKSAE
+from sae.architectures._falling_k import falling
+from sae.architectures._lista import ListaConfig, check_fits, refuse_lista, step_size, stepped
 from sae.core.base import SAEConfig, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.core.plain import Rule
@@ -55,7 +59,7 @@ class TopKFields(AuxKConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKConfig(TopKFields):
+class TopKConfig(TopKFields, ListaConfig):
     """Configuration of the TopK architecture."""
 
     kind: Literal["topk"] = "topk"
@@ -75,11 +79,27 @@ class TopKSAE(AuxKSAE):
         """The k features kept of each row and their activations: (index, value) [batch, k]."""
         return kernels.encode_topk(centred, self.W_enc_T, self.b_enc, k)
 
+    def make_parameters(self) -> None:
+        """As every SAE's; InputError for a LISTA step that does not fit it."""
+        check_fits(self)
+        super().make_parameters()
+
+    def after_lista(
+        self, centred: Tensor, k: int, mask: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """The encoder's input, after the LISTA step with k features if there is one."""
+        eta = step_size(self.config)
+        if not eta:
+            return centred
+        first = SparseCodes.from_fixed(*self.top(centred, k), self.d_sae)
+        return stepped(centred, first, self.W_dec, eta, mask)
+
     def encode_normalised(self, y: Tensor) -> SparseCodes:
         """Codes of y [batch, d_in], 0 where fewer than k pre-activations are positive."""
         k = self.config.k
+        centred = self.after_lista(self.encoder_input(y), k)
         # with the features on several ranks, each finds its own k best, and then all compare
-        index, value = self.top(self.encoder_input(y), min(k, self.d_sae))
+        index, value = self.top(centred, min(k, self.d_sae))
         return global_topk.strongest(index, value, k, self.d_sae)
 
     def k_at(self, state: TrainingState) -> int:
@@ -87,15 +107,13 @@ class TopKSAE(AuxKSAE):
         config = self.config
         if config.k_start is None:
             return config.k
-        steps = config.k_anneal_fraction * state.total_steps
-        left = max(0.0, 1 - state.step / steps) if steps else 0.0
-        return config.k + round((config.k_start - config.k) * left)
+        return round(falling(config.k_start, config.k, config.k_anneal_fraction, state))
 
     def training_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
         """FVU + coefficient * AuxK + coefficient * Multi-TopK (Gao et al. 2024, sections 2, 6)."""
         config = self.config
-        centred = self.centred(batch)  # y - b_dec
         k = self.k_at(state)
+        centred = self.after_lista(self.centred(batch), k, batch.mask_input)  # of y - b_dec
         # one selection serves both losses: of the widest codes, the k strongest
         wide = min(config.multi_topk * k, config.d_sae) if config.multi_topk_coefficient else k
         index, value = self.top(centred, min(wide, self.d_sae))
@@ -121,5 +139,6 @@ class TopKSAE(AuxKSAE):
 
     def plain_parts(self) -> dict[str, Any]:
         """TopK's rule, as other libraries know it."""
+        refuse_lista(self, "sae")
         (rule,) = self.plain_rules
         return {"activation": rule, "k": self.config.k, "b_enc": self.b_enc}

@@ -1,10 +1,15 @@
 """What every architecture's configuration has."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 from saescope.config import Config
 from saescope.errors import InputError, check_range
+
+ADDED = "added"
+"""metadata of a field that came after files and runs without it; at its default it changes nothing,
+and a run with it is the same run as one without"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,12 @@ class SAEConfig(Config):
                 )
             target = round(target)
         return replace(self, k=target)
+
+
+def without_added(cls: type[SAEConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's saved values without `ADDED` fields that are at their defaults."""
+    default = {each.name: each.default for each in fields(cls) if each.metadata.get(ADDED)}
+    return {k: v for k, v in values.items() if k not in default or v != default[k]}
 
 
 def kind_of(config: SAEConfig) -> str:

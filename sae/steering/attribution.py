@@ -38,6 +38,7 @@ from activations.models.attention import (
     HeadOutputs,
     run_with_patterns,
 )
+from sae.architectures._lista import refuse_lista
 from sae.architectures.gated import GatedSAE
 from sae.architectures.matching_pursuit import MatchingPursuitSAE
 from sae.core.base import SparseAutoencoder
@@ -244,6 +245,7 @@ class _Encoder:
                 where="attribute",
                 given=kind_of(sae.config),
             )
+        refuse_lista(sae, "attribute")
         direction = sae.W_enc_T[feature].detach().double().cpu()
         if isinstance(sae, GatedSAE):
             direction = direction * float(sae.r_mag[feature].double().exp())

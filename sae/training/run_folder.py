@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sae import distributed
+from sae.architectures import architecture
+from sae.core.config import without_added
 from sae.training.trainer import METRICS
 from saescope.artefact import MANIFEST, check_seal, read_manifest, write_manifest
 from saescope.errors import InputError
@@ -99,6 +101,8 @@ def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in without_new(settings["trainer"]).items()
         if key not in _TRAINER_MAY_DIFFER
     }
+    if (kept.get("sae") or {}).get("kind"):
+        kept["sae"] = without_added(architecture(kept["sae"]["kind"]).Config, kept["sae"])
     for name in ("ranks", "device"):  # they change nothing; older runs have none
         kept.pop(name, None)
     if not (kept.get("finish") or {}).get("objective"):  # older runs have none
