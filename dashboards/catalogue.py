@@ -30,6 +30,8 @@ class Entry:
     """how it was measured; only SAEs with the same one compare"""
     problem: str = ""
     """why its store cannot be read"""
+    folder: Path | None = None
+    """its run's, where that is beside the stores"""
     todo: str = ""
     """what is missing, and the command that makes it"""
 
@@ -73,6 +75,7 @@ def entries() -> list[Entry]:
                 metrics=metrics,
                 table=facts.table,
                 protocol=str(meta.get("protocol") or ""),
+                folder=own.path if own else None,
                 todo="" if metrics else f"measure it: saescope eval {_named(meta, own)}",
             )
         )
@@ -111,5 +114,6 @@ def _of_run(run: RunFolder) -> Entry:
         metrics=metrics,
         table=metric_table(),
         protocol=str(run.measured.get("protocol_hash") or ""),
+        folder=run.path,
         todo=todo,
     )

@@ -213,15 +213,16 @@ def against_l0(evaluations: Sequence[Evaluation]) -> Iterator[Chart]:
 
 def bits_against_fvu(evaluations: Sequence[Evaluation]) -> Iterator[Chart]:
     """Description length against distortion, a line for each width."""
-    widths: dict[int, list[Evaluation]] = {}
+    widths: dict[tuple[int, str], list[Evaluation]] = {}
     for each in evaluations:
         if each.value("description_bits") is not None and each.about.get("d_sae"):
-            widths.setdefault(each.about["d_sae"], []).append(each)
+            widths.setdefault((each.about["d_sae"], each.protocol_hash), []).append(each)
     if sum(map(len, widths.values())) < 2:
         return
     lines = {}
-    for width, group in sorted(widths.items()):
-        lines[f"d_sae {width:,}"] = {
+    alike = len({protocol for _, protocol in widths}) == 1
+    for (width, protocol), group in sorted(widths.items()):
+        lines[f"d_sae {width:,}" + ("" if alike else f", protocol {protocol[:12]}")] = {
             each.value("fvu_quantised") or 0.0: (
                 each.value("description_bits"),
                 each.half("description_bits"),

@@ -19,6 +19,7 @@ _TITLES = {
     "downstream": "The model's loss",
     "row_groups": "Some rows alone",
     "description_length": "Description length",
+    "carried": "As it was when its store was made",
 }
 _CHARTS = {
     "reconstruction": charts.densities,
@@ -127,13 +128,14 @@ def section_title(kind: str) -> str:
 
 def _section(kind: str, evaluations: Sequence[Evaluation]) -> Section:
     there = [each for each in evaluations if kind in each.sections]
-    about = dict.fromkeys(measured_on(kind, each.sections[kind]) for each in there)
+    on = dict.fromkeys(measured_on(kind, each.sections[kind]) for each in there)
+    about = "; ".join(each for each in on if each != kind)
     table = metric_table(kind, evaluations)
     draw = _CHARTS.get(kind)
     return Section(
         title=section_title(kind),
         words=(
-            *(each[0].upper() + each[1:] + "." for each in about if each != kind),
+            *([f"{about[0].upper()}{about[1:]}."] if about else []),
             *(equal_distortion(there) if kind == "description_length" else ()),
         ),
         tables=(table, *_further(kind, there)),

@@ -89,7 +89,9 @@ def measured_on(section: str, values: Mapping[str, Any]) -> str:
     >>> measured_on("reconstruction", {"rows": 7426, "documents": 68})
     'on 7,426 held-out activations of 68 documents'
     """
-    words = _COUNTED | dict(each.counted for each in _own_texts())
+    words = _COUNTED
+    if not values.keys() & words:  # the other families are imported, and torch with them
+        words = dict(each.counted for each in _own_texts())
     counted = next((key for key in words if key in values), None)
     if counted is None:
         return section

@@ -88,6 +88,7 @@ def test_the_explorers_own_pages_and_panels() -> None:
         ("Steer", ":material/explore:", "steer"),
         ("Diff", ":material/difference:", "diff"),
         ("Compare", ":material/compare_arrows:", "compare"),
+        ("Evaluation", ":material/fact_check:", "evaluation"),
         ("Models", ":material/join_inner:", "models"),
         ("Layers", ":material/layers:", "layers"),
         ("Pictures", ":material/photo_library:", "pictures"),

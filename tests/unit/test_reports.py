@@ -168,6 +168,13 @@ def test_bits_of_other_protocols_are_not_compared(root: Path) -> None:
     make_evaluation(root / "b", d_sae=256, fvu=0.3, rows=77)
     found = [read_measured(root / name / "evaluation.json", name) for name in "ab"]
     assert equal_distortion(found) == []
+    (chart,) = [c for s in report_of(found).sections for c in s.charts if c.key == "bits"]
+    assert [len(each.x) for each in chart.series] == [1, 1]
+    make_evaluation(root / "c", d_sae=64, fvu=0.4, rows=77)
+    found.append(read_measured(root / "c" / "evaluation.json", "c"))
+    (chart,) = [c for s in report_of(found).sections for c in s.charts if c.key == "bits"]
+    names = [each.name.partition(", protocol")[0] for each in chart.series]
+    assert names == ["d_sae 64", "d_sae 64", "d_sae 256"], "no line joins two protocols"
 
 
 def test_of_many_saes_each_is_a_row(root: Path) -> None:
