@@ -108,6 +108,17 @@ PROBES = Peer(
 )
 """whose probing of an SAE is compared with ours"""
 
+ABSORPTION = Peer(
+    name="SAEBench",
+    package="sae-bench",
+    version="0.6.0",
+    script=HERE / "in_saebench.py",
+    # it asks for torchvision, which would decide the build of torch, and for NumPy below 2
+    alone=("sae-bench==0.6.0",),
+    needs=("pandas", "sae-lens==6.54.12", "scikit-learn"),
+)
+"""whose absorption of first letters is compared with ours"""
+
 
 def python_of(peer: Peer, work: Path) -> Path:
     """The interpreter of a peer's environment, made if it is not there yet.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from sae.evaluation import CORE
 from sae.probing.config import ProbingConfig
 from sae.probing.first_letter import AbsorptionConfig
+from sae.ravel.config import RavelConfig
 from saescope.config import Config
 from saescope.errors import check_range
 
@@ -32,7 +33,8 @@ class EvaluateConfig(Config):
     """Sequences a run of the model."""
     suite: tuple[str, ...] = (CORE,)
     """Suites of families to measure: core (what is above), probing (how well features tell labels
-    of texts), absorption (of first letters of words); several by commas, as in core,probing."""
+    of texts), absorption (of first letters of words), ravel (how well features change one
+    attribute of an entity and leave the others); several by commas, as in core,probing."""
     quick: bool = False
     """Measure what suites of texts measure on fewer of them, in a few minutes."""
     metrics: tuple[str, ...] = ()
@@ -51,6 +53,8 @@ class EvaluateConfig(Config):
     """How labelled texts are probed."""
     absorption: AbsorptionConfig = field(default_factory=AbsorptionConfig)
     """Which words absorption is measured on."""
+    ravel: RavelConfig = field(default_factory=RavelConfig)
+    """Which attributes of which entities are changed."""
 
     def __post_init__(self) -> None:
         if self.rows is not None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from sae.probing.config import ProbingConfig
 from sae.probing.divisions import TEST_SHARE, Division, divisions
+from sae.probing.kept_rows import kept_rows
 from sae.probing.labelled_sets import LabelledSet, SetSource
 from sae.probing.logistic import FOLDS, STRENGTHS, Labels, fit
 from sae.probing.representations import (
@@ -28,11 +29,10 @@ from sae.probing.representations import (
 from sae.probing.scores import accuracy, auc, majority
 from sae.probing.selection import Features, columns, standardised_mean_difference, strongest
 from sae.probing.text_rows import RowCache
-from saescope.artefact import check_seal, read_json, sha256_json
-from saescope.errors import ArtefactError, InputError
+from saescope.artefact import sha256_json
+from saescope.errors import InputError
 from saescope.paths import remove
 from saescope.progress import Progress, say
-from saescope.seals import write_sealed
 
 VERSION = 1
 """of the definitions of this package; other ones give other figures"""
@@ -92,18 +92,9 @@ def _kept_rows(data: LabelledSet, probed: Probed, config: ProbingConfig) -> list
     key = sha256_json(
         [data.name, origins, probed.sae, protocol(config), probed.cache.of.protocol()]
     )
-    path = _results(probed) / f"{key[:32]}.json"
-    if path.is_file():
-        try:
-            found = read_json(path)
-            check_seal(found, must=True, where=str(path))
-            return found["rows"]
-        except ArtefactError as error:
-            say(f"{error}; {data.name} is probed again")
-    rows = list(probe_set(data, probed, config))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_sealed(path, {"schema": 1, "rows": rows})
-    return rows
+    return kept_rows(
+        _results(probed) / f"{key[:32]}.json", lambda: probe_set(data, probed, config), data.name
+    )
 
 
 def _results(probed: Probed) -> Path:
