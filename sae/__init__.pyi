@@ -16,6 +16,7 @@ from sae.formats.upload import upload as upload
 from sae.kernels.codes import SparseCodes as SparseCodes
 from sae.steering.attribution import Attribution as Attribution
 from sae.steering.attribution import attribute as attribute
+from sae.steering.edits import Edit as Edit
 from sae.steering.steer import splice as splice
 from sae.steering.steer import steer as steer
 from sae.steering.text_features import TextFeatures as TextFeatures

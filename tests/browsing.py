@@ -18,6 +18,8 @@ ARGUMENTS = [
 ]
 READY = "[data-testid=stMainBlockContainer] h2"
 BUSY = "[data-testid=stStatusWidget], [data-testid=stSpinner], [data-stale=true]"
+_IDLE = "[data-test-script-state=notRunning]"
+"""on the page while no script of its runs; the sign of work in its corner comes later than work"""
 _OWN = ("localhost", "127.0.0.1")
 _WITHOUT_HOST = ("data", "blob", "about")
 _GUESSES = ("/_stcore/health", "/_stcore/host-config")
@@ -78,7 +80,7 @@ def visit(page: Any, address: str) -> None:
 def settle(page: Any) -> None:
     """Wait until the page is drawn anew after something was done."""
     page.wait_for_timeout(250)
-    page.wait_for_function("!document.querySelector('[data-testid=stStatusWidget]')")
+    page.wait_for_function(f"!!document.querySelector({_IDLE!r})")
     page.wait_for_timeout(250)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from activations.sites.kept import prompt_of
 from saescope.errors import InputError
 
 Choose = Callable[[Tensor], int]
@@ -33,7 +34,7 @@ def continued(
         # a model without a KV cache, or one of another kind, reads all of it again
         inputs = torch.tensor([ids if past is None else new], device=device)
         cached = {} if past is None else {"past_key_values": past}
-        with torch.no_grad():
+        with torch.no_grad(), prompt_of(len(prompt)):
             out = hf(input_ids=inputs, use_cache=use_cache, **cached)
         past = getattr(out, "past_key_values", None) if use_cache else None
         new = [choose(out.logits[0, -1])]

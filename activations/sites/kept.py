@@ -8,7 +8,9 @@ positions with outlier norms besides: `activations.harvesting.outliers`.)
 """
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +23,7 @@ from saescope.errors import InputError
 
 _CACHES = ("past_key_values", "cache_params", "state")
 """What models of transformers call their memory of earlier tokens."""
+_PROMPT: ContextVar[Tensor | int | None] = ContextVar("prompt", default=None)
 
 
 def real_tokens(
@@ -87,6 +90,35 @@ class TokenPositions:
     tokens: Int[Tensor, "batch pos"] | None
     """None where the model is given embeddings"""
     special: frozenset[int]
+    lengths: Int[Tensor, " batch"] | int | None = None
+    """how many tokens each text's prompt has; None where it was not seen"""
+
+    @property
+    def prompt(self) -> Int[Tensor, " batch"]:
+        """How many tokens each text's prompt has, padding not counted.
+
+        A pass that continues nothing is a prompt as a whole. Raises InputError for one that goes on
+        from a cache which was filled before anybody looked.
+        """
+        if self.lengths is None:
+            raise InputError(
+                "where the prompt ends is not known: its pass was before the edit",
+                where="positions",
+                given="prompt or generated",
+                allowed="a slice, a list, a mask",
+            )
+        lengths, batch = (
+            torch.as_tensor(self.lengths, device=self.position.device),
+            len(self.position),
+        )
+        if lengths.ndim and len(lengths) != batch:
+            raise InputError(
+                "another number of texts than there were prompts",
+                where="positions",
+                given=batch,
+                allowed=str(len(lengths)),
+            )
+        return lengths.expand(batch)
 
     @cached_property
     def shared(self) -> Int[Tensor, " pos"] | None:
@@ -108,6 +140,59 @@ class TokenPositions:
         return kept(self.tokens, self.position, self.special)
 
 
+@contextmanager
+def prompt_of(lengths: Int[Tensor, " batch"] | int) -> Iterator[None]:
+    """Within the block, passes continue prompts of so many tokens each."""
+    token = _PROMPT.set(lengths)
+    try:
+        yield
+    finally:
+        _PROMPT.reset(token)
+
+
+@contextmanager
+def generating(model: Any) -> Iterator[None]:
+    """Within the block, `generate` of a model of transformers says where the prompts end.
+
+    Without a KV cache every pass of it looks like a prompt.
+    """
+    own: Callable[..., Any] | None = getattr(model, "generate", None)
+    if own is None:
+        yield
+        return
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        known = inspect.signature(own).bind_partial(*args, **kwargs).arguments
+        known = {**known.pop("kwargs", {}), **known}
+        tokens = next((known[n] for n in ("input_ids", "inputs") if n in known), None)
+        if not isinstance(tokens, Tensor):
+            return own(*args, **kwargs)
+        repeats = _texts_each(model, known)
+        lengths = real_tokens(tokens, known.get("attention_mask")).sum(1)
+        with prompt_of(lengths.repeat_interleave(repeats)):
+            return own(*args, **kwargs)
+
+    before = vars(model).get("generate")
+    model.generate = generate
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.generate
+        else:
+            model.generate = before
+
+
+def _texts_each(model: Any, known: Mapping[str, Any]) -> int:
+    """How many texts `generate` keeps for each prompt: beams, or several samples."""
+    settings = [known.get("generation_config"), getattr(model, "generation_config", None)]
+    given = [
+        known.get(name) or next((getattr(s, name, None) for s in settings if s is not None), None)
+        for name in ("num_beams", "num_return_sequences")
+    ]
+    return max(int(each or 1) for each in given)
+
+
 class Run:
     """What is known of the forward pass that goes on now, seen where the model is called."""
 
@@ -117,6 +202,8 @@ class Run:
         self._token_positions: TokenPositions | None = None
         self._cache: tuple[Any, int | None] = (None, None)
         """one that does not say what it holds, and what it holds"""
+        self._prompt: Tensor | None = None
+        """tokens of the last texts that were begun"""
 
     @property
     def positions(self) -> TokenPositions:
@@ -144,7 +231,11 @@ class Run:
         if isinstance(given, Tensor) and given.ndim >= 2:
             past = self._in_cache(known, given.shape[1])
             position = _positions(given.shape[0], given.shape[1], past, given.device, known)
-            self._token_positions = TokenPositions(position, tokens, self._special)
+            if past == 0:
+                self._prompt = position.amax(1) + 1
+            said = _PROMPT.get()
+            lengths = self._prompt if said is None else said
+            self._token_positions = TokenPositions(position, tokens, self._special, lengths)
 
     def _in_cache(self, known: Mapping[str, Any], length: int) -> int | None:
         """How many tokens came before in the cache of a call; None if that cannot be told.

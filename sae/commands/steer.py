@@ -1,7 +1,9 @@
 """`saescope steer`: continue a prompt with and without an edit of features."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from activations import Model, load_model
 from activations.models.names import hub_name
@@ -32,17 +34,34 @@ class SteerConfig(Config):
     prompt: str = "The weather today"
     """Text to continue."""
     add: tuple[str, ...] = ()
-    """Add a multiple of a feature's decoder direction, e.g. 123=8."""
+    """Add a multiple of a feature's decoder direction, e.g. 123=8, or, with a store, of its largest
+    activation, e.g. 123=2x (so in all that follow but factors)."""
     clamp: tuple[str, ...] = ()
     """Hold a feature's activation at a value, e.g. 123=20."""
+    at_least: tuple[str, ...] = ()
+    """Raise a feature's activation to a value where it is below, e.g. 123=5."""
+    at_most: tuple[str, ...] = ()
+    """Lower a feature's activation to a value where it is above, e.g. 123=5."""
     scale: tuple[str, ...] = ()
     """Multiply a feature's activation, e.g. 123=0.5."""
     ablate: tuple[int, ...] = ()
     """Features to switch off."""
+    project: tuple[str, ...] = ()
+    """Multiply what the activation has along a feature's direction, e.g. 123=0 to take it out."""
+    cap: tuple[str, ...] = ()
+    """Let the activation have at most so much along a feature's direction, e.g. 123=10."""
+    only_active: bool = False
+    """Edit each feature only where it is active."""
+    when: tuple[str, ...] = ()
+    """Edit only where another feature is above an activation, e.g. 45=0.5."""
+    positions: Literal["kept", "prompt", "generated", "all"] = "kept"
+    """Which tokens: kept (all but the first and special tokens), of these the prompt's or the
+    generated ones, or all."""
     allow_other_model: bool = False
     """Steer with an SAE that was trained on another model (base and fine-tuned, say)."""
     store: str | None = None
-    """A feature store to choose a feature from, if no edit is given."""
+    """The SAE's feature store: knows largest activations, and chooses a feature if no edit is
+    given."""
     strength: float = 1.5
     """Strength for a chosen feature, in units of its largest activation."""
     max_new_tokens: int = 40
@@ -59,29 +78,30 @@ class SteerConfig(Config):
         check_range("temperature", self.temperature, low=0)
 
 
-def parse_edits(name: str, words: tuple[str, ...]) -> dict[int, float]:
-    """Edits from FEATURE=NUMBER words; InputError for anything else.
+def parse_edits(name: str, words: tuple[str, ...]) -> dict[int, float | str]:
+    """Edits from FEATURE=NUMBER or FEATURE=NUMBERx words; InputError for anything else.
 
-    >>> parse_edits("add", ("123=8", "7=-0.5"))
-    {123: 8.0, 7: -0.5}
+    >>> parse_edits("add", ("123=8", "7=-0.5x"))
+    {123: 8.0, 7: '-0.5x'}
     """
-    edits: dict[int, float] = {}
+    edits: dict[int, float | str] = {}
     for word in words:
         feature, equals, number = word.partition("=")
         try:
             if not equals:
                 raise ValueError
-            key, value = int(feature), float(number)
+            key, value = int(feature), float(number.removesuffix("x"))
         except ValueError:
             raise InputError(
-                "not an edit", where=name, given=word, allowed="FEATURE=NUMBER"
+                "not an edit", where=name, given=word, allowed="FEATURE=NUMBER, FEATURE=NUMBERx"
             ) from None
         if key in edits:
             raise InputError("feature given twice", where=name, given=key)
-        edits[key] = value
+        edits[key] = number if number.endswith("x") else value
     return edits
 
 
+_EDITS = ("add", "clamp", "scale", "at_least", "at_most", "project", "cap")
 _WANTED = ((3e-3, 1e-2, True), (1e-3, 1e-2, True), (1e-3, 3e-2, False))
 """of a feature to suggest, from the best: bounds of its density, and whether it must be a name's"""
 
@@ -93,8 +113,7 @@ def suggest(store_path: str) -> tuple[int, float, str]:
     name is easily recognised in a continuation); of several that are as good, the one that fires
     most strongly. Raises InputError if the store has none such.
     """
-    path = Path(store_path)
-    with FeatureStore.open(path / STORE_FILE if path.is_dir() else path) as features:
+    with FeatureStore.open(_store_file(store_path)) as features:
         for low, high, must_be_name in _WANTED:
             wanted = FeatureFilter(density_min=low, density_max=high)
             page = features.features(wanted, sort="max", descending=True, limit=features.d_sae)
@@ -136,18 +155,16 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
     Raises InputError for wrong edits or an SAE that does not fit its model.
     """
     sae = load(config.run, target_site=config.target_site)
-    add, clamp = parse_edits("add", config.add), parse_edits("clamp", config.clamp)
-    scale = parse_edits("scale", config.scale)
-    if not (add or clamp or scale or config.ablate):
+    edits: dict[str, Any] = {name: parse_edits(name, getattr(config, name)) for name in _EDITS}
+    edits["ablate"] = config.ablate
+    when = {key: _level(value) for key, value in parse_edits("when", config.when).items()}
+    if not any(edits.values()):
         if config.store is None:
-            raise InputError(
-                "nothing to do",
-                where="steer",
-                allowed="--add, --clamp, --scale, --ablate or --store",
-            )
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in (*edits, "store"))
+            raise InputError("nothing to do", where="steer", allowed=flags)
         feature, largest, word = suggest(config.store)
         feature, sign = feature_and_sign(feature, sae.d_sae if sae.signed else None)
-        add = {feature: sign * round(config.strength * largest, 1)}
+        edits["add"] = {feature: sign * round(config.strength * largest, 1)}
         say(f"feature {feature} fires on {word!r}, with at most {largest:.1f}")
     model = _model_of(sae, config)
 
@@ -160,19 +177,47 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
         )
 
     plain = generate()
-    with steer(
-        model,
-        sae,
-        add=add,
-        clamp=clamp,
-        scale=scale,
-        ablate=config.ablate,
-        site=config.site,
-        allow_other_model=config.allow_other_model,
+    with (
+        _opened(config.store) as store,
+        steer(
+            model,
+            sae,
+            **edits,
+            only_active=config.only_active,
+            when=when,
+            positions=config.positions,
+            site=config.site,
+            store=store,
+            allow_other_model=config.allow_other_model,
+        ),
     ):
         steered = generate()
-    described = {"add": add, "clamp": clamp, "scale": scale, "ablate": list(config.ablate) or None}
-    edits = ", ".join(f"{name} {value}" for name, value in described.items() if value)
+    conditions = {"where active": config.only_active, "where": when, "at": _where(config)}
+    described = {**edits, "ablate": list(config.ablate), **conditions}
+    words = ", ".join(
+        name if value is True else f"{name.replace('_', ' ')} {value}"
+        for name, value in described.items()
+        if value
+    )
     say(f"untouched: {plain}", lines=True)
-    say(f"steered ({edits}): {steered}", lines=True)
+    say(f"steered ({words}): {steered}", lines=True)
     return {"untouched": plain, "steered": steered}
+
+
+def _where(config: SteerConfig) -> str | None:
+    return None if config.positions == "kept" else f"{config.positions} tokens"
+
+
+def _level(value: float | str) -> float:
+    if isinstance(value, str):
+        raise InputError("not a number", where="when", given=value, allowed="FEATURE=NUMBER")
+    return value
+
+
+def _opened(store: str | None) -> AbstractContextManager[FeatureStore | None]:
+    return nullcontext() if store is None else FeatureStore.open(_store_file(store))
+
+
+def _store_file(store: str) -> Path:
+    path = Path(store)
+    return path / STORE_FILE if path.is_dir() else path

@@ -1,158 +1,169 @@
 """Steering: change chosen features of a model's activations, and nothing else.
 
-With f the features of an activation h and f' the edited ones, the model goes on with
-    h' = decode(f') + (h - decode(f)) = h + sum_i (f'_i - f_i) W_dec,i,
-so what the SAE does not explain (the error term, taken from the unedited reconstruction) is kept,
-and an edit that changes nothing changes no bit. Edits depend on a position's own activation alone,
-so they are the same with and without a KV cache, and in a padded batch as for a text alone. A
-transcoder's features are read at its input site and change its output site, by the same formula. A
-crosscoder cannot steer: its features are known only after its last site, when it is too late to
-change the first.
+The model goes on with the edited activation (`sae.steering.edits` has the arithmetic); what the SAE
+does not explain is kept, and an edit that changes nothing changes no bit. Edits depend on a
+position's own activation alone, so they are the same with and without a KV cache, and in a padded
+batch as for a text alone. A transcoder's features are read at its input site and change its output
+site. A crosscoder cannot steer: its features are known only after its last site, when it is too
+late to change the first.
 """
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from activations import Model
 from activations.sites.hooks import PositionedEdit
-from activations.sites.kept import TokenPositions
+from activations.sites.kept import TokenPositions, generating
 from sae.core.base import SparseAutoencoder
 from sae.data.model_expectations import warn_of_model
 from sae.data.placement import Placement, placement_of
-from sae.data.provenance import check_trained_on
+from sae.data.provenance import check_trained_on, weights_hash
+from sae.steering.edits import Amounts, Arithmetic, Edit, Maxima
+from sae.steering.positions import Positions, Selector, check_rows, selector
 from saescope.errors import InputError
-from saescope.integers import as_index, as_indices
 
-Positions = Literal["kept", "all"] | slice | Sequence[int]
-Change = Callable[[Tensor, Tensor], Tensor]
-"""x [rows, d_in] float32 that features are read from, and h [rows, d_out], to the new h"""
+if TYPE_CHECKING:
+    from store import FeatureStore
 
-
-@dataclass(frozen=True)
-class FeatureEdits:
-    """What to do to which features; strengths and values are in the model's units."""
-
-    add: Mapping[int, float]
-    """h += strength * W_dec[feature], whether it fires or not"""
-    clamp: Mapping[int, float]
-    """f[feature] := value"""
-    scale: Mapping[int, float]
-    """f[feature] := factor * f[feature]"""
-
-    @classmethod
-    def make(
-        cls,
-        d_sae: int,
-        add: Mapping[int, float] | None,
-        clamp: Mapping[int, float] | None,
-        ablate: Collection[int] | None,
-        scale: Mapping[int, float] | None,
-    ) -> "FeatureEdits":
-        """Checked edits; `ablate` is a clamp at 0.
-
-        Raises InputError for a feature that does not exist, a number that is not finite, or a
-        feature that is edited twice.
-        """
-        allowed: Any = {"low": 0, "high": d_sae - 1, "what": "no such feature"}
-        off = [] if ablate is None else as_indices(ablate, where="ablate", **allowed)
-        given = {"add": add, "clamp": clamp, "ablate": dict.fromkeys(off, 0.0), "scale": scale}
-        found: dict[str, dict[int, float]] = {}
-        seen: dict[int, str] = {}
-        for name, edits in given.items():
-            found[name] = {}
-            for key, value in (edits or {}).items():
-                feature = as_index(key, where=name, **allowed)
-                if feature in seen:
-                    raise InputError(
-                        f"feature {feature} is in both {seen[feature]} and {name}", where="steer"
-                    )
-                found[name][feature] = _finite(value, where=f"{name}[{feature}]")
-                seen[feature] = name
-        return cls(found["add"], {**found["clamp"], **found["ablate"]}, found["scale"])
-
-    def __bool__(self) -> bool:
-        return bool(self.add or self.clamp or self.scale)
-
-
-def _finite(value: Any, *, where: str) -> float:
-    """A finite number, of any library, as Python's."""
-    try:
-        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError("not a finite number", where=where, given=value)
-    return number
+Change = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""x [rows, d_in] float32 that features are read from, h [rows, d_out] and each one's row of the
+batch, to the new h"""
 
 
 @contextmanager
 def steer(
     model: Model,
-    sae: SparseAutoencoder,
-    *,
-    add: Mapping[int, float] | None = None,
-    clamp: Mapping[int, float] | None = None,
+    *what: SparseAutoencoder | tuple[SparseAutoencoder, Edit],
+    add: Mapping[int, Amounts] | None = None,
+    clamp: Mapping[int, Amounts] | None = None,
     ablate: Collection[int] | None = None,
-    scale: Mapping[int, float] | None = None,
+    scale: Mapping[int, Amounts] | None = None,
+    at_least: Mapping[int, Amounts] | None = None,
+    at_most: Mapping[int, Amounts] | None = None,
+    project: Mapping[int, Amounts] | None = None,
+    cap: Mapping[int, Amounts] | None = None,
+    only_active: bool = False,
+    when: Mapping[int, float] | None = None,
     positions: Positions = "kept",
     site: str | None = None,
+    store: "FeatureStore | None" = None,
     allow_other_model: bool = False,
 ) -> Iterator[None]:
-    """Within the block, every run of the model has the SAE's features edited at its site.
+    """Within the block, every run of the model has an SAE's features edited at its site.
 
     Args:
+        what: one SAE, with the edit in the arguments that follow (see `sae.Edit`); or any number
+            of pairs of an SAE and its `sae.Edit`, at one site or several, made in this order.
         positions: "kept" (those that SAEs are trained on: not a text's first token, no special
-            token), "all", a slice, or a list of positions. They count each text's own tokens from
-            0, on whatever side a batch is padded; padding is never edited.
+            token), of these "prompt" or "generated", "all", a slice, a list of positions, or a mask
+            (see `sae.steering.positions.selector`). They count each text's own tokens from 0, on
+            whatever side a batch is padded; padding is never edited.
         site: where, if not the site the SAE was trained at; which layer, for one of several.
+        store: the SAE's feature store, which knows the largest activation that "2x" is a multiple
+            of.
         allow_other_model: steer with an SAE of another model (a base model's on what was fine-tuned
             from it); it is said.
 
-    Raises InputError for wrong features, positions, or a site of another width, for an SAE of
-    several layers without a site, for a crosscoder, and for an SAE that was trained on other
-    weights than the model's.
+    Raises InputError for wrong features, amounts, positions, or a site of another width, for an SAE
+    of several layers without a site, for a crosscoder, for an SAE that was trained on other weights
+    than the model's, and for a store of another SAE; in the block for a batch of another size than
+    a list of amounts.
 
     >>> with steer(model, sae, add={123: 8.0}):                              # doctest: +SKIP
     ...     model.generate("The weather today", max_new_tokens=40)
+    >>> with steer(model, (early, Edit(ablate=[7])), (late, Edit(add={9: 4.0}))):  # doctest: +SKIP
+    ...     model.logits(tokens)
     """
-    edits = FeatureEdits.make(sae.d_sae, add, clamp, ablate, scale)
-    selects = _selector(positions)
-    placement = placement_in(model, sae, site, where="steer", allow_other_model=allow_other_model)
-    if not edits:
+    amounts: dict[str, Any] = {"add": add, "clamp": clamp, "ablate": ablate, "scale": scale}
+    amounts |= {"at_least": at_least, "at_most": at_most, "project": project, "cap": cap}
+    amounts |= {"when": when}
+    named = {name: each for name, each in amounts.items() if each is not None}
+    given = Edit(**named, only_active=only_active, positions=positions, site=site)
+    with ExitStack() as stack:
+        for sae, edit in _pairs(what, given):
+            _enter(stack, model, sae, edit, store, allow_other_model)
         yield
+
+
+def _enter(
+    stack: ExitStack,
+    model: Model,
+    sae: SparseAutoencoder,
+    edit: Edit,
+    store: "FeatureStore | None",
+    allow_other_model: bool,
+) -> None:
+    """Begin one edit of one SAE, which ends with the stack."""
+    place = placement_in(model, sae, edit.site, where="steer", allow_other_model=allow_other_model)
+    maxima = None if store is None else _maxima_of(place.sae, store)
+    arithmetic = Arithmetic(place.sae, edit, maxima)
+    chosen = selector(edit.positions)
+    if not edit:
         return
-    with model.edit_with_positions(
-        _site_edits(placement, _steering_change(placement.sae, edits), selects)
-    ):
-        yield
+    if isinstance(edit.positions, str) and edit.positions in ("prompt", "generated"):
+        stack.enter_context(generating(model.hf))
+    edits = _site_edits(place, arithmetic, chosen, arithmetic.rows)
+    stack.enter_context(model.edit_with_positions(edits))
+
+
+def _pairs(
+    what: tuple[SparseAutoencoder | tuple[SparseAutoencoder, Edit], ...], given: Edit
+) -> list[tuple[SparseAutoencoder, Edit]]:
+    """Each SAE with its edit. InputError where it is not said which edit is whose."""
+    if len(what) == 1 and isinstance(what[0], SparseAutoencoder):
+        return [(what[0], given)]
+    pairs = [each for each in what if isinstance(each, tuple) and len(each) == 2]
+    fits = [isinstance(s, SparseAutoencoder) and isinstance(e, Edit) for s, e in pairs]
+    if not what or len(pairs) < len(what) or not all(fits):
+        raise InputError(
+            "wants one SAE and its edit as arguments, or pairs of an SAE and a sae.Edit",
+            where="steer",
+            given=[type(each).__name__ for each in what],
+        )
+    own = given or given.only_active or given.when or given.site
+    if own or not (isinstance(given.positions, str) and given.positions == "kept"):
+        raise InputError("the edit of each pair is in its sae.Edit", where="steer")
+    return pairs
+
+
+def _maxima_of(sae: SparseAutoencoder, store: "FeatureStore") -> Maxima:
+    if weights_hash(sae) != store.meta.get("sae_hash"):
+        raise InputError("is of another SAE", where="store", given=str(store.path))
+    return lambda features: [store.feature(each).max for each in features]
 
 
 @contextmanager
 def splice(
     model: Model,
-    sae: SparseAutoencoder,
-    *,
+    *saes: SparseAutoencoder,
     positions: Positions = "kept",
     site: str | None = None,
     allow_other_model: bool = False,
 ) -> Iterator[None]:
-    """Within the block, the model goes on with the SAE's reconstruction, without the error term.
+    """Within the block, the model goes on with SAEs' reconstructions, without the error term.
+
+    Several SAEs are spliced in their order, each seeing what those before it left.
 
     Raises InputError as `steer` does.
     """
-    selects = _selector(positions)
-    placement = placement_in(model, sae, site, where="splice", allow_other_model=allow_other_model)
+    chosen = selector(positions)
+    if not saes:
+        raise InputError("wants an SAE", where="splice")
+    with ExitStack() as stack:
+        for sae in saes:
+            place = placement_in(
+                model, sae, site, where="splice", allow_other_model=allow_other_model
+            )
 
-    def change(x: Tensor, h: Tensor) -> Tensor:
-        return placement.sae(x).x_hat.to(h.dtype)
+            def change(x: Tensor, h: Tensor, _row: Tensor, own: Placement = place) -> Tensor:
+                return own.sae(x).x_hat.to(h.dtype)
 
-    with model.edit_with_positions(_site_edits(placement, change, selects)):
+            edits = _site_edits(place, change, chosen)
+            stack.enter_context(model.edit_with_positions(edits))
         yield
 
 
@@ -199,49 +210,10 @@ def placement_in(
     return placement._replace(read=read, written=written)
 
 
-def _selector(positions: Positions) -> Callable[[TokenPositions], Tensor]:
-    """A function from the positions of tokens to bool [batch, pos]: which are edited."""
-    if isinstance(positions, str):
-        if positions not in ("kept", "all"):
-            raise InputError(
-                "no such choice",
-                where="positions",
-                given=positions,
-                allowed="kept, all, a slice, a list",
-            )
-        return lambda at: at.kept if positions == "kept" else at.position >= 0
-    if isinstance(positions, slice):
-        return _in_slice(positions)
-    wanted = torch.tensor(as_indices(positions, where="positions", low=0), dtype=torch.int64)
-    return lambda at: torch.isin(at.position, wanted.to(at.position.device))
-
-
-def _in_slice(positions: slice) -> Callable[[TokenPositions], Tensor]:
-    given = {"start": positions.start, "stop": positions.stop, "step": positions.step}
-    bounds = {
-        name: None if value is None else as_index(value, where="positions")
-        for name, value in given.items()
-    }
-    start, stop, step = bounds["start"] or 0, bounds["stop"], bounds["step"]
-    step = 1 if step is None else step
-    if start < 0 or step < 1 or (stop is not None and stop < 0):
-        raise InputError(
-            "must count forwards from the start, because a continuation has no known end",
-            where="positions",
-            given=positions,
-        )
-
-    def chosen(at: TokenPositions) -> Tensor:
-        found = (at.position >= start) & ((at.position - start) % step == 0)
-        return found if stop is None else found & (at.position < stop)
-
-    return chosen
-
-
 def _site_edits(
-    placement: Placement, change: Change, selects: Callable[[TokenPositions], Tensor]
+    placement: Placement, change: Change, selects: Selector, rows: int | None = None
 ) -> dict[str, PositionedEdit]:
-    """Edits of a model that apply a change at chosen positions."""
+    """Edits of a model that apply a change at chosen positions, in batches of so many texts."""
     (read,), (written,) = placement.read, placement.written
     seen: list[tuple[Tensor, TokenPositions]] = []
 
@@ -251,6 +223,7 @@ def _site_edits(
 
     @torch.no_grad()
     def edit(h: Tensor, at: TokenPositions) -> Tensor | None:
+        check_rows(rows, len(h), where="steer")
         chosen = selects(at).to(h.device)
         if not chosen.any():
             return None
@@ -263,26 +236,7 @@ def _site_edits(
                 )
             x, _ = seen.pop()
         out = h.clone()
-        out[chosen] = change(x, before)
+        out[chosen] = change(x, before, chosen.nonzero()[:, 0])
         return out
 
     return {written: edit} if read == written else {read: remember, written: edit}
-
-
-def _steering_change(sae: SparseAutoencoder, edits: FeatureEdits) -> Change:
-    device = sae.W_dec.device
-    features = torch.tensor([*edits.clamp, *edits.scale], dtype=torch.int64, device=device)
-    factor = torch.tensor([0.0] * len(edits.clamp) + list(edits.scale.values()), device=device)
-    offset = torch.tensor(list(edits.clamp.values()) + [0.0] * len(edits.scale), device=device)
-    added = torch.zeros(sae.d_out, device=device)
-    for feature, strength in edits.add.items():
-        added += strength * sae.W_dec[feature].detach()
-
-    def change(x: Tensor, h: Tensor) -> Tensor:
-        delta = added.expand(h.shape)
-        if len(features):
-            before = sae.encode_sparse(x).columns(features)
-            delta = delta + (before * (factor - 1) + offset) @ sae.W_dec[features]
-        return h + delta.to(h.dtype)
-
-    return change

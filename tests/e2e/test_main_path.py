@@ -156,6 +156,19 @@ def test_steering_command(
     assert "untouched: The river" in shown
     assert "steered (add {3: 40.0}): The river" in shown
     assert main(["steer", str(run), *words, "--store", str(work / "stores" / "tiny")]) in (0, 2)
+    stored = ["--store", str(work / "stores" / "tiny")]
+    where = ["--when", "5=0.1", "--positions", "generated", "--only-active"]
+    assert main(["steer", str(run), *words, *stored, "--add", "3=2x", *where]) == 0
+    shown = capsys.readouterr().out
+    expected = "steered (add {3: '2x'}, where active, where {5: 0.1}, at generated tokens): The"
+    assert expected in shown
+    assert main(["steer", str(run), *words, "--add", "3=2x"]) == 2
+    assert "known from a feature store" in capsys.readouterr().err
+    bounds = ["--at-least", "3=5", "--at-most", "3=6", "--project", "4=0", "--cap", "5=1"]
+    assert main(["steer", str(run), *words, *bounds]) == 0
+    assert "at least {3: 5.0}, at most {3: 6.0}, project {4: 0.0}" in capsys.readouterr().out
+    assert main(["steer", str(run), *words, *bounds, "--when", "5=1x"]) == 2
+    assert "when: not a number" in capsys.readouterr().err
     assert main(["steer", str(run), *words]) == 2
     assert "nothing to do" in capsys.readouterr().err
     assert main(["steer", str(run), *words, "--add", "3:40"]) == 2

@@ -1,0 +1,91 @@
+"""Which positions an edit is made at: a choice that people give, to a mask of a pass's tokens."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from activations.sites.kept import TokenPositions
+from saescope.errors import InputError
+from saescope.integers import as_index, as_indices
+
+Positions = Literal["kept", "all", "prompt", "generated"] | slice | Sequence[int] | Tensor
+Selector = Callable[[TokenPositions], Bool[Tensor, "batch pos"]]
+_WORDS: dict[str, Selector] = {
+    "kept": lambda at: at.kept,
+    "all": lambda at: at.position >= 0,
+    "prompt": lambda at: at.kept & (at.position < at.prompt[:, None]),
+    "generated": lambda at: at.kept & (at.position >= at.prompt[:, None]),
+}
+_ALLOWED = f"{', '.join(_WORDS)}, a slice, a list, a mask of true and false"
+
+
+def selector(positions: Positions) -> Selector:
+    """From the positions of tokens to bool [batch, pos]: which are edited; padding never is.
+
+    - "kept": those that SAEs are trained on (not a text's first token, no special token);
+      "prompt" and "generated": of these, the prompt's, or what comes after it; "all".
+    - a slice or a list: by position, which counts each text's own tokens from 0.
+    - a mask [pos], or [batch, pos] with a row for each text: true where a text's own token at this
+      position is edited; what comes after the mask's end is not.
+
+    Raises InputError for anything else.
+    """
+    if isinstance(positions, str):
+        if positions not in _WORDS:
+            raise InputError("no such choice", where="positions", given=positions, allowed=_ALLOWED)
+        return _WORDS[positions]
+    if isinstance(positions, slice):
+        return _in_slice(positions)
+    if "bool" in str(getattr(positions, "dtype", "")):
+        return _in_mask(torch.as_tensor(positions))
+    wanted = torch.tensor(as_indices(positions, where="positions", low=0), dtype=torch.int64)
+    return lambda at: torch.isin(at.position, wanted.to(at.position.device))
+
+
+def _in_slice(positions: slice) -> Selector:
+    given = {"start": positions.start, "stop": positions.stop, "step": positions.step}
+    bounds = {
+        name: None if value is None else as_index(value, where="positions")
+        for name, value in given.items()
+    }
+    start, stop, step = bounds["start"] or 0, bounds["stop"], bounds["step"]
+    step = 1 if step is None else step
+    if start < 0 or step < 1 or (stop is not None and stop < 0):
+        raise InputError(
+            "must count forwards from the start, because a continuation has no known end",
+            where="positions",
+            given=positions,
+        )
+
+    def chosen(at: TokenPositions) -> Tensor:
+        found = (at.position >= start) & ((at.position - start) % step == 0)
+        return found if stop is None else found & (at.position < stop)
+
+    return chosen
+
+
+def _in_mask(mask: Tensor) -> Selector:
+    if mask.ndim not in (1, 2) or not mask.numel():
+        raise InputError(
+            "a mask is [pos] or [batch, pos]", where="positions", given=tuple(mask.shape)
+        )
+
+    def chosen(at: TokenPositions) -> Tensor:
+        own = mask.to(at.position.device)
+        check_rows(own.shape[0] if own.ndim == 2 else None, len(at.position), where="positions")
+        own = own.expand(len(at.position), -1)
+        within = (at.position >= 0) & (at.position < own.shape[1])
+        return within & own.gather(1, at.position.clamp(0, own.shape[1] - 1))
+
+    return chosen
+
+
+def check_rows(wanted: int | None, batch: int, **where: Any) -> None:
+    """InputError if what has a value for each text of a batch has another number of them."""
+    if wanted is not None and wanted != batch:
+        raise InputError(
+            "the batch has another number of texts", **where, given=batch, allowed=str(wanted)
+        )
