@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from sae.evaluation import CORE
 from sae.probing.config import ProbingConfig
 from sae.probing.first_letter import AbsorptionConfig
+from sae.probing.removal_config import SCRConfig, TPPConfig
 from sae.ravel.config import RavelConfig
 from saescope.config import Config
 from saescope.errors import check_range
@@ -34,7 +35,8 @@ class EvaluateConfig(Config):
     suite: tuple[str, ...] = (CORE,)
     """Suites of families to measure: core (what is above), probing (how well features tell labels
     of texts), absorption (of first letters of words), ravel (how well features change one
-    attribute of an entity and leave the others); several by commas, as in core,probing."""
+    attribute of an entity and leave the others), scr and tpp (removal of a concept from probes,
+    with an audit's warning); several by commas, as in core,probing."""
     quick: bool = False
     """Measure what suites of texts measure on fewer of them, in a few minutes."""
     metrics: tuple[str, ...] = ()
@@ -55,6 +57,10 @@ class EvaluateConfig(Config):
     """Which words absorption is measured on."""
     ravel: RavelConfig = field(default_factory=RavelConfig)
     """Which attributes of which entities are changed."""
+    scr: SCRConfig = field(default_factory=SCRConfig)
+    """Which texts spurious correlation removal is measured on."""
+    tpp: TPPConfig = field(default_factory=TPPConfig)
+    """Which texts targeted probe perturbation is measured on."""
 
     def __post_init__(self) -> None:
         if self.rows is not None:

@@ -29,7 +29,6 @@ from sae.probing.first_letter import (
 from sae.probing.representations import activations_of, features_of, untrained
 from sae.probing.scores import mean_and_interval
 from sae.probing.text_rows import RowCache, TextRows
-from saescope.errors import InputError
 from saescope.metrics import Metric
 from saescope.progress import Progress, say
 
@@ -123,24 +122,19 @@ def absorption(given: OnTexts[AbsorptionConfig]) -> dict[str, Any]:
     Raises InputError for a transcoder, whose latents write elsewhere than the probes read, and if
     the vocabulary has no words.
     """
-    if given.sae.transcodes:
-        raise InputError(
-            "absorption is of SAEs that reconstruct what they read, and this is a transcoder",
-            where="suite",
-            given="absorption",
-        )
     config = given.settings
+    sae = given.reconstructing("absorption")
     words = letter_words(given.model, config)
     rows = _rows(given.row_cache("last", MAX_TOKENS), words)
     seen = TextRows(x=given.seen(rows.x.float()), text=rows.text)
     x = activations_of(seen, len(words.words))
     probes = letter_probes(x, words, seed=config.seed)
 
-    fresh = untrained(given.sae, given.some_rows(), _UNTRAINED_SEED)
+    fresh = untrained(sae, given.some_rows(), _UNTRAINED_SEED)
     found: list[Row] = []
-    for method, sae in (("sae", given.sae), ("untrained", fresh)):
-        codes = features_of(sae.encode_sparse, seen, len(words.words))
-        decoder = sae.decoder_directions().detach().double().cpu().numpy()
+    for method, each in (("sae", sae), ("untrained", fresh)):
+        codes = features_of(each.encode_sparse, seen, len(words.words))
+        decoder = each.decoder_directions().detach().double().cpu().numpy()
         found += letter_rows(x, codes, decoder, words, probes, method=method, seed=config.seed)
     given.tables["absorption"] = found
     values = summary(found)

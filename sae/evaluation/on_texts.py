@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import Tensor
 
 from sae.core.base import SparseAutoencoder
+from sae.probing.representations import untrained
+from sae.probing.text_features import Subject
 from sae.probing.text_rows import Representation, RowCache, TextModel
+from saescope.errors import InputError
 
 if TYPE_CHECKING:
     from activations import Model
 
 SettingsT = TypeVar("SettingsT")
+_UNTRAINED_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,3 +54,27 @@ class OnTexts(Generic[SettingsT]):
             max_tokens=max_tokens,
         )
         return RowCache(self.cache, of, limit=self.cache_limit)
+
+    def reconstructing(self, family: str) -> SparseAutoencoder:
+        """The SAE; InputError for a transcoder, whose features write elsewhere than it reads."""
+        if self.sae.transcodes:
+            raise InputError(
+                f"{family} is of SAEs that reconstruct what they read, and this is a transcoder",
+                where="suite",
+                given=family,
+            )
+        return self.sae
+
+
+def subject_of(
+    given: OnTexts[Any], family: str, representation: Representation, max_tokens: int
+) -> Subject:
+    """The SAE beside an untrained one, on texts; InputError for a transcoder."""
+    sae = given.reconstructing(family)
+    return Subject(
+        sae=sae,
+        untrained=untrained(sae, given.some_rows(), _UNTRAINED_SEED),
+        seen=given.seen,
+        cache=given.row_cache(representation, max_tokens),
+        sae_hash=given.sae_hash,
+    )

