@@ -6,6 +6,7 @@ from activations.harvesting.bring import bring
 from activations.harvesting.config import HarvestConfig
 from activations.harvesting.pipeline import harvest
 from activations.loading.loader import ActivationLoader
+from activations.models.around import model_around
 from activations.models.config import ModelConfig
 from activations.models.language import Model
 from activations.models.load import load_model
@@ -30,4 +31,5 @@ __all__ = [
     "append",
     "harvest",
     "load_model",
+    "model_around",
 ]

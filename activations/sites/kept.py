@@ -164,7 +164,9 @@ def generating(model: Any) -> Iterator[None]:
     def generate(*args: Any, **kwargs: Any) -> Any:
         known = inspect.signature(own).bind_partial(*args, **kwargs).arguments
         known = {**known.pop("kwargs", {}), **known}
-        tokens = next((known[n] for n in ("input_ids", "inputs") if n in known), None)
+        tokens = next((known[n] for n in ("input_ids", "inputs", "input") if n in known), None)
+        if isinstance(tokens, str) and hasattr(model, "to_tokens"):
+            tokens = model.to_tokens(tokens)
         if not isinstance(tokens, Tensor):
             return own(*args, **kwargs)
         repeats = _texts_each(model, known)

@@ -13,9 +13,9 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from activations import Model
+from activations import Model, model_around
 from activations.sites.hooks import PositionedEdit
 from activations.sites.kept import TokenPositions, generating
 from sae.core.base import SparseAutoencoder
@@ -36,7 +36,7 @@ batch, to the new h"""
 
 @contextmanager
 def steer(
-    model: Model,
+    model: Model | nn.Module,
     *what: SparseAutoencoder | tuple[SparseAutoencoder, Edit],
     add: Mapping[int, Amounts] | None = None,
     clamp: Mapping[int, Amounts] | None = None,
@@ -56,6 +56,9 @@ def steer(
     """Within the block, every run of the model has an SAE's features edited at its site.
 
     Args:
+        model: of `activations.load_model`; or a causal language model of transformers, or a
+            TransformerBridge of TransformerLens, which were loaded elsewhere: their weights are not
+            checked against the SAE's (`activations.model_around` gives one a tokenizer).
         what: one SAE, with the edit in the arguments that follow (see `sae.Edit`); or any number
             of pairs of an SAE and its `sae.Edit`, at one site or several, made in this order.
         positions: "kept" (those that SAEs are trained on: not a text's first token, no special
@@ -85,7 +88,7 @@ def steer(
     given = Edit(**named, only_active=only_active, positions=positions, site=site)
     with ExitStack() as stack:
         for sae, edit in _pairs(what, given):
-            _enter(stack, model, sae, edit, store, allow_other_model)
+            _enter(stack, model_around(model), sae, edit, store, allow_other_model)
         yield
 
 
@@ -138,7 +141,7 @@ def _maxima_of(sae: SparseAutoencoder, store: "FeatureStore") -> Maxima:
 
 @contextmanager
 def splice(
-    model: Model,
+    model: Model | nn.Module,
     *saes: SparseAutoencoder,
     positions: Positions = "kept",
     site: str | None = None,
@@ -154,16 +157,17 @@ def splice(
     if not saes:
         raise InputError("wants an SAE", where="splice")
     with ExitStack() as stack:
+        own_model = model_around(model)
         for sae in saes:
             place = placement_in(
-                model, sae, site, where="splice", allow_other_model=allow_other_model
+                own_model, sae, site, where="splice", allow_other_model=allow_other_model
             )
 
             def change(x: Tensor, h: Tensor, _row: Tensor, own: Placement = place) -> Tensor:
                 return own.sae(x).x_hat.to(h.dtype)
 
             edits = _site_edits(place, change, chosen)
-            stack.enter_context(model.edit_with_positions(edits))
+            stack.enter_context(own_model.edit_with_positions(edits))
         yield
 
 
