@@ -72,6 +72,7 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
         took += _windows(run) * step.window
         kept = parameters * _FLOAT * (2 + _STATE[trainer.optimiser])
         memory.append(kept + step.working)
+        rate = run.trainer_config.peak_lr(run.sae_config, run.total_steps)
         snapshots = trainer.snapshots + len(trainer.snapshot_tokens)
         total_time += took
         total_disk += kept + parameters * _FLOAT * snapshots
@@ -79,7 +80,8 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
             f"{run.folder}: {kind_of(run.sae_config)}, {sae.d_in} -> {sae.d_sae} "
             f"({parameters / 1e6:.1f} M parameters), {run.total_steps:,} steps of "
             f"{trainer.batch_size:,} rows ({run.total_steps * run.stream.tokens_per_batch:,} "
-            f"tokens); {1000 * step.seconds:.0f} ms a step, {duration(took)}"
+            f"tokens); {1000 * step.seconds:.0f} ms a step, {duration(took)}; "
+            f"learning rate {rate:.2g}, from {trainer.lr_from()}"
         )
         lines += _of_it(run, step)
     buffers = max((_stream_bytes(run) for run in runs), default=0)

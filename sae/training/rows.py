@@ -22,6 +22,7 @@ from sae.core.batch import RawBatch
 from sae.core.normaliser import Normaliser, NormaliserKind
 from sae.formats.load import SAE_FOLDER, load
 from sae.training import process_group, run_folder, sharded_checkpoint
+from sae.training.schedules import steps_in
 from sae.training.trainer import Trainer
 from sae.training.trainer_config import TrainerConfig
 from saescope.artefact import MANIFEST, git_commit, sha256_json
@@ -63,8 +64,10 @@ def train_rows(
     split = _Split(len(data.rows), held_out_fraction, seed)
     if "batch_size" not in settings and trainer.batch_size > len(split.train):
         trainer = dataclasses.replace(trainer, batch_size=len(split.train))
-    steps = _steps(passes, split, trainer)
+    batch = trainer.batch_size
+    steps = steps_in(passes * len(split.train), batch, batch, where="batch_size")
     folder = None if out is None else local(str(out))
+    lr_from, trainer = trainer.lr_from(), trainer.with_lr(sae_config, steps, _recorded(folder))
     resolved = {
         **data.facts(),
         "sae": to_dict(sae_config),
@@ -97,10 +100,12 @@ def train_rows(
             tag=tag,
             seed=seed,
         )
-        return _run(made, folder, resolved)
+        return _run(made, folder, resolved, lr_from)
 
 
-def _run(trainer: Trainer, folder: Path | None, resolved: dict[str, Any]) -> SparseAutoencoder:
+def _run(
+    trainer: Trainer, folder: Path | None, resolved: dict[str, Any], lr_from: str
+) -> SparseAutoencoder:
     """Train to the end; the SAE, which is also written if there is a folder."""
     if folder is None:
         trainer.run()
@@ -112,25 +117,12 @@ def _run(trainer: Trainer, folder: Path | None, resolved: dict[str, Any]) -> Spa
         tag=trainer.tag,
         site=None,
         numerics=trainer.numerics.state_dict(),
+        learning_rate={"peak": trainer.lr, "from": lr_from},
     )
     trainer.run()
     sae = trainer.release()
     sharded_checkpoint.release(sae, folder / SAE_FOLDER)
     return sae
-
-
-def _steps(passes: float, split: "_Split", trainer: TrainerConfig) -> int:
-    """Steps in this many passes; InputError if there is not one."""
-    rows = int(passes * len(split.train))
-    steps = int(passes * len(split.train) / trainer.batch_size)
-    if steps < 1:
-        raise InputError(
-            "fewer training rows than one batch",
-            where="batch_size",
-            given=trainer.batch_size,
-            allowed=f"up to {rows}",
-        )
-    return steps
 
 
 def _configured(
@@ -307,6 +299,13 @@ def _fitted(rows: RowsInMemory, index: NDArray[np.int64], kind: NormaliserKind) 
     sample = rows.take(index[:: -(-len(index) // _SAMPLE_ROWS)])
     mean, mean_square = total / len(index), square / len(index)
     return Normaliser.fit(kind, mean=mean, mean_square=mean_square, sample=sample.cpu())
+
+
+def _recorded(folder: Path | None) -> dict[str, Any] | None:
+    """The trainer's settings of the run in a folder; None if there is none."""
+    if folder is None or not (folder / MANIFEST).exists():
+        return None
+    return run_folder.read_run(folder)["config"]["trainer"]
 
 
 def _is_trained(folder: Path, tag: str) -> bool:

@@ -24,6 +24,7 @@ from sae.training import process_group, run_folder, sharded_checkpoint
 from sae.training.config import TrainConfig
 from sae.training.finish import FinishStream
 from sae.training.remote_run import remote_run
+from sae.training.schedules import steps_in
 from sae.training.through_model import loss_through_model, stream_through_model
 from sae.training.trainer import Trainer
 from sae.training.trainer_config import TrainerConfig
@@ -78,16 +79,22 @@ class Run:
         )
         before = run_folder.read_if_there(self.folder)
         check_apart(self.work_folder, if_local(harvest.path))
-        order = self._order(before)
+        self._chosen_order: Order | None = self._order(before)
+        self._lens = TunedLens.load(config.lens) if config.lens else None
+        shared, key = {} if streams is None else streams, self.stream_key()
+        if key not in shared:
+            shared[key] = self.make_stream()
+        self.stream = shared[key]
+        batch, tokens = config.trainer.batch_size, config.passes * harvest.n_rows("train")
+        self.total_steps = steps_in(tokens, self.stream.tokens_per_batch, batch)
         self.trainer_config = self._trainer_config(before)
         self.settings = {
             **to_dict(config),
             "sites": list(self.sites),
             "site": None,
-            "order": order,
+            "order": self._chosen_order,
             "trainer": to_dict(self.trainer_config),
         }
-        self._lens = TunedLens.load(config.lens) if config.lens else None
         self.tag = sha256_json(
             {
                 "config": run_folder.identity(self.settings),
@@ -97,20 +104,6 @@ class Run:
         )
         if before is not None and before["tag"] != self.tag:
             raise run_folder.another_run(self.folder, before["config"], self.settings)
-        shared, key = {} if streams is None else streams, self.stream_key()
-        if key not in shared:
-            shared[key] = self.make_stream()
-        self.stream = shared[key]
-        self.total_steps = int(
-            config.passes * harvest.n_rows("train") / self.stream.tokens_per_batch
-        )
-        if self.total_steps < 1:
-            raise InputError(
-                "fewer training rows than one batch",
-                where="trainer.batch_size",
-                given=config.trainer.batch_size,
-                allowed=f"up to {int(config.passes * harvest.n_rows('train'))}",
-            )
 
     def _order(self, before: Mapping[str, Any] | None) -> Order | None:
         """The order of the batches; a run that goes on (its manifest is `before`) keeps its own.
@@ -126,21 +119,23 @@ class Run:
         return earlier if chosen is None or (chosen, earlier) == ("chunks", None) else chosen
 
     def _trainer_config(self, before: Mapping[str, Any] | None) -> TrainerConfig:
-        """The trainer's configuration, with the tokens after which a feature is dead filled in.
+        """The trainer's configuration, with what the length of the run decides filled in.
 
-        A run that goes on keeps those that it started with.
+        These are the learning rate and the tokens after which a feature is dead. A run that goes on
+        keeps those that it started with.
         """
-        given = self.config.trainer
-        if given.dead_after_tokens is None and before is not None:
-            recorded = before["config"]["trainer"]["dead_after_tokens"]
-            given = replace(given, dead_after_tokens=recorded)
+        recorded = None if before is None else before["config"]["trainer"]
+        given = self.config.trainer.with_lr(self.sae_config, self.total_steps, recorded)
+        if given.dead_after_tokens is None and recorded is not None:
+            given = replace(given, dead_after_tokens=recorded["dead_after_tokens"])
         tokens = round(self.config.passes * self.harvest.n_rows("train"))
         return replace(given, dead_after_tokens=given.dead_after(tokens))
 
     @property
     def _reading_order(self) -> Order | None:
         stored = self.harvest.storage != "none"
-        return self.settings["order"] or ("chunks" if stored else None)
+        default: Order | None = "chunks" if stored else None
+        return self._chosen_order or default
 
     def stream_key(self) -> str:
         """A hash that is equal for runs that can share a stream."""
@@ -241,6 +236,7 @@ class Run:
                 tag=trainer.tag,
                 site=self.sites[0],
                 numerics=trainer.numerics.state_dict(),
+                learning_rate={"peak": trainer.lr, "from": self.config.trainer.lr_from()},
             )
 
     @cached_property
@@ -249,8 +245,8 @@ class Run:
         saved = None if self._remote is None else self._remote.put_checkpoint
         return self.make_trainer(self.work_folder, saved)
 
-    def make_trainer(self, folder: Path, saved: Callable[[], None] | None = None) -> Trainer:
-        """A trainer that writes to a folder, and calls `saved` after each checkpoint."""
+    def make_trainer(self, folder: Path | None, saved: Callable[[], None] | None = None) -> Trainer:
+        """A trainer that writes to a folder (None: nowhere); `saved` is called after each save."""
         config = self.config
         sae = self.make_sae().to(process_group.device(config.device))
         return Trainer(

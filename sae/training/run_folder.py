@@ -67,6 +67,7 @@ def write(
     tag: str,
     site: str | None,
     numerics: Mapping[str, Any],
+    learning_rate: Mapping[str, Any],
 ) -> None:
     """Write the manifest of a run, unless it is there.
 
@@ -76,6 +77,7 @@ def write(
         tag: hash of what makes it this run and no other.
         site: the first that it reads, where it reads a harvest.
         numerics: the kernels and precision that it began with.
+        learning_rate: its peak, and what that follows from.
     """
     if exists(folder / MANIFEST):
         return
@@ -90,6 +92,7 @@ def write(
         site=site,
         processes=distributed.size(),
         numerics=numerics,
+        learning_rate=learning_rate,
     )
 
 

@@ -1,6 +1,11 @@
 """The learning rate over a run."""
 
-from saescope.errors import check_range
+from saescope.errors import InputError, check_range
+
+_LONG = 7500
+"""steps of a run that is long enough for the published rule"""
+_MOST, _HIGHEST = 8.0, 8e-3
+"""what a short run takes at most, of that rule and in all"""
 
 
 def base_lr(d_sae: int, optimiser: str = "adam") -> float:
@@ -17,6 +22,23 @@ def base_lr(d_sae: int, optimiser: str = "adam") -> float:
     return peak / (d_sae / 2**14) ** 0.5
 
 
+def default_lr(d_sae: int, steps: int, optimiser: str = "adam") -> float:
+    """The peak learning rate of a run of so many steps, where none is given; two digits of it.
+
+    Adam: base_lr sqrt(7500 / steps) in runs of fewer than 7,500 steps, but no more than 8 base_lr,
+    and than 8e-3 (docs/reports/learning_rate.md). The other optimisers, of which nothing of the
+    kind was measured: base_lr.
+
+    >>> [default_lr(2**14, steps) for steps in (50, 300, 1000, 10_000)]
+    [0.0016, 0.001, 0.00055, 0.0002]
+    """
+    base = base_lr(d_sae, optimiser)
+    lr = base
+    if optimiser == "adam" and steps < _LONG:
+        lr = max(base, min(_HIGHEST, base * min(_MOST, (_LONG / steps) ** 0.5)))
+    return float(f"{lr:.2g}")
+
+
 def lr_factor(step: int, total: int, *, warmup: int, decay: int) -> float:
     """What the learning rate is multiplied by at a step (0-based).
 
@@ -30,3 +52,21 @@ def lr_factor(step: int, total: int, *, warmup: int, decay: int) -> float:
     up = min(1.0, (step + 1) / warmup) if warmup else 1.0
     down = min(1.0, (total - step) / decay) if decay else 1.0
     return min(up, down)
+
+
+def steps_in(
+    rows: float, rows_per_step: int, batch_size: int, *, where: str = "trainer.batch_size"
+) -> int:
+    """How many steps the training rows give; InputError if there is not one.
+
+    rows_per_step: of the rows that are counted; fewer than batch_size where each gives several.
+    """
+    steps = int(rows / rows_per_step)
+    if steps < 1:
+        raise InputError(
+            "fewer training rows than one batch",
+            where=where,
+            given=batch_size,
+            allowed=f"up to {int(rows)}",
+        )
+    return steps

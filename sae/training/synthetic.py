@@ -63,12 +63,15 @@ class SyntheticRun:
         self.sae_config = config.sae
         if config.trainer.target_l0 is not None:
             self.sae_config = config.sae.with_target_l0(config.trainer.target_l0)
-        self.trainer_config = dataclasses.replace(
-            config.trainer, dead_after_tokens=config.trainer.dead_after(samples)
-        )
         self.total_steps = samples // config.trainer.batch_size
-        self.settings = {**to_dict(config), "trainer": to_dict(self.trainer_config)}
         before = run_folder.read_if_there(self.folder)
+        trainer = config.trainer.with_lr(
+            self.sae_config, self.total_steps, before and before["config"]["trainer"]
+        )
+        self.trainer_config = dataclasses.replace(
+            trainer, dead_after_tokens=trainer.dead_after(samples)
+        )
+        self.settings = {**to_dict(config), "trainer": to_dict(self.trainer_config)}
         self.tag = sha256_json(
             {"config": run_folder.identity(self.settings), "harvest": world_hash(self.world)}
         )
@@ -87,7 +90,9 @@ class SyntheticRun:
         return (
             f"{self.folder}: {kind_of(config.sae)}, {world.d_in} x {config.sae.d_sae}, "
             f"{self.total_steps:,} steps of {config.trainer.batch_size:,} rows of "
-            f"{config.harvest} ({world.features:,} true features)"
+            f"{config.harvest} ({world.features:,} true features); learning rate "
+            f"{self.trainer_config.peak_lr(self.sae_config, self.total_steps):.2g}, from "
+            f"{config.trainer.lr_from()}"
         )
 
     def finished(self) -> bool:
@@ -109,6 +114,7 @@ class SyntheticRun:
                 tag=trainer.tag,
                 site=None,
                 numerics=trainer.numerics.state_dict(),
+                learning_rate={"peak": trainer.lr, "from": self.config.trainer.lr_from()},
             )
 
     @cached_property

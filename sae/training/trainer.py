@@ -23,7 +23,7 @@ from sae.training.held_out import HeldOutRows, measure, normalised_rows
 from sae.training.l0_controller import L0Controller, reached
 from sae.training.numerics import Numerics
 from sae.training.optimisers import averaged, clear_rows, decays, make_optimiser
-from sae.training.schedules import base_lr, lr_factor
+from sae.training.schedules import lr_factor
 from sae.training.snapshots import FOLDER, Snapshots
 from sae.training.step import update
 from sae.training.telemetry import MetricsLog, sinks
@@ -89,7 +89,7 @@ class Trainer:
         self.calibration = calibration or held_out
         self.with_loss, self.initialise = with_loss, initialise
         self.folder, self.tag, self.saved = folder, tag, saved
-        self.lr = config.lr or base_lr(sae.config.d_sae, config.optimiser) * config.lr_multiplier
+        self.lr = config.peak_lr(sae.config, total_steps)
         self.optimiser = _optimiser(sae, config, self.lr)
         self.numerics = Numerics(
             config.kernels, deterministic=config.deterministic, like=sae.b_dec, d_in=sae.d_in
@@ -312,7 +312,7 @@ class Trainer:
             why = (
                 f"in {self.total_steps:,} steps at a learning rate of {self.lr:.2g} the penalty "
                 f"(its factor ended at {self.controller.penalty:.3g}) brings it no nearer: train "
-                "longer, raise lr_multiplier, or choose another target"
+                "longer, raise lr, or choose another target"
             )
         say(
             f"trainer.target_l0 {self.config.target_l0:g} is not reached: "

@@ -1,11 +1,14 @@
 """The `[trainer]` of a training file: how to train, whatever the architecture."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
+from sae.core.config import SAEConfig
 from sae.training.batch_maker import LossConfig
 from sae.training.numerics import KernelsKind
 from sae.training.optimisers import OptimiserKind
+from sae.training.schedules import base_lr, default_lr
 from sae.training.telemetry import SinkKind, check_sink
 from saescope.config import Config
 from saescope.errors import InputError, check_range
@@ -13,8 +16,9 @@ from saescope.renamed_fields import WAS
 
 _DEAD_AFTER = 10_000_000
 """tokens (Gao et al. 2024), or of a run that is not much longer"""
-_DEAD_SHARE = 1 / 8
-"""of its tokens: what 250,000 are of the default run, rounded"""
+_DEAD_SHARE = 1 / 32
+"""of its tokens: with 1/8 more features were dead at the end, and FVU was no lower
+(docs/reports/learning_rate.md)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +35,10 @@ class TrainerConfig(Config):
     optimiser: OptimiserKind = "adam"
     """adam, signum, or the schedule-free version of either."""
     lr: float | None = None
-    """Peak learning rate; 2e-4 / sqrt(d_sae / 2^14) times lr_multiplier if not given."""
-    lr_multiplier: float = 1.0
-    """Factor on the rule for lr, where lr is not given; short runs want more than 1."""
+    """Peak learning rate. If neither it nor lr_multiplier is given it follows the length of the
+    run: the fewer steps, the higher."""
+    lr_multiplier: float | None = None
+    """Where lr is not given: so many times 2e-4 / sqrt(d_sae / 2^14), however long the run is."""
     warmup_fraction: float = 0.05
     """Fraction of the run over which the learning rate rises."""
     decay_fraction: float = 0.2
@@ -51,7 +56,7 @@ class TrainerConfig(Config):
     coefficient is moved during training until L0 is this."""
     dead_after_tokens: int | None = None
     """A feature is dead when it has not fired for this many tokens; until so many have been seen
-    it is not known which are. 10 million, or an eighth of the run's tokens if that is less, if not
+    it is not known which are. 10 million, or a 32nd of the run's tokens if that is less, if not
     given."""
     evaluate_every: int = 250
     """Steps between held-out evaluations."""
@@ -82,8 +87,7 @@ class TrainerConfig(Config):
         check_range("trainer.checkpoint_every", self.checkpoint_every, low=1)
         self._check_snapshots()
         check_range("trainer.accumulate", self.accumulate, high=self.batch_size)
-        check_range("trainer.lr_multiplier", self.lr_multiplier, above=0)
-        for name in ("lr", "target_l0"):
+        for name in ("lr", "lr_multiplier", "target_l0"):
             if getattr(self, name) is not None:
                 check_range(f"trainer.{name}", getattr(self, name), above=0)
         for name in ("warmup_fraction", "decay_fraction"):
@@ -111,11 +115,45 @@ class TrainerConfig(Config):
                 allowed="0, with snapshot_tokens",
             )
 
+    def with_lr(
+        self, sae: SAEConfig, steps: int, recorded: Mapping[str, Any] | None = None
+    ) -> Self:
+        """With the learning rate that a run of so many steps takes, where none is given.
+
+        Args: recorded, the settings that the run was begun with, if it goes on: it keeps theirs.
+
+        >>> TrainerConfig().with_lr(SAEConfig(d_sae=4096), 1000).lr
+        0.0011
+        """
+        lr, multiplier = self.lr, self.lr_multiplier
+        if recorded is not None:
+            if lr is None and multiplier is None:
+                lr = recorded["lr"]
+            # 1.0 in older runs, which it did not change where lr was given
+            multiplier = recorded["lr_multiplier"] if multiplier is None else multiplier
+        if lr is None and multiplier is None:
+            lr = default_lr(sae.d_sae, steps, self.optimiser)
+        return replace(self, lr=lr, lr_multiplier=multiplier)
+
+    def peak_lr(self, sae: SAEConfig, steps: int) -> float:
+        """The peak learning rate of a run of so many steps."""
+        if self.lr is not None:
+            return self.lr
+        if self.lr_multiplier is not None:
+            return base_lr(sae.d_sae, self.optimiser) * self.lr_multiplier
+        return default_lr(sae.d_sae, steps, self.optimiser)
+
+    def lr_from(self) -> str:
+        """What the peak learning rate follows from, in words."""
+        if self.lr is not None:
+            return "trainer.lr"
+        return "the steps" if self.lr_multiplier is None else "trainer.lr_multiplier"
+
     def dead_after(self, tokens: int) -> int:
         """`dead_after_tokens`, or what it is in a run of so many tokens.
 
         >>> TrainerConfig().dead_after(800_000), TrainerConfig().dead_after(10**9)
-        (100000, 10000000)
+        (25000, 10000000)
         """
         if self.dead_after_tokens is not None:
             return self.dead_after_tokens

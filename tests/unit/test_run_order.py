@@ -9,6 +9,7 @@ import pytest
 from activations import ActivationStore
 from sae.training.config import TrainConfig
 from sae.training.run import Run
+from sae.training.schedules import base_lr, default_lr
 from saescope.artefact import SEAL
 from saescope.config import from_dict
 from saescope.errors import InputError
@@ -77,15 +78,15 @@ def dead_after(run: Run) -> int:
     return run.settings["trainer"]["dead_after_tokens"]
 
 
-def test_dead_after_tokens_is_an_eighth_of_a_short_run_and_a_begun_run_keeps_its_own(
+def test_dead_after_tokens_is_a_part_of_a_short_run_and_a_begun_run_keeps_its_own(
     store: ActivationStore, tmp_path: Path
 ) -> None:
     rows = store.n_rows("train")
     new = run(store, tmp_path / "run", passes=2.0)
-    assert dead_after(new) == new.trainer.dead_after == round(2 * rows / 8)
+    assert dead_after(new) == new.trainer.dead_after == round(2 * rows / 32)
     new.start()
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert manifest["config"]["trainer"]["dead_after_tokens"] == round(2 * rows / 8)
+    assert manifest["config"]["trainer"]["dead_after_tokens"] == round(2 * rows / 32)
     # the default of runs from before it followed the length
     older = run(
         store, tmp_path / "older", trainer={"batch_size": 64, "dead_after_tokens": 10_000_000}
@@ -95,6 +96,27 @@ def test_dead_after_tokens_is_an_eighth_of_a_short_run_and_a_begun_run_keeps_its
     assert (again.tag, dead_after(again)) == (older.tag, 10_000_000)
     with pytest.raises(InputError, match="differs in: trainer"):
         run(store, tmp_path / "older", trainer={"batch_size": 64, "dead_after_tokens": 5})
+
+
+def test_a_run_says_its_learning_rate_and_what_from_and_a_begun_run_keeps_its_own(
+    store: ActivationStore, tmp_path: Path
+) -> None:
+    new = run(store, tmp_path / "run", passes=2.0)
+    peak = default_lr(new.sae_config.d_sae, new.total_steps)
+    assert new.trainer.lr == new.settings["trainer"]["lr"] == peak > base_lr(new.sae_config.d_sae)
+    new.start()
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["learning_rate"] == {"peak": peak, "from": "the steps"}
+    assert manifest["config"]["trainer"]["lr"] == peak
+    # the default of runs from before it followed the length
+    trainer = {"batch_size": 64, "lr_multiplier": 1.0}
+    older = run(store, tmp_path / "older", trainer=trainer)
+    older.start()
+    again = run(store, tmp_path / "older")
+    assert again.tag == older.tag
+    assert again.trainer.lr == older.trainer.lr == base_lr(older.sae_config.d_sae)
+    with pytest.raises(InputError, match="differs in: trainer"):
+        run(store, tmp_path / "older", trainer={"batch_size": 64, "lr": 5e-3})
 
 
 def test_a_run_in_which_no_feature_can_be_dead_says_so(

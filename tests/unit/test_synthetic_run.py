@@ -13,6 +13,7 @@ from sae.data.harvests import open_complete
 from sae.synthetic.world import named_world
 from sae.training.config import TrainConfig
 from sae.training.run_folder import read_run
+from sae.training.schedules import base_lr, default_lr
 from sae.training.synthetic import SyntheticRun
 from saescope.config import from_dict
 from saescope.errors import InputError
@@ -91,6 +92,19 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path) -> N
         for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()
     ]
     assert steps == [40]
+
+
+def test_its_learning_rate_follows_its_length_and_a_begun_run_keeps_its_own(tmp_path: Path) -> None:
+    sizes = {"batch_size": 256, "checkpoint_every": 10}
+    new = SyntheticRun(config(tmp_path / "new", trainer=sizes))
+    new.start()
+    assert new.trainer.lr == default_lr(64, 40) > base_lr(64)
+    manifest = read_run(new.folder)
+    assert manifest["learning_rate"] == {"peak": new.trainer.lr, "from": "the steps"}
+    older = SyntheticRun(config(tmp_path / "older", trainer={**sizes, "lr_multiplier": 1.0}))
+    older.start()  # as all runs were that gave none
+    again = SyntheticRun(config(tmp_path / "older", trainer=sizes))
+    assert (again.tag, again.trainer.lr) == (older.tag, base_lr(64))
 
 
 def test_a_normaliser_fits_the_rows(tmp_path: Path) -> None:

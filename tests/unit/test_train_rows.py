@@ -13,6 +13,7 @@ import sae
 from sae.architectures.topk import TopKConfig
 from sae.commands.examination import examine
 from sae.evaluation.reconstruction import measure_reconstruction
+from sae.training.run_folder import read_run
 from sae.training.trainer import Trainer
 from saescope.errors import InputError
 
@@ -141,6 +142,17 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(
     assert seen == []
     with pytest.raises(InputError, match="holds another run"):
         sae.train(X[:600], "topk", **settings)
+
+
+def test_its_learning_rate_follows_its_length_and_a_begun_run_keeps_its_own(tmp_path: Path) -> None:
+    sae.train(X, "topk", k=3, out=tmp_path / "new", **SETTINGS)
+    manifest = read_run(tmp_path / "new")
+    assert manifest["learning_rate"]["from"] == "the steps"
+    assert manifest["learning_rate"]["peak"] == manifest["config"]["trainer"]["lr"]
+    older = sae.train(X, "topk", k=3, out=tmp_path / "older", lr_multiplier=1.0, **SETTINGS)
+    again = sae.train(X, "topk", k=3, out=tmp_path / "older", **SETTINGS)
+    assert same(again, older)
+    assert not same(again, sae.load(tmp_path / "new"))
 
 
 def damaged(row: int, value: float) -> torch.Tensor:

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from sae.architectures import architecture, list_architectures
+from sae.architectures.topk import TopKConfig
 from sae.core.base import SparseAutoencoder
 from sae.core.batch import RawBatch
 from sae.core.finite import check_finite
 from sae.training import checkpoint
-from sae.training.schedules import base_lr, lr_factor
+from sae.training.schedules import base_lr, default_lr, lr_factor
 from sae.training.telemetry import MetricsLog, read_metrics
 from sae.training.trainer import CHECKPOINT, METRICS, Trainer, TrainerConfig
 from saescope.artefact import atomic_path
@@ -261,6 +262,33 @@ def test_learning_rate_rule() -> None:
     assert all(b < a for a, b in pairwise(factors[80:]))
 
 
+def test_the_fewer_steps_the_higher_the_default_learning_rate() -> None:
+    times = [default_lr(2**12, steps) / base_lr(2**12) for steps in (1, 300, 1000, 7500, 10**6)]
+    assert times == pytest.approx([8, 5, 2.75, 1, 1], rel=0.02)
+    # a small dictionary takes no more than what was best of any
+    assert default_lr(2**8, 300) == 8e-3
+    assert default_lr(4, 300) == pytest.approx(base_lr(4), rel=0.02)
+    assert default_lr(2**12, 300, "signum") == base_lr(2**12, "signum")
+
+
+def test_the_default_learning_rate_stands_back_for_one_that_is_given(tmp_path: Path) -> None:
+    steps = 1000
+    sae = TopKConfig(d_sae=2**12, k=4)
+    assert TrainerConfig().peak_lr(sae, steps) == default_lr(2**12, steps)
+    assert TrainerConfig(lr=7e-3, lr_multiplier=2.0).peak_lr(sae, steps) == 7e-3
+    assert TrainerConfig(lr_multiplier=1.0).peak_lr(sae, steps) == base_lr(2**12)
+    chosen = TrainerConfig().with_lr(sae, steps)
+    assert (chosen.lr, chosen.lr_multiplier) == (default_lr(2**12, steps), None)
+    # what a run that goes on was begun with, before the length counted and since
+    for lr, multiplier, peak in ((None, 1.0, base_lr(2**12)), (0.5, None, 0.5), (0.5, 1.0, 0.5)):
+        recorded = {"lr": lr, "lr_multiplier": multiplier}
+        again = TrainerConfig().with_lr(sae, steps, recorded)
+        assert (again.lr, again.lr_multiplier) == (lr, multiplier)
+        assert again.peak_lr(sae, steps) == peak
+        assert TrainerConfig(lr=0.25).with_lr(sae, steps, recorded).lr == 0.25
+    assert make_trainer(tmp_path / "a", lr=None).lr == default_lr(D_SAE, STEPS)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"batch_size": 0}, {"lr": 0.0}, {"beta1": 1.0}, {"decay_fraction": 1.5}, {"grad_clip": -1.0}],
@@ -325,11 +353,12 @@ def test_tokens_are_counted_where_they_have_several_rows(tmp_path: Path) -> None
 
 
 def test_dead_after_follows_the_length_of_the_run(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "a", dead_after_tokens=None)
-    assert trainer.dead_after == STEPS * BATCH // 8
+    trainer = make_trainer(tmp_path / "a", dead_after_tokens=None, evaluate_every=1)
+    assert trainer.dead_after == STEPS * BATCH // 32
     trainer.run()
     lines = read_metrics(tmp_path / "a" / METRICS)
-    assert all((line["train"]["dead"] is None) == (line["step"] <= STEPS // 8) for line in lines)
+    # less than a batch: known from the second step on
+    assert [line["step"] for line in lines if line["train"]["dead"] is None] == [1]
     assert TrainerConfig().dead_after(10**9) == 10_000_000
     assert TrainerConfig(dead_after_tokens=5).dead_after(10**9) == 5
     with pytest.raises(InputError, match="dead_after_tokens"):
