@@ -1,5 +1,6 @@
 """What a report of evaluations says: tables, charts, and what must be known to compare figures."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ from dashboards.reports import charts
 from dashboards.reports.measured import Evaluation
 from dashboards.reports.pieces import Report, Section, Table
 from dashboards.reports.protocols import protocol_warnings, protocols
-from sae.analysis.description_length import Described, at_equal_distortion
+from sae.analysis.description_length import Described, Optimum, at_equal_distortion
 from sae.evaluation.written import measured_on
 from saescope.errors import InputError
 from saescope.metrics import Metric, measured_rows
@@ -261,36 +262,46 @@ def _meanings(kind: str, evaluations: Sequence[Evaluation]) -> Iterator[Table]:
 def equal_distortion(evaluations: Sequence[Evaluation]) -> list[str]:
     """Which width takes fewest bits at one FVU, of SAEs of several widths that were measured alike.
 
-    Nothing of fewer than two widths.
+    Nothing of fewer than two widths. L0 is told where it was measured too.
     """
     said = []
     for protocol in dict.fromkeys(each.protocol_hash for each in evaluations):
-        saes = [
-            Described(d_sae=each.about["d_sae"], l0=l0, fvu=fvu, bits=bits)
+        there = [
+            each
             for each in evaluations
-            if each.protocol_hash == protocol
-            and each.about.get("d_sae")
-            and (l0 := each.value("l0")) is not None
-            and (fvu := each.value("fvu_quantised")) is not None
-            and (bits := each.value("description_bits")) is not None
+            if each.protocol_hash == protocol and "description_length" in each.sections
         ]
+        saes = list(filter(None, map(_described, there)))
         if len({each.d_sae for each in saes}) < 2:
             continue
+        without = len(there) - len(saes)
+        missing = f" Left out: {without} whose width or bits are unknown." if without else ""
         try:
-            found = at_equal_distortion(saes)
+            said.append(_optimum(at_equal_distortion(saes), saes) + missing)
         except InputError as error:
-            said.append(f"Widths cannot be compared at one FVU: {error}.")
-            continue
-        each_width = ", ".join(
-            f"d_sae {width:,}: {bits:.1f} bits a row at L0 {found.l0[width]:.1f}"
-            for width, bits in sorted(found.bits.items())
-        )
-        left_out = sorted({each.d_sae for each in saes} - found.bits.keys())
-        also = (
-            f" (none on both sides of it: {', '.join(f'd_sae {each:,}' for each in left_out)})"
-            if left_out
-            else ""
-        )
-        best = f"fewest: d_sae {found.d_sae:,}" if len(found.bits) > 1 else "nothing to compare"
-        said.append(f"At equal distortion, FVU {found.fvu:.4f}: {each_width}{also}; {best}.")
+            said.append(f"Widths cannot be compared at one FVU: {error}.{missing}")
     return said
+
+
+def _described(each: Evaluation) -> Described | None:
+    """An SAE as `at_equal_distortion` takes it; None if its width or bits are unknown."""
+    width, bits = each.about.get("d_sae"), each.value("description_bits")
+    fvu, l0 = each.value("fvu_quantised"), each.value("l0")
+    if not width or bits is None or fvu is None:
+        return None
+    return Described(d_sae=width, l0=math.nan if l0 is None else l0, fvu=fvu, bits=bits)
+
+
+def _optimum(found: Optimum, saes: Sequence[Described]) -> str:
+    """An optimum in a sentence."""
+    each_width = ", ".join(
+        f"d_sae {width:,}: {bits:.1f} bits a row"
+        + ("" if math.isnan(found.l0[width]) else f" at L0 {found.l0[width]:.1f}")
+        for width, bits in sorted(found.bits.items())
+    )
+    beyond = sorted({each.d_sae for each in saes} - found.bits.keys())
+    also = f" (none on both sides of it: d_sae {', '.join(f'{n:,}' for n in beyond)})"
+    best = f"fewest: d_sae {found.d_sae:,}" if len(found.bits) > 1 else "nothing to compare"
+    return (
+        f"At equal distortion, FVU {found.fvu:.4f}: {each_width}{also if beyond else ''}; {best}."
+    )

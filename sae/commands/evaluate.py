@@ -31,13 +31,13 @@ from sae.evaluation.in_model import InModel
 from sae.evaluation.intervals import PROTOCOL
 from sae.evaluation.on_texts import OnTexts
 from sae.evaluation.rows import Counted, pass_over
-from sae.evaluation.written import ROWS, SCHEMA, report, sections
+from sae.evaluation.written import ROWS, SCHEMA, read_evaluation, report, sections
 from sae.formats.hub import evaluation_file
 from sae.formats.load import load
 from saescope.artefact import read_json, sha256_json, write_report
-from saescope.errors import InputError
+from saescope.errors import ArtefactError, InputError
 from saescope.metrics import described
-from saescope.paths import AnyPath, as_path
+from saescope.paths import AnyPath, as_path, exists
 from saescope.progress import say
 from saescope.replacing import Kind, check_replaceable
 from saescope.seals import sealed
@@ -65,6 +65,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_metric_table(path)
     wanted = chosen(config.metrics, config.suite)
     data = HeldOut.open(config)
+    if not config.replace and _says_otherwise(path, data, wanted):  # before minutes of measuring
+        check_replaceable(path, EVALUATION, replace=False)
     result = data.measure(wanted)
     try:
         write_evaluation(path, result, data)
@@ -72,6 +74,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         for line in (*report(result), *table_lines(data.tables)):
             say(line)
     return result
+
+
+def _says_otherwise(path: AnyPath, data: "HeldOut", wanted: Sequence[Family]) -> bool:
+    """Whether an evaluation is there that was measured otherwise, or is damaged."""
+    if not (exists(path) and EVALUATION.holds(path)):
+        return False
+    try:
+        return not data.measured_in(read_evaluation(path), wanted)
+    except ArtefactError:
+        return True
 
 
 def write_evaluation(path: AnyPath, result: Mapping[str, Any], data: "HeldOut") -> None:

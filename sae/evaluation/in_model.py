@@ -72,9 +72,15 @@ class Splice:
         return self.model.edit({site: remember(site) for site in self.read})
 
     def replacing(self, replacement: Replacement, keep: Tensor) -> AbstractContextManager[None]:
-        """Within the block, kept positions are replaced; made from what `reading` saw."""
+        """Within the block, kept positions are replaced; made from what `reading` saw.
+
+        It is made sequence by sequence: products of other numbers of rows round otherwise, so that
+        what is measured would depend on how many sequences a run has.
+        """
         x = torch.cat([self._seen[site] for site in self.read], dim=-1)
-        parts = replacement(x).split(self.widths, dim=-1)
+        rows = keep.flatten(1).sum(1).tolist()
+        made = [replacement(one) for one in x.split(rows) if len(one)] or [replacement(x)]
+        parts = torch.cat(made).split(self.widths, dim=-1)
         edits = zip(self.written, parts, strict=True)
         return self.model.edit({site: _replace_kept(part, keep) for site, part in edits})
 

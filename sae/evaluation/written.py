@@ -63,9 +63,13 @@ def report(evaluation: Mapping[str, Any]) -> list[str]:
     width = max(
         (len(row.label) for each in found.values() for row in measured_rows(each, rows)), default=0
     )
-    lines = []
+    lines: list[str] = []
+    seen: set[str] = set()
     for name, values in found.items():
         about = measured_on(name, values)
+        if about in seen:
+            about = f"{name.replace('_', ' ')}, on the same"
+        seen.add(about)
         if not lines:
             unit = next(
                 (each.unit for each in _own_texts() if each.counted[0] in values), "documents"

@@ -136,7 +136,7 @@ def test_positions_that_are_not_kept_are_left_alone(tiny_model: Model) -> None:
         return x
 
     measure_downstream(tiny_model, SITE, watch, torch.zeros(32), tokens, keep, batch=7)
-    assert seen == [int(keep.sum())]
+    assert seen == keep.sum(1).tolist(), "sequence by sequence, whatever a run of the model has"
     with pytest.raises(InputError, match="no kept positions"):
         measure_downstream(tiny_model, SITE, watch, torch.zeros(32), tokens, torch.zeros_like(keep))
 
@@ -205,3 +205,23 @@ def test_divergence_by_hand() -> None:
     terms = divergence_terms(clean.log_softmax(-1), other.log_softmax(-1))
     assert terms.sum(-1).tolist() == pytest.approx(wanted, abs=1e-6)
     assert divergence_in_place(clean, other).tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_size_of_batches_decides_nothing(tiny_model: Model, sae) -> None:
+    tokens, keep = batch(tiny_model)
+    keep[3] = False  # a sequence of which nothing is kept
+    shapes: dict[int, list[int]] = {}
+
+    def measured(size: int) -> list[float]:
+        seen = shapes.setdefault(size, [])
+
+        def replacement(x: Tensor) -> Tensor:
+            seen.extend([len(x)] if len(x) else [])
+            return sae(x).x_hat
+
+        mean = torch.zeros(tiny_model.d_model)
+        found = measure_downstream(tiny_model, SITE, replacement, mean, tokens, keep, batch=size)
+        return [found.ce_clean, found.ce, found.delta_ce, found.kl, found.ce_mean, found.ce_zero]
+
+    assert measured(1) == pytest.approx(measured(8), abs=1e-5)
+    assert shapes[1] == shapes[8] == [n for n in keep.sum(1).tolist() if n]

@@ -152,3 +152,24 @@ def test_the_doctor_knows_tables_of_families(run: Path, capsys: pytest.CaptureFi
     path.write_text(path.read_text().replace("[]", "[1]"))
     code, text = doctor(run, capsys)
     assert (code, "absorption.json: its content does not match" in text) == (1, True)
+
+
+def test_another_evaluation_is_refused_before_anything_is_measured(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sae.EvaluateConfig(run=str(run), tokens=64)
+    before = (run / "evaluation.json").read_bytes()
+    sae.evaluate(config)
+    assert (run / "evaluation.json").read_bytes() == before, "the same again is no other"
+
+    def measure(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("sae.commands.evaluate.HeldOut.measure", measure)
+    with pytest.raises(InputError, match="holds an evaluation already; --replace"):
+        sae.evaluate(sae.EvaluateConfig(run=str(run), tokens=32))
+    (run / "evaluation.json").write_bytes(before.replace(b'"fvu": 0', b'"fvu": 1'))
+    with pytest.raises(InputError, match="holds an evaluation already; --replace"):
+        sae.evaluate(config)
+    with pytest.raises(AssertionError):
+        sae.evaluate(sae.EvaluateConfig(run=str(run), tokens=32, replace=True))

@@ -15,6 +15,8 @@ import torch
 import sae
 from sae import TrainConfig, distributed, train
 from sae.commands.sweep import MEMBERS, SweepConfig, read_members, sweep
+from sae.evaluation.metric_table import read_metric_table
+from sae.evaluation.written import read_evaluation
 from sae.formats.load import load
 from sae.kernels import matmul
 from sae.training import remote_run, telemetry
@@ -106,6 +108,7 @@ def test_eval_writes_beside_the_run_what_it_writes_here(
     assert main(["eval", url, "--tokens", "0"]) == 0
     there = as_path(f"{url}/evaluation.json")
     assert read_bytes(there) == (root / "run" / "evaluation.json").read_bytes()
+    assert len(read_metric_table(there, read_evaluation(there))) > 10
     assert main(["eval", url, "--tokens", "0"]) == 0  # it is the same, and left
     assert main(["eval", url, "--tokens", "0", "--rows", "40"]) == 2
     assert "holds an evaluation already; --replace" in capsys.readouterr().err
@@ -146,7 +149,7 @@ def content(url: str) -> dict[str, bytes]:
     """The objects of a run by name, without what is of the moment it was made."""
     folder = as_path(url)
     found = {name: read_bytes(folder / name) for name in file_sizes(folder)}
-    for name in (MANIFEST, "evaluation.json"):
+    for name in (MANIFEST, "evaluation.json", "evaluation.parquet"):
         found.pop(name, None)
     return found
 
