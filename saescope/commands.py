@@ -141,6 +141,7 @@ COMMANDS = {
             "saescope eval runs/pareto",
             "saescope eval runs/smollm2-135m-topk --suite core,probing --quick --replace",
             "saescope eval runs/five-seeds --reliability",
+            "saescope eval runs/smollm2-135m-topk --controls",
         ),
         notes=(
             "",

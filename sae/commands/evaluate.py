@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from activations import ActivationStore
+from activations import ActivationStore, Model
 from sae.analysis.as_trained import Rows, as_trained
 from sae.analysis.lens import TunedLens
 from sae.commands.evaluate_config import EvaluateConfig
@@ -310,12 +310,17 @@ class HeldOut:
         held_out = np.flatnonzero(self.harvest.split == 1)
         return held_out[: max(1, self.config.tokens // self.harvest.context)]
 
+    def _model(self) -> Model:
+        """The harvest's model, loaded."""
+        return load_harvested_model(
+            self.harvest,
+            self.harvest.manifest["model"]["dtype"],
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
     def _in_model(self) -> InModel:
         """The SAE in its model, with the first held-out sequences."""
         config, harvest, placement = self.config, self.harvest, self.placement
-        model = load_harvested_model(
-            harvest, harvest.manifest["model"]["dtype"], trust_remote_code=config.trust_remote_code
-        )
         first = self._sequences()
         replaced, columns = self._replaced()
         lens = placement.sae.metadata.get("lens")
@@ -324,7 +329,7 @@ class HeldOut:
             return placement.sae(x).x_hat[:, columns]
 
         return InModel(
-            model=model,
+            model=self._model(),
             read=placement.read,
             written=replaced,
             replacement=(

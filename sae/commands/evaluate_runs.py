@@ -13,6 +13,7 @@ from typing import Any
 
 from activations.harvesting.window_locks import Team, member, pauses, shared
 from sae.commands.compare_metrics import summary_lines
+from sae.commands.controls import measure_controls
 from sae.commands.evaluate import (
     EVALUATION,
     EvaluateConfig,
@@ -24,6 +25,7 @@ from sae.commands.evaluation_files import check_metric_table, write_metrics
 from sae.commands.reliability import measure_reliability, reliability_file, seeds_of_runs
 from sae.commands.sweep import MEMBERS, read_members
 from sae.evaluation import Family, chosen
+from sae.evaluation.controls_file import CONTROLS_KIND, controls_file, controls_lines
 from sae.evaluation.floors_file import RELIABILITY, reliability_lines
 from sae.evaluation.written import measured_values, read_evaluation, rows_of
 from sae.formats.hub import SCHEME, HubFolder, evaluation_file
@@ -51,6 +53,14 @@ class EvaluateRunsConfig(EvaluateConfig):
     """Measure the smallest difference that each metric can tell, from these runs, three or more,
     better five, that differ in nothing but their seed. It is written to `out`, or to
     reliability.json beside the first run's folder."""
+    controls: bool = False
+    """Measure what every metric has to rank below the SAE, too: its decoder rows permuted, random
+    directions, an untrained SAE, PCA. It is written to controls.json beside the evaluation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reliability and self.controls:
+            raise InputError("is measured apart from controls; leave one out", where="reliability")
 
 
 @system_errors()
@@ -60,7 +70,8 @@ def evaluate_runs(config: EvaluateRunsConfig) -> int:
     Of several each has its own evaluation.json. One that is measured already under the protocol of
     now is left; one that cannot be measured is named, the others go on, and the exit code is 2.
 
-    With `reliability` the smallest differences that the metrics can tell are measured after that.
+    With `reliability` the smallest differences that the metrics can tell are measured after that,
+    with `controls` each SAE's controls.
 
     Raises InputError for `out` with several runs, for a family that is unknown, and for runs that
     reliability cannot be measured of (`sae.commands.reliability`); for one run alone the errors of
@@ -72,7 +83,8 @@ def evaluate_runs(config: EvaluateRunsConfig) -> int:
     )
     if config.reliability:
         return _reliability(config, [replace(one, run=name, out=None) for name in names])
-    if names == [config.run] and this_rank().size == 1:
+    plain = names == [config.run] and not config.controls
+    if plain and this_rank().size == 1:
         evaluate(one)
         return 0
     if config.out is not None and len(names) > 1:
@@ -83,7 +95,8 @@ def evaluate_runs(config: EvaluateRunsConfig) -> int:
             allowed="leave it out",
         )
     wanted = chosen(config.metrics, config.suite)
-    return _measure_all([replace(one, run=name) for name in names], wanted)
+    runs = [replace(one, run=name) for name in names]
+    return _controls(runs, wanted) if config.controls else _measure_all(runs, wanted)
 
 
 def _measure_all(runs: Sequence[EvaluateConfig], wanted: Sequence[Family]) -> int:
@@ -99,6 +112,30 @@ def _measure_all(runs: Sequence[EvaluateConfig], wanted: Sequence[Family]) -> in
         return 0  # rank 0 says what could not be measured
     with _team(names) as team:
         return sharing.lead(team)
+
+
+def _controls(runs: Sequence[EvaluateConfig], wanted: Sequence[Family]) -> int:
+    """Measure runs, and the controls of each; the exit code."""
+    paths = {run.run: _evaluation_path(run) for run in runs}
+    for path in paths.values():
+        check_replaceable(controls_file(path), CONTROLS_KIND, replace=True)
+    failed = _measure_all(runs, wanted)
+    if failed or this_rank().number:
+        return failed
+    for run in runs:
+        path = paths[run.run]
+        found = measure_controls(run, read_evaluation(path), wanted)
+        try:
+            write_report(controls_file(path), found, CONTROLS_KIND, replace=run.replace)
+        finally:  # what was measured is told, wherever it cannot be written
+            for line in controls_lines(found):
+                say(line)
+        say(f"{controls_file(path)}: the controls of {run.run}")
+    return 0
+
+
+def _evaluation_path(run: EvaluateConfig) -> AnyPath:
+    return as_path(run.out) if run.out is not None else evaluation_file(run.run)
 
 
 def _reliability(config: EvaluateRunsConfig, runs: Sequence[EvaluateConfig]) -> int:
@@ -202,7 +239,7 @@ class _Sharing:
 
     def _measured(self, run: EvaluateConfig) -> tuple[Mapping[str, Any], bool]:
         """A run's evaluation, and whether it was made now."""
-        path = as_path(run.out) if run.out is not None else evaluation_file(run.run)
+        path = _evaluation_path(run)
         data = HeldOut.open(run)
         if exists(path) and EVALUATION.holds(path) and _is_of_one_sae(run.run):
             before = read_evaluation(path)

@@ -4,8 +4,9 @@
     evaluation.parquet       its metrics as rows (`sae.evaluation.metric_table`)
     evaluation.FAMILY.json   a table of a family, as evaluation.probing.json
     evaluation.FAMILY.parquet
+    controls.json            the same of controls (`sae.evaluation.controls_file`)
 
-All of them carry the hash of one protocol.
+All but the last carry the hash of one protocol.
 """
 
 import re
@@ -18,6 +19,7 @@ from pyarrow import parquet
 
 from sae.core.base import SparseAutoencoder, kind_of
 from sae.data.provenance import weights_hash
+from sae.evaluation.controls_file import CONTROLS_FILE, read_controls
 from sae.evaluation.metric_table import (
     METRIC_TABLE,
     metric_table_path,
@@ -29,20 +31,21 @@ from saescope.artefact import DamagedError, check_seal, read_json
 from saescope.paths import AnyPath
 from saescope.replacing import check_replaceable
 
+_READERS = {EVALUATION_FILE: read_evaluation, CONTROLS_FILE: read_controls}
 _TABLE = re.compile(r"evaluation\.[a-z][a-z0-9_]*\.(json|parquet)")
 
 
 def evaluation_files(folder: Path) -> list[str]:
     """The names of those that are in a folder, the evaluation itself first."""
-    own = (EVALUATION_FILE, metric_table_path(folder / EVALUATION_FILE).name)
+    own = (EVALUATION_FILE, metric_table_path(folder / EVALUATION_FILE).name, CONTROLS_FILE)
     tables = sorted(path.name for path in folder.iterdir() if _TABLE.fullmatch(path.name))
     return [*(name for name in own if (folder / name).exists()), *tables]
 
 
 def check_evaluation_file(path: Path) -> None:
     """Raise ArtefactError for one that is damaged, or is of another evaluation than its own."""
-    if path.name == EVALUATION_FILE:
-        read_evaluation(path)
+    if path.name in _READERS:
+        _READERS[path.name](path)
         return
     evaluation = path.with_name(EVALUATION_FILE)
     if not evaluation.exists():

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from activations import Model
 from sae.analysis.as_trained import Rows
 from sae.commands.evaluate import HeldOut
 from sae.commands.evaluate_config import EvaluateConfig
@@ -21,7 +22,6 @@ from sae.data.placement import Placement
 from sae.evaluation import Family
 from sae.evaluation.comparison import check_one_protocol, differing, in_words
 from sae.evaluation.floors_file import RELIABILITY_FILE, SCHEMA
-from sae.evaluation.in_model import InModel
 from sae.evaluation.reliability import FEWEST, Floor, floor
 from sae.evaluation.written import ROWS, measured_values, rows_of, sections
 from sae.formats.hub import SCHEME
@@ -183,8 +183,8 @@ class _Groups(HeldOut):
 
     chosen: list[int] = field(default_factory=lambda: [0])
     """the group that is measured now"""
-    loaded: list[InModel] = field(default_factory=list)
-    """the model with all sequences, loaded once for all groups"""
+    loaded: list[Model] = field(default_factory=list)
+    """the model, loaded once for all groups"""
     dealt: dict[str, Tensor] = field(default_factory=dict)
     """documents of each group by what is measured, "rows" or "sequences" """
 
@@ -242,13 +242,7 @@ class _Groups(HeldOut):
         within = torch.isin(self._first_documents(), self._group("sequences"))
         return super()._sequences()[within.numpy()]
 
-    def _in_model(self) -> InModel:
+    def _model(self) -> Model:
         if not self.loaded:
-            self.loaded.append(super()._in_model())
-        first = self._sequences()
-        return replace(
-            self.loaded[0],
-            tokens=torch.from_numpy(self.harvest.tokens[first]).long(),
-            keep=torch.from_numpy(self.harvest.keep[first]),
-            document=torch.from_numpy(self.harvest.document[first]).long(),
-        )
+            self.loaded.append(super()._model())
+        return self.loaded[0]

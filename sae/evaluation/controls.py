@@ -10,46 +10,75 @@ A metric that puts a control beside the trained SAE does not measure what traini
 With planted data there is an oracle too: the true directions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.core.base import SparseAutoencoder
 from sae.core.batch import TrainingBatch
+from sae.evaluation.comparison import compared
 from sae.evaluation.recovery import principal_directions
-from sae.evaluation.rows import Reconstructor
-from sae.kernels.codes import SparseCodes
+from sae.evaluation.reliability import ROUNDING
 from saescope.errors import InputError
+from saescope.metrics import Metric
+
+CONTROLS = ("permuted", "random", "untrained", "pca")
+ORACLE, TRAINED = "oracle", "trained"
 
 
-class Projection:
-    """Rows projected on some orthonormal directions: its features are the coordinates along them.
+def ranking(row: Metric, values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """How a metric ranks each control against the trained SAE, from what was measured of all.
 
-    >>> flat = Projection(torch.eye(3)[:2], torch.zeros(3))
-    >>> flat.decode(flat.encode_sparse(torch.ones(1, 3))).tolist()
-    [[1.0, 1.0, 0.0]]
+    "right": the trained one is better, by more than the intervals of the two allow where there are
+    intervals. "wrong": the control is. Else "cannot tell". Empty for a metric without a better way,
+    or without a figure of the trained one.
+
+    >>> from saescope.metrics import metric
+    >>> ranking(metric("fvu"), {"trained": {"fvu": 0.2}, "random": {"fvu": 0.9}})
+    {'random': 'right'}
     """
+    if row.better == "neither" or values[TRAINED].get(row.name) is None:
+        return {}
+    trained, words = values[TRAINED], {"better": "right", "worse": "wrong"}
+    found = {}
+    for name in (name for name in CONTROLS if name in values):
+        alike = ROUNDING * abs(trained.get(row.name) or 0.0)
+        key, both = f"{row.name}_interval", (trained, values[name])
+        told = None if row.interval and all(key in each for each in both) else alike
+        verdict = compared(row, values[name], trained, told).verdict
+        found[name] = words.get(verdict, verdict)
+    return found
 
-    def __init__(self, directions: Tensor, mean: Tensor) -> None:
-        self.directions, self.mean = directions, mean
-        self.d_sae = len(directions)
 
-    def encode_sparse(self, x: Tensor) -> SparseCodes:
-        """Coordinates of x [rows, d]."""
-        return SparseCodes.from_dense((x - self.mean.to(x)) @ self.directions.to(x).T)
+def ranking_in_words(row: Metric, ranks: Mapping[str, str]) -> str:
+    """What a ranking says of a metric, in a few words.
 
-    def decode(self, codes: SparseCodes, like: Tensor | None = None) -> Tensor:
-        """Rows [rows, d] from their coordinates."""
-        del like
-        return codes.dense() @ self.directions.to(codes.value) + self.mean.to(codes.value)
+    >>> from saescope.metrics import metric
+    >>> ranking_in_words(metric("fvu"), {"random": "right", "pca": "right"})
+    'ranks all right'
+    >>> ranking_in_words(metric("cknna"), {"random": "right", "permuted": "cannot tell"})
+    'cannot tell permuted'
+    """
+    if row.better == "neither":
+        return "no way is better"
+    if not ranks:
+        return row.undefined
+    said = [
+        f"{words} {', '.join(names)}"
+        for word, words in (("cannot tell", "cannot tell"), ("wrong", "ranks wrong"))
+        if (names := [name for name, rank in ranks.items() if rank == word])
+    ]
+    return "; ".join(said) or "ranks all right"
 
 
 @torch.no_grad()
 def controls(
     sae: SparseAutoencoder, rows: Tensor, *, seed: int = 0
-) -> Iterator[tuple[str, Reconstructor]]:
+) -> Iterator[tuple[str, SparseAutoencoder]]:
     """The controls of a trained SAE by name, one after another.
 
     rows: of the training split, [n, d_in], for PCA and for thresholds, which are set anew so that
@@ -76,7 +105,18 @@ def controls(
     yield "untrained", _calibrated(_untrained(sae, rows, seed), rows)
     l0 = float(sae.encode_sparse(rows).compact().l0().double().mean())
     count = max(1, min(round(l0), sae.d_in))
-    yield "pca", Projection(principal_directions(rows, count), rows.double().mean(0))
+    yield "pca", _projection(sae, principal_directions(rows, count), rows.double().mean(0))
+
+
+def _projection(sae: SparseAutoencoder, directions: Tensor, mean: Tensor) -> SparseAutoencoder:
+    """Orthonormal directions [count, d_in] as an SAE: its features are the coordinates along them,
+    of either sign, and all of them are active."""
+    found = AbsTopKSAE(AbsTopKConfig(d_sae=len(directions), k=len(directions)), sae.d_in)
+    found.W_enc_T.copy_(directions)
+    found.W_dec.copy_(directions)
+    found.b_dec.copy_(mean)
+    found.metadata.update(sae.metadata)
+    return found.eval()
 
 
 def _written(sae: SparseAutoencoder) -> Tensor:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.controls import COLUMNS, page_lines
+from sae.bench import rows as results
 from sae.evaluation import families
 from tests.docs.pages import (
     PAGES,
@@ -90,3 +92,10 @@ def test_the_table_of_metrics_is_that_of_the_code() -> None:
     ]
     table = page.split("<!-- table: saescope.metrics -->")[1].split("<!-- end of table -->")[0]
     assert table.split("|---|---|---|---|---|\n")[1].strip().splitlines() == rows
+
+
+def test_the_table_of_controls_is_that_of_the_results() -> None:
+    page = (ROOT / "docs" / "reference" / "evaluation.md").read_text(encoding="utf-8")
+    table = page.split("<!-- table: benchmarks.controls -->")[1].split("<!-- end of table -->")[0]
+    path = ROOT / "benchmarks" / "results" / "controls.csv"
+    assert table.strip().splitlines() == page_lines(results.read(path, COLUMNS))

@@ -12,10 +12,11 @@ from benchmarks.planted_training import recipe_of, train
 from sae.architectures.transcoder import Transcoder, TranscoderConfig
 from sae.core.base import SparseAutoencoder
 from sae.evaluation import Family, families
-from sae.evaluation.controls import Projection, controls
+from sae.evaluation.controls import controls
 from sae.evaluation.geometry import Geometry
 from sae.evaluation.planted import PlantedConfig, PlantedDictionary
 from sae.evaluation.rows import pass_over
+from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
 
 PLANTED = PlantedDictionary(PlantedConfig(offset=0.0))
@@ -52,7 +53,7 @@ class Identity:
     d_sae = HELD_OUT.shape[1]
 
     def encode_sparse(self, x: Tensor) -> Any:
-        return Projection(torch.eye(self.d_sae), torch.zeros(self.d_sae)).encode_sparse(x)
+        return SparseCodes.from_dense(x)
 
     def decode(self, codes: Any, like: Tensor) -> Tensor:
         del like

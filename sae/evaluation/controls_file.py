@@ -1,0 +1,66 @@
+"""controls.json: an SAE beside what every metric has to rank below it, sealed by its own sha256.
+
+It has the evaluation's protocol and how the controls were made, with its hash, the metrics of the
+trained SAE and of each control, and how each metric ranks each of them (`sae.evaluation.controls`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sae.evaluation.controls import ranking_in_words
+from sae.evaluation.written import EVALUATION_FILE, rows_of
+from saescope.artefact import DamagedError, check_schema, check_seal, read_json
+from saescope.paths import AnyPath
+from saescope.replacing import Kind
+
+CONTROLS_FILE = "controls.json"
+SCHEMA = 1
+KIND = "controls"
+
+
+def _is_controls(path: AnyPath) -> bool:
+    found = read_json(path)
+    return isinstance(found, dict) and found.get("kind") == KIND
+
+
+CONTROLS_KIND = Kind("what --controls measured", _is_controls)
+
+
+def controls_file(evaluation: AnyPath) -> AnyPath:
+    """Where it is written, beside an evaluation's file.
+
+    >>> from pathlib import Path
+    >>> controls_file(Path("runs/x/evaluation.json")).name, controls_file(Path("mine.json")).name
+    ('controls.json', 'mine.controls.json')
+    """
+    if evaluation.name == EVALUATION_FILE:
+        return evaluation.with_name(CONTROLS_FILE)
+    return evaluation.with_name(f"{evaluation.name.removesuffix('.json')}.{CONTROLS_FILE}")
+
+
+def read_controls(path: AnyPath) -> dict[str, Any]:
+    """What was measured; ArtefactError if the file is missing, damaged, newer or another one."""
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("kind") != KIND:
+        raise DamagedError("are no controls of an evaluation", where=str(path))
+    check_schema(found.get("schema"), supported=SCHEMA, where=str(path))
+    check_seal(found, must=True, where=str(path))
+    return found
+
+
+def controls_lines(found: Mapping[str, Any]) -> list[str]:
+    """A table for people, with a metric a line."""
+    values, rows = found["values"], rows_of(found)
+    table = [["metric", *values, "the metric"]]
+    for name, ranks in found["ranks"].items():
+        row = rows[name]
+        figures = [each.get(name) for each in values.values()]
+        shown = ["-" if value is None else row.shown(value) for value in figures]
+        table.append([row.label, *shown, ranking_in_words(row, ranks)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            [line[0].ljust(widths[0]), *map(str.rjust, line[1:-1], widths[1:-1]), line[-1]]
+        ).rstrip()
+        for line in table
+    ]
