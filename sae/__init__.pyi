@@ -12,6 +12,7 @@ from sae.formats._claim import Claim as Claim
 from sae.formats.certificate import Certificate as Certificate
 from sae.formats.certificate import certify as certify
 from sae.formats.load import load as load
+from sae.formats.predictive import load_predictive as load_predictive
 from sae.formats.upload import upload as upload
 from sae.kernels.codes import SparseCodes as SparseCodes
 from sae.steering.attribution import Attribution as Attribution

@@ -200,6 +200,14 @@ def _old(given: Given, metadata: Given, version: tuple[int, ...]) -> SaelensConf
 
 
 def _architecture(name: object, where: str) -> str:
+    if name == "temporal":
+        raise InputError(
+            "its codes depend on earlier tokens, so it is no SAE of rows; sae.load_predictive "
+            "reads it",
+            where=where,
+            given=name,
+            allowed=READ,
+        )
     if name not in READ:
         raise InputError(
             "an architecture of SAELens that saescope has not",

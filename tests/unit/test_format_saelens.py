@@ -258,7 +258,7 @@ def test_defect_11_the_inference_threshold_is_in_the_file(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("more", "tensors", "message"),
     [
-        ({"architecture": "temporal"}, {}, "given: 'temporal'; allowed: standard, gated"),
+        ({"architecture": "other"}, {}, "given: 'other'; allowed: standard, gated"),
         ({"normalize_activations": "constant_norm_rescale"}, {}, "normalisation of each input"),
         ({"new_switch": True}, {}, r"does not know.*new_switch"),
         ({"architecture": "topk"}, {}, "k is missing"),
