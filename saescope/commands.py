@@ -129,6 +129,19 @@ COMMANDS = {
         resumes=True,
         loads_saes=True,
     ),
+    "advise": Command(
+        module="sae.commands.advise",
+        config="AdviseConfig",
+        function="run_advise",
+        summary="Find out by short runs which L0, learning rate, width and tokens a run wants.",
+        examples=(
+            "saescope advise configs/train/batchtopk.toml",
+            "saescope advise configs/train/topk.toml --minutes 30 --hours 8",
+            "saescope advise --harvest data/mine --out runs/mine --sae.kind batchtopk",
+        ),
+        notes=("", "It writes OUT-advice/train.toml, for saescope train, and advice.json."),
+        loads_saes=True,
+    ),
     "eval": Command(
         module="sae.commands.evaluate_runs",
         config="EvaluateRunsConfig",

@@ -17,7 +17,7 @@ from sae.synthetic.config import PREFIX
 from sae.training.end_to_end import EndToEndConfig
 from sae.training.finish import FinishConfig
 from sae.training.trainer_config import TrainerConfig
-from saescope.config import Config
+from saescope.config import Config, ConfigT
 from saescope.errors import InputError, check_range
 from saescope.renamed_fields import WAS
 
@@ -117,18 +117,18 @@ class TrainConfig(Config):
         """The class whose `sae` is the configuration of the architecture chosen by `sae.kind`."""
         table = values.get("sae", {})
         kind = table.get("kind", "topk") if isinstance(table, Mapping) else "topk"
-        return _specialised(kind if isinstance(kind, str) else "topk")  # type: ignore[return-value]
+        return _specialised(cls, kind if isinstance(kind, str) else "topk")
 
 
 @cache
-def _specialised(kind: str) -> type[TrainConfig]:
+def _specialised(base: type[ConfigT], kind: str) -> type[ConfigT]:
     concrete = architecture(kind).Config
     made = dataclasses.make_dataclass(
-        "TrainConfig",
+        base.__name__,
         [("sae", concrete, dataclasses.field(default_factory=concrete))],
-        bases=(TrainConfig,),
+        bases=(base,),
         frozen=True,
         kw_only=True,
     )
-    made.__doc__ = TrainConfig.__doc__
+    made.__doc__ = base.__doc__
     return made
