@@ -206,6 +206,7 @@ declare(
         form=".2f",
         better="neither",
         help="Mean number of features active on a row, the activation at one position.",
+        interval=True,
     ),
     Metric(
         name="fvu",
@@ -221,12 +222,14 @@ declare(
         label="cosine",
         better="higher",
         help="Mean cosine between an activation and its reconstruction.",
+        interval=True,
     ),
     Metric(
         name="norm_ratio",
         label="norm ratio",
         better="neither",
         help="Length of the reconstructions over length of the activations; below 1 is shrinkage.",
+        interval=True,
     ),
     Metric(
         name="dead_fraction",
@@ -243,6 +246,7 @@ declare(
         better="neither",
         help="Cross-entropy of the untouched model, in nats a token.",
         minor=True,
+        interval=True,
     ),
     Metric(
         name="ce",
@@ -251,6 +255,7 @@ declare(
         better="lower",
         help="Cross-entropy with the reconstruction in the activation's place, in nats a token.",
         minor=True,
+        interval=True,
     ),
     Metric(
         name="ce_mean",
@@ -259,6 +264,7 @@ declare(
         better="neither",
         help="Cross-entropy with the mean activation in place, in nats a token.",
         minor=True,
+        interval=True,
     ),
     Metric(
         name="ce_zero",
@@ -267,6 +273,7 @@ declare(
         better="neither",
         help="Cross-entropy with zeros in place, in nats a token.",
         minor=True,
+        interval=True,
     ),
     Metric(
         name="delta_ce",
@@ -296,6 +303,7 @@ declare(
         help="How much of the damage done by replacing the activation with its mean is undone by "
         "using the reconstruction instead.",
         undefined="ablation does no harm",
+        interval=True,
     ),
     Metric(
         name="recovered_zero",
@@ -307,6 +315,7 @@ declare(
         "delta CE.",
         source="Loss recovered of Rajamanoharan et al. 2024 (Gated SAEs), section 2",
         undefined="ablation does no harm",
+        interval=True,
     ),
 )
 _OWN = frozenset(_TABLE)

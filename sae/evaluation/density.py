@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae.distributed import FEATURES, ROWS
 from sae.evaluation import metric_family
+from sae.evaluation.intervals import ratio
 from sae.evaluation.rows import Counted, EncodedRows, RowSums, Setting
 from saescope.metrics import Metric, metric
 
@@ -37,20 +38,28 @@ DENSE_FRACTION = Metric(
     section="reconstruction",
 )
 class Density(RowSums):
-    """Counts of the rows that each feature fires on."""
+    """Counts of the rows that each feature fires on, and the L0 of each row for its interval."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.fired = torch.zeros(setting.d_sae, dtype=torch.int64, device=setting.mean.device)
+        self.l0 = [setting.mean.new_zeros(0)]
 
     def add(self, rows: EncodedRows) -> None:
         self.fired += torch.bincount(rows.codes.index, minlength=len(self.fired))
+        self.l0.append(rows.codes.l0().double())
 
     def values(self, counted: Counted) -> dict[str, Any]:
-        """ "l0", what is said of all densities, and "density" float64 [d_sae]."""
+        """ "l0" with its interval, what is said of all densities, "density" float64 [d_sae]."""
+        l0 = FEATURES.sum(ROWS.gather(torch.cat(self.l0)))
         fired = FEATURES.gather(ROWS.sum(self.fired))
         density = fired.double() / counted.rows
-        return {"l0": float(fired.sum()) / counted.rows, **_of_all(density), "density": density}
+        return {
+            "l0": float(fired.sum()) / counted.rows,
+            "l0_interval": ratio(l0, torch.ones_like(l0), counted.document)[1],
+            **_of_all(density),
+            "density": density,
+        }
 
     @classmethod
     def pool(cls, sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

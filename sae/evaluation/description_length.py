@@ -26,7 +26,7 @@ from torch import Tensor
 from sae.core.base import SparseAutoencoder
 from sae.distributed import ROWS
 from sae.evaluation import metric_family
-from sae.evaluation.intervals import by_cluster, half_width
+from sae.evaluation.intervals import ratio
 from sae.evaluation.rows import Coder, Counted, EncodedRows, RowSums, Setting
 from sae.kernels.codes import SparseCodes
 from saescope.metrics import Metric
@@ -65,16 +65,25 @@ DESCRIPTION_BITS = _row(
     interval=True,
 )
 INDEX_BITS = _row(
-    "index_bits", "index bits", "The part of them that says which features fire.", better="neither"
+    "index_bits",
+    "index bits",
+    "The part of them that says which features fire.",
+    better="neither",
+    interval=True,
 )
 VALUE_BITS = _row(
-    "value_bits", "value bits", "The part of them that says how strongly.", better="neither"
+    "value_bits",
+    "value bits",
+    "The part of them that says how strongly.",
+    better="neither",
+    interval=True,
 )
 FVU_QUANTISED = Metric(
     name="fvu_quantised",
     label="FVU quantised",
     better="lower",
     help="FVU of the reconstructions from the values that are sent: the distortion at this length.",
+    interval=True,
 )
 
 
@@ -182,15 +191,14 @@ class _Errors:
     suite="description_length",
 )
 class DescriptionLength(RowSums):
-    """Bits of held-out rows' codes, two float64 a row, and FVU of what is received."""
+    """Bits of held-out rows' codes and squared errors, five float64 a row."""
 
     training_rows: ClassVar[int] = TRAINING_ROWS
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.distribution = CodeDistribution(setting.d_sae, self._norms(), 1.0)
-        self.bits = [torch.zeros(0, 2, dtype=torch.float64)]
-        self.sums = torch.zeros(3, dtype=torch.float64)
+        self.rows = [torch.zeros(0, 5, dtype=torch.float64)]
 
     def _norms(self) -> Tensor:
         sae = self.setting.sae
@@ -238,30 +246,33 @@ class DescriptionLength(RowSums):
 
     def add(self, rows: EncodedRows) -> None:
         """Add some held-out rows."""
-        self.bits.append(self.distribution.bits(rows.codes))
         errors = [
-            (rows.target - other).square().sum().cpu()
+            (rows.target - other).square().sum(1, keepdim=True).cpu()
             for other in (rows.x_hat, self._received(self.distribution, rows), self.setting.mean)
         ]
-        self.sums += torch.stack(errors)
+        self.rows.append(torch.cat([self.distribution.bits(rows.codes), *errors], dim=1))
 
     def values(self, counted: Counted) -> dict[str, Any]:
         """The metrics; bits are None where quantising changed FVU too much."""
-        bits = ROWS.gather(torch.cat(self.bits))
-        error, quantised, deviation = ROWS.sum(self.sums).tolist()
-        rise = (quantised - error) / deviation if deviation > 0 else 0.0
-        whole, ones = bits.sum(1), torch.ones(len(bits), dtype=torch.float64)
-        if counted.document is not None:
-            document = counted.document.cpu()
-            whole, ones = by_cluster(whole, document), by_cluster(ones, document)
-        index, value = bits.mean(0).tolist()
-        allowed = rise <= 2 * TOLERANCE
+        columns = ROWS.gather(torch.cat(self.rows))
+        index, value, error, quantised, deviation = columns.unbind(1)
+        document = None if counted.document is None else counted.document.cpu()
+        ones = torch.ones_like(index)
+        fvu, fvu_interval = ratio(quantised, deviation, document)
+        rise = float((quantised - error).sum() / deviation.sum()) if fvu is not None else 0.0
+        bits = {
+            "description_bits": index + value,
+            "index_bits": index,
+            "value_bits": value,
+        }
+        found: dict[str, Any] = {}
+        for name, each in bits.items():
+            both = ratio(each, ones, document) if rise <= 2 * TOLERANCE else (None, None)
+            found[name], found[f"{name}_interval"] = both
         return {
-            "description_bits": index + value if allowed else None,
-            "description_bits_interval": half_width(whole, ones) if allowed else None,
-            "index_bits": index if allowed else None,
-            "value_bits": value if allowed else None,
-            "fvu_quantised": quantised / deviation if deviation > 0 else None,
+            **found,
+            "fvu_quantised": fvu,
+            "fvu_quantised_interval": fvu_interval,
             "quantiser_step": self.distribution.step,
             "dictionary_bits": _FLOAT_BITS * (self.setting.d_sae + 1) * len(self.setting.mean),
         }

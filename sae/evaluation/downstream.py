@@ -60,6 +60,13 @@ class Downstream:
     """CE recovered against mean-ablation; None if ablation does no harm"""
     documents: int | None
     """documents of these tokens, the intervals' unit; None: not known, sequences are it"""
+    ce_clean_interval: float | None = None
+    """half width of its 95% interval, as those below"""
+    ce_interval: float | None = None
+    ce_zero_interval: float | None = None
+    ce_mean_interval: float | None = None
+    recovered_zero_interval: float | None = None
+    recovered_mean_interval: float | None = None
 
 
 _METRICS = (
@@ -220,21 +227,31 @@ def _summarise(values: Mapping[str, Tensor], unit: Tensor, *, documented: bool) 
 
     clean, ce = mean("clean"), mean("sae")
 
-    def recovered(ablated: float) -> float | None:
-        harm = ablated - clean
-        return (ablated - ce) / harm if harm > 0 else None
+    def recovered(ablated: str) -> tuple[float | None, float | None]:
+        if not mean(ablated) > clean:
+            return None, None
+        undone, harm = (values[ablated] - values[name] for name in ("sae", "clean"))
+        half = half_width(by_cluster(undone, unit), by_cluster(harm, unit))
+        return (mean(ablated) - ce) / (mean(ablated) - clean), half
 
+    zero, mean_ablated = recovered("zero"), recovered("mean")
     return Downstream(
         tokens=len(unit),
         ce_clean=clean,
+        ce_clean_interval=interval(values["clean"]),
         ce=ce,
+        ce_interval=interval(values["sae"]),
         delta_ce=ce - clean,
         delta_ce_interval=interval(values["sae"] - values["clean"]),
         kl=mean("kl"),
         kl_interval=interval(values["kl"]),
         ce_zero=mean("zero"),
+        ce_zero_interval=interval(values["zero"]),
         ce_mean=mean("mean"),
-        recovered_zero=recovered(mean("zero")),
-        recovered_mean=recovered(mean("mean")),
+        ce_mean_interval=interval(values["mean"]),
+        recovered_zero=zero[0],
+        recovered_zero_interval=zero[1],
+        recovered_mean=mean_ablated[0],
+        recovered_mean_interval=mean_ablated[1],
         documents=len(weights) if documented else None,
     )

@@ -13,6 +13,7 @@ there. Of one document nothing can be said.
 
 import math
 
+import torch
 from torch import Tensor
 
 PROTOCOL = "95%, documents as the unit, linearised ratio, Student's t"
@@ -43,6 +44,27 @@ def half_width(numerator: Tensor, denominator: Tensor) -> float | None:
     beyond = numerator - numerator.sum() / total * denominator
     spread = math.sqrt(count / (count - 1) * float(beyond.square().sum()))
     return t_quantile(count - 1) * spread / float(total.abs())
+
+
+def ratio(
+    numerator: Tensor, denominator: Tensor, cluster: Tensor | None
+) -> tuple[float | None, float | None]:
+    """sum(numerator) / sum(denominator) of rows [n], and half of its 95% interval.
+
+    The unit is the cluster int64 [n] that rows are of, or the row where that is None. Both are None
+    unless the denominator's sum is above 0.
+
+    >>> import torch
+    >>> ratio(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]), None)[0]
+    2.0
+    """
+    total = float(denominator.sum(dtype=torch.float64))
+    if not total > 0:
+        return None, None
+    value = float(numerator.sum(dtype=torch.float64)) / total
+    if cluster is not None:
+        numerator, denominator = (by_cluster(x, cluster) for x in (numerator, denominator))
+    return value, half_width(numerator, denominator)
 
 
 def t_quantile(degrees: int, level: float = 0.95) -> float:

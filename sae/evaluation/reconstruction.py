@@ -16,7 +16,7 @@ from sae.core.normaliser import ROUNDING
 from sae.distributed import ROWS
 from sae.evaluation import metric_family
 from sae.evaluation.density import Density
-from sae.evaluation.intervals import by_cluster, half_width
+from sae.evaluation.intervals import by_cluster, half_width, ratio
 from sae.evaluation.rows import (
     Counted,
     EncodedRows,
@@ -99,34 +99,33 @@ class Fidelity(RowSums):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.squares = FvuSums(setting.mean, setting.columns)
-        self.cosine = self.in_norm = self.out_norm = 0.0
-        self.directed = 0
+        self.rows = [setting.mean.new_zeros(0, 4)]
 
     def add(self, rows: EncodedRows) -> None:
         target, x_hat = rows.target, rows.x_hat
         self.squares.add(target, x_hat)
         norm_in, norm_out = target.norm(dim=1), x_hat.norm(dim=1)
-        self.in_norm += float(norm_in.sum())
-        self.out_norm += float(norm_out.sum())
         directed = (norm_in > 0) & (norm_out > 0)
-        cosine = (target * x_hat).sum(1)[directed] / (norm_in * norm_out)[directed]
-        self.cosine += float(cosine.sum())
-        self.directed += int(directed.sum())
+        product = (target * x_hat).sum(1) / (norm_in * norm_out).clamp_min(1e-300)
+        cosine = torch.where(directed, product, 0.0)
+        self.rows.append(torch.stack([cosine, directed.double(), norm_in, norm_out], dim=1))
 
     def values(self, counted: Counted) -> dict[str, Any]:
-        """ "fvu", "fvu_interval", "cosine", "norm_ratio", "fvu_by_site"."""
+        """FVU, cosine and norm ratio with their intervals, and "fvu_by_site"."""
         self.squares.of_all_ranks()
-        own = [self.directed, self.cosine, self.in_norm, self.out_norm]
-        sums = ROWS.sum(torch.tensor(own, dtype=torch.float64)).tolist()
-        directed, cosine, in_norm, out_norm = sums
+        cosine, directed, norm_in, norm_out = ROWS.gather(torch.cat(self.rows)).unbind(1)
         # (sum ||t||)^2 / rows is at most sum ||t||^2
-        least = ROUNDING * in_norm**2 / counted.rows
+        least = ROUNDING * float(norm_in.sum()) ** 2 / counted.rows
         fvu, interval = self.squares.fvu(counted.document, least=least)
+        mean_cosine, cosine_interval = ratio(cosine, directed, counted.document)
+        norm_ratio, norm_interval = ratio(norm_out, norm_in, counted.document)
         return {
             "fvu": fvu,
             "fvu_interval": interval,
-            "cosine": cosine / directed if directed else 0.0,
-            "norm_ratio": out_norm / in_norm if in_norm else 0.0,
+            "cosine": mean_cosine or 0.0,
+            "cosine_interval": cosine_interval,
+            "norm_ratio": norm_ratio or 0.0,
+            "norm_ratio_interval": norm_interval,
             "fvu_by_site": self.squares.by_site(),
         }
 
@@ -163,6 +162,10 @@ class Reconstruction:
     """float64 [d_sae], part of the rows each feature fires on"""
     documents: int | None = None
     """number of documents; None where they are not known, and rows count as independent"""
+    l0_interval: float | None = None
+    """half width of its 95% interval, as those below"""
+    cosine_interval: float | None = None
+    norm_ratio_interval: float | None = None
     fvu_by_site: dict[str, float] = field(default_factory=dict)
     """FVU of each site, where there are several: of a crosscoder's columns, of a layer's rows"""
 

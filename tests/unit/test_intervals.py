@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae.architectures.topk import TopKConfig, TopKSAE
+from sae.evaluation import families
 from sae.evaluation.downstream import _summarise
 from sae.evaluation.intervals import by_cluster, half_width, t_quantile
 from sae.evaluation.reconstruction import measure_reconstruction, pool
-from sae.evaluation.rows import Piece
+from sae.evaluation.rows import Piece, pass_over
 from sae.evaluation.written import report
 from sae.kernels.codes import SparseCodes
 
@@ -156,6 +158,81 @@ def test_delta_ce_of_documents() -> None:
     assert found.kl_interval == pytest.approx(2 * 12.7062 * math.sqrt(2 * 8) / 6, rel=1e-5)
     one = _summarise(values, torch.zeros(6), documented=True)
     assert (one.delta_ce, one.delta_ce_interval, one.kl_interval) == (2.0, None, None)
+
+
+def test_l0_cosine_and_norm_ratio_of_documents() -> None:
+    # documents of two rows each; a row is halved where its second coordinate is 1
+    x = torch.tensor([[2.0, 0.0], [1.0, 1.0], [3.0, 0.0], [0.0, 1.0], [4.0, 1.0], [6.0, 0.0]])
+    document = torch.tensor([4, 4, 7, 7, 9, 9])
+
+    class Uneven(Shrink):
+        d_sae = 2
+
+        def decode(self, codes: SparseCodes, like: Tensor) -> Tensor:
+            return torch.where(like[:, 1:] == 1, like * torch.tensor([1.0, 0.0]), 0.5 * like)
+
+    found = measure_reconstruction(Uneven(), lambda: [Piece(x, x, document)])
+    # active: 1 and 2, 1 and 1, 2 and 1
+    assert (found.l0, found.documents) == (pytest.approx(8 / 6), 3)
+    u = torch.tensor([3.0, 2.0, 3.0]) - 2 * found.l0
+    expected = 4.30265 * math.sqrt(3 / 2 * float(u.square().sum())) / 6
+    assert found.l0_interval == pytest.approx(expected, rel=1e-5)
+    # the fourth row is reconstructed as 0, and has no cosine
+    cosine = torch.tensor([1 + 1 / math.sqrt(2), 1.0, 4 / math.sqrt(17) + 1])
+    directed = torch.tensor([2.0, 1.0, 2.0])
+    assert found.cosine == pytest.approx(float(cosine.sum()) / 5)
+    assert found.cosine_interval == pytest.approx(half_width(cosine, directed))
+    norm_in = torch.tensor([2 + math.sqrt(2), 4.0, math.sqrt(17) + 6])
+    norm_out = torch.tensor([1.0 + 1.0, 1.5, 4.0 + 3.0])
+    assert found.norm_ratio == pytest.approx(float(norm_out.sum() / norm_in.sum()))
+    assert found.norm_ratio_interval == pytest.approx(half_width(norm_out, norm_in))
+
+
+def test_what_is_recovered_of_documents() -> None:
+    """A ratio of the harm undone to the harm done, by documents; each loss alone is a mean."""
+    values = {
+        "clean": torch.tensor([1.0, 1.0, 2.0, 2.0], dtype=torch.float64),
+        "sae": torch.tensor([2.0, 1.0, 2.0, 4.0], dtype=torch.float64),
+        "zero": torch.tensor([9.0, 7.0, 6.0, 8.0], dtype=torch.float64),
+        "mean": torch.tensor([1.0, 1.0, 2.0, 2.0], dtype=torch.float64),  # does no harm
+        "kl": torch.zeros(4, dtype=torch.float64),
+    }
+    found = _summarise(values, torch.tensor([0, 0, 1, 1]), documented=True)
+    # undone 13 and 8 of harm 14 and 10
+    assert found.recovered_zero == pytest.approx(21 / 24)
+    expected = half_width(torch.tensor([13.0, 8.0]), torch.tensor([14.0, 10.0]))
+    assert found.recovered_zero_interval == pytest.approx(expected)
+    assert (found.recovered_mean, found.recovered_mean_interval) == (None, None)
+    assert found.ce_interval == pytest.approx(
+        half_width(torch.tensor([3.0, 6.0]), torch.tensor([2.0, 2.0]))
+    )
+    assert found.ce_clean_interval == pytest.approx(12.7062 * math.sqrt(2 * 2) / 4, rel=1e-5)
+
+
+def test_a_metric_that_says_so_has_an_interval() -> None:
+    """And no other has: what its table says is what is measured."""
+    torch.manual_seed(0)
+    sae = TopKSAE(TopKConfig(d_sae=12, k=2), 6)
+    x = torch.randn(90, 6)
+    where = torch.arange(90)
+    share = torch.full((90,), 1e-5, dtype=torch.float64)
+    piece = Piece(x, x, where // 9, where % 9, share)
+    chosen = [each for each in families().values() if each.needs == "activations"]
+    counted, sums = pass_over(
+        sae,
+        lambda: [piece],
+        [each.measure for each in chosen],
+        training=lambda count: lambda: [x[:count]],
+    )
+    losses = {name: torch.rand(90).double() for name in ("clean", "sae", "kl", "zero", "mean")}
+    of_model = vars(_summarise(losses, where // 9, documented=True))
+    values = [*(one.values(counted) for one in sums), of_model]
+    for family, found in zip([*chosen, families()["downstream"]], values, strict=True):
+        for row in family.metrics:
+            assert row.name in found
+            assert (f"{row.name}_interval" in found) == row.interval, row.name
+            if row.interval and found[row.name] is not None:
+                assert found[f"{row.name}_interval"] >= 0, row.name
 
 
 def test_the_report_says_where_documents_are_too_few() -> None:
