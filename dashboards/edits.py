@@ -11,8 +11,13 @@ KINDS = {
     "add": "add to the activation",
     "clamp": "hold its activation at",
     "scale": "multiply its activation by",
+    "at_least": "raise its activation to at least",
+    "at_most": "lower its activation to at most",
     "ablate": "switch off",
+    "project": "multiply the part along it by",
+    "cap": "cap the part along it at",
 }
+WHERE = {"kept": "all tokens", "prompt": "the prompt", "generated": "what is generated"}
 _MOST = 20
 
 

@@ -8,7 +8,7 @@ import itertools
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import streamlit as st
 
@@ -209,6 +209,9 @@ class SteeredText:
     """whether the edit was made at a token's position"""
 
 
+_OTHER_BOUND = {"at_least": "at_most", "at_most": "at_least"}
+
+
 def _of_the_sae(edits: Mapping[str, Any], sae: Any) -> dict[str, Any]:
     """Edits of a store's features as edits of the SAE's: of a signed one a feature is an end.
 
@@ -228,19 +231,28 @@ def _of_the_sae(edits: Mapping[str, Any], sae: Any) -> dict[str, Any]:
             seen.add(feature)
             if kind == "ablate":
                 found.setdefault(kind, []).append(feature)
-            else:
-                value = features[number] * (1 if kind == "scale" else sign)
-                found.setdefault(kind, {})[feature] = value
+                continue
+            if kind == "cap" and sign < 0:
+                raise InputError(
+                    "only a feature's positive end can be capped", where="steer", given=number
+                )
+            name = _OTHER_BOUND.get(kind, kind) if sign < 0 else kind
+            value = features[number] * (1 if kind in ("scale", "project") else sign)
+            found.setdefault(name, {})[feature] = value
     return found
 
 
 def continuations(
-    store: "FeatureStore", prompt: str, edits: Mapping[str, Any], options: Mapping[str, Any]
+    store: "FeatureStore",
+    prompt: str,
+    edits: Mapping[str, Any],
+    options: Mapping[str, Any],
+    positions: Literal["kept", "prompt", "generated"] = "kept",
 ) -> Generator[SteeredText, None, None]:
     """A prompt's continuation, again with each token that comes: what `saescope steer` prints.
 
     Args: edits are the arguments of `sae.steer` (none: the untouched model), options those of the
-    model's `stream_ids`.
+    model's `stream_ids`, positions those that are edited.
 
     Raises what `sae.steer` and the model raise, and ArtefactError as `features_of_text` does.
     """
@@ -255,12 +267,25 @@ def continuations(
         ids = model.tokenize(prompt)
         count, limit = len(ids), int(options["max_new_tokens"])
         own = _of_the_sae(edits, pair.sae)
-        with sae.steer(model, pair.sae, **own, site=pair.site, allow_other_model=what.other_model):
+
+        def shown(last: int) -> SteeredText:
+            kept = model.keep_mask(torch.tensor([ids]))[0].tolist()
+            wanted = {"prompt": range(count), "generated": range(count, len(ids))}
+            among = wanted.get(positions, range(len(ids)))
+            edited = [own and at in among and at < last for at, own in enumerate(kept)]
+            return SteeredText(model.token_strings(ids), count, edited)
+
+        with sae.steer(
+            model,
+            pair.sae,
+            **own,
+            positions=positions,
+            site=pair.site,
+            allow_other_model=what.other_model,
+        ):
             for token in itertools.chain([None], model.stream_ids(ids, **options)):
                 ids += [] if token is None else [token]
-                kept = model.keep_mask(torch.tensor([ids]))[0].tolist()
                 # what is chosen last has not been through the model, unless an end came after it
-                yield SteeredText(model.token_strings(ids), count, [*kept[:-1], False])
+                yield shown(len(ids) - 1)
             if len(ids) < count + limit:
-                kept = model.keep_mask(torch.tensor([ids]))[0].tolist()
-                yield SteeredText(model.token_strings(ids), count, kept)
+                yield shown(len(ids))

@@ -9,7 +9,7 @@ import streamlit as st
 from dashboards import address, model_cache, queries
 from dashboards.amounts import amount
 from dashboards.chat import messages_of
-from dashboards.edits import KINDS, Edit, edits_of, steer_arguments
+from dashboards.edits import KINDS, WHERE, Edit, edits_of, steer_arguments
 from dashboards.pages import Page
 from dashboards.session import Session, begin_page, link_named
 from dashboards.tokens import plain, steered_html
@@ -20,7 +20,7 @@ PAGE = Page(title="Steer", icon=":material/explore:", order=45, url="steer")
 EXAMPLE = "The weather today"
 LONGEST, MOST_TOKENS, MOST_EDITS = 4000, 400, 20
 MODES = {"text": "Text", "chat": "Chat"}
-PARAMETERS = ("prompt", "mode", "edits", "tokens", "temperature", "seed")
+PARAMETERS = ("prompt", "mode", "edits", "where", "tokens", "temperature", "seed")
 DOSES = {"½ ×": 0.5, "1 ×": 1.0, "1½ ×": 1.5, "3 ×": 3.0}
 WAIT = "The first one takes 10 to 60 seconds, because the model has to be loaded."
 
@@ -58,6 +58,7 @@ def _take(session: Session, arrived: Mapping[str, str]) -> str:
         "steer_tokens": 40,
         "steer_temperature": 0.0,
         "steer_seed": 0,
+        "steer_where": "kept",
         "steer_rows": [],
         "steer_next": 0,
     }.items():
@@ -69,6 +70,9 @@ def _take(session: Session, arrived: Mapping[str, str]) -> str:
         state["steer_prompt"] = arrived["prompt"][:LONGEST]
     if arrived:
         state["steer_mode"] = "chat" if arrived.get("mode") == "chat" else "text"
+        state["steer_where"] = arrived["where"] if arrived.get("where") in WHERE else "kept"
+        if arrived.get("where", "kept") not in WHERE:
+            return f"where in the address is none of {', '.join(WHERE)}."
     limits: dict[str, tuple[Callable[[str], Any], float, float]] = {
         "tokens": (int, 1, MOST_TOKENS),
         "temperature": (float, 0, 5),
@@ -200,6 +204,16 @@ def _edits(session: Session) -> list[Edit]:
                 args=(session, factor),
                 help=f"Set every strength to {factor:g} times the feature's strongest activation.",
             )
+    if rows:
+        st.segmented_control(
+            "Edited tokens",
+            list(WHERE),
+            format_func=WHERE.__getitem__,
+            required=True,
+            key="steer_where",
+            help="Never the first token, nor special tokens.",
+            persist_state="session",
+        )
     if said := st.session_state.pop("steer_said", ""):
         st.info(plain(said), icon=":material/lightbulb:")
     if not rows:
@@ -231,7 +245,8 @@ def _row(session: Session, number: int, *, first: bool) -> Edit:
         disabled=off,
         format="%.4g",
         label_visibility=shown,
-        help="In the model's units, as `saescope steer` takes them; of “multiply”, the factor.",
+        help="In the model's units, as `saescope steer` takes them; of “multiply”, the factor. The "
+        "part along a feature is the activation's component along its decoder direction.",
     )
     columns[3].button(
         "",
@@ -303,7 +318,9 @@ def _stream(
     last = None
     # closed at once if the reader goes elsewhere meanwhile: the model is then free, and unedited
     with contextlib.closing(
-        model_cache.continuations(session.store, prompt, edits, options)
+        model_cache.continuations(
+            session.store, prompt, edits, options, st.session_state["steer_where"]
+        )
     ) as growing:
         for text in growing:
             edited = text.edited if edits else [False] * len(text.tokens)
@@ -354,6 +371,7 @@ def _tell(asked: str, edits: list[Edit]) -> None:
             "prompt": asked,
             "mode": "chat" if state["steer_mode"] == "chat" else None,
             "edits": ",".join(edit.text for edit in edits),
+            "where": state["steer_where"] if state["steer_where"] != "kept" else None,
             "tokens": str(state["steer_tokens"]) if state["steer_tokens"] != 40 else None,
             "temperature": f"{state['steer_temperature']:g}"
             if state["steer_temperature"]

@@ -99,6 +99,19 @@ def test_which_tokens_were_steered(made: Path, monkeypatch: pytest.MonkeyPatch) 
     assert whole.prompt == count
     # the BOS is special, and the token that came last has not been through the model
     assert whole.edited == [False] + [True] * (len(whole.tokens) - 2) + [False]
+    options["max_new_tokens"] = 8
+    for positions in ("prompt", "generated"):
+        with FeatureStore.open(made / "stores" / "a") as store:
+            edits: dict[str, Any] = {"add": {5: 300.0}}
+            *_, last = model_cache.continuations(store, PROMPT, edits, options, positions)
+        with sae.steer(model, sae.load(made / "run"), **edits, positions=positions):
+            expected = model.generate_ids(PROMPT, max_new_tokens=8)
+        assert last.tokens == model.token_strings(expected)
+        new = len(last.tokens) - count
+        prompt, rest = ([True] * (count - 1), [False] * new)
+        if positions == "generated":
+            prompt, rest = [False] * (count - 1), [True] * (new - 1) + [False] * (new > 0)
+        assert last.edited == [False, *prompt, *rest]
     html = steered_html(["a", " <b>", "\n"], 2, [False, True, False])
     assert html.count("ss-peak") == 1
     assert html.count("ss-far") == 2
@@ -148,6 +161,15 @@ def test_ends_of_a_signed_sae_are_edits_of_its_features() -> None:
         "ablate": [7, 0],
     }
     assert model_cache._of_the_sae(edits, SimpleNamespace(signed=False)) == edits
+    bounds = {"at_least": {12: 2.0}, "at_most": {13: 3.0, 1: 5.0}, "project": {14: 0.5}}
+    assert model_cache._of_the_sae({**bounds, "cap": {2: 1.0}}, signed) == {
+        "at_most": {4: -2.0, 1: 5.0},
+        "at_least": {5: -3.0},
+        "project": {6: 0.5},
+        "cap": {2: 1.0},
+    }
+    with pytest.raises(InputError, match="only a feature's positive end can be capped"):
+        model_cache._of_the_sae({"cap": {12: 1.0}}, signed)
     with pytest.raises(InputError, match="both ends"):
         model_cache._of_the_sae({"add": {4: 1.0}, "ablate": [12]}, signed)
 
@@ -161,9 +183,15 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
 
     def continuations(
-        _store: object, prompt: str, edits: Mapping[str, Any], options: Mapping[str, Any]
+        _store: object,
+        prompt: str,
+        edits: Mapping[str, Any],
+        options: Mapping[str, Any],
+        positions: str,
     ) -> Iterator[SteeredText]:
         asked.append((prompt, dict(edits), dict(options)))
+        if positions != "kept":
+            asked[-1] += (positions,)
         words = [f" {word}" for word in prompt.split()]
         for new in (["."], [".", " steered" if edits else " <plain>"]):
             tokens = [*words, *new]
@@ -226,13 +254,14 @@ def test_a_link_says_it_all(folder: Path, runs: list[Any]) -> None:
     state = {
         "prompt": "A *star*",
         "edits": f"add:{RARE}:2,ablate:5",
+        "where": "generated",
         "tokens": "7",
         "temperature": "0.5",
         "seed": "11",
     }
     app = open_page(STEER, **state)
     options = {"max_new_tokens": 7, "temperature": 0.5, "seed": 11}
-    assert runs[-1] == ("A *star*", {"add": {RARE: 2.0}, "ablate": [5]}, options)
+    assert runs[-1] == ("A *star*", {"add": {RARE: 2.0}, "ablate": [5]}, options, "generated")
     assert {name: parameter(app, name) for name in state} == state
     shared = parse_qs(urlsplit(app.code[0].value).query)
     assert {name: value[0] for name, value in shared.items()} == {**state, "sae": "tiny"}
@@ -246,6 +275,7 @@ def test_a_link_says_it_all(folder: Path, runs: list[Any]) -> None:
         ({"edits": "add:5"}, "not an edit"),
         ({"edits": f"ablate:{D_SAE}"}, "not an edit"),
         ({"seed": "x"}, "seed in the address"),
+        ({"where": "here"}, "where in the address is none of kept, prompt, generated"),
         ({"tokens": "100000"}, "tokens in the address"),
         ({"temperature": "-1"}, "temperature in the address"),
     ],
