@@ -6,6 +6,7 @@ from sae.evaluation import CORE
 from sae.probing.config import ProbingConfig
 from sae.probing.first_letter import AbsorptionConfig
 from sae.probing.removal_config import SCRConfig, TPPConfig
+from sae.probing.unlearning_config import UnlearningConfig
 from sae.ravel.config import RavelConfig
 from saescope.config import Config
 from saescope.errors import check_range
@@ -36,7 +37,8 @@ class EvaluateConfig(Config):
     """Suites of families to measure: core (what is above), probing (how well features tell labels
     of texts), absorption (of first letters of words), ravel (how well features change one
     attribute of an entity and leave the others), scr and tpp (removal of a concept from probes,
-    with an audit's warning); several by commas, as in core,probing."""
+    with an audit's warning), unlearning (by clamping, with side effects); several by commas, as in
+    core,probing."""
     quick: bool = False
     """Measure what suites of texts measure on fewer of them, in a few minutes."""
     metrics: tuple[str, ...] = ()
@@ -61,6 +63,8 @@ class EvaluateConfig(Config):
     """Which texts spurious correlation removal is measured on."""
     tpp: TPPConfig = field(default_factory=TPPConfig)
     """Which texts targeted probe perturbation is measured on."""
+    unlearning: UnlearningConfig = field(default_factory=UnlearningConfig)
+    """Which texts are to be forgotten, and how features are clamped."""
 
     def __post_init__(self) -> None:
         if self.rows is not None:

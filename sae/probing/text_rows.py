@@ -94,7 +94,7 @@ class TextModel:
         """The activations of texts; `tokens_a_run` bounds how many tokens are run together."""
         ids = self.tokens(texts)
         found: dict[int, Tensor] = {}
-        for together in _of_one_length(ids, tokens_a_run):
+        for together in of_one_length(ids, tokens_a_run):
             tokens = torch.tensor([ids[each] for each in together])
             keep = self.model.keep_mask(tokens)
             if not keep.any():
@@ -108,7 +108,7 @@ class TextModel:
         return TextRows(x=x, text=np.concatenate([np.zeros(0, np.int64), *number]))
 
 
-def _of_one_length(ids: Sequence[Sequence[int]], tokens_a_run: int) -> Iterator[list[int]]:
+def of_one_length(ids: Sequence[Sequence[int]], tokens_a_run: int) -> Iterator[list[int]]:
     """Indices of texts of one length, that are run together; none of empty texts."""
     by_length: dict[int, list[int]] = {}
     for index, each in enumerate(ids):
