@@ -61,6 +61,15 @@ def as_size(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
+def _per_second(rate: float) -> str:
+    """A rate as people read it.
+
+    >>> _per_second(12345.6), _per_second(0.42)
+    ('12,346/s', '0.42/s')
+    """
+    return f"{rate:,.0f}/s" if rate >= 1 else f"{rate:.2g}/s"
+
+
 class Progress:
     """Count work done, and show it.
 
@@ -111,7 +120,7 @@ class Progress:
         note = f", {self._note}" if self._note else ""
         return (
             f"{self.description}: {percent:3.0f}%  {self.done:,}/{self.total:,} {self.unit}, "
-            f"{rate:,.0f}/s, {left} left{note}"
+            f"{_per_second(rate)}, {left} left{note}"
         )
 
     def __exit__(
@@ -152,7 +161,7 @@ class _RichBar:
 
     def update(self, done: int, note: str) -> None:
         speed = self._progress.tasks[0].speed
-        rate = f"{speed:,.0f}/s" if speed else ""
+        rate = _per_second(speed) if speed else ""
         self._progress.update(self._task, completed=done, note=_plain(note), rate=rate)
 
     def stop(self) -> None:

@@ -107,6 +107,8 @@ def make_evaluation(
         }
     if tables:
         found["probing"] = {"sets": 2, "probing_auc_k1": 0.7, "probing_auc_k1_interval": 0.05}
+        found["ravel"] = {"pairs": 9, "ravel_cause": 0.5}
+        found["scr"] = {"divisions": 2}
         found["absorption"] = {"words": 30, "absorption_fraction": 0.25}
     found["metrics"] = described(
         name for each in found.values() if isinstance(each, dict) for name in each
@@ -151,6 +153,32 @@ def _write_tables(folder: Path, protocol_hash: str) -> None:
             "by_set": [],
             "methods": {"sae": "the SAE's features", "raw": "all coordinates"},
         },
+    )
+    write_sealed(
+        folder / "evaluation.ravel.json",
+        {
+            "schema": 1,
+            "protocol_hash": protocol_hash,
+            "by_attribute": [
+                {
+                    "kind": "city",
+                    "attribute": "country",
+                    "method": "sae",
+                    "k": 4,
+                    "cause": 0.5,
+                    "isolation": 0.75,
+                    "disentangle": 0.625,
+                }
+            ],
+        },
+    )
+    scores = [
+        {"method": "sae", "n": 2, "pair": None, "scr": 0.25, "scr_interval": 0.125},
+        {"method": "sae", "n": 2, "pair": "a", "scr": 0.5},
+    ]
+    write_sealed(
+        folder / "evaluation.scr.json",
+        {"schema": 1, "protocol_hash": protocol_hash, "scores": scores, "results": []},
     )
     write_sealed(
         folder / "evaluation.absorption.json",

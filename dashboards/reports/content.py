@@ -5,9 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dashboards.reports import charts
+from dashboards.reports.family_tables import family_tables
 from dashboards.reports.measured import Evaluation
 from dashboards.reports.pieces import Report, Section, Table
 from dashboards.reports.protocols import protocol_warnings, protocols
+from dashboards.reports.verdicts import beside_first
 from sae.analysis.description_length import Described, Optimum, at_equal_distortion
 from sae.evaluation.written import measured_on
 from saescope.errors import InputError
@@ -37,6 +39,7 @@ def report_of(evaluations: Sequence[Evaluation]) -> Report:
     several = len(evaluations) > 1
     kinds = list(dict.fromkeys(name for each in evaluations for name in each.sections))
     quality = tuple(charts.against_l0(evaluations)) if several else ()
+    beside = beside_first(evaluations) if several else None
     sections = [_section(kind, evaluations) for kind in kinds]
     return Report(
         title=f"Evaluation of {len(evaluations)} SAEs" if several else f"Evaluation of {first}",
@@ -48,6 +51,7 @@ def report_of(evaluations: Sequence[Evaluation]) -> Report:
         sections=(
             _saes(evaluations),
             *((Section(title="Quality against sparsity", charts=quality),) if quality else ()),
+            *((beside,) if beside is not None else ()),
             *sections,
             protocols(evaluations),
         ),
@@ -139,7 +143,7 @@ def _section(kind: str, evaluations: Sequence[Evaluation]) -> Section:
             *([f"{about[0].upper()}{about[1:]}."] if about else []),
             *(equal_distortion(there) if kind == "description_length" else ()),
         ),
-        tables=(table, *_further(kind, there)),
+        tables=(table, *_further(kind, there), *family_tables(kind, there)),
         charts=tuple(draw(there)) if draw else (),
         details=(*_meanings(kind, there), *_probing_settings(kind, there)),
     )

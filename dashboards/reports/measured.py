@@ -11,7 +11,7 @@ from saescope.errors import ArtefactError
 from saescope.metrics import Metric, shown_with_interval
 from saescope.paths import AnyPath, exists
 
-_TABLES = ("probing", "absorption")
+_TABLES = ("probing", "absorption", "ravel", "scr", "tpp")
 """families whose tables are shown"""
 
 
@@ -28,6 +28,8 @@ class Evaluation:
     """tables of families, by family"""
     about: Mapping[str, Any]
     """architecture, d_in, d_sae and sae_hash; empty for one of an older version"""
+    path: AnyPath | None = None
+    """its file; None where a store carries it"""
     problems: tuple[str, ...] = ()
     """why tables that are there are not shown"""
 
@@ -84,6 +86,7 @@ def read_measured(path: AnyPath, name: str) -> Evaluation:
         table=rows_of(found),
         families=families,
         about=about,
+        path=path,
         problems=(*problems,),
     )
 

@@ -115,7 +115,7 @@ def _ways(entries: Sequence[Entry], report: Report) -> None:
 
 
 def _section(section: Section) -> None:
-    st.markdown(f"#### {plain(section.title)}")
+    st.markdown(f"### {plain(section.title)}")
     for words in section.words:
         st.caption(plain(words))
     for number, table in enumerate(section.tables):

@@ -11,7 +11,7 @@ import pytest
 from dashboards.report_command import ReportConfig, report
 from dashboards.reports.content import equal_distortion, metric_table, report_of
 from dashboards.reports.measured import read_measured
-from dashboards.reports.pieces import Chart, Series, Table
+from dashboards.reports.pieces import Chart, Section, Series, Table
 from saescope.__main__ import main
 from saescope.errors import InputError
 from saescope.seals import write_sealed
@@ -120,6 +120,8 @@ def test_markdown_has_the_numbers_of_charts(root: Path) -> None:
         "| 0.001 to 0.00178 | 9 |",
         "| sae | 0.7000 ± 0.0200 | 0.8000 ± 0.0200 |  | the SAE's features |",
         "| S | 0.500 |  |",
+        "| city's country | sae | 4 | 50.0% | 75.0% | 0.625 |",
+        "| sae | +0.250 ± 0.125 |  |",
     ):
         assert line in text, line
     tables = re.findall(r"((?:^\|.*\n)+)", text, re.MULTILINE)
@@ -177,6 +179,51 @@ def test_bits_of_other_protocols_are_not_compared(root: Path) -> None:
     assert names == ["d_sae 64", "d_sae 64", "d_sae 256"], "no line joins two protocols"
 
 
+def floors(path: Path, protocol_hash: str, **smallest: float) -> None:
+    """A reliability.json with these smallest differences."""
+    found = {name: {"smallest_difference": value} for name, value in smallest.items()}
+    about = {"kind": "reliability", "schema": 1, "protocol_hash": protocol_hash}
+    write_sealed(path, {**about, "runs": [{}] * 5, "floors": found})
+
+
+def test_sees_what_is_better_as_far_as_it_can_be_told(root: Path) -> None:
+    make_evaluation(root / "b", fvu=0.24, l0=8.5, bits=10.0)
+    make_evaluation(root / "c", fvu=0.125)
+    make_evaluation(root / "a")
+
+    def found() -> Section | None:
+        names = ("a", "b", "c", "other")
+        read = [read_measured(root / name / "evaluation.json", name) for name in names]
+        titles = {section.title: section for section in report_of(read).sections}
+        return titles.get("Beside a")
+
+    section = found()
+    assert section is not None
+    assert section.words[0].startswith("By the intervals of both figures")
+    better = "FVU, KL"  # delta CE has no interval, 0.24 is within those of FVU
+    assert section.tables[0].rows == (("b", "", "", ""), ("c", better, "", ""))
+    protocol = read_measured(root / "a" / "evaluation.json", "a").protocol_hash
+    floors(root / "reliability.json", protocol, fvu=0.005, l0=0.1)
+    section = found()
+    assert section is not None
+    assert section.words[0] == "By what 5 seeds of one recipe differ in (reliability.json)."
+    assert section.tables[0].rows == (("b", "FVU", "", "L0"), ("c", "FVU", "", ""))
+    floors(root / "reliability.json", "of something else", fvu=0.005)
+    section = found()
+    assert section is not None
+    assert section.words[0].startswith("By the intervals"), "of another protocol"
+    (root / "reliability.json").write_text("{}")
+    section = found()
+    assert section is not None
+    assert "reliability.json: is no reliability of metrics" in section.words[0]
+    assert "Beside one" not in {
+        each.title
+        for each in report_of(
+            [read_measured(root / name / "evaluation.json", name) for name in ("one", "other")]
+        ).sections
+    }
+
+
 def test_of_many_saes_each_is_a_row(root: Path) -> None:
     found = [read_measured(root / "one" / "evaluation.json", name) for name in "abcde"]
     table = metric_table("reconstruction", found)
@@ -195,7 +242,7 @@ def test_what_is_wrong_beside_an_evaluation_is_said_and_the_rest_shown(root: Pat
     path = root / "one" / "evaluation.absorption.json"
     path.write_text(path.read_text().replace("0.25", "0.75"))
     found = read_measured(root / "one" / "evaluation.json", "one")
-    assert found.families == {}
+    assert set(found.families) == {"ravel", "scr"}
     assert [problem.partition(": ")[2] for problem in found.problems] == [
         "is of another evaluation than the one beside it",
         "its content does not match its own sha256",
