@@ -33,7 +33,17 @@ MEASURED = (
     "recovered_mean", "tokens",
 )  # fmt: skip
 FACTS = ("date", "processor", "threads", "torch", "python", "saescope", "commit")
-COLUMNS = ("run", "seed", "trained_tokens", "finish_tokens", *MEASURED, "cpu_s", *FACTS)
+COLUMNS = (
+    "run",
+    "seed",
+    "batch_size",
+    "lr_multiplier",
+    "trained_tokens",
+    "finish_tokens",
+    *MEASURED,
+    "cpu_s",
+    *FACTS,
+)
 """cpu_s: processor seconds of the training; empty where it was not all done in one go"""
 
 
@@ -47,8 +57,12 @@ class FinishBenchmark(Config):
     """The harvest."""
     tokens: tuple[int, ...] = (51_200,)
     """Lengths of the finish, in tokens."""
-    tuned_tokens: tuple[int, ...] = (51_200,)
+    tuned_tokens: tuple[int, ...] = (25_600,)
     """Further tokens for the run without a finish."""
+    tuned_batch: int = 256
+    """Rows a step of these: few tokens want many steps."""
+    tuned_lr_multiplier: float = 0.25
+    """Of the learning rate at their start, which falls to 0."""
     seed: int = 0
     """Of the runs."""
     threads: int = 1
@@ -65,7 +79,7 @@ class FinishBenchmark(Config):
 def configurations(config: FinishBenchmark) -> Iterator[TrainConfig]:
     """The runs, each in a folder of its name."""
     base = replace(load(TrainConfig, config.train), harvest=config.harvest, seed=config.seed)
-    rows, batch = open_complete(config.harvest).n_rows("train"), base.trainer.batch_size
+    rows = open_complete(config.harvest).n_rows("train")
     work = Path(config.work) / f"seed-{config.seed}"
     plain = work / "plain"
     yield replace(base, out=str(plain))
@@ -73,19 +87,17 @@ def configurations(config: FinishBenchmark) -> Iterator[TrainConfig]:
         finish = FinishConfig(objective="kl", tokens=tokens)
         yield replace(base, out=str(work / f"finish-{tokens}"), finish=finish)
     for tokens in config.tuned_tokens:
-        # from the rate at which the run's own decay would stand so long before its end
-        total = base.passes * rows
-        left = min(1.0, tokens / (base.trainer.decay_fraction * total))
         trainer = replace(
             base.trainer,
-            lr_multiplier=base.trainer.lr_multiplier * left,
+            batch_size=config.tuned_batch,
+            lr_multiplier=config.tuned_lr_multiplier,
             warmup_fraction=0.0,
             decay_fraction=1.0,
         )
         yield replace(
             base,
-            out=str(work / f"fine-tuned-{tokens}"),
-            passes=(tokens + batch / 2) / rows,
+            out=str(work / f"fine-tuned-{tokens}-lr{config.tuned_lr_multiplier:g}"),
+            passes=(tokens + config.tuned_batch / 2) / rows,
             start_from=str(plain / SAE_FOLDER),
             finish=FinishConfig(objective="kl", fraction=1.0),
             trainer=trainer,
@@ -111,6 +123,8 @@ def work(config: FinishBenchmark) -> None:
         row = {
             "run": name,
             "seed": config.seed,
+            "batch_size": each.trainer.batch_size,
+            "lr_multiplier": each.trainer.lr_multiplier,
             "trained_tokens": trained,
             "finish_tokens": trained - after,
             **{key: measured[key] for key in MEASURED},
