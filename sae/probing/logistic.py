@@ -47,6 +47,31 @@ class Probe(NamedTuple):
         return ((x - self.mean) / self.scale) @ self.weight + self.bias
 
 
+class PreparedRows:
+    """Rows that probes are fitted on: standardised, and rotated where there are many columns."""
+
+    def __init__(self, x: Matrix) -> None:
+        self.mean, scale = x.mean(0), x.std(0)
+        self.scale = np.where(scale > 1e-12 * np.abs(x).max(0, initial=0.0), scale, 1.0)
+        self._rows = (x - self.mean) / self.scale
+        self._basis: Matrix | None = None
+        if x.shape[1] > _FEW_COLUMNS:  # the minimum is in the span of the rows
+            self._basis = np.linalg.svd(self._rows, full_matrices=False)[2]
+            self._rows = self._rows @ self._basis.T
+
+    def fit(self, y: Labels, *, seed: int, strength: float | None = None) -> Probe:
+        """`fit` of these rows."""
+        if y.all() or not y.any():
+            raise InputError("all labels are equal", where="probe", given=f"{len(y)} labels")
+        if strength is None:
+            weight, bias, strength = _chosen(self._rows, y, folds_of(y, seed))
+        else:
+            theta = minimise(self._rows, y, np.ones((1, len(y))), strength)[0]
+            weight, bias = theta[:-1], float(theta[-1])
+        weight = weight if self._basis is None else weight @ self._basis
+        return Probe(self.mean, self.scale, weight, bias, strength)
+
+
 def fit(x: Matrix, y: Labels, *, seed: int, strength: float | None = None) -> Probe:
     """The probe of labels y [rows] on x [rows, columns], C chosen among `STRENGTHS` if not given.
 
@@ -54,22 +79,7 @@ def fit(x: Matrix, y: Labels, *, seed: int, strength: float | None = None) -> Pr
     the smallest. With fewer than two rows of a label there is nothing to leave out, and C is 1.
     Raises InputError if all labels are equal.
     """
-    if y.all() or not y.any():
-        raise InputError("all labels are equal", where="probe", given=f"{len(y)} labels")
-    mean, scale = x.mean(0), x.std(0)
-    scale = np.where(scale > 1e-12 * np.abs(x).max(0, initial=0.0), scale, 1.0)
-    standard = (x - mean) / scale
-    basis = None
-    if standard.shape[1] > _FEW_COLUMNS:  # the minimum is in the span of the rows
-        basis = np.linalg.svd(standard, full_matrices=False)[2]
-        standard = standard @ basis.T
-    if strength is None:
-        weight, bias, strength = _chosen(standard, y, folds_of(y, seed))
-    else:
-        theta = minimise(standard, y, np.ones((1, len(y))), strength)[0]
-        weight, bias = theta[:-1], float(theta[-1])
-    weight = weight if basis is None else weight @ basis
-    return Probe(mean, scale, weight, bias, strength)
+    return PreparedRows(x).fit(y, seed=seed, strength=strength)
 
 
 def folds_of(y: Labels, seed: int) -> NDArray[np.int64]:

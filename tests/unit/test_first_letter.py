@@ -17,7 +17,14 @@ from sae.evaluation.absorption import absorption, summary
 from sae.evaluation.on_texts import OnTexts
 from sae.evaluation.written import read_evaluation
 from sae.probing.config import ProbingConfig
-from sae.probing.first_letter import LETTERS, AbsorptionConfig, letter_words
+from sae.probing.first_letter import (
+    LETTERS,
+    AbsorptionConfig,
+    LetterWords,
+    letter_probes,
+    letter_words,
+)
+from sae.probing.logistic import fit
 from saescope.__main__ import main
 from saescope.errors import InputError
 from tests.artefacts import train_config
@@ -135,6 +142,28 @@ def test_words_are_tokens_each_spelling_once_and_divided_by_letter() -> None:
             assert shown not in tests | {word}  # test words are seen in the test alone
     again = letter_words(Planted(), config)  # type: ignore[arg-type]
     assert again.prompts == words.prompts
+
+
+def test_each_letter_has_a_strength_of_its_own() -> None:
+    """One that is clear wants a large C, one in noise a small one."""
+    draw = np.random.default_rng(0)
+    letter = np.arange(240) % 3
+    x = draw.normal(size=(240, 5))
+    x[:, 0] += 6.0 * (letter == 0)
+    x[:, 1] += 0.3 * (letter == 1)
+    words = tuple(f" {LETTERS[each].lower()}{number}" for number, each in enumerate(letter))
+    test = np.arange(240) % 4 == 0
+    given = LetterWords(words=words, prompts=words, letter=letter, test=test)
+    probes = letter_probes(x, given, seed=0)
+    alone = [fit(x[~test], letter[~test] == each, seed=0) for each in range(3)]
+    assert len({each.strength for each in alone}) > 1
+    for found, expected in zip(probes, alone, strict=True):
+        np.testing.assert_array_equal(found.direction, expected.weight / expected.scale)
+
+
+def test_a_quick_look_has_as_many_words_so_that_letters_are_told() -> None:
+    quick = AbsorptionConfig(words=80, examples=3).quick()
+    assert (quick.words, quick.examples) == (80, 0)
 
 
 def test_planted_absorption_is_found_and_nothing_else(tmp_path: Path) -> None:
