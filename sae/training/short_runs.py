@@ -11,6 +11,7 @@ from activations import ActivationStore
 from sae.evaluation.geometry import decoder_cosines
 from sae.synthetic.world import World
 from sae.training.config import TrainConfig
+from sae.training.finish import FinishConfig
 from sae.training.run import Run
 from sae.training.schedules import default_lr
 from sae.training.synthetic import SyntheticRun
@@ -126,7 +127,8 @@ class ShortRuns:
 
     def run(self, setting: Setting) -> Run | SyntheticRun:
         """The run of a setting, which is not begun."""
-        config, batch = self.config, self.config.trainer.batch_size
+        # the end of a run through the model is left out
+        config, batch = replace(self.config, finish=FinishConfig()), self.config.trainer.batch_size
         trainer = replace(
             config.trainer,
             target_l0=setting.target_l0,

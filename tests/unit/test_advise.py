@@ -151,6 +151,15 @@ def test_the_advised_passes_are_the_advised_steps(harvest: str, tmp_path: Path) 
         assert run.total_steps == steps
 
 
+def test_short_runs_leave_the_finish_out_and_the_file_keeps_it(
+    harvest: str, tmp_path: Path
+) -> None:
+    made = config(harvest, tmp_path / "run", minutes=1e-6, finish={"objective": "kl"})
+    assert run_advise(made) is not None  # there is no model to go through
+    read = load(TrainConfig, tmp_path / "run-advice" / "train.toml")
+    assert read.finish == made.finish
+
+
 def test_a_synthetic_world_and_a_fixed_seed(tmp_path: Path) -> None:
     made = config("synth:tiny", tmp_path / "run")
     world = named_world("synth:tiny")
