@@ -108,6 +108,7 @@ def make_evaluation(
     if tables:
         found["probing"] = {"sets": 2, "probing_auc_k1": 0.7, "probing_auc_k1_interval": 0.05}
         found["ravel"] = {"pairs": 9, "ravel_cause": 0.5}
+        found["unlearning"] = {"forget_texts": 9}
         found["scr"] = {"divisions": 2}
         found["absorption"] = {"words": 30, "absorption_fraction": 0.25}
     found["metrics"] = described(
@@ -179,6 +180,16 @@ def _write_tables(folder: Path, protocol_hash: str) -> None:
     write_sealed(
         folder / "evaluation.scr.json",
         {"schema": 1, "protocol_hash": protocol_hash, "scores": scores, "results": []},
+    )
+    clamp = {"method": "sae", "texts": "test", "n": 2, "strength": 4.0}
+    write_sealed(
+        folder / "evaluation.unlearning.json",
+        {
+            "schema": 1,
+            "protocol_hash": protocol_hash,
+            "scores": [],
+            "results": [{**clamp, "forget_rise": 0.5, "retain_rise": -0.25}],
+        },
     )
     write_sealed(
         folder / "evaluation.absorption.json",

@@ -25,6 +25,8 @@ def family_tables(kind: str, evaluations: Sequence[Evaluation]) -> Iterator[Tabl
             yield _attributes(each.name, found["by_attribute"])
         elif kind in _REMOVAL:
             yield _removal(each.name, kind, found)
+        elif kind == "unlearning":
+            yield _clamps(each.name, found["results"])
 
 
 def _attributes(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -63,6 +65,26 @@ def _removal(name: str, kind: str, found: Mapping[str, Any]) -> Table:
                 str(methods.get(method, "")),
             )
             for method in dict.fromkeys(row["method"] for row in means)
+        ),
+    )
+
+
+def _clamps(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Each clamp on the texts that it was chosen by, and the chosen one on those of the test."""
+    return Table(
+        title=f"{name}: clamp by clamp",
+        about="How much cross-entropy rises on texts of the subject and on others, nats a token.",
+        columns=("method", "texts", "features", "clamp", "forgotten", "side effect"),
+        rows=tuple(
+            (
+                str(row["method"]),
+                str(row["texts"]),
+                f"{row['n']:,}",
+                f"{row['strength']:g}",
+                f"{row['forget_rise']:+.4f}",
+                f"{row['retain_rise']:+.4f}",
+            )
+            for row in rows
         ),
     )
 

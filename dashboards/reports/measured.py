@@ -11,7 +11,7 @@ from saescope.errors import ArtefactError
 from saescope.metrics import Metric, shown_with_interval
 from saescope.paths import AnyPath, exists
 
-_TABLES = ("probing", "absorption", "ravel", "scr", "tpp")
+_TABLES = ("probing", "absorption", "ravel", "scr", "tpp", "unlearning")
 """families whose tables are shown"""
 
 

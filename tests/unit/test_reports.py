@@ -122,6 +122,7 @@ def test_markdown_has_the_numbers_of_charts(root: Path) -> None:
         "| S | 0.500 |  |",
         "| city's country | sae | 4 | 50.0% | 75.0% | 0.625 |",
         "| sae | +0.250 ± 0.125 |  |",
+        "| sae | test | 2 | 4 | +0.5000 | -0.2500 |",
     ):
         assert line in text, line
     tables = re.findall(r"((?:^\|.*\n)+)", text, re.MULTILINE)
@@ -242,7 +243,7 @@ def test_what_is_wrong_beside_an_evaluation_is_said_and_the_rest_shown(root: Pat
     path = root / "one" / "evaluation.absorption.json"
     path.write_text(path.read_text().replace("0.25", "0.75"))
     found = read_measured(root / "one" / "evaluation.json", "one")
-    assert set(found.families) == {"ravel", "scr"}
+    assert set(found.families) == {"ravel", "scr", "unlearning"}
     assert [problem.partition(": ")[2] for problem in found.problems] == [
         "is of another evaluation than the one beside it",
         "its content does not match its own sha256",
