@@ -218,7 +218,7 @@ def knows_model(harvest: ActivationStore) -> bool:
 def load_harvested_model(
     harvest: ActivationStore, dtype: str, *, trust_remote_code: bool = False
 ) -> Model:
-    """The language model of a harvest.
+    """The language model of a harvest, whose activations are made as the harvest's were.
 
     Raises InputError if its model is of another kind, or if what its name stands for has other
     weights by now.
@@ -244,6 +244,8 @@ def load_harvested_model(
         trust_remote_code=trust_remote_code,
     )
     _check_hashes(model, facts)
+    # not those that are faster now: what is measured would differ from run to run in its last bits
+    model.products = facts.get("products", "own")
     return model
 
 

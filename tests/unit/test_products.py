@@ -12,6 +12,7 @@ from activations import CorpusConfig, HarvestConfig, Model, ModelConfig, harvest
 from activations import load_model as load
 from activations.models import matmul_precision
 from activations.models.matmul_precision import faster_products, multiplied_in
+from sae.data.harvests import load_harvested_model
 from tests.interrupt import Interrupt
 from tests.tiny import make_tiny_corpus, make_tiny_model
 
@@ -122,3 +123,5 @@ def test_a_harvest_keeps_to_what_it_began_with(
     store = harvest(config)
     assert store.manifest["model"]["products"] == "float32"
     assert set(used) == {"float32"}
+    # what is measured with its model later is multiplied in the same way
+    assert load_harvested_model(store, "bfloat16").products == "float32"
