@@ -111,7 +111,8 @@ def division_rows(
     clean = accuracies(features.x)
     for each in classes:
         own, y = training[each], label[training[each]] == each
-        for method, codes, decoder, order in subject.by_method(features, train, seed):
+        # others for each class: where all have the same features, TPP is 0 whatever these are
+        for method, codes, decoder, order in subject.by_method(features, train, (seed, each)):
             if order is None:
                 effect = effects(codes[own], y, decoder, probes[each], signed=True)
                 order = largest(effect, max(ns))

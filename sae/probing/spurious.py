@@ -138,7 +138,7 @@ def division_rows(
             "accuracy_biased": accuracy(biased.score(x[test]), y),
         }
         spurious = 1 - concept
-        for method, codes, decoder, order in subject.by_method(features, train, seed):
+        for method, codes, decoder, order in subject.by_method(features, train, (seed, concept)):
             if order is None:
                 effect = effects(
                     codes[train], labels[train, spurious], decoder, clean[spurious], signed=False

@@ -74,9 +74,9 @@ class Subject:
             return {name: each.W_dec.double().cpu().numpy() for name, each in both.items()}
 
     def by_method(
-        self, features: TextFeatures, train: Indices, seed: int
+        self, features: TextFeatures, train: Indices, seed: Sequence[int]
     ) -> "Iterator[tuple[Method, sparse.csr_array, Matrix, Indices | None]]":
-        """Of each method its features, what they write, and the order where that is drawn."""
+        """Of each method its features, what they write, and their order where `seed` draws it."""
         fires = np.flatnonzero(np.asarray(abs(features.codes["sae"][train]).sum(0)).ravel())
         drawn = np.random.default_rng(seed).permutation(fires)
         for method in METHODS:

@@ -214,12 +214,12 @@ def test_an_oracle_perturbs_one_class_and_chance_none() -> None:
     ]
     for each in range(4):
         assert values(rows, "features", **{"class": each, "method": "sae", "n": 1}) == [[each]] * 2
+    drawn = values(rows, "features", method="random", n=2)
+    assert len(set(map(tuple, drawn))) == len(drawn)  # for each class and division its own
     scores = perturbation.tpp_scores(rows)
     assert values(scores, "tpp", group=None, method="sae", n=1)[0] > 0.35
-    for method in ("random", "untrained"):
-        assert values(scores, "tpp", group=None, method=method, n=1)[0] == pytest.approx(
-            0, abs=0.02
-        )
+    for method in ("random", "untrained"):  # one of the eight random ones is another class's
+        assert abs(values(scores, "tpp", group=None, method=method, n=1)[0]) < 0.06
 
 
 def test_test_labels_do_not_decide_perturbed_features(monkeypatch: pytest.MonkeyPatch) -> None:
