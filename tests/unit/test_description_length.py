@@ -124,7 +124,7 @@ def test_a_world_that_changed_is_not_described() -> None:
     train, held_out = (planted.sample(2000, stream=n).x for n in (0, 1))
     sums, _ = measured(sae, train, held_out)
     sums.distribution.step *= 30
-    sums.bits, sums.sums = [torch.zeros(0, 2).double()], torch.zeros(3).double()
+    sums.rows = [torch.zeros(0, 5, dtype=torch.float64)]
     with torch.no_grad():
         sums.add(encoded(sae, Piece(held_out, held_out)))
     found = sums.values(Counted(rows=len(held_out), document=None))
