@@ -176,8 +176,7 @@ def _summary(found: Advice) -> list[str]:
     }
     told = {
         "similarity": "where decoder directions are least alike",
-        "bend": "where FVU bends: more active features explain less each (decoder directions are "
-        "the less alike the higher L0 is, as in a dictionary narrower than the data's)",
+        "bend": "where FVU bends: further active features explain less each",
         "start": "as it was given: these runs do not tell (decoder directions are the less alike "
         "the higher L0 is, and FVU has no bend)",
     }

@@ -1,11 +1,11 @@
 """What a long run wants, from short ones: its L0, learning rate, width, tokens and time.
 
-* L0: where the decoder's directions are least alike (`sae.evaluation.geometry`; Chanin and
-  Garriga-Alonso 2025, arXiv 2508.16560), by factors of 2, then of sqrt(2). Short runs make the
-  curve flat above it, so the smallest L0 counts that is within 0.2% of the least. A dictionary that
-  is narrower than the data have features tells nothing so: its directions are the less alike the
-  higher L0 is. Where that is found, L0 is where FVU bends (`bend`), and if it does not bend,
-  nothing is known: the L0 stays that which the search began with.
+* L0: by factors of 2, then of sqrt(2). Where FVU bends (`bend`) each further active feature begins
+  to explain less; on data whose L0 is known that is near it (benchmarks/results/advise.csv). If it
+  bends nowhere, where the decoder's directions are least alike (`sae.evaluation.geometry`; Chanin
+  and Garriga-Alonso 2025, arXiv 2508.16560): the smallest L0 within 0.2% of the least. In runs this
+  short, or with fewer features than the data have, these are often the less alike the higher L0 is;
+  then nothing is known, and the L0 stays that which the search began with.
 * Learning rate: half and twice what a run of this length takes by itself are tried; the factor that
   wins is kept in the long run.
 * Width: half and twice as many features are tried, at this L0; the widest counts whose FVU is lower
@@ -48,7 +48,7 @@ class Advice:
 
     target_l0: float
     l0_from: L0From
-    """what says so: the least decoder similarity, the bend of FVU, or nothing: it was given"""
+    """what says so: the bend of FVU, the least decoder similarity, or nothing: it was given"""
     lr: float
     d_sae: int
     steps: int
@@ -123,12 +123,12 @@ def best_l0(
     for _ in range(_LOWER):
         if _least(found) == min(found):
             tried(min(found) / 2)
-    if _least(found) == max(found) and len(found) > 2:  # similarity only falls
-        l0 = bend(found)
-        if l0 is None:
-            return start, "start"
+    l0 = bend(found)
+    if l0 is not None:
         _around(l0, tried)
         return bend(found) or l0, "bend"
+    if _least(found) == max(found) and len(found) > 1:  # similarity only falls
+        return start, "start"
     _around(_least(found), tried)
     return _least(found), "similarity"
 

@@ -69,7 +69,7 @@ def test_the_least_alike_is_found_by_factors_of_two_and_then_finer() -> None:
     assert best_l0(lambda l0: measure(l0 * 4), 32.0, highest=1000) == (3.0, "similarity")
 
 
-def test_where_similarity_only_falls_the_bend_of_fvu_counts() -> None:
+def test_the_bend_of_fvu_counts_and_without_any_sign_what_was_given() -> None:
     def measure(l0: float) -> Measured:
         fvu = l0**-1.0 if l0 <= 16 else 16**-1.0 * (l0 / 16) ** -0.1
         return measured(l0, decoder_similarity=1 / l0, fvu=fvu)
@@ -242,5 +242,7 @@ def test_it_finds_the_l0_of_planted_data(tmp_path: Path) -> None:
     )  # fmt: skip
     found = run_advise(made)
     assert found is not None
-    assert found.l0_from == "similarity"
+    assert found.l0_from == "bend"
     assert 5 <= found.target_l0 <= 8
+    searched = [each for each in found.measured if each.d_sae == 50 and each.steps == 400]
+    assert min(searched, key=lambda each: each.decoder_similarity).target_l0 == found.target_l0
