@@ -144,4 +144,15 @@ def _on_a_model(rows: Sequence[Row]) -> list[str]:
         cells = [row["architecture"], row["options"], f"{l0:.1f}", f"{fvu:.4f}"]
         cells += [f"{ce:.4f} ± {half:.4f}", f"{float(row['cpu_s']):.0f} s"]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", *_in_words(rows)]
+
+
+def _in_words(rows: Sequence[Row]) -> list[str]:
+    """All together against each architecture without options, on a model."""
+    *plain, together = sorted(rows, key=lambda row: len(row["options"]))
+    said = [
+        f"against {row['architecture']} FVU {float(together['fvu']) / float(row['fvu']) - 1:+.0%}, "
+        f"delta CE {float(together['delta_ce']) / float(row['delta_ce']) - 1:+.0%}"
+        for row in plain
+    ]
+    return [f"All together, at equal L0: {'; '.join(said)}."] if said else []

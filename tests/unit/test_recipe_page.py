@@ -40,9 +40,10 @@ def test_the_page_says_what_the_intervals_tell() -> None:
     assert "On a language model" not in text
     measured = {"passes": "5", "l0": "32", "fvu": "0.1", "delta_ce": "0.2", "cpu_s": "9"}
     model = {"architecture": "batchtopk", "options": "none", "delta_ce_interval": "0.01"}
-    assert "| batchtopk | none | 32.0 | 0.1000 | 0.2000 ± 0.0100 | 9 s |" in page(
-        ROWS, [{**measured, **model}]
-    )
+    together = {**model, "architecture": "matryoshka", "options": ALL, "fvu": "0.15"}
+    text = page(ROWS, [{**measured, **model}, {**measured, **together}])
+    assert "| batchtopk | none | 32.0 | 0.1000 | 0.2000 ± 0.0100 | 9 s |" in text
+    assert "against batchtopk FVU +50%, delta CE +0%." in text
 
 
 def test_all_options_are_those_of_the_recipe() -> None:
