@@ -115,9 +115,9 @@ ABSORPTION = Peer(
     script=HERE / "in_saebench.py",
     # it asks for torchvision, which would decide the build of torch, and for NumPy below 2
     alone=("sae-bench==0.6.0",),
-    needs=("pandas", "sae-lens==6.54.12", "scikit-learn"),
+    needs=("pandas", "sae-lens==6.54.12", "scikit-learn", "tabulate"),
 )
-"""whose absorption of first letters is compared with ours"""
+"""whose absorption of first letters, and core metrics, are compared with ours"""
 
 
 def python_of(peer: Peer, work: Path) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import core_metrics
 from benchmarks.controls import COLUMNS, page_lines
 from sae.bench import rows as results
 from sae.evaluation import families
@@ -99,3 +100,12 @@ def test_the_table_of_controls_is_that_of_the_results() -> None:
     table = page.split("<!-- table: benchmarks.controls -->")[1].split("<!-- end of table -->")[0]
     path = ROOT / "benchmarks" / "results" / "controls.csv"
     assert table.strip().splitlines() == page_lines(results.read(path, COLUMNS))
+
+
+def test_the_table_of_core_metrics_is_that_of_the_results() -> None:
+    page = (ROOT / "docs" / "reference" / "evaluation.md").read_text(encoding="utf-8")
+    table = page.split("<!-- table: benchmarks.core_metrics -->")[1].split("<!-- end of table -->")
+    rows = results.read(ROOT / "benchmarks/results/core_metrics.csv", core_metrics.COLUMNS)
+    assert table[0].strip().splitlines() == core_metrics.page_lines(rows)
+    for row in rows:  # what a library defines is what it computes
+        assert abs(float(row["difference"])) < 1e-3 * max(1, abs(float(row["theirs"])))
