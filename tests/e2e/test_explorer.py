@@ -336,7 +336,7 @@ from streamlit.util import calc_hash
 app = AppTest.from_file(sys.argv[1], default_timeout=60)
 app.run()
 assert not app.exception and len(app.get("plotly_chart")) == 3
-heavy = {"torch", "transformers", "transformer_lens", "datasets", "activations", "sae"}
+heavy = {"torch", "transformers", "transformer_lens", "datasets", "activations", "sae.core"}
 print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run(

@@ -172,7 +172,15 @@ def test_families_are_chosen_by_name(work: Path, tmp_path: Path) -> None:
             run=str(work / "one"), metrics=("density",), out=str(tmp_path / "density.json")
         )
     )
-    names = ("rows", "documents", "l0", "dead_fraction", "dense_fraction", "density_histogram")
+    names = [
+        "rows",
+        "documents",
+        "l0",
+        "l0_interval",
+        "dead_fraction",
+        "dense_fraction",
+        "density_histogram",
+    ]
     assert density["reconstruction"] == {name: whole["reconstruction"][name] for name in names}
     assert density["downstream"] is None
     effect = evaluate(

@@ -265,6 +265,6 @@ def test_wrong_words(
 
 
 def test_every_command_that_loads_saes_says_so() -> None:
-    stores_alone = {"annotations", "diff", "export", "label", "search", "sql"}
+    what_was_made = {"annotations", "diff", "export", "label", "report", "search", "sql"}
     others = {name for name, command in COMMANDS.items() if not command.loads_saes}
-    assert others <= {"demo", "init", "harvest", "join", *stores_alone}
+    assert others <= {"demo", "init", "harvest", "join", *what_was_made}
