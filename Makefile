@@ -70,8 +70,10 @@ check: $(STAMP) ## Style, types, import rule.
 check-native: $(STAMP) ## The C++ code's tests under the address and undefined-behaviour sanitizers.
 	@$(BIN)/python -m tests.kernels.sanitized
 
-test: $(STAMP) ## The default test suite, on up to four processors.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# one process more than processors, because tests in a browser and of kills wait for others
+test: $(STAMP) ## The default test suite, in at most five processes.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --maxprocesses 5 \
+		--numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 1))
 
 test-slow: $(STAMP) ## Tests that take longer: the real model, kills, documentation that is run, browser journeys.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 4 --dist loadfile

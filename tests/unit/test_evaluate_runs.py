@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -198,7 +199,8 @@ def test_two_processes_measure_each_run_once(
 
     found = torchrun(str(runs))
     assert not found.returncode, found.stderr
-    lines = [line.split() for line in found.stdout.splitlines() if " measures " in line]
+    begun = re.compile(r"\S+ \d+ measures ")
+    lines = [line.split() for line in found.stdout.splitlines() if begun.match(line)]
     assert sorted(words[3] for words in lines) == sorted(str(runs / name) for name in NAMES)
     assert {words[1] for words in lines} == {"0", "1"}
     assert found.stdout.count(" of 3  ") == 3
