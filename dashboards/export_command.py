@@ -8,6 +8,7 @@ from dashboards.feature_html import features_page, iframe, index_page, page_titl
 from saescope.artefact import MANIFEST, atomic_path, read_manifest, write_manifest
 from saescope.config import Config, to_dict
 from saescope.errors import InputError, check_range
+from saescope.memory import cycles_later
 from saescope.paths import AnyPath, as_path, if_local, local
 from saescope.progress import Progress, say
 from saescope.replacing import PLAIN_FILE, Kind, check_apart, check_replaceable
@@ -96,6 +97,7 @@ def export(config: ExportConfig) -> AnyPath:
         with (
             atomic_path(out, kind, replace=config.replace) as temporary,
             Progress("exporting", len(features), "features") as progress,
+            cycles_later(),
         ):
             if not one_page:
                 temporary.mkdir()

@@ -192,12 +192,18 @@ def token_html(
     The space that a word begins with is left unshaded: it may end the line before.
     """
     classes = "ss-t" + (" ss-peak" if peak else "") + (" ss-far" if far else "")
-    style = shade(activation / scale if scale > 0 else 0.0)
     lead, shown = _word(text)
-    if style or peak:
-        styled = f' style="{style}"' if style else ""
-        shown = f'<span class="ss-lit"{styled}>{shown}</span>'
+    shown = _lit(shown, activation / scale if scale > 0 else 0.0, peak=peak)
     return f'<span class="{classes}" data-tip="{html.escape(tip, quote=True)}">{lead}{shown}</span>'
+
+
+def _lit(shown: str, strength: float, *, peak: bool) -> str:
+    """A token's text, shaded; of the peak also where there is nothing to shade."""
+    style = shade(strength)
+    if not (style or peak):
+        return shown
+    styled = f' style="{style}"' if style else ""
+    return f'<span class="ss-lit"{styled}>{shown}</span>'
 
 
 def _word(text: str) -> tuple[str, str]:
@@ -210,25 +216,36 @@ def _word(text: str) -> tuple[str, str]:
 def _silent_token(text: str) -> tuple[str, str]:
     """What `token_html` has of a token without an activation: the first line of its tip, and all
     after its tip."""
-    lead, shown = _word(text)
-    return html.escape(plain_visible(text), quote=True), f'">{lead}{shown}</span>'
+    said, lead, shown = _lit_token(text)
+    return said, f'">{lead}{shown}</span>'
+
+
+@lru_cache(maxsize=1 << 16)
+def _lit_token(text: str) -> tuple[str, str, str]:
+    """A token as the first line of a tip, and what `_word` has of it."""
+    return html.escape(plain_visible(text), quote=True), *_word(text)
 
 
 def _breaks(text: str, line_breaks: bool) -> str:
     return "<br>" * text.count("\n") if line_breaks else ""
 
 
+@lru_cache(maxsize=1 << 12)
+def _title(title: str) -> str:
+    """A document's title as HTML, short and with what is invisible marked."""
+    return html.escape(plain_visible(shortened(title or "untitled", _TITLE_LENGTH)), quote=True)
+
+
 def example_html(example: Example, scale: float, *, line_breaks: bool = False) -> str:
     """One example: its activation, the tokens around it, the document's title."""
-    title = example.title or "untitled"
-    title = plain_visible(shortened(title, _TITLE_LENGTH))
+    title = _title(example.title)
     sequence = f"sequence {example.sequence:,}, position "
     # every token as if it had no activation, put together from parts that were escaped before:
     # nearly all tokens are such
     silent = f"\nactivation {amount(0.0, 3)}\n{sequence}"
     same = example.same_document
     begins = '<span class="ss-t ss-far" data-tip="', '<span class="ss-t" data-tip="'
-    documents = f"\n{_ANOTHER}", f"\n{html.escape(title, quote=True)}"
+    documents = f"\n{_ANOTHER}", f"\n{title}"
     near = zip(count(example.start), same, map(_silent_token, example.tokens))
     spans = [
         f"{begins[here]}{said}{silent}{at}{documents[here]}{end}" for at, here, (said, end) in near
@@ -236,20 +253,21 @@ def example_html(example: Example, scale: float, *, line_breaks: bool = False) -
     peak = example.index - example.start
     for at, activation in enumerate(example.activations):
         if activation or at == peak:
-            text, document = example.tokens[at], title if same[at] else _ANOTHER
+            said, lead, shown = _lit_token(example.tokens[at])
+            classes = f"ss-t{' ss-peak' * (at == peak)}{'' if same[at] else ' ss-far'}"
             tip = (
-                f"{plain_visible(text)}\nactivation {amount(activation, 3)}\n"
-                f"{sequence}{example.start + at}\n{document}"
+                f"{said}\nactivation {amount(activation, 3)}\n{sequence}{example.start + at}"
+                f"{documents[same[at]]}"
             )
-            far = not same[at]
-            spans[at] = token_html(text, activation, scale, tip, peak=at == peak, far=far)
+            word = _lit(shown, activation / scale if scale > 0 else 0.0, peak=at == peak)
+            spans[at] = f'<span class="{classes}" data-tip="{tip}">{lead}{word}</span>'
     if line_breaks:
         breaks = ("<br>" * text.count("\n") for text in example.tokens)
         spans = [span + line for span, line in zip(spans, breaks, strict=True)]
     return (
         f'<div class="ss-ex"><div class="ss-act">{amount(example.activation)}</div>'
         f'<div class="ss-text">{"".join(spans)}</div>'
-        f'<div class="ss-from">{html.escape(title)}</div></div>'
+        f'<div class="ss-from">{title}</div></div>'
     )
 
 

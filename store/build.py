@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from saescope.errors import InputError
+from saescope.memory import cycles_later
 from saescope.progress import Progress
 from store import summaries
 from store.database import identifier
@@ -114,7 +115,8 @@ def build_tables(job: BuildJob, progress: Progress) -> dict[str, int]:
         )
     table = _feature_statistics(job, counts["n_kept"])
     scratch = _load_scratch(job, counts)
-    table |= _summarise(job, scratch, table, counts, progress)
+    with cycles_later():
+        table |= _summarise(job, scratch, table, counts, progress)
     for name, order in _ORDERS.items():
         job.con.execute(f"INSERT INTO db.{name} SELECT * FROM staging.{name} ORDER BY {order}")
     _write_features(job, table)
