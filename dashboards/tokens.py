@@ -200,10 +200,8 @@ def token_html(
 def _lit(shown: str, strength: float, *, peak: bool) -> str:
     """A token's text, shaded; of the peak also where there is nothing to shade."""
     style = shade(strength)
-    if not (style or peak):
-        return shown
     styled = f' style="{style}"' if style else ""
-    return f'<span class="ss-lit"{styled}>{shown}</span>'
+    return f'<span class="ss-lit"{styled}>{shown}</span>' if style or peak else shown
 
 
 def _word(text: str) -> tuple[str, str]:
@@ -214,8 +212,7 @@ def _word(text: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=1 << 16)
 def _silent_token(text: str) -> tuple[str, str]:
-    """What `token_html` has of a token without an activation: the first line of its tip, and all
-    after its tip."""
+    """Of a token without an activation: the first line of its tip, and all after its tip."""
     said, lead, shown = _lit_token(text)
     return said, f'">{lead}{shown}</span>'
 
@@ -240,8 +237,7 @@ def example_html(example: Example, scale: float, *, line_breaks: bool = False) -
     """One example: its activation, the tokens around it, the document's title."""
     title = _title(example.title)
     sequence = f"sequence {example.sequence:,}, position "
-    # every token as if it had no activation, put together from parts that were escaped before:
-    # nearly all tokens are such
+    # every token as if it had no activation, as nearly all are, of parts escaped before
     silent = f"\nactivation {amount(0.0, 3)}\n{sequence}"
     same = example.same_document
     begins = '<span class="ss-t ss-far" data-tip="', '<span class="ss-t" data-tip="'
@@ -255,11 +251,9 @@ def example_html(example: Example, scale: float, *, line_breaks: bool = False) -
         if activation or at == peak:
             said, lead, shown = _lit_token(example.tokens[at])
             classes = f"ss-t{' ss-peak' * (at == peak)}{'' if same[at] else ' ss-far'}"
-            tip = (
-                f"{said}\nactivation {amount(activation, 3)}\n{sequence}{example.start + at}"
-                f"{documents[same[at]]}"
-            )
+            tip = f"{said}\nactivation {amount(activation, 3)}\n{sequence}{example.start + at}"
             word = _lit(shown, activation / scale if scale > 0 else 0.0, peak=at == peak)
+            tip += documents[same[at]]
             spans[at] = f'<span class="{classes}" data-tip="{tip}">{lead}{word}</span>'
     if line_breaks:
         breaks = ("<br>" * text.count("\n") for text in example.tokens)
