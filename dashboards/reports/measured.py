@@ -6,6 +6,7 @@ from typing import Any
 
 from sae.evaluation.metric_table import read_metric_table
 from sae.evaluation.written import measured_values, read_evaluation, rows_of, sections
+from sae.probing.family_file import beside
 from saescope.artefact import DamagedError, check_seal, read_json
 from saescope.errors import ArtefactError
 from saescope.metrics import Metric, shown_with_interval
@@ -74,7 +75,7 @@ def read_measured(path: AnyPath, name: str) -> Evaluation:
     except ArtefactError as error:
         problems.append(str(error))
     for family in _TABLES:
-        file = path.with_name(f"{path.name.removesuffix('.json')}.{family}.json")
+        file = beside(path, f"{family}.json")
         try:
             if family in sections(found) and exists(file):
                 families[family] = _family_table(file, found.get("protocol_hash"))

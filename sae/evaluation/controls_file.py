@@ -9,6 +9,7 @@ from typing import Any
 
 from sae.evaluation.controls import ranking_in_words
 from sae.evaluation.written import EVALUATION_FILE, rows_of
+from sae.probing.family_file import beside
 from saescope.artefact import DamagedError, check_schema, check_seal, read_json
 from saescope.paths import AnyPath
 from saescope.replacing import Kind
@@ -35,7 +36,7 @@ def controls_file(evaluation: AnyPath) -> AnyPath:
     """
     if evaluation.name == EVALUATION_FILE:
         return evaluation.with_name(CONTROLS_FILE)
-    return evaluation.with_name(f"{evaluation.name.removesuffix('.json')}.{CONTROLS_FILE}")
+    return beside(evaluation, CONTROLS_FILE)
 
 
 def read_controls(path: AnyPath) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 from sae.evaluation import families
 from sae.evaluation.written import rows_of, sections
+from sae.probing.family_file import beside
 from saescope.artefact import SEAL, DamagedError, atomic_path, sha256_json
 from saescope.metrics import measured_rows
 from saescope.paths import AnyPath, exists, put, read_bytes
@@ -50,7 +51,7 @@ def metric_table_path(evaluation: AnyPath) -> AnyPath:
     >>> metric_table_path(Path("runs/x/evaluation.json")).name
     'evaluation.parquet'
     """
-    return evaluation.with_name(f"{evaluation.name.removesuffix('.json')}.parquet")
+    return beside(evaluation, "parquet")
 
 
 def metric_rows(evaluation: Mapping[str, Any], about: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -9,17 +9,16 @@ from typing import Any
 
 from sae.evaluation import OwnTexts, metric_family
 from sae.evaluation.on_texts import OnTexts
+from sae.probing.family_file import FamilyFile
 from sae.probing.representations import untrained
 from sae.probing.scores import mean_and_interval
 from sae.ravel.config import RavelConfig
 from sae.ravel.questions import Answers
 from sae.ravel.suite import Row, measure, protocol
-from saescope.artefact import read_json, sha256_json, write_report
+from saescope.artefact import sha256_json
 from saescope.errors import InputError
 from saescope.metrics import Metric
 from saescope.paths import AnyPath, remove
-from saescope.replacing import Kind
-from saescope.seals import sealed
 
 _UNTRAINED_SEED = 0
 _HUANG = "Huang et al. 2024 (arXiv 2402.17700), section 3"
@@ -86,31 +85,12 @@ def facts(config: RavelConfig, model: Mapping[str, Any], site: str) -> dict[str,
     return {**protocol(config), "model": {name: model[name] for name in names}, "site": site}
 
 
-def table_path(evaluation: AnyPath) -> AnyPath:
-    """The file of attributes beside an evaluation's.
-
-    >>> from pathlib import Path
-    >>> table_path(Path("runs/x/evaluation.json")).name
-    'evaluation.ravel.json'
-    """
-    return evaluation.with_name(f"{evaluation.name.removesuffix('.json')}.ravel.json")
-
-
-def _is_table(path: AnyPath) -> bool:
-    found = read_json(path)
-    return isinstance(found, dict) and "protocol_hash" in found and "by_attribute" in found
-
-
-TABLE = Kind("a table of attributes", _is_table)
+FILE = FamilyFile("ravel", "a table of attributes", "by_attribute")
 
 
 def write_table(evaluation: AnyPath, rows: Sequence[Row], protocol_hash: str) -> None:
-    """Write the rows beside an evaluation's file, in the place of earlier ones.
-
-    Raises InputError if something else is there, ArtefactError if they cannot be written.
-    """
-    content = {"schema": 1, "protocol_hash": protocol_hash, "by_attribute": list(rows)}
-    write_report(table_path(evaluation), sealed(content), TABLE, replace=True)
+    """Write the rows beside an evaluation's file; see `FamilyFile.write`."""
+    FILE.write(evaluation, protocol_hash, {"by_attribute": list(rows)})
 
 
 def table_lines(rows: Sequence[Row]) -> Iterator[str]:

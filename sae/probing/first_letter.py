@@ -25,15 +25,13 @@ from scipy import sparse
 from sae.probing import absorption as definitions
 from sae.probing.absorption import absorption, main_latents
 from sae.probing.divisions import TEST_SHARE, Indices
+from sae.probing.family_file import FamilyFile
 from sae.probing.logistic import STRENGTHS, Matrix, PreparedRows
 from sae.probing.scores import best_cut, f1
-from saescope.artefact import read_json, write_report
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 from saescope.paths import AnyPath
 from saescope.progress import Progress
-from saescope.replacing import Kind
-from saescope.seals import sealed
 
 if TYPE_CHECKING:
     from activations import Model
@@ -256,28 +254,9 @@ def letter_rows(
     return rows
 
 
-def letters_path(evaluation: AnyPath) -> AnyPath:
-    """The file of letters beside an evaluation's.
-
-    >>> from pathlib import Path
-    >>> letters_path(Path("runs/x/evaluation.json")).name
-    'evaluation.absorption.json'
-    """
-    return evaluation.with_name(f"{evaluation.name.removesuffix('.json')}.absorption.json")
-
-
-def _is_letters(path: AnyPath) -> bool:
-    found = read_json(path)
-    return isinstance(found, dict) and "protocol_hash" in found and "by_letter" in found
-
-
-LETTERS_FILE = Kind("a table of absorption by letter", _is_letters)
+LETTERS_FILE = FamilyFile("absorption", "a table of absorption by letter", "by_letter")
 
 
 def write_letters(evaluation: AnyPath, rows: Sequence[Row], protocol_hash: str) -> None:
-    """Write the rows of letters beside an evaluation's file, in the place of earlier ones.
-
-    Raises InputError if something else is there, ArtefactError if they cannot be written.
-    """
-    content = {"schema": 1, "protocol_hash": protocol_hash, "by_letter": list(rows)}
-    write_report(letters_path(evaluation), sealed(content), LETTERS_FILE, replace=True)
+    """Write the rows of letters beside an evaluation's file; see `FamilyFile.write`."""
+    LETTERS_FILE.write(evaluation, protocol_hash, {"by_letter": list(rows)})

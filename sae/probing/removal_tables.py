@@ -5,12 +5,10 @@ NAME.FAMILY.json   means with intervals, and a row for each single result
 
 from collections.abc import Sequence
 
+from sae.probing.family_file import FamilyFile
 from sae.probing.kept_rows import Row
 from sae.probing.text_features import METHODS
-from saescope.artefact import read_json, write_report
 from saescope.paths import AnyPath
-from saescope.replacing import Kind
-from saescope.seals import sealed
 
 
 def removal_lines(label: str, value: str, scores: Sequence[Row]) -> list[str]:
@@ -25,24 +23,6 @@ def removal_lines(label: str, value: str, scores: Sequence[Row]) -> list[str]:
     return found
 
 
-def removal_path(evaluation: AnyPath, family: str) -> AnyPath:
-    """The file of a family beside an evaluation's.
-
-    >>> from pathlib import Path
-    >>> removal_path(Path("runs/x/evaluation.json"), "scr").name
-    'evaluation.scr.json'
-    """
-    return evaluation.with_name(f"{evaluation.name.removesuffix('.json')}.{family}.json")
-
-
-def _is_results(path: AnyPath) -> bool:
-    found = read_json(path)
-    return isinstance(found, dict) and "protocol_hash" in found and "results" in found
-
-
-RESULTS = Kind("a table of results", _is_results)
-
-
 def write_removal(
     evaluation: AnyPath,
     family: str,
@@ -50,15 +30,6 @@ def write_removal(
     rows: Sequence[Row],
     protocol_hash: str,
 ) -> None:
-    """Write a family's file beside an evaluation's, in the place of an earlier one.
-
-    Raises InputError if something else is there, ArtefactError if it cannot be written.
-    """
-    content = {
-        "schema": 1,
-        "protocol_hash": protocol_hash,
-        "methods": dict(METHODS),
-        "scores": list(scores),
-        "results": list(rows),
-    }
-    write_report(removal_path(evaluation, family), sealed(content), RESULTS, replace=True)
+    """Write a family's file beside an evaluation's; see `FamilyFile.write`."""
+    content = {"methods": dict(METHODS), "scores": list(scores), "results": list(rows)}
+    FamilyFile(family, "a table of results", "results").write(evaluation, protocol_hash, content)

@@ -14,13 +14,13 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from sae.probing.family_file import FamilyFile, beside
 from sae.probing.representations import METHODS
 from sae.probing.scores import mean_and_interval
 from sae.probing.suite import Row
-from saescope.artefact import atomic_path, read_json, write_report
+from saescope.artefact import atomic_path
 from saescope.paths import AnyPath, put, read_bytes
 from saescope.replacing import Kind, check_replaceable
-from saescope.seals import sealed
 from saescope.system import system_errors
 
 SCHEMA = pa.schema(
@@ -109,15 +109,16 @@ def _grouped(rows: Sequence[Row], by: Sequence[str]) -> list[tuple[tuple[Any, ..
     return list(groups.items())
 
 
+FILE = FamilyFile("probing", "a table of probing results", "over_sets")
+
+
 def table_paths(evaluation: AnyPath) -> tuple[AnyPath, AnyPath]:
     """The table files beside an evaluation's: Parquet and JSON.
 
     >>> [path.name for path in table_paths(Path("runs/x/evaluation.json"))]
     ['evaluation.probing.parquet', 'evaluation.probing.json']
     """
-    stem = evaluation.name.removesuffix(".json")
-    parquet_path, json_path = (f"{stem}.probing.{kind}" for kind in ("parquet", "json"))
-    return evaluation.with_name(parquet_path), evaluation.with_name(json_path)
+    return beside(evaluation, "probing.parquet"), FILE.path(evaluation)
 
 
 def _is_parquet(path: AnyPath) -> bool:
@@ -128,13 +129,7 @@ def _is_parquet(path: AnyPath) -> bool:
     return _HASH in (schema.metadata or {})
 
 
-def _is_json(path: AnyPath) -> bool:
-    found = read_json(path)
-    return isinstance(found, dict) and "protocol_hash" in found and "over_sets" in found
-
-
 PARQUET = Kind("a table of probing results", _is_parquet)
-JSON = Kind("a table of probing results", _is_json)
 
 
 def write_tables(evaluation: AnyPath, rows: Sequence[Row], protocol_hash: str) -> None:
@@ -142,7 +137,7 @@ def write_tables(evaluation: AnyPath, rows: Sequence[Row], protocol_hash: str) -
 
     Raises InputError if something else is there, ArtefactError if they cannot be written.
     """
-    parquet_path, json_path = table_paths(evaluation)
+    parquet_path, _ = table_paths(evaluation)
     table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
     table = table.replace_schema_metadata({_HASH: protocol_hash.encode()})
     stream = io.BytesIO()
@@ -157,11 +152,5 @@ def write_tables(evaluation: AnyPath, rows: Sequence[Row], protocol_hash: str) -
         check_replaceable(parquet_path, PARQUET, replace=True)
         put(parquet_path, stream.getvalue())
     sets = by_set(rows)
-    content = {
-        "schema": 1,
-        "protocol_hash": protocol_hash,
-        "methods": dict(METHODS),
-        "over_sets": over_sets(sets),
-        "by_set": sets,
-    }
-    write_report(json_path, sealed(content), JSON, replace=True)
+    content = {"methods": dict(METHODS), "over_sets": over_sets(sets), "by_set": sets}
+    FILE.write(evaluation, protocol_hash, content)
