@@ -5,26 +5,19 @@ trained SAE and of each control, and how each metric ranks each of them (`sae.ev
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from sae.evaluation.controls import ranking_in_words
-from sae.evaluation.written import EVALUATION_FILE, rows_of
+from sae.evaluation.written import EVALUATION_FILE, is_of_kind, read_of_kind, rows_of
 from sae.probing.family_file import beside
-from saescope.artefact import DamagedError, check_schema, check_seal, read_json
 from saescope.paths import AnyPath
 from saescope.replacing import Kind
 
 CONTROLS_FILE = "controls.json"
 SCHEMA = 1
 KIND = "controls"
-
-
-def _is_controls(path: AnyPath) -> bool:
-    found = read_json(path)
-    return isinstance(found, dict) and found.get("kind") == KIND
-
-
-CONTROLS_KIND = Kind("what --controls measured", _is_controls)
+CONTROLS_KIND = Kind("what --controls measured", partial(is_of_kind, kind=KIND))
 
 
 def controls_file(evaluation: AnyPath) -> AnyPath:
@@ -41,12 +34,7 @@ def controls_file(evaluation: AnyPath) -> AnyPath:
 
 def read_controls(path: AnyPath) -> dict[str, Any]:
     """What was measured; ArtefactError if the file is missing, damaged, newer or another one."""
-    found = read_json(path)
-    if not isinstance(found, dict) or found.get("kind") != KIND:
-        raise DamagedError("are no controls of an evaluation", where=str(path))
-    check_schema(found.get("schema"), supported=SCHEMA, where=str(path))
-    check_seal(found, must=True, where=str(path))
-    return found
+    return read_of_kind(path, KIND, schema=SCHEMA, wrong="are no controls of an evaluation")
 
 
 def controls_lines(found: Mapping[str, Any]) -> list[str]:

@@ -5,10 +5,11 @@ metric its floor (`sae.evaluation.reliability.Floor`).
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from sae.evaluation.comparison import differing, in_words
-from saescope.artefact import DamagedError, check_schema, check_seal, read_json
+from sae.evaluation.written import is_of_kind, read_of_kind
 from saescope.errors import InputError
 from saescope.metrics import Metric
 from saescope.paths import AnyPath, exists
@@ -17,24 +18,12 @@ from saescope.replacing import Kind
 RELIABILITY_FILE = "reliability.json"
 SCHEMA = 1
 _NAME = "reliability"
-
-
-def _is_reliability(path: AnyPath) -> bool:
-    found = read_json(path)
-    return isinstance(found, dict) and found.get("kind") == _NAME
-
-
-RELIABILITY = Kind("what --reliability measured", _is_reliability)
+RELIABILITY = Kind("what --reliability measured", partial(is_of_kind, kind=_NAME))
 
 
 def read_reliability(path: AnyPath) -> dict[str, Any]:
     """What was measured; ArtefactError if the file is missing, damaged, newer or another one."""
-    found = read_json(path)
-    if not isinstance(found, dict) or found.get("kind") != _NAME:
-        raise DamagedError("is no reliability of metrics", where=str(path))
-    check_schema(found.get("schema"), supported=SCHEMA, where=str(path))
-    check_seal(found, must=True, where=str(path))
-    return found
+    return read_of_kind(path, _NAME, schema=SCHEMA, wrong="is no reliability of metrics")
 
 
 def smallest_differences(

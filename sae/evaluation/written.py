@@ -31,6 +31,25 @@ def read_evaluation(path: AnyPath) -> dict[str, Any]:
     return found
 
 
+def is_of_kind(path: AnyPath, kind: str) -> bool:
+    """Whether a file is JSON that says it is of this kind."""
+    found = read_json(path)
+    return isinstance(found, dict) and found.get("kind") == kind
+
+
+def read_of_kind(path: AnyPath, kind: str, *, schema: int, wrong: str) -> dict[str, Any]:
+    """A sealed file of this kind; ArtefactError if it is missing, damaged, newer or another one.
+
+    Args: wrong is what is said of another one.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("kind") != kind:
+        raise DamagedError(wrong, where=str(path))
+    check_schema(found.get("schema"), supported=schema, where=str(path))
+    check_seal(found, must=True, where=str(path))
+    return found
+
+
 def sections(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What was measured, by section.
 
