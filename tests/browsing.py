@@ -90,6 +90,21 @@ def heading(page: Any, text: str) -> None:
     settle(page)
 
 
+def under_pointer(element: Any, read: str) -> Any:
+    """What a function of the page's script says of an element while the pointer is on it.
+
+    A page that still loads moves its elements from under the pointer: it goes there again, for as
+    long as an element is waited for.
+    """
+    for _ in range(100):
+        element.hover()
+        found = element.evaluate(f"e => e.matches(':hover') ? [({read})(e)] : []")
+        if found:
+            return found[0]
+        element.page.wait_for_timeout(100)
+    raise AssertionError(f"{element} does not keep still under the pointer")
+
+
 def complaints(page: Any) -> list[str]:
     """What the page says went wrong: its errors, and tracebacks."""
     found = page.locator("[data-testid=stAlertContentError], [data-testid=stException]")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from store import Annotations, FeatureFilter, FeatureStore
-from tests.browsing import READY, heading, settle, visit
+from tests.browsing import READY, heading, settle, under_pointer, visit
 from tests.explorer_process import serving
 from tests.tiny_store import D_SAE, EVERYWHERE, RARE, make_tiny_store
 
@@ -57,8 +57,7 @@ def test_deep_link_and_tokens(page: Any, server: str) -> None:
     peak = page.locator(".ss-ex .ss-peak")
     peak.wait_for()
     assert peak.count() == 1
-    peak.hover()
-    tip = peak.evaluate("e => getComputedStyle(e, '::after').content")
+    tip = under_pointer(peak, "e => getComputedStyle(e, '::after').content")
     assert "activation 1.500" in tip
     assert "sequence 2, position 5" in tip
     assert "Title <" in tip

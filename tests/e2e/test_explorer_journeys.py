@@ -16,7 +16,7 @@ import sae
 from dashboards.pages import find_pages
 from sae.architectures.topk import TopKConfig, TopKSAE
 from store import Annotations, FeatureFilter, FeatureStore
-from tests.browsing import READY, complaints, heading, settle, visit
+from tests.browsing import READY, complaints, heading, settle, under_pointer, visit
 from tests.explorer_process import serving
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
@@ -120,19 +120,20 @@ def test_type_a_prompt_click_a_feature_steer_it(page: Any, server: str) -> None:
     # hover either way
     name = page.locator(".name").first
     number = name.locator("b").inner_text()
-    name.hover()
-    lit = page.locator(".strip .token").evaluate_all(
-        "all => all.filter(e => e.style.background).length"
-    )
+    tokens = "[...e.getRootNode().querySelectorAll('.strip .token')]"
+    lit = under_pointer(name, f"e => {tokens}.filter(e => e.style.background).length")
     drawn = page.locator(".row").first.locator(".cell").count()
     assert lit == drawn, "the feature's own tokens are shaded, and no others"
     token = page.locator(".strip .token").nth(3)
-    token.hover()
-    faint = page.locator(".name.faint").count()
+    faint, left, right = under_pointer(
+        token,
+        """e => {
+          const root = e.getRootNode(), tip = root.querySelector('.tip').getBoundingClientRect();
+          return [root.querySelectorAll('.name.faint').length, tip.left, tip.right];
+        }""",
+    )
     assert 0 < faint < page.locator(".name").count(), "features that do not fire there are faint"
-    tip = page.locator(".tip").bounding_box()
-    assert tip["x"] >= 0
-    assert tip["x"] + tip["width"] <= 1280
+    assert 0 <= left < right <= 1280
     # click to lock, and the address keeps it
     name.click()
     page.wait_for_url(f"**/text?*locked={number}*")
