@@ -1,0 +1,1 @@
+"""Circuits: which features, errors and tokens make a model say what it says on one prompt."""
