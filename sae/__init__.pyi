@@ -1,3 +1,5 @@
+from sae.analysis.attention.attribution import Attribution as Attribution
+from sae.analysis.attention.attribution import attribute as attribute
 from sae.architectures import list_architectures as list_architectures
 from sae.commands.convert import ConvertConfig as ConvertConfig
 from sae.commands.convert import convert as convert
@@ -15,8 +17,6 @@ from sae.formats.load import load as load
 from sae.formats.predictive import load_predictive as load_predictive
 from sae.formats.upload import upload as upload
 from sae.kernels.codes import SparseCodes as SparseCodes
-from sae.steering.attribution import Attribution as Attribution
-from sae.steering.attribution import attribute as attribute
 from sae.steering.edits import Edit as Edit
 from sae.steering.steer import splice as splice
 from sae.steering.steer import steer as steer

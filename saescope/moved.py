@@ -108,6 +108,8 @@ sae.saved .core.serialisation
 sae.sites .data.placement
 sae.soundness .core.soundness
 sae.steer_command .commands.steer
+sae.steering.attribution .analysis.attention.attribution
+sae.steering.sums .analysis.attention.sums
 sae.training.command .commands.train .training.config
 sae.training.controller .training.l0_controller
 sae.training.labels .data.row_labels

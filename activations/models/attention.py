@@ -154,6 +154,25 @@ class HeadOutputs:
             TOLERANCE[model.dtype],
         )
 
+    def up_to_scale(self) -> Float[Tensor, "d_z d_model"]:
+        """What makes attention's output of the heads', biases left out, float64.
+
+        W_O times the model's constant; where a norm stands behind the projection, times its gain,
+        and at each position times that norm's scale there.
+
+        Raises InputError for a norm that takes the mean off.
+        """
+        module = self.target.module
+        if isinstance(module, nn.LayerNorm):
+            raise InputError(
+                "a norm that takes the mean off stands between the heads and the residual stream",
+                where=self.target.site,
+                given=type(module).__name__,
+            )
+        norm = normalised_target(self.target.site, module)
+        made = self.weight * self.target.scale
+        return made if norm is None else made * norm.gain.double().cpu()
+
     def multiplier(self, z: Tensor, attn_out: Tensor) -> Tensor:
         """m [d_model] with attn_out = m * (z W_O + b_O) at one position.
 

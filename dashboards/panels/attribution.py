@@ -11,7 +11,7 @@ from dashboards.pages import Panel
 from dashboards.queries import FeatureData
 from dashboards.session import Session, text_features_key
 from dashboards.tokens import plain, plain_visible, shortened
-from sae.steering.sums import SITES, sum_at
+from sae.analysis.attention.sums import SITES, sum_at
 from saescope.errors import SaescopeError
 
 if TYPE_CHECKING:

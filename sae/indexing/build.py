@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor
 
 from activations import ActivationStore, Model
+from activations.models.attention import HeadOutputs
+from sae.analysis.attention.heads import attention_site, head_norms
 from sae.analysis.similarity import cosines_with_others
 from sae.data.placement import Placement
 from sae.indexing.ends import Indexed, indexed
@@ -30,6 +32,8 @@ from store.fact_writer import LOGIT_BINS
 LARGEST_LOGIT = "largest_logit_effect"
 _HEADS = ".hook_z"
 """how the names of sites end that are attention heads side by side"""
+_INSIDE = tuple(f"attn.hook_{name}" for name in "qkv")
+"""how the names of sites end that may be as wide as the residual stream, and are not in it"""
 _SEQUENCES = 4096
 _FEATURES = 512
 
@@ -143,9 +147,9 @@ def _add_logits(
     except InputError:  # of harvests that were joined, which are of several models
         say("logit effects: left out, because the sites are not those of one model")
         return {}
-    directions = sae.W_dec[:, list(columns.values())[-1]]
-    if directions.shape[1] != model.d_model:
-        say("logit effects: left out, because the site is not as wide as the residual stream")
+    site, own = list(columns.items())[-1]
+    directions = _in_stream(model, site, sae.W_dec[:, own])
+    if directions is None:
         return {}
     W_U, norm_weight = model.unembedding()
     centred = model.final_norm_centres
@@ -170,6 +174,24 @@ def _add_logits(
                 )
             progress.advance(len(rows))
     return {LARGEST_LOGIT: torch.cat(largest).numpy()}
+
+
+def _in_stream(model: Model, site: str, directions: Tensor) -> Tensor | None:
+    """What directions [n, d] of a site add to the residual stream [n, d_model], up to a scale.
+
+    None, which is said, where that is not known.
+    """
+    if site.endswith(_HEADS):
+        try:
+            out = HeadOutputs.of(model, attention_site(site)[0]).up_to_scale()
+        except InputError as error:
+            say(f"logit effects: left out, because of what is behind the heads: {error}")
+            return None
+        return directions @ out.to(directions)
+    if directions.shape[1] != model.d_model or site.endswith(_INSIDE):
+        say("logit effects: left out, because the site is not in the residual stream")
+        return None
+    return directions
 
 
 def logit_histograms(effect: Tensor) -> tuple[Any, Any, Any]:
@@ -202,15 +224,6 @@ def _add_heads(
         say("norms of heads: left out, because the model does not say how many it has")
         return
     writer.add_head_norms(head_norms(sae.W_dec, heads).numpy())
-
-
-def head_norms(W_dec: Tensor, heads: int) -> Tensor:
-    """Norms [d_sae, heads] of decoder rows [d_sae, heads * d_head] within each head.
-
-    >>> head_norms(torch.tensor([[3.0, 4.0, 0.0, 2.0]]), 2).tolist()
-    [[5.0, 2.0]]
-    """
-    return rearrange(W_dec, "f (head d) -> f head d", head=heads).double().norm(dim=-1)
 
 
 def _add_neighbours(writer: StoreWriter, sae: Indexed, count: int, *, with_map: bool) -> None:

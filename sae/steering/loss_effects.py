@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from activations import Model
 from sae.core.base import SparseAutoencoder
-from sae.steering.steer import placement_in
+from sae.data.model_placement import placement_in
 from sae.steering.text_features import TextFeatures
 from saescope.errors import InputError
 

@@ -7,7 +7,7 @@ import torch
 
 from activations import Model
 from sae.core.base import SparseAutoencoder
-from sae.steering.steer import placement_in
+from sae.data.model_placement import placement_in
 from saescope.errors import InputError
 
 

@@ -12,7 +12,7 @@ from streamlit.testing.v1 import AppTest
 from dashboards import attribution_figures, model_cache, queries
 from dashboards.panels.attribution import OPEN
 from dashboards.session import text_features_key
-from sae.steering.attribution import Attribution
+from sae.analysis.attention.attribution import Attribution
 from saescope.errors import ArtefactError
 from store import FeatureStore
 from tests import tiny_store

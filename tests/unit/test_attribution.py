@@ -11,6 +11,8 @@ import torch
 import sae
 from activations import Model, load_model
 from activations.models import attention
+from sae.analysis.attention.attribution import Attribution
+from sae.analysis.attention.sums import SITES
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.architectures.crosscoder import Crosscoder, CrosscoderConfig
 from sae.architectures.gated import GatedConfig, GatedSAE
@@ -19,8 +21,6 @@ from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPu
 from sae.architectures.relu import ReLUConfig, ReLUSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.core.normaliser import Normaliser
-from sae.steering.attribution import Attribution
-from sae.steering.sums import SITES
 from saescope.errors import InputError
 from tests.tiny import ARCHITECTURES, D_MODEL, make_tiny_model
 
@@ -139,6 +139,19 @@ def test_the_terms_sum_to_the_pre_activation(
     with_bias = architecture in ("gpt2", "gpt_neox") and name != "attn.hook_z"
     assert any("output bias" in each for each in found.biases) == with_bias
     assert np.allclose(found.by_head.sum(), found.by_source.sum())
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("name", ["attn.hook_z", "hook_attn_out"])
+def test_the_identity_holds_in_float32(tmp_path: Path, architecture: str, name: str) -> None:
+    model = load_model(str(make_tiny_model(tmp_path, architecture)), dtype="float32")
+    made, site = relu().float(), f"blocks.{LAYER}.{name}"
+    found = attribute(model, made, site=site, position=7)
+    x = model.capture(torch.tensor([model.tokenize(TEXT)]), [site])[site][0, 7]
+    own = float(((x - made.b_dec) @ made.W_enc + made.b_enc)[FEATURE].detach())
+    size = np.abs(found.sources).sum() + sum(abs(each) for each in found.biases.values())
+    assert abs(total(found) - own) < 1e-5 * size
+    assert size < 30  # so that the identity says something
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -14,7 +14,7 @@ from activations.corpora.topics import document_sources, document_topics
 from sae.architectures.crosscoder import Crosscoder, CrosscoderConfig
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.core.normaliser import Normaliser
-from sae.indexing.build import logit_histograms
+from sae.indexing.build import direct_logits, logit_histograms
 from store import FeatureStore
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
@@ -247,3 +247,20 @@ def test_topics_of_files_that_changed_or_are_gone(
     expected = ["a", None, None, "b", None, "p", None, None]
     assert document_topics({"source": "x"}, keys) == expected
     assert "gone.jsonl" in capsys.readouterr().out
+
+
+def test_logit_effects_of_heads_go_through_the_output_matrix(
+    harvest: ActivationStore, tmp_path: Path
+) -> None:
+    # heads side by side are as wide as the residual stream here, and are not in it
+    model = load_model(harvest.manifest["model"]["spec"], dtype="float32")
+    made = finished(TopKSAE(TopKConfig(d_sae=D_SAE, k=K), model.d_model), harvest, site=HEADS)
+    layer: Any = model.hf.model.layers[int(HEADS.split(".")[1])]
+    written = made.W_dec.detach() @ layer.self_attn.o_proj.weight.detach().T
+    wanted = direct_logits(written, *model.unembedding())
+    with indexed(made, tmp_path) as store:
+        for number in range(0, D_SAE, 7):
+            first = store.logits(number).top[0]
+            best = wanted[number].argmax()
+            assert first.token_id == int(best)
+            assert first.value == pytest.approx(float(wanted[number, best]), rel=1e-4)

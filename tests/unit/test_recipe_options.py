@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import sae as saes
+from sae.analysis.attention.encoder import Encoder
 from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
 from sae.architectures.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
@@ -17,7 +18,6 @@ from sae.core.base import SparseAutoencoder, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.core.normaliser import Normaliser
 from sae.formats import format_named, formats
-from sae.steering.attribution import _Encoder
 from sae.training.run_folder import identity
 from sae.training.trainer import Trainer
 from saescope.artefact import SEAL, sha256_json
@@ -216,7 +216,7 @@ def test_other_formats_refuse_it_by_name(kind: str, tmp_path: Path) -> None:
         refused += 1
     assert refused >= 2
     with pytest.raises(InputError, match=r"attribute: .*in two steps"):
-        _Encoder.of(sae, 0)
+        Encoder.of(sae, 0)
     if isinstance(sae, MatryoshkaSAE):
         with pytest.raises(InputError, match=r"prefix: .*in two steps"):
             sae.prefix(0)

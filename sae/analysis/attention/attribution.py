@@ -38,18 +38,11 @@ from activations.models.attention import (
     HeadOutputs,
     run_with_patterns,
 )
-from sae.architectures._lista import refuse_lista
-from sae.architectures.gated import GatedSAE
-from sae.architectures.matching_pursuit import MatchingPursuitSAE
+from sae.analysis.attention.encoder import Encoder, read_at
+from sae.analysis.attention.head_values import HeadValues
 from sae.core.base import SparseAutoencoder
-from sae.core.config import kind_of
-from sae.steering.steer import placement_in
-from sae.steering.sums import SITES, sum_at
 from saescope.errors import InputError
 from saescope.integers import as_index, as_indices
-
-_SAME = 1e-3
-"""by how much, of the sum of the sizes of all terms, an SAE's activation may differ in rounding"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,15 +128,15 @@ def attribute(
     >>> found.tokens[found.by_source.argmax()]                                 # doctest: +SKIP
     ' harbour'
     """
-    own, read, layer, name = _read_at(model, sae, site, allow_other_model)
-    encoder = _Encoder.of(own, as_index(feature, where="feature", low=0, high=own.d_sae - 1))
-    ids = _ids(model, text)
+    own, read, layer, name = read_at(model, sae, site, allow_other_model)
+    encoder = Encoder.of(own, as_index(feature, where="feature", low=0, high=own.d_sae - 1))
+    ids = ids_of(model, text)
     position = _destination(model, encoder, ids, read, position)
     ids = ids[: position + 1]
-    parts = _Parts(model, encoder.direction, layer, name)
-    run = run_with_patterns(model, ids, [read, *parts.needed()])
+    parts = Parts(model, encoder.direction, layer, name)
+    run = run_with_patterns(model, ids, parts.needed())
     x = run.at[read][position]
-    parts.take_apart(run, x)
+    parts.take_apart(run, position)
     pre_activation = float(encoder.pre_activation(x[None])[0])
     biases = {**encoder.biases(x), **parts.biases}
     sources = np.concatenate(parts.sources) if parts.sources else np.zeros((0, position + 1))
@@ -164,32 +157,7 @@ def attribute(
     )
 
 
-def _read_at(
-    model: Model, sae: SparseAutoencoder, site: str | None, allow_other_model: bool
-) -> tuple[SparseAutoencoder, str, int, str]:
-    """The SAE in the model's units, the site that it reads, and that site's layer and name."""
-    if not isinstance(model, Model):
-        raise InputError(
-            "only a language model's activations are taken apart",
-            where="attribute",
-            given=type(model).__name__,
-        )
-    if sae.concatenates:
-        raise InputError("a crosscoder reads several sites at once", where="attribute")
-    placement = placement_in(model, sae, site, allow_other_model=allow_other_model)
-    (read,) = placement.read
-    found = sum_at(read)
-    if found is None:
-        raise InputError(
-            "what is read there is no sum over attention's heads and other parts",
-            where="attribute",
-            given=read,
-            allowed=", ".join(f"blocks.N.{name}" for name in SITES),
-        )
-    return placement.sae, read, *found
-
-
-def _ids(model: Model, text: str | Sequence[int]) -> list[int]:
+def ids_of(model: Model, text: str | Sequence[int]) -> list[int]:
     """Token ids of a text. Raises InputError for none, or for one that the model does not know."""
     if isinstance(text, str):
         ids = model.tokenize(text) if text else []
@@ -201,7 +169,7 @@ def _ids(model: Model, text: str | Sequence[int]) -> list[int]:
 
 
 def _destination(
-    model: Model, encoder: "_Encoder", ids: list[int], site: str, position: int | None
+    model: Model, encoder: "Encoder", ids: list[int], site: str, position: int | None
 ) -> int:
     """The position asked for, or that of the largest pre-activation. Raises InputError if none."""
     tokens = torch.tensor([ids])
@@ -226,73 +194,15 @@ def _destination(
     return int(found.masked_fill(~keep, -torch.inf).argmax())
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    """How a feature's pre-activation is made of rows x [rows, d_in], in float64."""
-
-    feature: int
-    direction: Tensor
-    encoder_bias: float
-    decoder_bias: float
-    sae: SparseAutoencoder
-
-    @classmethod
-    def of(cls, sae: SparseAutoencoder, feature: int) -> "_Encoder":
-        """Of an SAE in the model's units. Raises InputError if its features are no such product."""
-        if isinstance(sae, MatchingPursuitSAE):
-            raise InputError(
-                "chooses features one after another, so none has a pre-activation of its own",
-                where="attribute",
-                given=kind_of(sae.config),
-            )
-        refuse_lista(sae, "attribute")
-        direction = sae.W_enc_T[feature].detach().double().cpu()
-        if isinstance(sae, GatedSAE):
-            direction = direction * float(sae.r_mag[feature].double().exp())
-        bias = sae.b_mag if isinstance(sae, GatedSAE) else sae.b_enc
-        before = -float(sae.b_dec.detach().double().cpu() @ direction) if sae.pre_bias else 0.0
-        if sae.normaliser.kind == "standardised":
-            direction = direction - direction.mean()  # as good as taking each row's mean off
-        return cls(feature, direction, float(bias[feature]), before, sae)
-
-    def pre_activation(self, x: Tensor) -> Tensor:
-        """[rows], in the model's units."""
-        scale = self.sae.normaliser.row_scale(x)
-        biases = (self.encoder_bias + self.decoder_bias) * scale
-        return x @ self.direction + (biases[:, 0] if isinstance(biases, Tensor) else biases)
-
-    def biases(self, x: Tensor) -> dict[str, float]:
-        """What does not depend on x [d_in], but for its scale."""
-        scale = float(self.sae.normaliser.row_scale(x))
-        named = {"SAE encoder bias": self.encoder_bias, "SAE decoder bias": self.decoder_bias}
-        return {name: value * scale for name, value in named.items()}
-
-    def activation(self, x: Tensor, pre_activation: float, size: float) -> float:
-        """The feature's activation at x [d_in], 0 where it does not fire.
-
-        Raises InputError for an architecture whose activations are not its pre-activations.
-        Args: size is the sum of the sizes of the pre-activation's terms.
-        """
-        like = self.sae.W_dec
-        codes = self.sae.encode_sparse(x[None].to(like.device, like.dtype))
-        found = float(codes.dense()[0, self.feature])
-        if found and abs(found - pre_activation) > _SAME * size:
-            raise InputError(
-                "its activations are not its pre-activations, so they are no sum of parts",
-                where="attribute",
-                given=kind_of(self.sae.config),
-            )
-        return found
-
-
-class _Parts:
-    """The parts of what is read at the last position of a run, and a direction's product with each.
+class Parts:
+    """The parts of what is read at a position of a run, and a direction's product with each.
 
     The names of the model's sites are TransformerLens'.
     """
 
     def __init__(self, model: Model, direction: Tensor, layer: int, name: str) -> None:
         self._model = model
+        self.site = f"blocks.{layer}.{name}"
         self._direction = direction
         self._only_heads = name == "attn.hook_z"
         self.is_stream = name.startswith("hook_resid")
@@ -319,63 +229,46 @@ class _Parts:
         """The sites that a run has to keep."""
         names = ["attn.hook_v", "attn.hook_z", *([] if self._only_heads else ["hook_attn_out"])]
         own = [f"blocks.{layer}.{name}" for layer in self.attention for name in names]
-        return list(dict.fromkeys([*own, *self.stream().values()]))
+        return list(dict.fromkeys([self.site, *own, *self.stream().values()]))
 
-    def take_apart(self, run: AttentionRun, x: Tensor) -> None:
-        """Fill in the terms; x [d_in] is what they add up to.
+    def take_apart(self, run: AttentionRun, position: int) -> None:
+        """Fill in the terms of what is read at a position.
 
         Raises InputError where the residual stream, or a head, is another sum.
         """
-        tolerance = TOLERANCE[self._model.dtype]
-        added = [run.at[site][-1] for site in self.stream().values()]
-        if added and (sum(added) - x).norm() > tolerance * sum(float(a.norm()) for a in added):
+        self._check_stream(run, position)
+        for name, site in self.stream().items():
+            if not name.startswith("attention"):
+                self.components[name] = float(run.at[site][position] @ self._direction)
+        for layer in self.attention:
+            behind = self.behind(run, layer, position)
+            found = HeadValues.of(self._model, run, layer, position).brought(behind, position)
+            self.heads += [(layer, head) for head in range(len(found))]
+            self.sources.append(found.numpy())
+
+    def behind(self, run: AttentionRun, layer: int, position: int) -> Tensor:
+        """The direction [d_z] along which the heads of a layer are read at a position.
+
+        That of the bias behind them is a term of its own, which is filled in.
+        """
+        if self._only_heads:
+            return self._direction
+        block = f"blocks.{layer}."
+        z, attn_out = (run.at[block + name][position] for name in ("attn.hook_z", "hook_attn_out"))
+        out = HeadOutputs.of(self._model, layer)
+        through = out.multiplier(z, attn_out) * self._direction
+        if out.bias is not None:
+            self.biases[f"attention {layer} output bias"] = float(out.bias @ through)
+        return out.weight @ through
+
+    def _check_stream(self, run: AttentionRun, position: int) -> None:
+        added = [run.at[site][position] for site in self.stream().values()]
+        if not added:
+            return
+        off = (torch.stack(added).sum(0) - run.at[self.site][position]).norm()
+        if off > TOLERANCE[self._model.dtype] * sum(float(a.norm()) for a in added):
             raise InputError(
                 "the residual stream is not the sum of what attention and MLPs add to it",
                 where=self._model.spec,
                 allowed="models without norms behind the sums of their stream",
             )
-        for name, site in self.stream().items():
-            if not name.startswith("attention"):
-                self.components[name] = float(run.at[site][-1] @ self._direction)
-        for layer in self.attention:
-            block = f"blocks.{layer}."
-            z, behind = run.at[f"{block}attn.hook_z"][-1], self._direction
-            if not self._only_heads:
-                out = HeadOutputs.of(self._model, layer)
-                through = out.multiplier(z, run.at[f"{block}hook_attn_out"][-1]) * self._direction
-                behind = out.weight @ through
-                if out.bias is not None:
-                    self.biases[f"attention {layer} output bias"] = float(out.bias @ through)
-            found = _by_head(
-                run.pattern[layer][:, -1], run.at[f"{block}attn.hook_v"], z, behind, tolerance
-            )
-            if found is None:
-                raise InputError(
-                    "heads are not their pattern times their values alone (a gate, or another kind "
-                    "of attention)",
-                    where=f"{self._model.spec}, layer {layer}",
-                )
-            self.heads += [(layer, head) for head in range(len(found))]
-            self.sources.append(found)
-
-
-def _by_head(
-    pattern: Tensor, v: Tensor, z: Tensor, direction: Tensor, tolerance: float
-) -> NDArray[np.float64] | None:
-    """What each head [heads] reads from each source [pos], times a direction [d_z].
-
-    Args: pattern [heads, pos] at the destination, v [pos, d_v] of all key-value heads, z [d_z].
-
-    Returns None where pattern and values do not make z.
-    """
-    count = len(pattern)
-    size = len(z) // count
-    groups = v.shape[1] // max(size, 1)
-    if count * size != len(z) or groups == 0 or groups * size != v.shape[1] or count % groups:
-        return None
-    values = v.view(len(v), groups, size).repeat_interleave(count // groups, dim=1)
-    made = torch.einsum("hs,shd->hd", pattern, values).flatten()
-    if not bool((made - z).norm() <= tolerance * (made.norm() + z.norm())):
-        return None
-    product = torch.einsum("shd,hd->hs", values, direction.view(count, size))
-    return (pattern * product).numpy()
