@@ -22,6 +22,7 @@ from activations.sites.probe import Readable, readable
 from saescope.errors import InputError
 
 _SIDES = {"hook_in": "input", "hook_out": "output"}
+_BEFORE_GAIN = "hook_normalized"
 _OF_PARTS = {"hook_in": ("in", "gate", "qkv", "q"), "hook_out": ("out", "o")}
 """The parts that a component's input and output are, where it is no module."""
 _ELSEWHERE = {
@@ -57,10 +58,21 @@ class ModuleSites:
         chosen: list[str] = []
         for site in map(vocabulary.full_name, sites):
             if self._find(site) is None and vocabulary.is_pattern(site):
-                chosen += vocabulary.select([site], self._like(site), where=self._where)
+                chosen += self._matching(site)
             else:
                 chosen.append(self.target(site).site)
         return list(dict.fromkeys(chosen))
+
+    def _matching(self, pattern: str) -> list[str]:
+        """The sites that a full pattern stands for; those before a norm's gain are not listed, but
+        every norm whose output matches has one, or an error."""
+        before_gain = pattern.endswith(f".{_BEFORE_GAIN}")
+        listed = f"{pattern.removesuffix(_BEFORE_GAIN)}hook_out" if before_gain else pattern
+        found = vocabulary.select([listed], self._like(listed), where=self._where)
+        if not before_gain:
+            return found
+        named = [f"{site.removesuffix('hook_out')}{_BEFORE_GAIN}" for site in found]
+        return [self.target(site).site for site in named]
 
     def _like(self, site: str) -> Sequence[str]:
         """The names among which one like this is to be found."""
@@ -240,7 +252,7 @@ class SiteMap(ModuleSites):
         if isinstance(alias, str):
             path = alias.split(".")
         if len(path) == 1:
-            if path[0] == "hook_normalized":
+            if path[0] == _BEFORE_GAIN:
                 return normalised_target(site, module)
             side = _SIDES.get(path[0])
             if side is None:

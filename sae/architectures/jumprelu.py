@@ -33,13 +33,11 @@ from torch import Tensor, nn
 from sae import kernels
 from sae.architectures import register
 from sae.architectures._frequency import squared_frequencies
-from sae.architectures._ste import jump_relu, step
-from sae.architectures._thresholds import calibrated_threshold
+from sae.architectures._jumping import calibrated, jump, shortfall
 from sae.core import losses
 from sae.core.base import SAEConfig, SparseAutoencoder, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.core.plain import Rule
-from sae.distributed import FEATURES
 from sae.kernels.codes import SparseCodes
 from saescope.errors import check_range
 
@@ -187,9 +185,7 @@ class JumpReLUSAE(SparseAutoencoder):
         """
         if self.config.calibrated_l0 is None:
             return
-        theta = self.theta.clamp_min(1e-6 * float(FEATURES.mean(self.theta)) + 1e-30)
-        factor = calibrated_threshold(self, rows, 1 / theta, self.config.calibrated_l0)
-        scaled = theta * factor
+        scaled = calibrated(self, self.theta, rows, self.config.calibrated_l0)
         if self.config.parametrisation == "log":
             self.log_threshold.copy_(scaled.clamp_min(torch.finfo(scaled.dtype).tiny).log())
         else:
@@ -208,18 +204,12 @@ class JumpReLUSAE(SparseAutoencoder):
         unit = self._unit(batch.variance)
         eps = config.bandwidth * unit
         centred, theta = self.centred(batch), self.theta
-        both = self._near(centred, theta.detach(), eps)
-        owns = [theta.index_select(0, each.index) for each in both]
-        codes, silent = (
-            replace(each, value=jump_relu(each.value, own, eps))
-            for each, own in zip(both, owns, strict=True)
-        )
-        found = losses.reconstruct(codes, batch, self.W_dec, self.b_dec, silent)
-        active = torch.cat([step(e.value, own, eps) for e, own in zip(both, owns, strict=True)])
+        jumped = jump(centred, self.W_enc_T, self.b_enc, theta, eps)
+        codes, active = jumped.codes, jumped.active
+        found = self.reconstruct(codes, batch, jumped.silent)
         if config.penalty == "tanh":
             scale = config.tanh_scale / unit * losses.row_norms(self.W_dec)
-            strengths = [each.value * scale.index_select(0, each.index) for each in (codes, silent)]
-            counted = batch.mean(torch.tanh(torch.cat(strengths)))
+            counted = batch.mean(torch.tanh(jumped.strengths(scale)))
         else:
             counted = batch.mean(active)
         if config.penalty == "quadratic":
@@ -230,43 +220,14 @@ class JumpReLUSAE(SparseAutoencoder):
         loss = found.loss + weight * penalty
         terms = {"fvu": found.loss.detach(), "sparsity": penalty.detach()}
         if config.frequency_scale is not None:
-            index = torch.cat([each.index for each in both])
-            squared = squared_frequencies(active, index, self.d_sae, batch.total)
+            squared = squared_frequencies(active, jumped.features, self.d_sae, batch.total)
             frequent = squared / (config.frequency_scale * self.d_in)
             loss = loss + weight * frequent
             terms["frequency"] = frequent.detach()
         if config.pre_act_coefficient:
-            above = replace(both[0], value=both[0].value - owns[0])
-            short = batch.mean(self._short(centred, theta, above, state.dead)) / (unit * self.d_in)
+            short = shortfall(centred, self.W_enc_T, self.b_enc, theta, jumped.excess, state.dead)
+            norms = losses.rows_of(self.W_dec, state.dead.nonzero()[:, 0]).norm(dim=1)
+            short = batch.mean(short * norms) / (unit * self.d_in)
             loss = loss + config.pre_act_coefficient * short
             terms["pre_act"] = short.detach()
         return TrainingOutput(loss, terms, codes.counts(), found)
-
-    def _near(self, centred: Tensor, theta: Tensor, eps: float) -> list[SparseCodes]:
-        """Pre-activations above their thresholds; those just below, which thresholds feel too.
-
-        The latter are often many more; their activations are 0, so they have no gradient in z.
-        """
-        with torch.no_grad():
-            reach = kernels.encode_above(centred, self.W_enc_T, self.b_enc, theta - eps / 2)
-            near = SparseCodes(*reach, self.d_sae)
-            active = near.value > theta.index_select(0, near.index)
-            above, below = near.select(active), near.select(~active)
-        z = kernels.encode_selected(
-            centred, self.W_enc_T, self.b_enc, above.row_ptr, above.index, known=above.value
-        )
-        return [replace(above, value=z), below]
-
-    def _short(self, centred: Tensor, theta: Tensor, above: SparseCodes, dead: Tensor) -> Tensor:
-        """Sum over rows of ReLU(theta - z) ||W_dec||, of each dead feature (Anthropic, Jan. 2025).
-
-        above has z - theta where it is positive. As ReLU(u) = u + ReLU(-u), the sum over the batch
-        is that of theta - z, which the batch's sum of inputs gives, and of what is above.
-        """
-        rows = dead.nonzero()[:, 0]
-        encoder, decoder = (losses.rows_of(W, rows) for W in (self.W_enc_T, self.W_dec))
-        n = len(centred)
-        sum_z = (encoder * centred.sum(0)).sum(1) + n * self.b_enc.index_select(0, rows)
-        beyond = torch.zeros_like(theta).index_add(0, above.index, above.value)
-        short = (n * theta + beyond).index_select(0, rows) - sum_z
-        return short * decoder.norm(dim=1)

@@ -217,11 +217,20 @@ class SparseAutoencoder(ScaledModule, ABC):
         own = kernels.decode(codes.row_ptr, codes.index, codes.value, self.W_dec)
         return FEATURES.sum(own) + self.b_dec
 
-    def reconstruct(self, codes: SparseCodes, batch: TrainingBatch) -> losses.Reconstruction:
-        """The batch's loss of these codes, and their reconstruction."""
+    def reconstruct(
+        self, codes: SparseCodes, batch: TrainingBatch, silent: SparseCodes | None = None
+    ) -> losses.Reconstruction:
+        """The batch's loss of these codes, and their reconstruction.
+
+        silent: further entries, whose values are 0 but have a gradient (`losses.reconstruct`).
+        """
         if type(self).decode_normalised is SparseAutoencoder.decode_normalised:
-            return losses.reconstruct(codes, batch, self.W_dec, self.b_dec)
-        return losses.Reconstruction.of(self.decode_normalised(codes, batch.y), batch)
+            return losses.reconstruct(codes, batch, self.W_dec, self.b_dec, silent)
+        y_hat = self.decode_normalised(codes, batch.y)
+        if silent is not None:
+            row_ptr, index, value = silent.row_ptr, silent.index, silent.value
+            y_hat = y_hat + FEATURES.sum(kernels.decode(row_ptr, index, value, self.W_dec))
+        return losses.Reconstruction.of(y_hat, batch)
 
     # ---- what everybody uses ----------------------------------------------------------------
 

@@ -15,7 +15,12 @@ from sae.training.batch_maker import BatchMaker, LossConfig
 from saescope.config import from_dict, to_dict
 from saescope.errors import ArtefactError, InputError
 
-KINDS = sorted(list_architectures())
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "transcoder jumprelu": ("transcoder", {"activation": "jumprelu"}),
+    "skip_transcoder jumprelu": ("skip_transcoder", {"activation": "jumprelu"}),
+}
+"""architectures with an option that makes them another thing"""
+KINDS = [*sorted(list_architectures()), *VARIANTS]
 D_IN, D_OUT, D_SAE, ROWS = 6, 5, 20, 50
 NORMALISERS = ["none", "unit_mean_square", "sqrt_d", "centred", "standardised"]
 SETTINGS: dict[str, dict[str, Any]] = {"msae": {"ks": (2, 4, 8)}}
@@ -26,9 +31,11 @@ BIASES = {"b_enc": 0.1, "b_gate": 0.1, "b_mag": 0.1, "r_mag": 0.1, "b_dec": 0.3,
 def make(kind: str, *, normaliser: str = "unit_mean_square", seed: int = 0) -> SparseAutoencoder:
     """A small SAE with random weights, biases and real normalisers."""
     torch.manual_seed(seed)
+    kind, variant = VARIANTS.get(kind, (kind, {}))
     cls = architecture(kind)
     names = {field.name for field in dataclasses.fields(cls.Config)}
     options = {"d_sae": D_SAE, **({"k": 4} if "k" in names else {}), **SETTINGS.get(kind, {})}
+    options |= variant
     sae = cls(cls.Config(**options), D_IN, D_OUT if cls.transcodes else None)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():

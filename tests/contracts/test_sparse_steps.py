@@ -23,6 +23,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("crosscoder", {"activation": "topk"}),
     ("crosscoder", {"activation": "batchtopk"}),
     ("transcoder", {"activation": "relu"}),
+    ("transcoder", {"activation": "jumprelu", "pre_act_coefficient": 0.1}),
+    ("skip_transcoder", {"activation": "jumprelu"}),
     ("matryoshka", {"aux_per_level": True}),
     ("jumprelu", {"pre_act_coefficient": 0.1, "parametrisation": "log"}),
     ("csr", {"positives": "class"}),

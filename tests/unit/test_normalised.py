@@ -43,6 +43,9 @@ def test_it_is_the_norm_without_its_gain(model: Model) -> None:
     found = model.capture(TOKENS, [SITE])[SITE]
     torch.testing.assert_close(found, normalised(model), rtol=1e-5, atol=1e-6)
     assert model.resolve([SITE]) == [SITE]
+    every = [SITE.replace("1", str(layer)) for layer in range(3)]
+    assert model.resolve(["blocks.*.ln2.hook_normalized"]) == every
+    assert model.resolve(["blocks.1-2.ln2.hook_normalized"]) == every[1:]
 
 
 def test_an_edit_goes_through_the_gain(model: Model) -> None:
@@ -58,8 +61,9 @@ def test_an_edit_goes_through_the_gain(model: Model) -> None:
 
 def test_a_norm_that_takes_the_mean_off_has_no_such_site(tmp_path: Path) -> None:
     found = load_model(str(make_tiny_model(tmp_path / "neox", "gpt_neox")), dtype="float32")
-    with pytest.raises(InputError, match="no such site in this model"):
-        found.resolve([SITE])
+    for site in (SITE, "blocks.*.ln2.hook_normalized"):
+        with pytest.raises(InputError, match="no such site in this model"):
+            found.resolve([site])
 
 
 def test_a_gain_of_zero_is_said(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Transcoders against numbers worked out by hand, dense float64 formulae, and their own folding."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,34 @@ def test_relu_by_hand() -> None:
     assert float(output.loss.detach()) == pytest.approx(105 / 12 + 0.5 * 16 / 6)
 
 
-def test_jumprelu_by_hand_is_for_use_only() -> None:
-    sae = by_hand(activation="jumprelu")
-    sae.threshold.copy_(torch.tensor([0.0, 1.0, 2.0]))
+def test_jumprelu_by_hand() -> None:
+    """The input is at another scale than the target: bandwidth is of the one, tanh of the other."""
+    sae = by_hand(activation="jumprelu", l0_coefficient=0.5, l0_warmup_fraction=0.0, tanh_scale=1.0)
+    with torch.no_grad():
+        sae.threshold.copy_(torch.tensor([0.0, 1.0, 2.0]))
     assert sae.encode(X).tolist() == [[2, 0, 0], [0, 1.5, 0], [0, 0, 0]]  # 2 is not above 2
-    with pytest.raises(InputError, match=r"not trained.*given: 'jumprelu'; allowed: topk, relu"):
-        sae.training_output(batch(X, T), state(3))
+    sae.normaliser = Normaliser.identity(2, variance=2.0 * 0.25**2)  # bandwidth 2 x 0.25
+    output = sae.training_output(batch(X, T, variance=12.0), state(3))
+    # errors (0,0,0), (0,1,-2), (-1,1,-1): squares 0, 5, 3; f . norm = 2 and 3, over sqrt(12 / 3)
+    assert float(output.terms["fvu"]) == pytest.approx(8 / 3 / 12)
+    penalty = (math.tanh(2 / 2) + math.tanh(3 / 2)) / 3 / 2
+    assert float(output.terms["sparsity"]) == pytest.approx(penalty)
+    assert float(output.loss.detach()) == pytest.approx(8 / 36 + 0.5 * penalty)
+    assert output.counts.tolist() == [1, 1, 0]
+    output.loss.backward()
+    # z - theta is within 0.25 for feature 2 alone, on the last row, where its z is theta = 2
+    assert sae.threshold.grad is not None
+    assert sae.threshold.grad[:2].tolist() == [0, 0]
+    error = -T[2] + torch.tensor([0.0, 1.0, 0.0])
+    slope = -(2 / 0.5) * (2 * error @ sae.W_dec[2] / 3 / 12 + 0.5 * (5 / 2) / 3 / 2)
+    assert float(sae.threshold.grad[2]) == pytest.approx(float(slope.detach()))
 
 
 def test_thresholds_keep_float32_under_bfloat16() -> None:
     sae = by_hand(activation="jumprelu")
-    sae.threshold.fill_(1.2345678)
-    assert float(sae.to(torch.bfloat16).threshold[0]) == pytest.approx(1.2345678, rel=1e-7)
+    with torch.no_grad():
+        sae.threshold.fill_(1.2345678)
+    assert sae.to(torch.bfloat16).threshold[0].item() == pytest.approx(1.2345678, rel=1e-7)
     assert sae.W_dec.dtype == torch.bfloat16
 
 
@@ -94,6 +111,8 @@ def dense_loss(sae: Transcoder, data: TrainingBatch, dead: Tensor) -> Tensor:
     """The objectives, dense and float64, written without the kernels."""
     pre = data.y @ sae.W_enc_T.T + sae.b_enc
     config = sae.config
+    if config.activation == "jumprelu":
+        return dense_jumprelu_loss(sae, data, pre, dead)
     mask = (pre > 0).double()
     if config.activation == "topk":
         mask = torch.zeros_like(pre).scatter(1, pre.topk(config.k, dim=1).indices, 1.0)
@@ -109,6 +128,59 @@ def dense_loss(sae: Transcoder, data: TrainingBatch, dead: Tensor) -> Tensor:
     e_hat = torch.relu(pre[:, dead]) @ sae.W_dec[dead]
     aux = (e - e_hat).square().sum() / (e - e.mean(0)).square().sum()
     return fvu + config.auxk_coefficient * aux
+
+
+def dense_jumprelu_loss(sae, data: TrainingBatch, z: Tensor, dead: Tensor) -> Tensor:
+    """Straight-through slopes as tangents in theta, added where theta is the threshold itself."""
+    config, theta = sae.config, sae.threshold
+    s_in, s_out = (sae.normaliser.variance / sae.d_in) ** 0.5, (data.variance / sae.d_out) ** 0.5
+    eps = config.bandwidth * s_in
+    above = (z > theta).double().detach()
+    kernel = ((z - theta).abs() < eps / 2).double().detach()
+    moved = theta - theta.detach()
+    f = z * above - theta.detach() / eps * kernel * moved
+    active = above - kernel / eps * moved
+    y_hat = f @ sae.W_dec + sae.b_dec
+    if isinstance(sae, SkipTranscoder):
+        y_hat = y_hat + data.y @ sae.W_skip
+    fvu = (data.target - y_hat).square().sum(1).mean() / data.variance
+    norms = sae.W_dec.square().sum(1).sqrt()
+    if config.penalty == "tanh":
+        active = torch.tanh(config.tanh_scale * f * norms / s_out)
+    penalty = active.sum(1).mean() / sae.d_in
+    short = (torch.relu(theta - z) * norms)[:, dead].sum(1).mean() / s_out / sae.d_in
+    return fvu + config.l0_coefficient * penalty + config.pre_act_coefficient * short
+
+
+@pytest.mark.parametrize("cls", [Transcoder, SkipTranscoder])
+@pytest.mark.parametrize("penalty", ["tanh", "step"])
+def test_jumprelu_gradients_equal_the_dense_float64_objective(cls, penalty: str) -> None:
+    torch.manual_seed(0)
+    config = cls.Config(
+        d_sae=40,
+        activation="jumprelu",
+        penalty=penalty,
+        l0_warmup_fraction=0.0,
+        pre_act_coefficient=0.1,
+    )
+    sae = cls(config, 7, 4).double()
+    for parameter in sae.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    sae.normaliser = Normaliser.identity(7, variance=1.7)
+    torch.nn.init.uniform_(sae.threshold, 0.1, 0.8)
+    y = torch.randn(33, 7, dtype=torch.float64)
+    data = batch(y, torch.randn(33, 4, dtype=torch.float64), variance=3.0)
+    now = state(40, 3, 8, 21)
+    loss = sae.training_output(data, now).loss
+    loss.backward()
+    fast = {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
+    sae.zero_grad()
+    expected = dense_loss(sae, data, now.dead)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    assert fast["threshold"].count_nonzero() > 30
+    for name, p in sae.named_parameters():
+        torch.testing.assert_close(fast[name], p.grad, msg=name)
 
 
 @pytest.mark.parametrize("cls", [Transcoder, SkipTranscoder])
@@ -149,7 +221,7 @@ def random_sae(cls, activation: str, inside: str, outside: str):
     for parameter in sae.parameters():
         torch.nn.init.normal_(parameter)
     if activation == "jumprelu":
-        sae.threshold.uniform_()
+        torch.nn.init.uniform_(sae.threshold)
     x, t = 3 * torch.randn(100, 6) + 2, 70 * torch.randn(100, 5) - 11
     sae.normaliser, sae.output_normaliser = fitted(inside, x), fitted(outside, t)
     return sae, x
@@ -213,7 +285,14 @@ def test_start_predicts_the_mean_and_no_feature_is_favoured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "activation"), [(Transcoder, "topk"), (Transcoder, "relu"), (SkipTranscoder, "topk")]
+    ("cls", "activation"),
+    [
+        (Transcoder, "topk"),
+        (Transcoder, "relu"),
+        (Transcoder, "jumprelu"),
+        (SkipTranscoder, "topk"),
+        (SkipTranscoder, "jumprelu"),
+    ],
 )
 def test_learns_a_sparse_map(cls, activation: str) -> None:
     """Planted: 12 directions of the input, each read by a threshold, write 12 of the output."""
@@ -225,6 +304,7 @@ def test_learns_a_sparse_map(cls, activation: str) -> None:
     variance = float((target - target.mean(0)).square().sum(1).mean())
     sae = cls(cls.Config(d_sae=32, k=3, activation=activation, l1_coefficient=0.1), 16, 8)
     data = batch(y, target, variance)
+    sae.normaliser = Normaliser.identity(16, float((y - y.mean(0)).square().sum(1).mean()))
     sae.start(data)
     optimiser = torch.optim.Adam(sae.parameters(), lr=1e-2)
     now = state(32)
@@ -248,10 +328,16 @@ def test_configuration() -> None:
     relu = TranscoderConfig(activation="relu")
     assert relu.with_target_l0(17.5) == relu
     assert Transcoder(TranscoderConfig(d_sae=4, activation="relu"), 3, 2).penalised
+    jumping = TranscoderConfig(activation="jumprelu", l0_warmup_fraction=0.7)
+    assert jumping.with_target_l0(17.5).calibrated_l0 == 17.5
+    assert jumping.penalty_warmup == 0.7
+    assert Transcoder(TranscoderConfig(d_sae=4, activation="jumprelu"), 3, 2).penalised
     assert not by_hand(k=1).penalised
     with pytest.raises(InputError, match="k is a whole number"):
         TranscoderConfig().with_target_l0(17.5)
     with pytest.raises(InputError, match="no such activation"):
         TranscoderConfig(activation="gelu")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no such penalty"):
+        TranscoderConfig(penalty="quadratic")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"sae\.k"):
         TranscoderConfig(d_sae=16, k=17)
