@@ -65,7 +65,10 @@ class HookTarget:
 
     def write(self, value: Tensor, edited: Tensor) -> Tensor:
         """The module's input, output or update with the site's part replaced."""
-        edited = edited if self.scale == 1 else edited / self.scale
+        if self.scale != 1:
+            own = value.reshape(edited.shape)
+            # what is left alone keeps its bits, which a product and a division would not
+            edited = own.where(edited == own * self.scale, edited / self.scale)
         if self.in_place:
             return value.copy_(edited.reshape(value.shape))
         if value.ndim == 2 and self.columns is None:
@@ -146,7 +149,8 @@ def _hook(target: HookTarget, see: Callable[[Tensor], Tensor | None]) -> list[An
                     given=f"{tuple(before.shape)} and {tuple(value.shape)}",
                 )
             new = see(value - before)
-            new = None if new is None else before + new
+            # what is left alone keeps its bits, which input + (output - input) would not
+            new = None if new is None else value.where(new == value - before, before + new)
         return None if new is None else _with_output(output, slot, new)
 
     handles: list[Any] = [target.module.register_forward_hook(after)]

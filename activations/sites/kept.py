@@ -156,33 +156,50 @@ def generating(model: Any) -> Iterator[None]:
 
     Without a KV cache every pass of it looks like a prompt.
     """
-    own: Callable[..., Any] | None = getattr(model, "generate", None)
+    own = getattr(model, "generate", None)
     if own is None:
         yield
         return
-
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        known = inspect.signature(own).bind_partial(*args, **kwargs).arguments
-        known = {**known.pop("kwargs", {}), **known}
-        tokens = next((known[n] for n in ("input_ids", "inputs", "input") if n in known), None)
-        if isinstance(tokens, str) and hasattr(model, "to_tokens"):
-            tokens = model.to_tokens(tokens)
-        if not isinstance(tokens, Tensor):
-            return own(*args, **kwargs)
-        repeats = _texts_each(model, known)
-        lengths = real_tokens(tokens, known.get("attention_mask")).sum(1)
-        with prompt_of(lengths.repeat_interleave(repeats)):
-            return own(*args, **kwargs)
-
-    before = vars(model).get("generate")
-    model.generate = generate
+    telling = own if isinstance(own, _TellingGenerate) else _TellingGenerate(model, own)
+    telling.blocks += 1
     try:
         yield
     finally:
-        if before is None:
-            del model.generate
+        telling.blocks -= 1
+        if not telling.blocks:
+            telling.remove()
+
+
+class _TellingGenerate:
+    """A model's `generate` that says where the prompts end, for as many blocks as are open."""
+
+    def __init__(self, model: Any, own: Callable[..., Any]) -> None:
+        self.blocks = 0
+        self._model, self._own = model, own
+        self._before = vars(model).get("generate")
+        model.generate = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        known = inspect.signature(self._own).bind_partial(*args, **kwargs).arguments
+        known = {**known.pop("kwargs", {}), **known}
+        tokens = next((known[n] for n in ("input_ids", "inputs", "input") if n in known), None)
+        if isinstance(tokens, str) and hasattr(self._model, "to_tokens"):
+            tokens = self._model.to_tokens(tokens)
+        if not isinstance(tokens, Tensor):
+            return self._own(*args, **kwargs)
+        repeats = _texts_each(self._model, known)
+        lengths = real_tokens(tokens, known.get("attention_mask")).sum(1)
+        with prompt_of(lengths.repeat_interleave(repeats)):
+            return self._own(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Give the model its own `generate` back, unless somebody has replaced this one since."""
+        if vars(self._model).get("generate") is not self:
+            return
+        if self._before is None:
+            del self._model.generate
         else:
-            model.generate = before
+            self._model.generate = self._before
 
 
 def _texts_each(model: Any, known: Mapping[str, Any]) -> int:
@@ -255,7 +272,8 @@ class Run:
         return past
 
     def _end(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
-        self._depth -= 1
+        # a pass that fails in another's hook before `_begin` is ended all the same
+        self._depth = max(self._depth - 1, 0)
         if not self._depth:
             self._token_positions = None
 

@@ -216,6 +216,9 @@ class Arithmetic:
 
     def _checked(self, name: str, edits: Any) -> dict[int, list[float]]:
         if name == "ablate":
+            several = isinstance(edits, Collection) and getattr(edits, "ndim", 1)
+            if several and not isinstance(edits, str | bytes):
+                edits = [_digits(each) for each in edits]
             off = as_indices(edits, where=name, **self._known())
             return _unique(((key, [0.0]) for key in off), name)
         if not isinstance(edits, Mapping):
@@ -240,7 +243,7 @@ class Arithmetic:
         return {"low": 0, "high": self._sae.d_sae - 1, "what": "no such feature"}
 
     def _feature(self, key: Any, where: str) -> int:
-        return as_index(key, where=where, **self._known())
+        return as_index(_digits(key), where=where, **self._known())
 
     def _index(self, features: Collection[int]) -> Int[Tensor, " features"]:
         return torch.tensor(list(features), dtype=torch.int64, device=self._sae.W_dec.device)
@@ -251,6 +254,12 @@ class Arithmetic:
         filled = [each if len(each) == rows else list(each) * rows for each in columns]
         values = torch.tensor(filled, device=self._sae.W_dec.device).reshape(len(columns), rows)
         return values.T
+
+
+def _digits(feature: Any) -> Any:
+    """A feature's number from its digits, as JSON's keys have it; anything else as it is."""
+    written = isinstance(feature, str) and feature.isascii() and feature.isdigit()
+    return int(feature) if written else feature
 
 
 def _none() -> float:

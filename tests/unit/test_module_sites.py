@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from activations.sites.hooks import run_until_captured, shapes_of, splicing
+from activations.sites.hooks import HookTarget, run_until_captured, shapes_of, splicing
 from activations.sites.modules import ModuleSites
 from saescope.errors import InputError
 
@@ -125,3 +125,34 @@ def test_shapes_of_a_whole_pass(toy: Toy) -> None:
     targets = [sites.target(name) for name in names]
     shapes = shapes_of(targets, lambda: toy(torch.randn(2, 3, 3, 5)))
     assert shapes == {names[0]: (2, 15, 4), names[1]: (2, 1, 5), names[2]: (2, 15, 4)}
+
+
+class Mixing(nn.Module):
+    """A block whose update is not its input plus something exact."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x) / 3
+
+
+@pytest.mark.parametrize(("side", "scale"), [("update", 1.0), ("output", 0.22), ("output", 1.0)])
+def test_positions_that_an_edit_leaves_alone_keep_every_bit(side: str, scale: float) -> None:
+    """Through a difference and back, or a product and a quotient, some bits would be lost."""
+    torch.manual_seed(0)
+    module, x = Mixing().requires_grad_(requires_grad=False), torch.randn(8, 40, 4)
+    target = HookTarget(site="here", module=module, side=side, scale=scale)
+    plain = module(x)
+
+    def edit(value: Tensor, _position: Tensor) -> Tensor:
+        new = value.clone()
+        new[:, 5] += 1.0
+        return new
+
+    with splicing(module, [(target, edit)]):
+        found = module(x)
+    others = [at for at in range(40) if at != 5]
+    assert torch.equal(found[:, others], plain[:, others])
+    torch.testing.assert_close(found[:, 5], plain[:, 5] + 1.0 / scale)
