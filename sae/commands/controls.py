@@ -5,17 +5,17 @@ controls.json beside the evaluation says how each metric ranks them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from activations import Model
-from sae.commands.evaluate import HeldOut
 from sae.commands.evaluate_config import EvaluateConfig
+from sae.commands.held_out import HeldOut
 from sae.evaluation import Family
 from sae.evaluation.controls import TRAINED, controls, ranking
 from sae.evaluation.controls_file import KIND, SCHEMA
+from sae.evaluation.unfinished_file import Unfinished
 from sae.evaluation.written import ROWS, measured_values, rows_of
 from saescope.artefact import sha256_json
 from saescope.errors import InputError
@@ -29,13 +29,19 @@ _SEED = 0
 
 
 def measure_controls(
-    run: EvaluateConfig, evaluation: Mapping[str, Any], wanted: Sequence[Family]
+    run: EvaluateConfig,
+    evaluation: Mapping[str, Any],
+    wanted: Sequence[Family],
+    *,
+    unfinished: Unfinished | None = None,
 ) -> dict[str, Any]:
     """What controls.json is to hold, of an SAE and its evaluation with these families.
 
+    Args: unfinished keeps the figures of each control, and has those measured before.
+
     Raises InputError for an SAE that there are no controls of (`sae.evaluation.controls`).
     """
-    data = _Control(**vars(HeldOut.open(run)))
+    data = _Control(**vars(HeldOut.open(run, unfinished=unfinished)))
     if data.pooled:
         raise InputError(
             "controls are of one site: give site", where="controls", given=list(data.sites)
@@ -76,14 +82,6 @@ def _figures(evaluation: Mapping[str, Any], rows: Mapping[str, Metric]) -> dict[
 class _Control(HeldOut):
     """The held-out part of a harvest, and one of several SAEs that are measured on it."""
 
-    loaded: list[Model] = field(default_factory=list)
-    """the model, loaded once for all"""
-
     def training(self) -> Any:
         """Rows of the training split, as training saw them."""
         return self._rows(self.placement, _ROWS)()
-
-    def _model(self) -> Model:
-        if not self.loaded:
-            self.loaded.append(super()._model())
-        return self.loaded[0]

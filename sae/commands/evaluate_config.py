@@ -11,6 +11,9 @@ from sae.ravel.config import RavelConfig
 from saescope.config import Config
 from saescope.errors import check_range
 
+QUICK_ROWS, QUICK_TOKENS = 4096, 2048
+"""the most that `quick` measures"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Config):
@@ -40,7 +43,8 @@ class EvaluateConfig(Config):
     with an audit's warning), unlearning (by clamping, with side effects); several by commas, as in
     core,probing."""
     quick: bool = False
-    """Measure what suites of texts measure on fewer of them, in a few minutes."""
+    """A look in a few minutes: at most 4,096 rows and 2,048 tokens, and of suites that look at
+    training rows, or have texts of their own, at fewer of these."""
     metrics: tuple[str, ...] = ()
     """Families of metrics to measure (density, reconstruction, downstream, and those of plug-ins);
     all that apply if not given. The evaluation then has these alone."""
@@ -71,3 +75,15 @@ class EvaluateConfig(Config):
             check_range("rows", self.rows, low=1)
         check_range("tokens", self.tokens, low=0)
         check_range("batch", self.batch, low=1)
+
+    @property
+    def most_rows(self) -> int | None:
+        """The most held-out rows that are measured; None: all of them."""
+        if not self.quick:
+            return self.rows
+        return QUICK_ROWS if self.rows is None else min(self.rows, QUICK_ROWS)
+
+    @property
+    def most_tokens(self) -> int:
+        """The most held-out tokens that the model is run on."""
+        return min(self.tokens, QUICK_TOKENS) if self.quick else self.tokens

@@ -17,16 +17,17 @@ from sae.commands.controls import measure_controls
 from sae.commands.evaluate import (
     EVALUATION,
     EvaluateConfig,
-    HeldOut,
     evaluate,
     write_evaluation,
 )
 from sae.commands.evaluation_files import check_metric_table, write_metrics
+from sae.commands.held_out import HeldOut
 from sae.commands.reliability import measure_reliability, reliability_file, seeds_of_runs
 from sae.commands.sweep import MEMBERS, read_members
 from sae.evaluation import Family, chosen
 from sae.evaluation.controls_file import CONTROLS_KIND, controls_file, controls_lines
 from sae.evaluation.floors_file import RELIABILITY, reliability_lines
+from sae.evaluation.unfinished_file import Unfinished
 from sae.evaluation.written import measured_values, read_evaluation, rows_of
 from sae.formats.hub import SCHEME, HubFolder, evaluation_file
 from saescope.artefact import write_report
@@ -124,9 +125,11 @@ def _controls(runs: Sequence[EvaluateConfig], wanted: Sequence[Family]) -> int:
         return failed
     for run in runs:
         path = paths[run.run]
-        found = measure_controls(run, read_evaluation(path), wanted)
+        unfinished = Unfinished(path)
+        found = measure_controls(run, read_evaluation(path), wanted, unfinished=unfinished)
         try:
             write_report(controls_file(path), found, CONTROLS_KIND, replace=run.replace)
+            unfinished.forget()
         finally:  # what was measured is told, wherever it cannot be written
             for line in controls_lines(found):
                 say(line)
@@ -240,7 +243,7 @@ class _Sharing:
     def _measured(self, run: EvaluateConfig) -> tuple[Mapping[str, Any], bool]:
         """A run's evaluation, and whether it was made now."""
         path = _evaluation_path(run)
-        data = HeldOut.open(run)
+        data = HeldOut.open(run, unfinished=Unfinished(path))
         if exists(path) and EVALUATION.holds(path) and _is_of_one_sae(run.run):
             before = read_evaluation(path)
             if data.measured_in(before, self.wanted):

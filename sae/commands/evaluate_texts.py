@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from activations import ActivationStore
+from activations import ActivationStore, Model
 from sae.analysis.lens import TunedLens
-from sae.data.harvests import held_out_rows, kind_of_model, knows_model, load_harvested_model
+from sae.data.harvests import held_out_rows, kind_of_model, knows_model
 from sae.data.placement import Placement
 from sae.data.provenance import weights_hash
 from sae.evaluation import Family, families
@@ -92,15 +92,12 @@ def on_texts(
     placement: Placement,
     probing: ProbingConfig,
     *,
+    model: Model,
     path: AnyPath,
     rows: dict[str, list[dict[str, Any]]],
-    trust_remote_code: bool,
 ) -> OnTexts[None]:
-    """The SAE at its site with its model loaded, and where activations of texts are kept: where
-    the settings of probing say, or beside `path`, or in the current folder if that is remote."""
-    model = load_harvested_model(
-        harvest, harvest.manifest["model"]["dtype"], trust_remote_code=trust_remote_code
-    )
+    """The SAE at its site with its model, and where activations of texts are kept: where the
+    settings of probing say, or beside `path`, or in the current folder if that is remote."""
     site = placement.read[0]
     lens = placement.sae.metadata.get("lens")
     through = TunedLens.load(lens) if lens else None

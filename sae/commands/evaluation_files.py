@@ -5,8 +5,9 @@
     evaluation.FAMILY.json   a table of a family, as evaluation.probing.json
     evaluation.FAMILY.parquet
     controls.json            the same of controls (`sae.evaluation.controls_file`)
+    evaluation.unfinished    what is measured of one that was interrupted
 
-All but the last carry the hash of one protocol.
+All but the last two carry the hash of one protocol.
 """
 
 import re
@@ -26,18 +27,25 @@ from sae.evaluation.metric_table import (
     read_metric_table,
     write_metric_table,
 )
+from sae.evaluation.unfinished_file import read_unfinished, unfinished_file
 from sae.evaluation.written import EVALUATION_FILE, read_evaluation
 from saescope.artefact import DamagedError, check_seal, read_json
 from saescope.paths import AnyPath
 from saescope.replacing import check_replaceable
 
-_READERS = {EVALUATION_FILE: read_evaluation, CONTROLS_FILE: read_controls}
+UNFINISHED_FILE = unfinished_file(Path(EVALUATION_FILE)).name
+_READERS = {
+    EVALUATION_FILE: read_evaluation,
+    CONTROLS_FILE: read_controls,
+    UNFINISHED_FILE: read_unfinished,
+}
 _TABLE = re.compile(r"evaluation\.[a-z][a-z0-9_]*\.(json|parquet)")
 
 
 def evaluation_files(folder: Path) -> list[str]:
     """The names of those that are in a folder, the evaluation itself first."""
-    own = (EVALUATION_FILE, metric_table_path(folder / EVALUATION_FILE).name, CONTROLS_FILE)
+    table = metric_table_path(folder / EVALUATION_FILE).name
+    own = (EVALUATION_FILE, table, CONTROLS_FILE, UNFINISHED_FILE)
     tables = sorted(path.name for path in folder.iterdir() if _TABLE.fullmatch(path.name))
     return [*(name for name in own if (folder / name).exists()), *tables]
 

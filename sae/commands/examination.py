@@ -10,7 +10,11 @@ from activations.storage.layout import GROUP
 from activations.storage.ledger import LEDGER
 from sae.analysis import lens
 from sae.commands.diff_models import MODEL_DIFF, read_model_diff
-from sae.commands.evaluation_files import check_evaluation_file, evaluation_files
+from sae.commands.evaluation_files import (
+    UNFINISHED_FILE,
+    check_evaluation_file,
+    evaluation_files,
+)
 from sae.commands.sweep import MEMBERS, read_members
 from sae.core.serialisation import CONFIG_FILE, WEIGHTS_FILE, described_sae
 from sae.evaluation.floors_file import RELIABILITY_FILE, read_reliability
@@ -152,6 +156,8 @@ def _evaluation(found: Examination, folder: Path) -> None:
     for file in evaluation_files(folder):
         with found.of(folder / file):
             check_evaluation_file(folder / file)
+        if file == UNFINISHED_FILE:
+            found.notes.append("an evaluation was interrupted, and goes on with saescope eval")
 
 
 def _checkpoint(found: Examination, folder: Path) -> dict[str, Any] | None:

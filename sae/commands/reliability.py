@@ -14,10 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from activations import Model
 from sae.analysis.as_trained import Rows
-from sae.commands.evaluate import HeldOut
 from sae.commands.evaluate_config import EvaluateConfig
+from sae.commands.held_out import HeldOut
 from sae.data.placement import Placement
 from sae.evaluation import Family
 from sae.evaluation.comparison import check_one_protocol, differing, in_words
@@ -183,8 +182,6 @@ class _Groups(HeldOut):
 
     chosen: list[int] = field(default_factory=lambda: [0])
     """the group that is measured now"""
-    loaded: list[Model] = field(default_factory=list)
-    """the model, loaded once for all groups"""
     dealt: dict[str, Tensor] = field(default_factory=dict)
     """documents of each group by what is measured, "rows" or "sequences" """
 
@@ -241,8 +238,3 @@ class _Groups(HeldOut):
     def _sequences(self) -> NDArray[np.int64]:
         within = torch.isin(self._first_documents(), self._group("sequences"))
         return super()._sequences()[within.numpy()]
-
-    def _model(self) -> Model:
-        if not self.loaded:
-            self.loaded.append(super()._model())
-        return self.loaded[0]

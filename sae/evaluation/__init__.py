@@ -80,10 +80,16 @@ class Family:
     protocol: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able settings that decide its values, besides the data; under its name in the
     protocol, and so in the protocol's hash"""
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    """those of them that are others where `Setting.quick` asks for a look in a few minutes"""
     suite: str = CORE
     """the suite that it is of"""
     texts: OwnTexts | None = None
     """what it says of itself if it needs texts"""
+
+    def settings(self, *, quick: bool = False) -> dict[str, Any]:
+        """What the protocol says of it, whole or quick."""
+        return {**self.protocol, **(self.quick if quick else {})}
 
 
 _REGISTRY: dict[str, Family] = {}
@@ -97,18 +103,22 @@ def metric_family(
     metrics: Sequence[Metric],
     section: str | None = None,
     protocol: Mapping[str, Any] | None = None,
+    quick: Mapping[str, Any] | None = None,
     suite: str = CORE,
     texts: OwnTexts | None = None,
 ) -> Callable[[MeasureT], MeasureT]:
     """Add a family of metrics; its section is its name if none is given.
 
     TypeError for a family of this name, another metric of a row's name, what is not a class where
-    activations alone are needed, or `texts` that are not there where texts are needed, or are.
+    activations alone are needed, `texts` that are not there where texts are needed, or are, or a
+    quick setting that the protocol does not have.
     """
     if name in _REGISTRY:
         raise TypeError(f"family of metrics {name!r} is registered twice")
     if (texts is not None) != (needs == "texts"):
         raise TypeError(f"family of metrics {name!r}: texts= goes with needs='texts'")
+    if strange := set(quick or {}) - set(protocol or {}):
+        raise TypeError(f"family of metrics {name!r}: quick= has others than protocol=: {strange}")
     declare(*metrics)
 
     def add(measure: MeasureT) -> MeasureT:
@@ -124,6 +134,7 @@ def metric_family(
             section=name if section is None else section,
             measure=measure,
             protocol=dict(protocol or {}),
+            quick=dict(quick or {}),
             suite=suite,
             texts=texts,
         )

@@ -31,7 +31,7 @@ from sae.evaluation.rows import Coder, Counted, EncodedRows, RowSums, Setting
 from sae.kernels.codes import SparseCodes
 from saescope.metrics import Metric
 
-TRAINING_ROWS = 16_384
+TRAINING_ROWS, QUICK_TRAINING_ROWS = 16_384, 4096
 TOLERANCE = 1e-3
 """by how much FVU may rise when values are quantised"""
 PRIOR = 16.0
@@ -188,15 +188,17 @@ class _Errors:
     needs="activations",
     metrics=(DESCRIPTION_BITS, INDEX_BITS, VALUE_BITS, FVU_QUANTISED),
     protocol={"training_rows": TRAINING_ROWS, "tolerance": TOLERANCE, "prior": PRIOR},
+    quick={"training_rows": QUICK_TRAINING_ROWS},
     suite="description_length",
 )
 class DescriptionLength(RowSums):
     """Bits of held-out rows' codes and squared errors, five float64 a row."""
 
-    training_rows: ClassVar[int] = TRAINING_ROWS
+    readings: ClassVar[int] = 3
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
+        self.training_rows = QUICK_TRAINING_ROWS if setting.quick else TRAINING_ROWS
         self.distribution = CodeDistribution(setting.d_sae, self._norms(), 1.0)
         self.rows = [torch.zeros(0, 5, dtype=torch.float64)]
 

@@ -29,9 +29,9 @@ from saescope.errors import InputError
 from saescope.metrics import Metric
 
 NEIGHBOURS = 10
-ALIGNED_ROWS = 1024
+ALIGNED_ROWS, QUICK_ALIGNED_ROWS = 1024, 512
 """first rows that CKNNA is of"""
-PROJECTED_ROWS = 4096
+PROJECTED_ROWS, QUICK_PROJECTED_ROWS = 4096, 1024
 """first rows that are projected on the decoder"""
 PART = 0.375
 """n of the n-th decoder projection, over d_sae"""
@@ -137,6 +137,7 @@ def nth_projection(x: Tensor, directions: Tensor, part: float) -> float:
         "projected_rows": PROJECTED_ROWS,
         "part": PART,
     },
+    quick={"aligned_rows": QUICK_ALIGNED_ROWS, "projected_rows": QUICK_PROJECTED_ROWS},
     suite="geometry",
 )
 class Geometry(RowSums):
@@ -147,6 +148,8 @@ class Geometry(RowSums):
         if not isinstance(setting.sae, SparseAutoencoder):
             raise InputError("needs an SAE with weights", where="geometry", given=setting.sae)
         self.sae = setting.sae
+        self.aligned_rows = QUICK_ALIGNED_ROWS if setting.quick else ALIGNED_ROWS
+        self.projected_rows = QUICK_PROJECTED_ROWS if setting.quick else PROJECTED_ROWS
         directions = self.sae.decoder_directions().detach().float()
         self.unit = functional.normalize(directions, dim=1)
         self.centred: list[Tensor] = []
@@ -164,10 +167,10 @@ class Geometry(RowSums):
 
     def add(self, rows: EncodedRows) -> None:
         """Keep the first rows: what is projected, and activations with their codes."""
-        left = PROJECTED_ROWS // ROWS.size - sum(map(len, self.centred))
+        left = self.projected_rows // ROWS.size - sum(map(len, self.centred))
         if left > 0:
             self.centred.append((rows.target[:left] - self._constant()).float())
-        left = ALIGNED_ROWS // ROWS.size - sum(map(len, self.x))
+        left = self.aligned_rows // ROWS.size - sum(map(len, self.x))
         if left > 0:
             self.x.append(rows.given.x[:left])
             self.codes.append(rows.codes.dense()[:left])

@@ -6,6 +6,7 @@ rows, already encoded and decoded, and turns the sums into values at the end.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from sae.core.finite import check_rows
 from sae.distributed import ROWS
 from sae.kernels.codes import SparseCodes
 from saescope.errors import InputError
+from saescope.progress import Progress, silent
 
 _ROWS = 4096
 
@@ -90,6 +92,8 @@ class Setting:
     """where each site stands in the target, of an SAE that reconstructs several side by side"""
     sae: Reconstructor | None = None
     """what is measured, for what is said of its weights"""
+    quick: bool = False
+    """whether a family looks at fewer rows, where it chooses how many (`Family.quick`)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +118,10 @@ class RowSums(ABC):
     With several ranks each adds its own rows: `values` sums over them (`sae.distributed.ROWS`).
     """
 
-    training_rows: ClassVar[int] = 0
+    training_rows: int = 0
     """how many rows of the training split `fit` is shown; 0: it is not called"""
+    readings: ClassVar[int] = 1
+    """how often `fit` reads them"""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -158,14 +164,20 @@ def pass_over(
     families: Sequence[type[RowSums]],
     columns: Mapping[str, slice] | None = None,
     training: Callable[[int], Callable[[], Iterable[Rows]]] | None = None,
+    *,
+    quick: bool = False,
+    shown: bool = False,
 ) -> tuple[Counted, list[RowSums]]:
     """Show all rows to all families; `rows` gives fresh iterators, and is read twice.
 
     The first reading is for the mean. Sums are float64, so that neither the size of pieces nor a
     large mean matters.
 
-    Args: training gives, of a number of rows, that many of the training split, for families that
-    learn from them.
+    Args:
+        training: gives, of a number of rows, that many of the training split, for families that
+            learn from them.
+        quick: see `Setting`.
+        shown: whether progress is.
 
     Raises InputError if there are no rows, some are not finite, or training rows are needed and
     not given.
@@ -178,24 +190,44 @@ def pass_over(
         total = total + target.sum(0, dtype=torch.float64)
     if count == 0:
         raise InputError("no activations to evaluate on", where="measure_reconstruction", given=0)
-    setting = Setting(d_sae=sae.d_sae, mean=total / count, columns=columns or {}, sae=sae)
+    setting = Setting(
+        d_sae=sae.d_sae, mean=total / count, columns=columns or {}, sae=sae, quick=quick
+    )
     sums = [family(setting) for family in families]
-    for one in sums:
-        if one.training_rows:
-            if training is None:
-                raise InputError(
-                    "needs rows of the training split", where=type(one).__name__, given=None
-                )
-            split = training(one.training_rows)
-            one.fit(lambda split=split: (encoded(sae, own) for own in _own(split()) if len(own.x)))
-    counter = _Counter(total.device)
-    for own in _own(rows()):
-        counter.add(own)
-        if len(own.x):
-            shown = encoded(sae, own)
-            for one in sums:
-                one.add(shown)
+    with nullcontext() if shown else silent():
+        for one in sums:
+            if one.training_rows:
+                _fit(sae, one, training)
+        counter = _Counter(total.device)
+        with Progress("measuring activations", count // ROWS.size, "rows") as progress:
+            for own in _own(rows()):
+                counter.add(own)
+                if len(own.x):
+                    codes = encoded(sae, own)
+                    for one in sums:
+                        one.add(codes)
+                progress.advance(len(own.x))
     return counter.result(), sums
+
+
+def _fit(
+    sae: Reconstructor,
+    one: RowSums,
+    training: Callable[[int], Callable[[], Iterable[Rows]]] | None,
+) -> None:
+    if training is None:
+        raise InputError("needs rows of the training split", where=type(one).__name__, given=None)
+    split = training(one.training_rows)
+    count = one.readings * sum(len(own.x) for own in _own(split()))
+    with Progress(f"fitting {type(one).__name__} on training rows", count, "rows") as progress:
+
+        def reading() -> Iterator[EncodedRows]:
+            for own in _own(split()):
+                if len(own.x):
+                    yield encoded(sae, own)
+                    progress.advance(len(own.x))
+
+        one.fit(reading)
 
 
 def _own(rows: Iterable[Rows]) -> Iterator[Piece]:
