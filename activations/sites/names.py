@@ -116,6 +116,19 @@ def layer_of(site: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def layers_of(numbers: str) -> list[int]:
+    """The layers that text names, each once, in order.
+
+    Raises ValueError for text that names none.
+
+    >>> layers_of("0,6-8")
+    [0, 6, 7, 8]
+    """
+    if not _NUMBERS.fullmatch(numbers):
+        raise ValueError(numbers)
+    return sorted({n for low, high in _bounds(numbers) for n in range(low, high + 1)})
+
+
 def _bounds(numbers: str) -> list[tuple[int, int]]:
     """First and last of each piece of a list of numbers and ranges."""
     pieces = [piece.partition("-") for piece in numbers.split(",")]

@@ -1,9 +1,11 @@
 """`saescope sweep`: many SAEs, trained while the activations are read once.
 
 A sweep file has a `base` (fields of a training file) and `grid` tables, in which a field may be a
-list; each table's product of lists gives its members. Every member is a run like any other, in its
-own folder, bit for bit what `saescope train` makes of the same settings. Processes that torchrun or
-srun started share the members: each takes some that nobody has, and trains them by itself.
+list; each table's product of lists gives its members. A `layer` in a table is put for `{layer}`
+in all texts of its members, so that one table trains an SAE a layer. Every member is a run like any
+other, in its own folder, bit for bit what `saescope train` makes of the same settings. Processes
+that torchrun or srun started share the members: each takes some that nobody has, and trains them by
+itself.
 """
 
 import itertools
@@ -19,6 +21,7 @@ from typing import Any
 
 from activations import ActivationStore
 from activations.harvesting.window_locks import Team, member, pauses, ranks_file, shared
+from activations.sites.names import layers_of
 from sae.data.harvests import open_complete
 from sae.data.streams import Stream
 from sae.training.config import TrainConfig
@@ -35,6 +38,9 @@ from saescope.seals import write_sealed
 from saescope.system import system_errors
 
 MEMBERS = "members.json"
+LAYER = "layer"
+"""the entry of a grid table that names layers"""
+_LAYER_HERE = "{layer}"
 MEMBERS_SCHEMA = 2
 """the first had no number, no table of its own for the members, and no sha256"""
 _NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]{1,200}")
@@ -56,7 +62,8 @@ class SweepConfig(Config):
     base: dict[str, Any] = field(default_factory=dict)
     """Fields of a training file that all members share."""
     grid: tuple[dict[str, Any], ...] = ()
-    """Tables of fields ("sae.kind", "sae.k", "seed", "site", ...); lists are multiplied out."""
+    """Tables of fields ("sae.kind", "sae.k", "seed", "site", ...); lists are multiplied out. layer
+    (0-29, or a list) is put for {layer} in sites and other texts."""
 
     def __post_init__(self) -> None:
         check_range("at_once", self.at_once, low=1)
@@ -88,8 +95,9 @@ def members(config: SweepConfig) -> dict[str, TrainConfig]:
                 )
             values = _merged(config.base, {})
             for key, value in chosen.items():
-                if key != "name":
+                if key not in ("name", LAYER):
                     _put(values, key, value, where)
+            values = _at_layer(values, chosen.get(LAYER), where)
             values |= {"harvest": config.harvest, "out": str(as_path(config.out) / name)}
             values.setdefault("data_seed", 0)  # one order of batches for all
             found[name] = from_dict(TrainConfig, values, f"{where}, member {name}")
@@ -263,7 +271,40 @@ def _number(run: Run) -> int:
     return int(sha256_json(run.folder.name)[:15], 16)
 
 
+def _at_layer(value: Any, layer: int | None, where: str) -> Any:
+    """The values with a layer's number put for {layer} in every text."""
+    if isinstance(value, Mapping):
+        return {key: _at_layer(each, layer, where) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_at_layer(each, layer, where) for each in value]
+    if not isinstance(value, str) or _LAYER_HERE not in value:
+        return value
+    if layer is None:
+        raise InputError("needs a layer in this table", where=where, given=value)
+    return value.replace(_LAYER_HERE, str(layer))
+
+
+def _layers(value: Any) -> list[int]:
+    """The layers that a table names: one, a list, or text such as 0-29 or 0,3,6-8."""
+    numbers: list[Any]
+    try:
+        numbers = layers_of(value) if isinstance(value, str) else value
+    except ValueError:
+        numbers = [value]
+    numbers = numbers if isinstance(numbers, list) else [numbers]
+    if not all(type(each) is int and each >= 0 for each in numbers):
+        raise InputError(
+            "no layers",
+            where=f"grid: {LAYER}",
+            given=value,
+            allowed='3, [0, 3], "0-29" or "0,3,6-8"',
+        )
+    return numbers
+
+
 def _product(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    if LAYER in table:
+        table = {**table, LAYER: _layers(table[LAYER])}
     lists = [value if isinstance(value, list) else [value] for value in table.values()]
     if any(not values for values in lists):
         raise InputError("an empty list gives no members", where="grid", given=dict(table))
@@ -273,7 +314,7 @@ def _product(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _name(chosen: Mapping[str, Any], table: Mapping[str, Any]) -> str:
     """The kind, and every field that varies in the member's table."""
-    varying = [key for key, value in table.items() if isinstance(value, list)]
+    varying = [key for key, value in table.items() if isinstance(value, list) or key == LAYER]
     first = chosen.get("name", chosen.get("sae.kind", "sae"))
     rest = [
         f"{key.rpartition('.')[2]}={_short(chosen[key])}"

@@ -160,9 +160,29 @@ def test_plan_measures_each_kind_of_step_once(
     assert [getattr(run.sae_config, "k", None) for run in measured] == [3, 5, None]
 
 
+def test_a_table_has_a_member_a_layer(harvest: Path, tmp_path: Path) -> None:
+    grid = ({"sae.kind": "transcoder", "layer": "0-1,3", "sae.k": [2, 4]},)
+    block = "blocks.{layer}"
+    sites = {"site": f"{block}.ln2.hook_normalized", "target_site": f"{block}.hook_mlp_out"}
+    found = members(config(harvest, tmp_path, base=sites, grid=grid))
+    assert list(found)[:3] == [
+        "transcoder-layer=0-k=2",
+        "transcoder-layer=0-k=4",
+        "transcoder-layer=1-k=2",
+    ]
+    last = found["transcoder-layer=3-k=4"]
+    read, written = "blocks.3.ln2.hook_normalized", "blocks.3.hook_mlp_out"
+    assert (last.site, last.target_site) == (read, written)
+    one = members(config(harvest, tmp_path, base=sites, grid=({"layer": 7},)))
+    assert one["sae-layer=7"].target_site == "blocks.7.hook_mlp_out"
+
+
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
+        (({"site": "mlp_in:{layer}"},), r"grid\[0\]: needs a layer in this table"),
+        (({"layer": "a"},), "no layers .*given: 'a'"),
+        (({"layer": [1, True]},), "no layers"),
         ((), "at least one"),
         (({"sae.kind": "topk", "sae.kk": 3},), r"grid\[0\], member topk.*unknown key 'sae.kk'"),
         (({"sae.kind": "topk", "seed": [0, 0]},), "two members are alike"),
