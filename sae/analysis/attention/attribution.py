@@ -131,7 +131,7 @@ def attribute(
     own, read, layer, name = read_at(model, sae, site, allow_other_model)
     encoder = Encoder.of(own, as_index(feature, where="feature", low=0, high=own.d_sae - 1))
     ids = ids_of(model, text)
-    position = _destination(model, encoder, ids, read, position)
+    position = destination_of(model, encoder, ids, read, position)
     ids = ids[: position + 1]
     parts = Parts(model, encoder.direction, layer, name)
     run = run_with_patterns(model, ids, parts.needed())
@@ -168,7 +168,7 @@ def ids_of(model: Model, text: str | Sequence[int]) -> list[int]:
     return list(ids)
 
 
-def _destination(
+def destination_of(
     model: Model, encoder: "Encoder", ids: list[int], site: str, position: int | None
 ) -> int:
     """The position asked for, or that of the largest pre-activation. Raises InputError if none."""
@@ -216,6 +216,8 @@ class Parts:
         self.sources: list[NDArray[np.float64]] = []
         self.components: dict[str, float] = {}
         self.biases: dict[str, float] = {}
+        self.behind: dict[int, Tensor] = {}
+        """by layer, the direction [d_z] along which its heads are read at the position"""
 
     def stream(self) -> dict[str, str]:
         """The sites that add up to the residual stream, by the names of the components."""
@@ -241,16 +243,13 @@ class Parts:
             if not name.startswith("attention"):
                 self.components[name] = float(run.at[site][position] @ self._direction)
         for layer in self.attention:
-            behind = self.behind(run, layer, position)
+            behind = self.behind[layer] = self._behind(run, layer, position)
             found = HeadValues.of(self._model, run, layer, position).brought(behind, position)
             self.heads += [(layer, head) for head in range(len(found))]
             self.sources.append(found.numpy())
 
-    def behind(self, run: AttentionRun, layer: int, position: int) -> Tensor:
-        """The direction [d_z] along which the heads of a layer are read at a position.
-
-        That of the bias behind them is a term of its own, which is filled in.
-        """
+    def _behind(self, run: AttentionRun, layer: int, position: int) -> Tensor:
+        """The direction [d_z] along which heads are read; the bias behind them is a term too."""
         if self._only_heads:
             return self._direction
         block = f"blocks.{layer}."
@@ -260,6 +259,10 @@ class Parts:
         if out.bias is not None:
             self.biases[f"attention {layer} output bias"] = float(out.bias @ through)
         return out.weight @ through
+
+    def rows(self) -> list[list[float]]:
+        """What each of `heads` brought from each source position."""
+        return [row for block in self.sources for row in block.tolist()]
 
     def _check_stream(self, run: AttentionRun, position: int) -> None:
         added = [run.at[site][position] for site in self.stream().values()]
