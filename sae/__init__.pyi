@@ -1,6 +1,8 @@
 from sae.analysis.attention.attribution import Attribution as Attribution
 from sae.analysis.attention.attribution import attribute as attribute
 from sae.architectures import list_architectures as list_architectures
+from sae.circuits.attribute import circuit as circuit
+from sae.circuits.graph import Graph as Graph
 from sae.commands.convert import ConvertConfig as ConvertConfig
 from sae.commands.convert import convert as convert
 from sae.commands.evaluate import evaluate as evaluate

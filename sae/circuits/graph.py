@@ -6,7 +6,7 @@ Tracing: Revealing Computational Graphs in Language Models"; Marks et al. 2024, 
     embedding   what a token brings into the residual stream, one a position
     feature     an active feature of an SAE or a transcoder at a position
     error       what an SAE leaves unexplained at a position, one a site and position
-    logit       a likely next token, its logit above the mean of all logits
+    logit       a next token, its logit above the mean of all logits; or a difference of two logits
 
 An edge is the part of the target's value that comes straight from the source, through no other
 node. Needs NumPy alone, no torch.
@@ -88,7 +88,8 @@ class Graph:
     bias: Float[np.ndarray, " nodes"]
     """the part of `value` that comes from biases, and so from no node"""
     weight: Float[np.ndarray, " nodes"]
-    """how much a node counts as an output: a logit's probability, 0 for all others"""
+    """how much a node counts as an output: a logit's probability (1 for a difference of two), 0 for
+    all others"""
     influence: Float[np.ndarray, " nodes"]
     """influence on the outputs, direct and indirect (see `sae.circuits.pruning`), or the effect
     on them where that was measured"""
@@ -212,7 +213,7 @@ class Graph:
             return f"token {at}"
         if kind == LOGIT:
             text = self.facts.get("logit_tokens", {}).get(str(number), str(number))
-            return f"output {text!r} (p={self.weight[node]:.3f})"
+            return f"output {text!r} (p={self.activation[node]:.3f})"
         what = "error" if kind == ERROR else label or f"feature {number}"
         return f"{what} of {self.sites[self.site[node]]} {at}"
 

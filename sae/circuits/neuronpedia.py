@@ -9,7 +9,7 @@ Cantor pairing of layer and number, (l + n)(l + n + 1) / 2 + n.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sae.circuits.graph import EMBEDDING, ERROR, FEATURE, Graph
+from sae.circuits.graph import EMBEDDING, ERROR, FEATURE, LOGIT, Graph
 from saescope.errors import InputError
 
 _TYPES = ("cross layer transcoder", "mlp reconstruction error", "embedding", "logit")
@@ -78,7 +78,7 @@ def _node(graph: Graph, index: int) -> dict[str, Any]:
         "node_id": name,
         "ctx_idx": position,
         "feature_type": _TYPES[kind],
-        "token_prob": float(graph.weight[index]),
+        "token_prob": float(graph.activation[index]) if kind == LOGIT else 0.0,
         "is_target_logit": False,
         "run_idx": 0,
         "reverse_ctx_idx": 0,
@@ -104,5 +104,5 @@ def _node(graph: Graph, index: int) -> dict[str, Any]:
         "is_target_logit": index == int(graph.weight.argmax()),
         "activation": None,
         # the viewer reads the probability out of this text
-        "clerp": f'Output "{text}" (p={float(graph.weight[index]):.3f})',
+        "clerp": f'Output "{text}" (p={float(graph.activation[index]):.3f})',
     }
