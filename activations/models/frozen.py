@@ -1,7 +1,7 @@
 """A model made linear around one text: attention patterns and norms' scales held as they were.
 
 With these held, everything between an embedding or an MLP's output and what a later MLP reads is
-linear (Ameisen et al. 2025, "Circuit Tracing", section "Attribution graphs"), so that one backward
+linear (Ameisen et al. 2025, "Circuit Tracing"), so that one backward
 pass gives exactly what each part of the residual stream is worth. MLPs are not made linear: whoever
 asks cuts the computation where they write.
 """

@@ -4,28 +4,26 @@ Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Languag
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from activations import Model
 from sae.circuits.assemble import assemble
 from sae.circuits.cut_run import EMBEDDING
+from sae.circuits.edges import Edges
 from sae.circuits.graph import FEATURE, LOGIT, Graph
-from sae.circuits.outputs import Output, Outputs, outputs_of
+from sae.circuits.outputs import Output, outputs_of
 from sae.circuits.parts import Part, bare_part, part_of, placements_of, uncut_mlps
 from sae.circuits.pruning import with_influence
 from sae.circuits.rows import EdgeRows
 from sae.core.base import SparseAutoencoder
-from saescope.errors import InputError, check_range
+from saescope.errors import InputError
 from saescope.integers import as_index, as_indices
-from saescope.progress import Progress, silent
+from saescope.progress import silent
 
-UPDATE = 4
-"""batches of features between two rankings"""
 _EXACT = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 """by how much, of the sizes of all that a node gets, their sum may differ from what it has"""
 
@@ -71,28 +69,19 @@ def circuit(
 
     >>> graph = sae.circuit(model, transcoders, "The capital of France is")   # doctest: +SKIP
     """
-    check_range("probability", probability, above=0, high=1)
     batch = as_index(batch, where="batch", low=1)
     max_features = as_index(max_features, where="max_features", low=1)
     ids = prompt_ids(model, prompt)
-    wanted = outputs_of(
-        model, ids, outputs, most=as_index(max_outputs, where="max_outputs", low=1),
-        probability=probability,
-    )  # fmt: skip
-    parts, embedding = parts_of(
-        model, saes, ids, unread_errors=unread_errors, allow_other_model=allow_other_model
-    )
+    wanted = outputs_of(model, ids, outputs, most=max_outputs, probability=probability)
+    allowed = {"unread_errors": unread_errors, "allow_other_model": allow_other_model}
+    parts, embedding = parts_of(model, saes, ids, **allowed)
     rows = EdgeRows(model, parts, ids, embedding)
-    edges = _Edges.into_outputs(rows, wanted, max_features)
+    edges = Edges.into_outputs(rows, wanted, max_features)
     with silent(not progress):
         edges.visit(max_features, batch)
-    count = len(wanted.token)
-    into = edges.into[count : count + len(edges.visited)], edges.into[:count]
-    graph = assemble(rows, wanted, edges.visited, into)
-    if isinstance(prompt, str):
-        graph = replace(graph, prompt=prompt)
+    graph = assemble(rows, wanted, edges.visited, edges.both())
     _check_sums(graph, model)
-    return with_influence(graph)
+    return with_influence(replace(graph, prompt=prompt) if isinstance(prompt, str) else graph)
 
 
 def _check_sums(graph: Graph, model: Model) -> None:
@@ -150,75 +139,3 @@ def parts_of(
     order = {site: index for index, site in enumerate(model.sites())}
     parts.sort(key=lambda part: (order.get(part.read, len(order)), part.read))
     return parts, found[EMBEDDING][0].float()
-
-
-@dataclass
-class _Edges:
-    """Edges into outputs and into the features visited so far, a row a target."""
-
-    rows: EdgeRows
-    weight: NDArray[np.float32]
-    into: NDArray[np.float32]
-    """[outputs, width], then [visited, width]"""
-    totals: NDArray[np.float32]
-    """the sizes of each row, summed"""
-    visited: NDArray[np.int64]
-    """the feature of each row behind those of the outputs"""
-
-    @classmethod
-    def into_outputs(cls, rows: EdgeRows, outputs: Outputs, most: int) -> "_Edges":
-        """With room for so many features."""
-        count = len(outputs.token)
-        room = count + min(most, rows.columns.features)
-        into = np.zeros((room, rows.columns.width), np.float32)
-        into[:count] = rows.into_outputs(outputs.direction)
-        totals = np.zeros(room, np.float32)
-        totals[:count] = np.abs(into[:count]).sum(1)
-        weight = outputs.weight.numpy().astype(np.float32)
-        return cls(rows, weight, into, totals, np.zeros(0, np.int64))
-
-    def visit(self, most: int, batch: int) -> None:
-        """Compute edges into features, the most influential first, until there are `most`."""
-        every = np.arange(self.rows.columns.features)
-        most = min(most, len(every))
-        with Progress("edges", most, "features") as progress:
-            while len(self.visited) < most:
-                left = np.setdiff1d(every, self.visited, assume_unique=True)
-                if most < len(every):
-                    ranked = np.argsort(-self.influence()[left], kind="stable")
-                    left = left[ranked][: min(UPDATE * batch, most - len(self.visited))]
-                groups = self.rows.group(left)
-                for group in np.unique(groups):
-                    own = np.sort(left[groups == group])
-                    for start in range(0, len(own), batch):
-                        self._add(own[start : start + batch])
-                        progress.advance(len(own[start : start + batch]))
-
-    def _add(self, features: NDArray[np.int64]) -> None:
-        first = len(self.weight) + len(self.visited)
-        found = self.rows.into_features(features)
-        self.into[first : first + len(features)] = found
-        self.totals[first : first + len(features)] = np.abs(found).sum(1)
-        self.visited = np.concatenate([self.visited, features])
-
-    def influence(self) -> NDArray[np.float32]:
-        """Of each possible source [width] on the outputs, through the features visited so far.
-
-        Features get nothing from later parts, so one walk from the last part to the first is all.
-        """
-        count, starts = len(self.weight), self.rows.columns.starts
-        found = _shares(self.into[:count], self.totals[:count], self.weight)
-        for start, end in zip(starts[-2::-1], starts[:0:-1], strict=True):
-            own = np.flatnonzero((self.visited >= start) & (self.visited < end))
-            if len(own):
-                rows, above = self.into[count + own], found[self.visited[own]]
-                found += _shares(rows, self.totals[count + own], above)
-        return found
-
-
-def _shares(
-    rows: NDArray[np.float32], totals: NDArray[np.float32], weight: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """Each row's weight shared out over its sources, by the sizes of its edges; [width]."""
-    each = (weight / np.maximum(totals, np.finfo(np.float32).tiny)).astype(np.float32)
-    return each @ np.abs(rows)

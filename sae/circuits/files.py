@@ -19,9 +19,17 @@ SCHEMA = 1
 _ARTEFACT = "circuit"
 _SUFFIXES = (".npz", ".json")
 _FIELDS = (
-    "prompt", "token_ids", "tokens", "model", "n_layers", "sites", "saes", "method", "labels",
+    "prompt",
+    "token_ids",
+    "tokens",
+    "model",
+    "n_layers",
+    "sites",
+    "saes",
+    "method",
+    "labels",
     "facts",
-)  # fmt: skip
+)
 """the fields of a graph that are no arrays"""
 _EDGES = ("target", "source", "edge")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from activations import Model
-from saescope.errors import InputError
+from saescope.errors import InputError, check_range
 from saescope.integers import as_index
 
 Output = int | str | tuple[int | str, int | str]
@@ -46,6 +46,8 @@ def outputs_of(
     Raises InputError for a text that is not one token, a token that the model does not have, and a
     model whose logits are not its final norm and unembedding alone.
     """
+    check_range("probability", probability, above=0, high=1)
+    most = as_index(most, where="max_outputs", low=1)
     found = model.logits(torch.tensor([list(tokens)]))[0, -1].float().cpu().softmax(0)
     w_u, _ = model.unembedding()
     w_u = w_u.float().cpu()
@@ -71,9 +73,13 @@ def outputs_of(
         texts.append(text if second is None else f"{text} - {model.token_strings([second])[0]}")
         weights.append(float(found[first]) if second is None else 1.0)
     return Outputs(
-        firsts, texts, found[firsts], torch.tensor(weights), torch.stack(directions),
+        firsts,
+        texts,
+        found[firsts],
+        torch.tensor(weights),
+        torch.stack(directions),
         torch.stack(biases),
-    )  # fmt: skip
+    )
 
 
 def _pair(model: Model, wanted: Output) -> tuple[int, int | None]:

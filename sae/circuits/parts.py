@@ -133,9 +133,19 @@ def part_of(placed: Placement, x: Tensor, h: Tensor, kept: Tensor, *, unread_err
     if not unread_errors:
         constant[~kept], error[~kept] = error[~kept], 0.0
     return Part(
-        str(sae.metadata.get("name") or placed.read[0]), placed.read[0], placed.written[0],
-        rows[at], number, activation, encoder, bias, decoder, constant, skip, error,
-    )  # fmt: skip
+        str(sae.metadata.get("name") or placed.read[0]),
+        placed.read[0],
+        placed.written[0],
+        rows[at],
+        number,
+        activation,
+        encoder,
+        bias,
+        decoder,
+        constant,
+        skip,
+        error,
+    )
 
 
 def bare_part(site: str, h: Tensor, kept: Tensor, *, unread_errors: bool) -> Part:
@@ -146,9 +156,19 @@ def bare_part(site: str, h: Tensor, kept: Tensor, *, unread_errors: bool) -> Par
     none = torch.zeros(0, dtype=torch.int64, device=h.device)
     vectors = error[:0]
     return Part(
-        "none", site, site, none, none, none.float(), vectors, none.float(), vectors,
-        h.float() - error, None, error,
-    )  # fmt: skip
+        "none",
+        site,
+        site,
+        none,
+        none,
+        none.float(),
+        vectors,
+        none.float(),
+        vectors,
+        h.float() - error,
+        None,
+        error,
+    )
 
 
 def uncut_mlps(model: Model, placed: Sequence[Placement]) -> list[str]:

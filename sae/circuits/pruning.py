@@ -3,8 +3,8 @@
 With |A| the sizes of the edges, each target's divided by their sum, the influence of the nodes on
 the outputs is w (|A| + |A|^2 + ...), where w has the logits' probabilities: the share of a walk
 from an output backwards, each step to a source in proportion to the size of its edge, that passes
-a node. A graph has no circles, so the sum ends. (Ameisen et al. 2025, "Circuit Tracing", appendix
-"Graph pruning"; the scores are those of its section "Evaluating".)
+a node. A graph has no circles, so the sum ends. (Ameisen et al. 2025, "Circuit Tracing"; the
+scores are theirs too.)
 """
 
 from dataclasses import replace
