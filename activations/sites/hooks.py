@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,8 +127,25 @@ def _with_output(output: Any, slot: int | str | None, new: Tensor) -> Any:
     return type(output)([new, *output[1:]])
 
 
+_OFF: ContextVar[bool] = ContextVar("off", default=False)
+
+
+@contextmanager
+def no_hooks() -> Iterator[None]:
+    """Within the block, no hook made here reads or replaces an activation."""
+    token = _OFF.set(True)
+    try:
+        yield
+    finally:
+        _OFF.reset(token)
+
+
 def _hook(target: HookTarget, see: Callable[[Tensor], Tensor | None]) -> list[Any]:
     """Register `see` on a target; what it returns (unless None) replaces the activation."""
+    return _hooked(target, lambda value: None if _OFF.get() else see(value))
+
+
+def _hooked(target: HookTarget, see: Callable[[Tensor], Tensor | None]) -> list[Any]:
     if target.side == "input":
         return [target.module.register_forward_pre_hook(_before(target, see), with_kwargs=True)]
     inputs: list[Tensor] = []

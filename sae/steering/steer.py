@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from activations import Model, model_around
+from activations.models.frozen_attention import frozen_attention
 from activations.sites.hooks import PositionedEdit
 from activations.sites.kept import TokenPositions, generating
 from sae.core.base import SparseAutoencoder
@@ -51,6 +52,7 @@ def steer(
     positions: Positions = "kept",
     site: str | None = None,
     store: "FeatureStore | None" = None,
+    freeze_attention: bool = False,
     allow_other_model: bool = False,
 ) -> Iterator[None]:
     """Within the block, every run of the model has an SAE's features edited at its site.
@@ -68,13 +70,16 @@ def steer(
         site: where, if not the site the SAE was trained at; which layer, for one of several.
         store: the SAE's feature store, which knows the largest activation that "2x" is a multiple
             of.
+        freeze_attention: each head attends as in the pass without edits, so that an edit's effect
+            goes through what attention moves, not through where it looks; each pass is made twice
+            (see `activations.models.frozen_attention`).
         allow_other_model: steer with an SAE of another model (a base model's on what was fine-tuned
             from it); it is said.
 
     Raises InputError for wrong features, amounts, positions, or a site of another width, for an SAE
     of several layers without a site, for a crosscoder, for an SAE that was trained on other weights
-    than the model's, and for a store of another SAE; in the block for a batch of another size than
-    a list of amounts.
+    than the model's, for a store of another SAE, and for attention that cannot be frozen; in the
+    block for a batch of another size than a list of amounts.
 
     >>> with steer(model, sae, add={123: 8.0}):                              # doctest: +SKIP
     ...     model.generate("The weather today", max_new_tokens=40)
@@ -86,9 +91,13 @@ def steer(
     amounts |= {"when": when}
     named = {name: each for name, each in amounts.items() if each is not None}
     given = Edit(**named, only_active=only_active, positions=positions, site=site)
+    own_model = model_around(model)
     with ExitStack() as stack:
-        for sae, edit in _pairs(what, given):
-            _enter(stack, model_around(model), sae, edit, store, allow_other_model)
+        pairs = _pairs(what, given)
+        if freeze_attention and any(edit for _, edit in pairs):
+            stack.enter_context(frozen_attention(own_model))
+        for sae, edit in pairs:
+            _enter(stack, own_model, sae, edit, store, allow_other_model)
         yield
 
 
