@@ -7,6 +7,7 @@ from activations.harvesting.config import HarvestConfig
 from activations.harvesting.pipeline import harvest
 from activations.loading.loader import ActivationLoader
 from activations.models.around import model_around
+from activations.models.chat import ChatTokens, chat_tokens
 from activations.models.config import ModelConfig
 from activations.models.language import Model
 from activations.models.load import load_model
@@ -23,12 +24,14 @@ ActivationStore.verified_by = staticmethod(verify)
 __all__ = [
     "ActivationLoader",
     "ActivationStore",
+    "ChatTokens",
     "CorpusConfig",
     "HarvestConfig",
     "Model",
     "ModelConfig",
     "SiteStatistics",
     "append",
+    "chat_tokens",
     "harvest",
     "load_model",
     "model_around",

@@ -18,6 +18,8 @@ KINDS = {
     "cap": "cap the part along it at",
 }
 WHERE = {"kept": "all tokens", "prompt": "the prompt", "generated": "what is generated"}
+IN_CHATS = {"system": "the system's", "user": "the user's", "assistant": "the assistant's"}
+"""of a chat besides: what is said in a role; the answer is the assistant's"""
 _MOST = 20
 
 

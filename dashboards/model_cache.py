@@ -8,7 +8,7 @@ import itertools
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sae import Attribution, TextFeatures
+    from sae.steering.positions import Positions
     from store import FeatureStore
 
 # hooks are on the one model that all sessions share, so one text at a time
@@ -244,35 +245,42 @@ def _of_the_sae(edits: Mapping[str, Any], sae: Any) -> dict[str, Any]:
 
 def continuations(
     store: "FeatureStore",
-    prompt: str,
+    prompt: str | Sequence[Mapping[str, str]],
     edits: Mapping[str, Any],
     options: Mapping[str, Any],
-    positions: Literal["kept", "prompt", "generated"] = "kept",
+    positions: "Positions" = "kept",
 ) -> Generator[SteeredText, None, None]:
     """A prompt's continuation, again with each token that comes: what `saescope steer` prints.
 
-    Args: edits are the arguments of `sae.steer` (none: the untouched model), options those of the
-    model's `stream_ids`, positions those that are edited.
+    Args: prompt is a text, or the messages of a chat; edits are the arguments of `sae.steer` (none:
+    the untouched model), options those of the model's `stream_ids`, positions those that are edited
+    (of a chat, a role's too).
 
     Raises what `sae.steer` and the model raise, and ArtefactError as `features_of_text` does.
     """
     import torch
 
+    import activations
     import sae
+    from activations.sites.kept import TokenPositions
+    from sae.steering.positions import selector
 
     what = origin_of(store)
     with _LOCK:
         pair = load(what, "auto")
         model = pair.model
-        ids = model.tokenize(prompt)
+        chat = None if isinstance(prompt, str) else activations.chat_tokens(model, prompt)
+        ids = list(chat.ids) if chat else model.tokenize(prompt)
         count, limit = len(ids), int(options["max_new_tokens"])
         own = _of_the_sae(edits, pair.sae)
+        wanted = selector(positions, chat)
 
         def shown(last: int) -> SteeredText:
-            kept = model.keep_mask(torch.tensor([ids]))[0].tolist()
-            wanted = {"prompt": range(count), "generated": range(count, len(ids))}
-            among = wanted.get(positions, range(len(ids)))
-            edited = [own and at in among and at < last for at, own in enumerate(kept)]
+            tokens = torch.tensor([ids])
+            at = TokenPositions(
+                torch.arange(len(ids))[None], tokens, model.special_token_ids, lengths=count
+            )
+            edited = [chosen and n < last for n, chosen in enumerate(wanted(at)[0].tolist())]
             return SteeredText(model.token_strings(ids), count, edited)
 
         with sae.steer(
@@ -280,6 +288,7 @@ def continuations(
             pair.sae,
             **own,
             positions=positions,
+            chat=chat,
             site=pair.site,
             allow_other_model=what.other_model,
         ):

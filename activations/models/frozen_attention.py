@@ -6,6 +6,8 @@ to the residual stream is then linear in the values, and, with the scale of the 
 held as well, in the residual stream (Elhage et al. 2021, "A Mathematical Framework for Transformer
 Circuits", on QK and OV circuits).
 
+(`activations.models.frozen` holds norms as well, for gradients at one text; this is for edits.)
+
 Each pass is made twice: without any edit of ours, which tells the queries and keys of every layer;
 then as it was asked for, with these in place of its own. Both are made by the attention that the
 model uses anyway, so a pass without edits keeps every bit, and no pattern is ever stored. In a
@@ -53,7 +55,7 @@ def _attention_like(own: str) -> Callable[..., Any]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw):
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
         now = _NOW.get()
         if now is not None and now.recording:

@@ -7,12 +7,12 @@ import streamlit as st
 
 from dashboards import address, find_stores, model_cache, prompt_grid, queries
 from dashboards.amounts import amount, counted
-from dashboards.chat import messages_of
 from dashboards.figures import percent
 from dashboards.pages import Page, page_at
 from dashboards.prompt_grid import Cell, Choice
 from dashboards.session import Session, begin_page, link, session_of, text_features_key
 from dashboards.tokens import per_token_html, plain
+from saescope.chat import messages_of
 from saescope.errors import SaescopeError
 
 if TYPE_CHECKING:

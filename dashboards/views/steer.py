@@ -8,11 +8,11 @@ import streamlit as st
 
 from dashboards import address, model_cache, queries
 from dashboards.amounts import amount
-from dashboards.chat import messages_of
-from dashboards.edits import KINDS, WHERE, Edit, edits_of, steer_arguments
+from dashboards.edits import IN_CHATS, KINDS, WHERE, Edit, edits_of, steer_arguments
 from dashboards.pages import Page
 from dashboards.session import Session, begin_page, link_named
 from dashboards.tokens import plain, steered_html
+from saescope.chat import messages_of
 from saescope.errors import SaescopeError
 
 PAGE = Page(title="Steer", icon=":material/explore:", order=45, url="steer")
@@ -70,9 +70,9 @@ def _take(session: Session, arrived: Mapping[str, str]) -> str:
         state["steer_prompt"] = arrived["prompt"][:LONGEST]
     if arrived:
         state["steer_mode"] = "chat" if arrived.get("mode") == "chat" else "text"
-        state["steer_where"] = arrived["where"] if arrived.get("where") in WHERE else "kept"
-        if arrived.get("where", "kept") not in WHERE:
-            return f"where in the address is none of {', '.join(WHERE)}."
+        state["steer_where"] = arrived["where"] if arrived.get("where") in _where() else "kept"
+        if arrived.get("where", "kept") not in _where():
+            return f"where in the address is none of {', '.join(_where())}."
     limits: dict[str, tuple[Callable[[str], Any], float, float]] = {
         "tokens": (int, 1, MOST_TOKENS),
         "temperature": (float, 0, 5),
@@ -97,6 +97,11 @@ def _take(session: Session, arrived: Mapping[str, str]) -> str:
         for edit in edits:
             _add(edit)
     return wrong
+
+
+def _where() -> dict[str, str]:
+    """Which tokens can be edited, with their names: of a chat, those of a role too."""
+    return {**WHERE, **IN_CHATS} if st.session_state["steer_mode"] == "chat" else WHERE
 
 
 def _prompt() -> bool:
@@ -205,10 +210,12 @@ def _edits(session: Session) -> list[Edit]:
                 help=f"Set every strength to {factor:g} times the feature's strongest activation.",
             )
     if rows:
+        if st.session_state["steer_where"] not in _where():
+            st.session_state["steer_where"] = "kept"  # a role's, of what was a chat before
         st.segmented_control(
             "Edited tokens",
-            list(WHERE),
-            format_func=WHERE.__getitem__,
+            list(_where()),
+            format_func=_where().__getitem__,
             required=True,
             key="steer_where",
             help="Never the first token, nor special tokens.",
@@ -285,9 +292,8 @@ def _run(session: Session, asked: str, edits: list[Edit]) -> None:
     try:
         arguments = steer_arguments(edits)
         with st.spinner(f"Continuing the prompt. {WAIT}"):
-            prompt = asked
-            if st.session_state["steer_mode"] == "chat":
-                prompt = model_cache.chat_text(session.store, messages_of(asked))
+            chat = st.session_state["steer_mode"] == "chat"
+            prompt = messages_of(asked) if chat else asked
             left, right = _columns()
             known = st.session_state.get("steer_untouched")
             if known is None or known[0] != question:
@@ -312,7 +318,7 @@ def _columns() -> tuple[Any, Any]:
 
 
 def _stream(
-    session: Session, where: Any, prompt: str, edits: dict[str, Any], options: dict[str, Any]
+    session: Session, where: Any, prompt: Any, edits: dict[str, Any], options: dict[str, Any]
 ) -> model_cache.SteeredText:
     """Draw a continuation as it grows; the whole of it."""
     last = None

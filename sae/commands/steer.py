@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from activations import Model, load_model
+from activations.models.chat import chat_tokens
 from activations.models.names import hub_name
 from activations.models.packaged import PACKAGED_MODELS
 from sae.core.base import SparseAutoencoder
 from sae.formats.load import load
 from sae.indexing.ends import feature_and_sign
 from sae.steering.steer import steer
+from saescope.chat import messages_of
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 from saescope.progress import say
@@ -33,6 +35,9 @@ class SteerConfig(Config):
     """Where someone else's transcoder writes, if its files do not say."""
     prompt: str = "The weather today"
     """Text to continue."""
+    chat: bool = False
+    """The prompt is a conversation, each turn a line that begins with system:, user: or assistant:;
+    the model's chat template writes it."""
     add: tuple[str, ...] = ()
     """Add a multiple of a feature's decoder direction, e.g. 123=8, or, with a store, of its largest
     activation, e.g. 123=2x (so in all that follow but factors)."""
@@ -54,9 +59,11 @@ class SteerConfig(Config):
     """Edit each feature only where it is active."""
     when: tuple[str, ...] = ()
     """Edit only where another feature is above an activation, e.g. 45=0.5."""
-    positions: Literal["kept", "prompt", "generated", "all"] = "kept"
-    """Which tokens: kept (all but the first and special tokens), of these the prompt's or the
-    generated ones, or all."""
+    positions: Literal["kept", "prompt", "generated", "system", "user", "assistant", "all"] = "kept"
+    """Which tokens: kept (all but the first and special tokens), of these the prompt's, the
+    generated ones, or those of a role in a chat (generated ones are the assistant's), or all."""
+    freeze_attention: bool = False
+    """Attend as the model does without the edit, whatever is edited."""
     allow_other_model: bool = False
     """Steer with an SAE that was trained on another model (base and fine-tuned, say)."""
     store: str | None = None
@@ -167,10 +174,11 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
         edits["add"] = {feature: sign * round(config.strength * largest, 1)}
         say(f"feature {feature} fires on {word!r}, with at most {largest:.1f}")
     model = _model_of(sae, config)
+    chat = chat_tokens(model, messages_of(config.prompt)) if config.chat else None
 
     def generate() -> str:
         return model.generate(
-            config.prompt,
+            config.prompt if chat is None else chat.ids,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             seed=config.seed,
@@ -187,12 +195,15 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
             when=when,
             positions=config.positions,
             site=config.site,
+            chat=chat,
             store=store,
+            freeze_attention=config.freeze_attention,
             allow_other_model=config.allow_other_model,
         ),
     ):
         steered = generate()
     conditions = {"where active": config.only_active, "where": when, "at": _where(config)}
+    conditions["with attention frozen"] = config.freeze_attention
     described = {**edits, "ablate": list(config.ablate), **conditions}
     words = ", ".join(
         name if value is True else f"{name.replace('_', ' ')} {value}"
@@ -205,6 +216,8 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
 
 
 def _where(config: SteerConfig) -> str | None:
+    if config.positions in ("system", "user", "assistant"):
+        return f"the {config.positions}'s tokens"
     return None if config.positions == "kept" else f"{config.positions} tokens"
 
 

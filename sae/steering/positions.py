@@ -1,17 +1,19 @@
 """Which positions an edit is made at: a choice that people give, to a mask of a pass's tokens."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from activations.models.chat import ChatTokens
 from activations.sites.kept import TokenPositions
 from saescope.errors import InputError
 from saescope.integers import as_index, as_indices
 
-Positions = Literal["kept", "all", "prompt", "generated"] | slice | Sequence[int] | Tensor
+Role = Literal["system", "user", "assistant"]
+Positions = Literal["kept", "all", "prompt", "generated"] | Role | slice | Sequence[int] | Tensor
 Selector = Callable[[TokenPositions], Bool[Tensor, "batch pos"]]
 _WORDS: dict[str, Selector] = {
     "kept": lambda at: at.kept,
@@ -19,20 +21,26 @@ _WORDS: dict[str, Selector] = {
     "prompt": lambda at: at.kept & (at.position < at.prompt[:, None]),
     "generated": lambda at: at.kept & (at.position >= at.prompt[:, None]),
 }
-_ALLOWED = f"{', '.join(_WORDS)}, a slice, a list, a mask of true and false"
+_ROLES = get_args(Role)
+_ALLOWED = f"{', '.join((*_WORDS, *_ROLES))}, a slice, a list, a mask of true and false"
 
 
-def selector(positions: Positions) -> Selector:
+def selector(positions: Positions, chat: ChatTokens | None = None) -> Selector:
     """From the positions of tokens to bool [batch, pos]: which are edited; padding never is.
 
     - "kept": those that SAEs are trained on (not a text's first token, no special token);
-      "prompt" and "generated": of these, the prompt's, or what comes after it; "all".
+      "prompt" and "generated": of these, the prompt's, or what comes after it; "system", "user" and
+      "assistant": of these, what is said in a role's messages of `chat`, all texts being this
+      conversation (what comes after it is the assistant's, if its answer is begun); "all".
     - a slice or a list: by position, which counts each text's own tokens from 0.
     - a mask [pos], or [batch, pos] with a row for each text: true where a text's own token at this
       position is edited; what comes after the mask's end is not.
 
-    Raises InputError for anything else.
+    Raises InputError for anything else, and for a role without a conversation that has it; where it
+    is called for a text that is not the conversation.
     """
+    if isinstance(positions, str) and positions in _ROLES:
+        return _in_role(positions, chat)
     if isinstance(positions, str):
         if positions not in _WORDS:
             raise InputError("no such choice", where="positions", given=positions, allowed=_ALLOWED)
@@ -43,6 +51,35 @@ def selector(positions: Positions) -> Selector:
         return _in_mask(torch.as_tensor(positions))
     wanted = torch.tensor(as_indices(positions, where="positions", low=0), dtype=torch.int64)
     return lambda at: torch.isin(at.position, wanted.to(at.position.device))
+
+
+def _in_role(role: str, chat: ChatTokens | None) -> Selector:
+    if chat is None:
+        raise InputError(
+            "whose a token is is known from a conversation: give chat",
+            where="positions",
+            given=role,
+        )
+    after = chat.answer_begun and role == "assistant"
+    if role not in chat.role and not after:
+        raise InputError("nobody says anything in this role", where="positions", given=role)
+    said = torch.tensor([each == role for each in chat.role] + [after])
+    ids = torch.tensor([*chat.ids, -1])
+
+    def chosen(at: TokenPositions) -> Tensor:
+        kept, position = at.kept, at.position.clamp(0, len(ids) - 1)
+        within = (at.position >= 0) & (at.position < len(ids) - 1)
+        other = within & (at.tokens != ids.to(position.device)[position])
+        if bool(other.any()):
+            raise InputError(
+                "a text is not the conversation that the roles are of",
+                where="positions",
+                given=f"text {int(other.nonzero()[0, 0])} of the batch",
+                allowed="the ids of chat",
+            )
+        return kept & said.to(position.device)[position]
+
+    return chosen
 
 
 def _in_slice(positions: slice) -> Selector:

@@ -8,7 +8,7 @@ site. A crosscoder cannot steer: its features are known only after its last site
 late to change the first.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from activations import Model, model_around
+from activations.models.chat import ChatTokens, chat_tokens
 from activations.models.frozen_attention import frozen_attention
 from activations.sites.hooks import PositionedEdit
 from activations.sites.kept import TokenPositions, generating
@@ -30,6 +31,8 @@ from saescope.errors import InputError
 if TYPE_CHECKING:
     from store import FeatureStore
 
+Conversation = Sequence[Mapping[str, Any]]
+"""messages, each with its role and content"""
 Change = Callable[[Tensor, Tensor, Tensor], Tensor]
 """x [rows, d_in] float32 that features are read from, h [rows, d_out] and each one's row of the
 batch, to the new h"""
@@ -51,6 +54,7 @@ def steer(
     when: Mapping[int, float] | None = None,
     positions: Positions = "kept",
     site: str | None = None,
+    chat: ChatTokens | Conversation | None = None,
     store: "FeatureStore | None" = None,
     freeze_attention: bool = False,
     allow_other_model: bool = False,
@@ -64,10 +68,13 @@ def steer(
         what: one SAE, with the edit in the arguments that follow (see `sae.Edit`); or any number
             of pairs of an SAE and its `sae.Edit`, at one site or several, made in this order.
         positions: "kept" (those that SAEs are trained on: not a text's first token, no special
-            token), of these "prompt" or "generated", "all", a slice, a list of positions, or a mask
-            (see `sae.steering.positions.selector`). They count each text's own tokens from 0, on
+            token), of these "prompt" or "generated", or what a role says in `chat` ("system",
+            "user", "assistant"), "all", a slice, a list of positions, or a mask (see
+            `sae.steering.positions.selector`). They count each text's own tokens from 0, on
             whatever side a batch is padded; padding is never edited.
         site: where, if not the site the SAE was trained at; which layer, for one of several.
+        chat: the conversation that all texts are, as `activations.chat_tokens` gives it, or its
+            messages, with the answer begun.
         store: the SAE's feature store, which knows the largest activation that "2x" is a multiple
             of.
         freeze_attention: each head attends as in the pass without edits, so that an edit's effect
@@ -92,12 +99,14 @@ def steer(
     named = {name: each for name, each in amounts.items() if each is not None}
     given = Edit(**named, only_active=only_active, positions=positions, site=site)
     own_model = model_around(model)
+    said = _conversation(own_model, chat)
     with ExitStack() as stack:
         pairs = _pairs(what, given)
         if freeze_attention and any(edit for _, edit in pairs):
             stack.enter_context(frozen_attention(own_model))
         for sae, edit in pairs:
-            _enter(stack, own_model, sae, edit, store, allow_other_model)
+            chosen = selector(edit.positions, said)
+            _enter(stack, own_model, sae, edit, chosen, store, allow_other_model)
         yield
 
 
@@ -106,6 +115,7 @@ def _enter(
     model: Model,
     sae: SparseAutoencoder,
     edit: Edit,
+    chosen: Selector,
     store: "FeatureStore | None",
     allow_other_model: bool,
 ) -> None:
@@ -113,13 +123,16 @@ def _enter(
     place = placement_in(model, sae, edit.site, where="steer", allow_other_model=allow_other_model)
     maxima = None if store is None else _maxima_of(place.sae, store)
     arithmetic = Arithmetic(place.sae, edit, maxima)
-    chosen = selector(edit.positions)
     if not edit:
         return
     if isinstance(edit.positions, str) and edit.positions in ("prompt", "generated"):
         stack.enter_context(generating(model.hf))
     edits = _site_edits(place, arithmetic, chosen, arithmetic.rows)
     stack.enter_context(model.edit_with_positions(edits))
+
+
+def _conversation(model: Model, chat: ChatTokens | Conversation | None) -> ChatTokens | None:
+    return chat if chat is None or isinstance(chat, ChatTokens) else chat_tokens(model, chat)
 
 
 def _pairs(
@@ -154,6 +167,7 @@ def splice(
     *saes: SparseAutoencoder,
     positions: Positions = "kept",
     site: str | None = None,
+    chat: ChatTokens | Conversation | None = None,
     allow_other_model: bool = False,
 ) -> Iterator[None]:
     """Within the block, the model goes on with SAEs' reconstructions, without the error term.
@@ -162,11 +176,11 @@ def splice(
 
     Raises InputError as `steer` does.
     """
-    chosen = selector(positions)
+    own_model = model_around(model)
+    chosen = selector(positions, _conversation(own_model, chat))
     if not saes:
         raise InputError("wants an SAE", where="splice")
     with ExitStack() as stack:
-        own_model = model_around(model)
         for sae in saes:
             place = placement_in(
                 own_model, sae, site, where="splice", allow_other_model=allow_other_model

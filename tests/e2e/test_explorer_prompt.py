@@ -12,9 +12,10 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from dashboards import chat, find_stores, model_cache, prompt_grid
+from dashboards import find_stores, model_cache, prompt_grid
 from dashboards.prompt_grid import Cell, Choice
 from dashboards.tokens import plain
+from saescope.chat import messages_of
 from saescope.errors import InputError
 from store import Annotations, FeatureStore
 from tests.e2e.test_explorer import links, open_page, parameter, shown
@@ -228,7 +229,7 @@ def test_a_chat_goes_through_the_template(folder: Path, monkeypatch: pytest.Monk
     app = open_page(PROMPT, text="Hello.\nuser: Who?", mode="chat")
     assert "no speaker" in app.error[0].value
     with pytest.raises(InputError, match="without text"):
-        chat.messages_of("user:\nassistant: yes")
+        messages_of("user:\nassistant: yes")
 
 
 def test_several_saes_of_one_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

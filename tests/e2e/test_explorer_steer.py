@@ -20,6 +20,7 @@ from dashboards.model_cache import SteeredText
 from dashboards.tokens import steered_html
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.commands.steer import SteerConfig, steer_text
+from sae.steering.positions import Role
 from saescope.errors import InputError
 from store import FeatureStore
 from tests.e2e.test_explorer import links, open_page, parameter, shown
@@ -87,6 +88,25 @@ def test_texts_are_those_of_the_command(made: Path, temperature: float) -> None:
         assert lengths == sorted(lengths)
         assert lengths[0] == stream[0].prompt, "the prompt alone is shown first"
         assert len(stream) >= lengths[-1] - lengths[0]
+
+
+def test_what_a_role_says_is_steered(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}A:"
+    options = {"max_new_tokens": 3, "temperature": 0.0, "seed": 0}
+    messages = [{"role": "user", "content": "The river"}]
+    with FeatureStore.open(made / "stores" / "a") as store:
+        tokenizer = model_cache.load(model_cache.origin_of(store), "auto").model.tokenizer
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        edits: dict[str, Any] = {"add": {5: 300.0}}
+        roles: tuple[tuple[Role, str | None], ...] = (("user", "The river"), ("assistant", None))
+        for role, wanted in roles:
+            *_, last = model_cache.continuations(store, messages, edits, options, role)
+            among = "".join(t for t, e in zip(last.tokens, last.edited, strict=True) if e)
+            new = "".join(last.tokens[last.prompt : -1]).replace("<bos>", "")
+            assert among.strip() == (new.strip() if wanted is None else wanted)
+            assert "".join(last.tokens[1 : last.prompt]) == "user: The river\nA:"
+        with pytest.raises(InputError, match="nobody says anything in this role"):
+            next(model_cache.continuations(store, messages, edits, options, "system"))
 
 
 def test_which_tokens_were_steered(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +204,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def continuations(
         _store: object,
-        prompt: str,
+        prompt: Any,
         edits: Mapping[str, Any],
         options: Mapping[str, Any],
         positions: str,
@@ -192,7 +212,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         asked.append((prompt, dict(edits), dict(options)))
         if positions != "kept":
             asked[-1] += (positions,)
-        words = [f" {word}" for word in prompt.split()]
+        words = [f" {word}" for word in str(prompt).split()]
         for new in (["."], [".", " steered" if edits else " <plain>"]):
             tokens = [*words, *new]
             edited = [False] + [True] * (len(tokens) - 2) + [False]
@@ -214,6 +234,21 @@ def press(app: AppTest, label: str) -> AppTest:
     button.click().run()
     assert not app.exception, app.exception
     return app
+
+
+def test_roles_can_be_chosen_of_a_chat(folder: Path, runs: list[Any]) -> None:
+    link = {"prompt": "user: A star", "edits": f"add:{RARE}:2", "where": "user"}
+    app = open_page(STEER, **link, mode="chat")
+    assert runs[-1][0] == [{"role": "user", "content": "A star"}]
+    assert runs[-1][-1] == "user"
+    assert parameter(app, "where") == "user"
+    app.session_state["steer_mode"] = "text"
+    app.run()
+    assert not app.exception
+    assert app.session_state["steer_where"] == "kept"
+    (said,) = open_page(STEER, **link).warning
+    assert "where in the address" in said.value
+    assert "user" not in said.value
 
 
 def test_a_prompt_is_steered(folder: Path, runs: list[Any]) -> None:
