@@ -6,9 +6,9 @@
 Measures an SAE trained on a planted world, the oracle that has the world's own directions, and
 their controls, by every family that needs activations alone, and adds a row for each metric to a
 table; with `--demo` also one for each metric that `saescope eval --controls` measured of an SAE of
-a language model. `trained_ranks` says how the metric ranks the controls against the trained SAE,
-`oracle_ranks` against the oracle. The table in docs/reference/evaluation.md is the last rows of
-each world (`--page` writes it).
+a language model, of several files if its suites were measured apart. `trained_ranks` says how the
+metric ranks the controls against the trained SAE, `oracle_ranks` against the oracle. The table in
+docs/reference/evaluation.md is the last rows of each world (`--page` writes it).
 """
 
 import tempfile
@@ -68,8 +68,9 @@ _START, _END = "<!-- table: benchmarks.controls -->", "<!-- end of table -->"
 class ControlsConfig(Config):
     """Measure how metrics rank controls."""
 
-    demo: str | None = None
-    """controls.json of the quick demo's SAE; without it only the planted world is measured."""
+    demo: tuple[str, ...] = ()
+    """Files of controls of the quick demo's SAE, each of other suites; without any only the planted
+    world is measured."""
     steps: int = 400
     """Training steps on the planted world."""
     seed: int = 0
@@ -148,9 +149,10 @@ def main(config: ControlsConfig) -> None:
     known = {row.name: row for family in families().values() for row in family.metrics}
     facts = {k: v for k, v in results.facts("cpu").items() if k in COLUMNS}
     found = [{**row, "rows": ROWS, **facts} for row in rows(PLANTED, planted(config), known)]
-    if config.demo is not None:
-        measured = read_controls(Path(config.demo))
-        of_demo = {"rows": measured["protocol"]["rows"], "protocol_hash": measured["protocol_hash"]}
+    for path in config.demo:
+        measured = read_controls(Path(path))
+        protocol = measured["protocol"]
+        of_demo = {"rows": protocol.get("rows", ""), "protocol_hash": measured["protocol_hash"]}
         found += [
             {**row, **of_demo, **facts} for row in rows(DEMO, measured["values"], rows_of(measured))
         ]

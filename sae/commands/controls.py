@@ -1,7 +1,8 @@
 """`saescope eval RUN --controls`: an SAE beside what every metric has to rank below it.
 
 The controls (`sae.evaluation.controls`) are measured as the SAE is, under its protocol, and
-controls.json beside the evaluation says how each metric ranks them.
+controls.json beside the evaluation says how each metric ranks them. Suites with texts of their own
+have measured controls beside the SAE, which are taken from the evaluation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sae.commands.evaluate_config import EvaluateConfig
 from sae.commands.held_out import HeldOut
 from sae.evaluation import Family
-from sae.evaluation.controls import TRAINED, controls, ranking
+from sae.evaluation.controls import CONTROLS, TRAINED, controls, ranking
 from sae.evaluation.controls_file import KIND, SCHEMA
 from sae.evaluation.unfinished_file import Unfinished
 from sae.evaluation.written import ROWS, measured_values, rows_of
@@ -46,17 +48,23 @@ def measure_controls(
         raise InputError(
             "controls are of one site: give site", where="controls", given=list(data.sites)
         )
-    rows = rows_of(evaluation)
+    of_texts = {family.name: family.texts for family in wanted if family.texts is not None}
+    own = [pair for texts in of_texts.values() for pair in texts.controls.items()]
+    beside = {value for _, by_control in own for value in by_control.values()}
+    rows = {name: row for name, row in rows_of(evaluation).items() if name not in beside}
     values = {TRAINED: _figures(evaluation, rows)}
-    seen = torch.cat([piece.x for piece in data.training()])
-    for name, control in controls(data.placement.sae, seen, seed=_SEED):
-        site, placement = next(iter(data.sites.items()))
-        with silent():
-            found = replace(data, sites={site: placement._replace(sae=control)}).measure(wanted)
-        values[name] = _figures(found, rows)
-        say(f"{run.run}: measured the control {name}")
-    protocol = {**evaluation["protocol"], "controls": {"rows": len(seen), "seed": _SEED}}
-    measured = [row for name, row in rows.items() if name in values[TRAINED]]
+    others = [family for family in wanted if family.texts is None]
+    protocol: dict[str, Any] = {"of_texts": "by the suites themselves"} if of_texts else {}
+    if others:
+        seen = torch.cat([piece.x for piece in data.training()])
+        protocol |= {"rows": len(seen), "seed": _SEED}
+        values |= data.of_controls(seen, others, rows)
+    for name, by_control in own:
+        for control, value in by_control.items():
+            values.setdefault(control, {}).update(_renamed(evaluation, value, name))
+    protocol = {**evaluation["protocol"], "controls": protocol}
+    of_any = {name for control in CONTROLS for name in values.get(control, {})}
+    measured = [row for name, row in rows.items() if name in of_any & values[TRAINED].keys()]
     return sealed(
         {
             "schema": SCHEMA,
@@ -64,11 +72,18 @@ def measure_controls(
             "protocol": protocol,
             "protocol_hash": sha256_json(protocol),
             "evaluation": evaluation["protocol_hash"],
-            "values": values,
+            "values": {name: values[name] for name in (TRAINED, *CONTROLS) if name in values},
             "ranks": {row.name: ranking(row, values) for row in measured},
             **({ROWS: evaluation[ROWS]} if ROWS in evaluation else {}),
         }
     )
+
+
+def _renamed(evaluation: Mapping[str, Any], value: str, name: str) -> dict[str, Any]:
+    """A value of an evaluation, with its interval, by another name; nothing if it is not there."""
+    values = measured_values(evaluation)
+    pairs = ((f"{name}{end}", f"{value}{end}") for end in ("", "_interval"))
+    return {new: values[old] for new, old in pairs if old in values}
 
 
 def _figures(evaluation: Mapping[str, Any], rows: Mapping[str, Metric]) -> dict[str, Any]:
@@ -80,7 +95,23 @@ def _figures(evaluation: Mapping[str, Any], rows: Mapping[str, Metric]) -> dict[
 
 @dataclass(frozen=True, kw_only=True)
 class _Control(HeldOut):
-    """The held-out part of a harvest, and one of several SAEs that are measured on it."""
+    """The held-out part of a harvest, on which several SAEs are measured."""
+
+    def of_controls(
+        self, seen: Tensor, wanted: Sequence[Family], rows: Mapping[str, Metric]
+    ) -> dict[str, dict[str, Any]]:
+        """The figures of each control by its name.
+
+        Args: seen are training rows [n, d_in], as the SAE sees them.
+        """
+        found = {}
+        for name, control in controls(self.placement.sae, seen, seed=_SEED):
+            site, placement = next(iter(self.sites.items()))
+            with silent():
+                sites = {site: placement._replace(sae=control)}
+                found[name] = _figures(replace(self, sites=sites).measure(wanted), rows)
+            say(f"{self.config.run}: measured the control {name}")
+        return found
 
     def training(self) -> Any:
         """Rows of the training split, as training saw them."""

@@ -60,6 +60,9 @@ class OwnTexts:
     path, with this hash of the protocol"""
     lines: Callable[[TableRows], Iterable[str]] | None = None
     """the table as lines for people"""
+    controls: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """for `--controls`, of a metric that it measures of a control as well: the name of each
+    control (`sae.evaluation.controls.CONTROLS`) and of the value that is the metric of it"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,6 +114,10 @@ def facts(config: AbsorptionConfig, model: Mapping[str, Any], site: str) -> dict
         counted=("words", "held-out words"),
         unit="letters",
         write=write_letters,
+        controls={
+            "absorption_fraction": {"untrained": "absorption_fraction_untrained"},
+            "letter_f1": {"untrained": "letter_f1_untrained"},
+        },
     ),
 )
 def absorption(given: OnTexts[AbsorptionConfig]) -> dict[str, Any]:

@@ -7,6 +7,9 @@ A metric that puts a control beside the trained SAE does not measure what traini
 * untrained: the same architecture and configuration at its start;
 * pca: as many principal components as the trained SAE has features active on a row.
 
+Families with texts of their own measure some controls themselves, beside the SAE
+(`OwnTexts.controls`): there, random is as many of its features drawn by chance.
+
 With planted data there is an oracle too: the true directions.
 """
 
@@ -35,7 +38,7 @@ def ranking(row: Metric, values: Mapping[str, Mapping[str, Any]]) -> dict[str, s
 
     "right": the trained one is better, by more than the intervals of the two allow where there are
     intervals. "wrong": the control is. Else "cannot tell". Empty for a metric without a better way,
-    or without a figure of the trained one.
+    without a figure of the trained one, or that no control was measured by.
 
     >>> from saescope.metrics import metric
     >>> ranking(metric("fvu"), {"trained": {"fvu": 0.2}, "random": {"fvu": 0.9}})
@@ -45,7 +48,7 @@ def ranking(row: Metric, values: Mapping[str, Mapping[str, Any]]) -> dict[str, s
         return {}
     trained, words = values[TRAINED], {"better": "right", "worse": "wrong"}
     found = {}
-    for name in (name for name in CONTROLS if name in values):
+    for name in (name for name in CONTROLS if row.name in values.get(name, {})):
         alike = ROUNDING * abs(trained.get(row.name) or 0.0)
         key, both = f"{row.name}_interval", (trained, values[name])
         told = None if row.interval and all(key in each for each in both) else alike

@@ -24,6 +24,8 @@ from saescope.metrics import Metric
 KS = (1, 2, 5, 16)
 """numbers of features that have a metric of their own; others are in the tables"""
 _UNTRAINED_SEED = 0
+_CONTROLS = ("random", "untrained", "pca")
+"""methods that are controls; random is as many of the SAE's features drawn by chance"""
 _SOURCE = "Kantamneni et al. 2025, section 3"
 
 
@@ -100,6 +102,10 @@ def facts(config: ProbingConfig, model: Mapping[str, Any], site: str) -> dict[st
         unit="sets",
         write=tables.write_tables,
         lines=tables.lines,
+        controls={
+            f"probing_auc_k{k}": {method: f"probing_auc_k{k}_{method}" for method in _CONTROLS}
+            for k in KS
+        },
     ),
 )
 def probing(given: OnTexts[ProbingConfig]) -> dict[str, Any]:
@@ -130,7 +136,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     table = tables.over_sets(tables.by_set(rows))
     found: dict[str, Any] = {"sets": len({row["set"] for row in rows})}
     for row in table:
-        if row["setting"] != "normal" or (row["method"] == "sae" and row["k"] not in KS):
+        if row["setting"] != "normal" or (row["method"] != "raw" and row["k"] not in KS):
             continue
         k = row["k"]
         if row["method"] == "sae":
@@ -138,6 +144,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             found |= _with_interval(f"probing_above_untrained_k{k}", row, "above_untrained")
             if k == 16:
                 found |= _with_interval("probing_accuracy_k16", row, "accuracy")
+        elif row["method"] in _CONTROLS:
+            found |= _with_interval(f"probing_auc_k{k}_{row['method']}", row, "auc")
         elif row["method"] == "raw":
             found |= _with_interval("probing_auc_raw", row, "auc")
     return found

@@ -116,6 +116,12 @@ def table_lines(rows: Sequence[Row]) -> Iterator[str]:
         unit="attributes",
         write=write_table,
         lines=table_lines,
+        controls={
+            "ravel_disentangle": {
+                "random": "ravel_disentangle_random",
+                "untrained": "ravel_disentangle_untrained",
+            }
+        },
     ),
 )
 def ravel(given: OnTexts[RavelConfig]) -> dict[str, Any]:

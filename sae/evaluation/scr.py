@@ -125,6 +125,7 @@ def _write(evaluation: AnyPath, rows: list[Row], protocol_hash: str) -> None:
         unit="divisions",
         write=_write,
         lines=lambda rows: removal_lines("SCR", "scr", scr_scores(rows)),
+        controls={"scr_n20": {"random": "scr_n20_random", "untrained": "scr_n20_untrained"}},
     ),
 )
 def scr(given: OnTexts[SCRConfig]) -> dict[str, Any]:

@@ -106,6 +106,7 @@ def _write(evaluation: AnyPath, rows: list[Row], protocol_hash: str) -> None:
         unit="divisions",
         write=_write,
         lines=lambda rows: removal_lines("TPP", "tpp", tpp_scores(rows)),
+        controls={"tpp_n20": {"random": "tpp_n20_random", "untrained": "tpp_n20_untrained"}},
     ),
 )
 def tpp(given: OnTexts[TPPConfig]) -> dict[str, Any]:

@@ -195,6 +195,13 @@ def _write(evaluation: AnyPath, rows: list[Row], protocol_hash: str) -> None:
         unit="texts",
         write=_write,
         lines=_lines,
+        controls={
+            "unlearning_forget": {
+                "random": "unlearning_forget_random",
+                "untrained": "unlearning_forget_untrained",
+            },
+            "unlearning_retain": {"random": "unlearning_retain_random"},
+        },
     ),
 )
 def unlearning(given: OnTexts[UnlearningConfig]) -> dict[str, Any]:

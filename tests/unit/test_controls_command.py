@@ -2,24 +2,29 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
 
+from sae import evaluation as registry
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.commands.controls import measure_controls
 from sae.commands.evaluate import HeldOut
 from sae.commands.evaluate_config import EvaluateConfig
 from sae.commands.evaluate_runs import EvaluateRunsConfig
 from sae.commands.sweep import SweepConfig, sweep
-from sae.evaluation import chosen
+from sae.evaluation import OwnTexts, chosen, families, metric_family
 from sae.evaluation.controls import CONTROLS, controls, ranking, ranking_in_words
 from sae.evaluation.controls_file import read_controls
+from sae.evaluation.on_texts import OnTexts
+from saescope import metrics
 from saescope.__main__ import main
+from saescope.config import Config
 from saescope.errors import ArtefactError, InputError
-from saescope.metrics import metric
+from saescope.metrics import Metric, metric
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
 
@@ -137,3 +142,76 @@ def test_in_the_model_each_control_takes_the_place(trained: Path, tmp_path: Path
     assert kl["trained"] < min(kl[name] for name in CONTROLS)
     clean = {each["ce_clean"] for each in values.values()}
     assert len(clean) == 1
+
+
+# ---- suites with texts of their own --------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class HueConfig(Config):
+    """Settings of a family that nobody else knows."""
+
+    def quick(self) -> Self:
+        return self
+
+
+def test_controls_that_a_suite_of_texts_has_measured_are_taken_from_it(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", dict(families()))
+    monkeypatch.setattr(metrics, "_TABLE", dict(metrics.metric_table()))
+    measured: list[int] = []
+
+    def hue(given: OnTexts[HueConfig]) -> dict[str, Any]:
+        measured.append(given.sae.d_sae)
+        own = {"hue": 0.5, "hue_interval": 0.1, "warmth": 1.0}
+        return {"hues": 3, **own, "hue_by_chance": 0.45, "hue_by_chance_interval": 0.1}
+
+    metric_family(
+        "hue",
+        needs="texts",
+        metrics=[
+            Metric(name="hue", label="hue", better="higher", help="A hue.", interval=True),
+            Metric(name="hue_by_chance", label="hue, random", better="neither", help="A hue."),
+            Metric(name="warmth", label="warmth", better="higher", help="A warmth."),
+        ],
+        suite="hues",
+        texts=OwnTexts(
+            settings=HueConfig,
+            facts=lambda config, model, site: {"site": site},
+            counted=("hues", "hues in all"),
+            unit="hues",
+            controls={"hue": {"random": "hue_by_chance"}},
+        ),
+    )(hue)
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    words = ["eval", str(run), "--controls", "--tokens", "0", "--suite", "core,hues"]
+    assert main(words) == 0
+    assert len(measured) == 1
+    lines = capsys.readouterr().out.splitlines()
+    found = read_controls(run / "controls.json")
+    assert found["values"]["random"]["hue"] == 0.45
+    assert found["values"]["random"]["hue_interval"] == 0.1
+    assert "hue" not in found["values"]["pca"]
+    assert found["ranks"]["hue"] == {"random": "cannot tell"}
+    assert not found["ranks"].keys() & {"warmth", "hue_by_chance"}
+    assert set(found["ranks"]["fvu"]) == set(CONTROLS)
+    shown = next(line for line in lines if line.startswith("hue  ")).split()
+    assert shown == ["hue", "0.5000", "-", "0.4500", "-", "-", "cannot", "tell", "random"]
+
+    (run / "evaluation.json").unlink()
+    assert main([*words[:-1], "hues", "--replace"]) == 0
+    found = read_controls(run / "controls.json")
+    assert list(found["values"]) == ["trained", "random"]
+    assert len(measured) == 2
+
+
+def test_each_control_of_a_suite_is_one_that_there_is() -> None:
+    for name, family in families().items():
+        known = {row.name for row in family.metrics}
+        for metric_name, by_control in (family.texts.controls if family.texts else {}).items():
+            assert metric_name in known, name
+            assert by_control.keys() <= set(CONTROLS), name
