@@ -36,8 +36,9 @@ class Command:
 
 
 ARCHITECTURES = (
-    "abstopk archetypal batchtopk crosscoder csr feature_choice gated jumprelu matching_pursuit",
-    "matryoshka msae mutual_choice relu skip_transcoder temporal topk transcoder",
+    "abstopk archetypal batchtopk cross_layer_transcoder crosscoder csr feature_choice gated",
+    "jumprelu matching_pursuit matryoshka msae mutual_choice relu skip_transcoder temporal topk",
+    "transcoder",
 )
 """those that come with saescope, so that help needs no torch"""
 _MEASURED = [row.label for row in common_rows() if not row.minor]

@@ -42,6 +42,11 @@ class SAEConfig(Config):
         """Whether the loss needs neighbouring tokens side by side, known by `RawBatch.labels`."""
         return False
 
+    def for_sites(self, number: int) -> Self:
+        """The configuration of an SAE that reads so many sites; most do not depend on it."""
+        del number
+        return self
+
     def check_k(self, name: str, value: int) -> None:
         """Raise InputError unless a row can have `value` features; name is the field's."""
         check_range(f"sae.{name}", value, low=1)

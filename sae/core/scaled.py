@@ -80,11 +80,8 @@ class ScaledModule(nn.Module):
         for name in self.feature_units:
             if hasattr(folded, name):
                 getattr(folded, name).div_(unit)
-        if "W_enc_T" in folded._parameters:
-            folded.W_enc_T.mul_(inside.scale / unit)
-            if not self.pre_bias:
-                folded.b_enc.sub_(folded.W_enc_T @ inside.mean)
-        folded.W_dec.mul_(unit / outside.scale)
+        folded.fold_encoder(inside, unit)
+        folded.fold_decoder(outside, unit)
         folded.b_dec.copy_(outside.invert(self.b_dec))
         folded.fold_parameters(unit)
         variance = outside.variance / float(outside.scale.square().mean())
@@ -93,6 +90,17 @@ class ScaledModule(nn.Module):
         if self.output_normaliser is not None:
             folded.output_normaliser = Normaliser.identity(self.d_out, variance)
         return folded
+
+    def fold_encoder(self, inside: Normaliser, unit: float) -> None:
+        """What folding does to W_enc_T and, without a pre-encoder bias, b_enc."""
+        if "W_enc_T" in self._parameters:
+            self.W_enc_T.mul_(inside.scale / unit)
+            if not self.pre_bias:
+                self.b_enc.sub_(self.W_enc_T @ inside.mean)
+
+    def fold_decoder(self, outside: Normaliser, unit: float) -> None:
+        """What folding does to W_dec."""
+        self.W_dec.mul_(unit / outside.scale)
 
     def fold_parameters(self, feature_scale: float) -> None:
         """What folding has to do beyond dividing `feature_units` (called on the folded copy)."""

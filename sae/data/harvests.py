@@ -10,6 +10,7 @@ from torch import Tensor
 from activations import ActivationStore, Model, load_model
 from activations.loading.unshuffled import aligned_rows
 from activations.models.base import HarvestModel
+from activations.sites.names import is_pattern, layer_of, select
 from activations.storage.reader import Chunk
 from sae.core.base import SparseAutoencoder, kind_of
 from sae.data.model_expectations import warn_of_model
@@ -64,15 +65,26 @@ def choose_sites(
     site: str | None,
     sites: Sequence[str],
     target_site: str | None,
+    target_sites: Sequence[str] = (),
     mix_layers: str | None,
-) -> tuple[str, ...]:
-    """The sites that an SAE of an architecture is to read: the one chosen, or several.
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The sites that an SAE of an architecture is to read, and those that it is to write.
 
-    Several are read by a crosscoder, or by one SAE of several layers (`mix_layers`): those named in
-    `sites`, or all of the harvest's.
+    Several are read by a crosscoder, by one SAE of several layers (`mix_layers`), or by a
+    cross-layer transcoder: those that `sites` names, or its patterns match, or all of the
+    harvest's. What is written is empty where it is what is read.
 
     Raises InputError for sites that the harvest has not, or that the architecture cannot read.
     """
+    across = cls.transcodes and cls.concatenates
+    if across:
+        return _layers_read_and_written(harvest, site, sites, target_site, target_sites, mix_layers)
+    if target_sites:
+        raise InputError(
+            "several sites are written by a cross-layer transcoder alone",
+            where="target_sites",
+            given=target_sites,
+        )
     if cls.transcodes != (target_site is not None):
         what = (
             "a transcoder needs the site to reconstruct"
@@ -94,12 +106,73 @@ def choose_sites(
         )
     if several and site is not None:
         raise InputError("several sites are read here: give sites", where="site", given=site)
-    names: Sequence[str | None] = (site,)
+    targets = () if target_site is None else (choose_site(harvest, target_site),)
     if several:
-        names = sites or harvest.sites
-    if target_site is not None:
-        choose_site(harvest, target_site)
-    return tuple(choose_site(harvest, name) for name in names)
+        return _named(harvest, sites or harvest.sites), targets
+    return (choose_site(harvest, site),), targets
+
+
+def _named(harvest: ActivationStore, names: Sequence[str]) -> tuple[str, ...]:
+    """The harvest's sites of these names, and those that patterns among them match."""
+    found: list[str] = []
+    for name in names:
+        if name in harvest.sites or not is_pattern(name):
+            found.append(choose_site(harvest, name))
+        else:
+            found += select([name], harvest.sites, where=str(harvest.path))
+    return tuple(dict.fromkeys(found))
+
+
+def _layers_read_and_written(
+    harvest: ActivationStore,
+    site: str | None,
+    sites: Sequence[str],
+    target_site: str | None,
+    target_sites: Sequence[str],
+    mix_layers: str | None,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a cross-layer transcoder reads and writes, in the order of the layers."""
+    for name, given in (
+        ("site", site),
+        ("target_site", target_site),
+        ("mix_layers", mix_layers),
+    ):
+        if given is not None:
+            raise InputError(
+                "a cross-layer transcoder reads and writes several sites",
+                where=name,
+                given=given,
+                allowed="sites and target_sites",
+            )
+    if not sites or not target_sites:
+        raise InputError(
+            "a cross-layer transcoder needs the sites that it reads, and those that it writes",
+            where="sites" if not sites else "target_sites",
+            given=(),
+            allowed='such as "blocks.*.ln2.hook_normalized", and "blocks.*.hook_mlp_out"',
+        )
+    read, written = (_by_layer(harvest, names) for names in (sites, target_sites))
+    layers = [[layer_of(name) for name in names] for names in (read, written)]
+    if layers[0] != layers[1] or len(set(layers[0])) < len(read):
+        raise InputError(
+            "one of them for each layer that is read",
+            where="target_sites",
+            given=f"layers {layers[1]}",
+            allowed=f"layers {layers[0]}, each once",
+        )
+    for name, names in (("sites", read), ("target_sites", written)):
+        widths = sorted({harvest.d_in(each) for each in names})
+        if len(widths) > 1:
+            raise InputError("layers are of one width", where=name, given=widths)
+    return read, written
+
+
+def _by_layer(harvest: ActivationStore, names: Sequence[str]) -> tuple[str, ...]:
+    found = _named(harvest, names)
+    outside = [name for name in found if layer_of(name) is None]
+    if outside:
+        raise InputError("is in no layer", where="sites", given=outside[0])
+    return tuple(sorted(found, key=lambda name: layer_of(name) or 0))
 
 
 def held_out_rows(

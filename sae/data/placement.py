@@ -68,7 +68,8 @@ def placement_of(
     several = sae.metadata.get("sites") if sae.concatenates else None
     read = tuple(several or [name for name in (recorded or site,) if name])
     target = sae.metadata.get("target_site")
-    if not read or (sae.transcodes and target is None):
+    targets = tuple(sae.metadata.get("target_sites") or [name for name in (target,) if name])
+    if not read or (sae.transcodes and not targets):
         raise InputError(
             "this SAE does not say which sites it reads and writes; give site and target_site",
             where="site",
@@ -83,7 +84,7 @@ def placement_of(
                 allowed=", ".join(read),
             )
         read = (site,)
-    return Placement(released(sae), read, (str(target),) if sae.transcodes else read)
+    return Placement(released(sae), read, targets if sae.transcodes else read)
 
 
 def released(sae: SparseAutoencoder) -> SparseAutoencoder:

@@ -6,6 +6,7 @@ one loader, so equal seeds give the same tokens in the same order whatever is ma
     OneSite        x of one site
     Pairs          x of one site, the target of another (transcoders)
     Concatenated   x of several sites side by side (crosscoders)
+    ConcatenatedPairs  the same, and as many other sites as the target (cross-layer transcoders)
     AllLayers      each token gives a row a site (multi-layer SAEs, Lawson et al. 2024)
     DrawnLayer     each token gives the row of one site drawn uniformly (Group-SAE, Ghilardi et al.
                    2024), so an SAE of a group sees as many rows as an SAE of one layer
@@ -29,6 +30,7 @@ from saescope.errors import InputError
 __all__ = [
     "AllLayers",
     "Concatenated",
+    "ConcatenatedPairs",
     "DrawnLayer",
     "HeldOut",
     "OneSite",
@@ -95,6 +97,30 @@ class Concatenated(Stream):
     def _rows(self, tokens: Tokens) -> tuple[RawBatch, Tensor | None]:
         x = torch.cat(tuple(tokens.by_site), dim=-1)
         return RawBatch(x, row_token=tokens.row_token), tokens.keep_everywhere
+
+
+class ConcatenatedPairs(Concatenated):
+    """x is the first half of the sites side by side, the target the second half.
+
+    A token that is an outlier at any site is left out.
+    """
+
+    KIND = "concatenated_pairs"
+
+    @property
+    def d_in(self) -> int:
+        """Width of x: the sum of the first half of the sites'."""
+        return sum(self.widths[: len(self.widths) // 2])
+
+    @property
+    def d_out(self) -> int:
+        """Width of the target."""
+        return sum(self.widths[len(self.widths) // 2 :])
+
+    def _rows(self, tokens: Tokens) -> tuple[RawBatch, Tensor | None]:
+        whole, keep = super()._rows(tokens)
+        x, target = whole.x.split([self.d_in, self.d_out], dim=-1)
+        return RawBatch(x, target, row_token=tokens.row_token), keep
 
 
 class AllLayers(Stream):
@@ -180,6 +206,7 @@ def make_stream(
     batch_size: int,
     seed: int = 0,
     target_site: str | None = None,
+    target_sites: Sequence[str] = (),
     mix_layers: MixLayers | None = None,
     crosscoder: bool = False,
     outlier_multiple: float | None = None,
@@ -191,7 +218,9 @@ def make_stream(
 ) -> Stream:
     """The stream that an SAE of these sites is trained on; see the classes for what each gives.
 
-    Args: outlier_multiple leaves out rows whose norm exceeds so many times their site's median.
+    Args: target_sites, of a cross-layer transcoder, are as many as the sites, and read with
+    crosscoder; outlier_multiple leaves out rows whose norm exceeds so many times their site's
+    median.
 
     Raises InputError if the sites and options do not go together, or as the classes do.
 
@@ -199,8 +228,18 @@ def make_stream(
     >>> make_stream(store, mlp_in, target_site=mlp_out, batch_size=4096)  # doctest: +SKIP
     """
     names = (sites,) if isinstance(sites, str) else tuple(sites)
-    kind = _kind(names, target_site, mix_layers, crosscoder)
-    read = (*names, target_site) if target_site is not None else names
+    if target_sites:
+        if target_site is not None or not crosscoder or len(target_sites) != len(names):
+            raise InputError(
+                "as many as the sites, which are read side by side",
+                where="target_sites",
+                given=tuple(target_sites),
+                allowed=f"{len(names)} sites, with crosscoder and without target_site",
+            )
+        kind, read = ConcatenatedPairs, (*names, *target_sites)
+    else:
+        kind = _kind(names, target_site, mix_layers, crosscoder)
+        read = (*names, target_site) if target_site is not None else names
     outliers = None
     if outlier_multiple is not None:
         outliers = OutlierFilter.fit(store, read, outlier_multiple)

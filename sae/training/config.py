@@ -38,9 +38,13 @@ class TrainConfig(Config):
     site: str | None = None
     """TransformerLens name of the site; may be left out if the harvest has only one."""
     sites: tuple[str, ...] = ()
-    """Several sites, for a crosscoder, or for one SAE of several layers (see mix_layers)."""
+    """Several sites, or patterns, for a crosscoder, one SAE of several layers (see mix_layers), or
+    a cross-layer transcoder."""
     target_site: str | None = None
     """The site that a transcoder reconstructs."""
+    target_sites: tuple[str, ...] = ()
+    """The sites, or patterns, that a cross-layer transcoder reconstructs: one in each layer of
+    `sites`."""
     mix_layers: Literal["all", "drawn"] | None = dataclasses.field(
         default=None, metadata={WAS: "mix"}
     )

@@ -166,7 +166,7 @@ def _working(sae: SparseAutoencoder, trainer: Trainer, l0: float) -> int:
 
 
 def _stream_bytes(run: Run) -> int:
-    read = [*run.sites, *([run.config.target_site] if run.config.target_site else [])]
+    read = [*run.sites, *run.targets]
     group = sum(8 * _CHUNK_ROWS * run.harvest.d_in(site) * 2 for site in read)
     if not _computes(run):
         return group

@@ -63,20 +63,21 @@ class Run:
         check_held_out(harvest)
         self.config, self.harvest, self.folder = config, harvest, as_path(config.out)
         self._remote = remote_run(self.folder, harvest.path, config.trainer)
-        self.sae_config = config.sae
-        if config.trainer.target_l0 is not None:
-            self.sae_config = config.sae.with_target_l0(config.trainer.target_l0)
         self.cls = architecture(kind_of(config.sae))
         if harvest.storage == "none":
             process_group.refuse_together("training straight from the model", where="harvest")
-        self.sites = choose_sites(
+        self.sites, self.targets = choose_sites(
             harvest,
             self.cls,
             site=config.site,
             sites=config.sites,
             target_site=config.target_site,
+            target_sites=config.target_sites,
             mix_layers=config.mix_layers,
         )
+        self.sae_config = config.sae.for_sites(len(self.sites))
+        if config.trainer.target_l0 is not None:
+            self.sae_config = self.sae_config.with_target_l0(config.trainer.target_l0)
         before = run_folder.read_if_there(self.folder)
         check_apart(self.work_folder, if_local(harvest.path))
         self._chosen_order: Order | None = self._order(before)
@@ -92,6 +93,7 @@ class Run:
             **to_dict(config),
             "sites": list(self.sites),
             "site": None,
+            "target_sites": list(self.targets) if config.target_sites else (),
             "order": self._chosen_order,
             "trainer": to_dict(self.trainer_config),
         }
@@ -144,6 +146,7 @@ class Run:
             [
                 self.sites,
                 config.target_site,
+                *([self.targets] if config.target_sites else []),
                 config.mix_layers,
                 self.cls.concatenates,
                 config.trainer.batch_size,
@@ -173,6 +176,7 @@ class Run:
             batch_size=config.trainer.batch_size,
             seed=self._data_seed,
             target_site=config.target_site,
+            target_sites=self.targets if config.target_sites else (),
             mix_layers=config.mix_layers,
             crosscoder=self.cls.concatenates,
             outlier_multiple=config.outliers,
@@ -269,17 +273,19 @@ class Run:
         config, stream = self.config, self.stream
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            d_out = self.harvest.d_in(config.target_site) if config.target_site else None
+            d_out = sum(map(self.harvest.d_in, self.targets)) or None
             sae = self.cls(self.sae_config, stream.d_in, d_out)
-        fits = {site: self._fit(site) for site in (*self.sites, config.target_site) if site}
+        fits = {site: self._fit(site) for site in (*self.sites, *self.targets)}
         if config.mix_layers is not None:
             sae.site_normalisers = {site: fits[site] for site in self.sites}
         elif self.cls.concatenates:
             sae.normaliser = Normaliser.side_by_side([fits[site] for site in self.sites])
         else:
             sae.normaliser = fits[self.sites[0]]
-        if config.target_site:
-            sae.output_normaliser = fits[config.target_site]
+        if self.targets:
+            written = [fits[site] for site in self.targets]
+            several = self.cls.concatenates
+            sae.output_normaliser = Normaliser.side_by_side(written) if several else written[0]
         if config.start_from is not None:
             _go_on_from(sae, config.start_from)
         sae.metadata = self._metadata()
@@ -310,6 +316,7 @@ class Run:
             "site": first,
             **several,
             **({"target_site": config.target_site} if config.target_site else {}),
+            **({"target_sites": list(self.targets)} if config.target_sites else {}),
             "model": model["name"],
             "model_spec": model["spec"],
             "model_revision": model["revision"],

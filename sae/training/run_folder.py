@@ -110,8 +110,8 @@ def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
         kept.pop(name, None)
     if not (kept.get("finish") or {}).get("objective"):  # older runs have none
         kept.pop("finish", None)
-    for name in ("order", "samples"):  # nor these
-        if kept.get(name) is None:
+    for name in ("order", "samples", "target_sites"):  # nor these
+        if not kept.get(name):
             kept.pop(name, None)
     return kept
 

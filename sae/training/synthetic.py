@@ -32,6 +32,7 @@ _OF_HARVESTS = (
     "site",
     "sites",
     "target_site",
+    "target_sites",
     "mix_layers",
     "objective",
     "end_to_end",

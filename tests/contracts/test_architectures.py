@@ -42,11 +42,13 @@ def make(kind: str, *, normaliser: str = "unit_mean_square", seed: int = 0) -> S
             if name in BIASES:
                 parameter.normal_(std=BIASES[name])
         if not sae.W_dec.any():  # transcoders start there, and then nothing would be decoded
-            sae.W_dec.normal_(std=0.3)
+            for name, parameter in sae.named_parameters():
+                if name.startswith(("W_dec", "decoders")):
+                    parameter.normal_(std=0.3)
     x = rows()
     if normaliser == "standardised" and (cls.concatenates or cls.transcodes):
         pytest.skip("several sites have no one vector to standardise")
-    if cls.concatenates:
+    if cls.concatenates and not cls.transcodes:
         parts = [fit(normaliser, site) for site in (x[:, :4], 3 * x[:, 4:])]
         sae.normaliser = Normaliser.side_by_side(parts)
         sae.metadata["site_widths"] = [4, 2]

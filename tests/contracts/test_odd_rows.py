@@ -81,7 +81,8 @@ class TestEveryArchitecture:
         )
         output.loss.backward()
         assert output.loss.isfinite()
-        assert sae.get_parameter("W_dec").grad.any()  # type: ignore[union-attr]
+        name = "decoders.0" if kind == "cross_layer_transcoder" else "W_dec"
+        assert sae.get_parameter(name).grad.any()  # type: ignore[union-attr]
 
     @pytest.mark.parametrize("k_aux", [3, 8])
     def test_auxk_is_of_the_hidden_coordinates_alone(self, kind: str, k_aux: int) -> None:
