@@ -325,6 +325,20 @@ COMMANDS = {
         positional="run",
         loads_saes=True,
     ),
+    "circuit": Command(
+        module="sae.commands.circuit",
+        config="CircuitConfig",
+        function="circuit_of_prompt",
+        summary="Find which features make a prompt's next token, and how they connect.",
+        examples=(
+            "saescope circuit runs/smollm2-135m-transcoders --prompt 'The capital of France is'",
+            "saescope circuit runs/smollm2-135m-transcoders --prompt 'When Mary and John went to "
+            "the store, John gave a drink to' --outputs ' Mary' --against ' John' --out ioi.npz",
+        ),
+        notes=("", "RUN is the folder of a sweep of transcoders; or runs and SAEs, one by one."),
+        positional="run runs...",
+        loads_saes=True,
+    ),
     "convert": Command(
         module="sae.commands.convert",
         config="ConvertConfig",

@@ -5,11 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from activations import Model, load_model
 from activations.models.chat import chat_tokens
-from activations.models.names import hub_name
-from activations.models.packaged import PACKAGED_MODELS
-from sae.core.base import SparseAutoencoder
+from sae.commands.model_of import model_of
 from sae.formats.load import load
 from sae.indexing.ends import feature_and_sign
 from sae.steering.steer import steer
@@ -134,28 +131,6 @@ def suggest(store_path: str) -> tuple[int, float, str]:
     raise InputError("no feature to suggest; give --add FEATURE=STRENGTH", where=store_path)
 
 
-def _model_of(sae: SparseAutoencoder, config: SteerConfig) -> Model:
-    """The model given, or the one that the SAE's files name; InputError if there is none."""
-    trust = config.trust_remote_code
-    if config.model is not None:
-        return load_model(config.model, trust_remote_code=trust)
-    spec = sae.metadata.get("model_spec")
-    if spec is not None:
-        revision = sae.metadata.get("model_revision")
-        return load_model(spec, revision=revision, trust_remote_code=trust)
-    named = sae.metadata.get("model")
-    if named is None:
-        raise InputError("this SAE does not name its model; give --model", where=config.run)
-    try:
-        here = named in PACKAGED_MODELS or Path(named).expanduser().is_dir()
-        return load_model(named if here else hub_name(named), trust_remote_code=trust)
-    except InputError as error:
-        raise InputError(
-            f"the model that this SAE names cannot be had; give --model ({error})",
-            where=config.run,
-        ) from error
-
-
 def steer_text(config: SteerConfig) -> dict[str, str]:
     """Print and return both continuations.
 
@@ -173,7 +148,9 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
         feature, sign = feature_and_sign(feature, sae.d_sae if sae.signed else None)
         edits["add"] = {feature: sign * round(config.strength * largest, 1)}
         say(f"feature {feature} fires on {word!r}, with at most {largest:.1f}")
-    model = _model_of(sae, config)
+    model = model_of(
+        sae, config.model, where=config.run, trust_remote_code=config.trust_remote_code
+    )
     chat = chat_tokens(model, messages_of(config.prompt)) if config.chat else None
 
     def generate() -> str:
