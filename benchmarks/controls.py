@@ -24,16 +24,16 @@ from benchmarks.running import run
 from sae.bench import rows as results
 from sae.core.base import SparseAutoencoder
 from sae.evaluation import families
-from sae.evaluation.controls import (
+from sae.evaluation.controls import controls
+from sae.evaluation.controls_file import read_controls
+from sae.evaluation.planted import PlantedConfig, PlantedDictionary
+from sae.evaluation.ranks import (
     CONTROLS,
     ORACLE,
     TRAINED,
-    controls,
     ranking,
     ranking_in_words,
 )
-from sae.evaluation.controls_file import read_controls
-from sae.evaluation.planted import PlantedConfig, PlantedDictionary
 from sae.evaluation.rows import pass_over
 from sae.evaluation.written import rows_of
 from saescope.artefact import write_bytes

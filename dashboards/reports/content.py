@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dashboards.reports import charts
+from dashboards.reports.control_table import controls_section
 from dashboards.reports.family_tables import family_tables
 from dashboards.reports.measured import Evaluation
 from dashboards.reports.pieces import Report, Section, Table
@@ -22,6 +23,10 @@ _TITLES = {
     "downstream": "The model's loss",
     "row_groups": "Some rows alone",
     "description_length": "Description length",
+    "ravel": "RAVEL: attributes of entities",
+    "scr": "SCR: spurious correlation removal",
+    "tpp": "TPP: targeted probe perturbation",
+    "unlearning": "Unlearning by clamps",
     "carried": "As it was when its store was made",
 }
 _CHARTS = {
@@ -53,6 +58,7 @@ def report_of(evaluations: Sequence[Evaluation]) -> Report:
             *((Section(title="Quality against sparsity", charts=quality),) if quality else ()),
             *((beside,) if beside is not None else ()),
             *sections,
+            *controls_section(evaluations),
             protocols(evaluations),
         ),
     )

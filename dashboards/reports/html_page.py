@@ -26,7 +26,8 @@ table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-num
 th,td{text-align:right;padding:.26rem .8rem .26rem 0;border-bottom:1px solid #8883;
 vertical-align:top;white-space:nowrap}
 th{font-weight:600;white-space:normal}th:first-child,td:first-child{text-align:left}
-.words td,.words th{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:7rem}
+.words,.names{text-align:left}
+.words{white-space:normal;overflow-wrap:anywhere;min-width:7rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr));
 gap:1.4rem 2.2rem;margin:1rem 0}
 .charts figure{max-width:34rem}
@@ -76,19 +77,24 @@ def table_html(table: Table) -> str:
     """A table, with its title and what it is above it."""
     heading = f"<h3>{_text(table.title)}</h3>" if table.title else ""
     about = f'<p class="quiet">{_text(table.about)}</p>' if table.about else ""
-    kind = ' class="words"' if _is_of_words(table) else ""
-    head = f"<tr>{_cells('th', table.columns)}</tr>"
-    rows = "".join(f"<tr>{_cells('td', row)}</tr>" for row in table.rows)
-    return f'{heading}{about}<div class="wide"><table{kind}>{head}{rows}</table></div>'
+    classes = [_class(table, n, number) for n, number in enumerate(table.of_numbers())]
+    head = f"<tr>{_cells('th', table.columns, classes)}</tr>"
+    rows = "".join(f"<tr>{_cells('td', row, classes)}</tr>" for row in table.rows)
+    return f'{heading}{about}<div class="wide"><table>{head}{rows}</table></div>'
 
 
-def _is_of_words(table: Table) -> bool:
-    """Whether its cells are sentences or names, and not numbers."""
-    return any(len(cell) > 40 for row in table.rows for cell in row[1:])
+def _class(table: Table, n: int, number: bool) -> str:
+    """How a column is set: as the first is, as numbers, as names, or as sentences."""
+    if n == 0 or (number and table.rows):
+        return ""
+    return "words" if any(len(row[n]) > 40 for row in table.rows) else "names"
 
 
-def _cells(tag: str, texts: Iterable[str]) -> str:
-    return "".join(f"<{tag}>{_text(each)}</{tag}>" for each in texts)
+def _cells(tag: str, texts: Iterable[str], classes: Iterable[str]) -> str:
+    return "".join(
+        f'<{tag} class="{kind}">{_text(each)}</{tag}>' if kind else f"<{tag}>{_text(each)}</{tag}>"
+        for each, kind in zip(texts, classes, strict=True)
+    )
 
 
 def _text(text: str) -> str:

@@ -36,7 +36,7 @@ def _table(table: Table) -> Iterator[str]:
         yield from (f"### {_escaped(table.title)}", "")
     if table.about:
         yield from (_escaped(table.about), "")
-    aligned = ["---", *("---:" for _ in table.columns[1:])]
+    aligned = ["---", *("---:" if number else "---" for number in table.of_numbers()[1:])]
     yield _row(table.columns)
     yield _row(aligned, escape=False)
     yield from map(_row, table.rows)

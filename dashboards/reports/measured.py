@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sae.evaluation.controls_file import controls_file, read_controls
 from sae.evaluation.metric_table import read_metric_table
 from sae.evaluation.written import measured_values, read_evaluation, rows_of, sections
 from sae.probing.family_file import beside
@@ -31,6 +32,8 @@ class Evaluation:
     """architecture, d_in, d_sae and sae_hash; empty for one of an older version"""
     path: AnyPath | None = None
     """its file; None where a store carries it"""
+    controls: Mapping[str, Any] | None = None
+    """what controls.json says, if there is one of this evaluation"""
     problems: tuple[str, ...] = ()
     """why tables that are there are not shown"""
 
@@ -81,6 +84,12 @@ def read_measured(path: AnyPath, name: str) -> Evaluation:
                 families[family] = _family_table(file, found.get("protocol_hash"))
         except ArtefactError as error:
             problems.append(str(error))
+    controls = None
+    try:
+        if exists(controls_file(path)):
+            controls = _controls(controls_file(path), found.get("protocol_hash"))
+    except ArtefactError as error:
+        problems.append(str(error))
     return Evaluation(
         name=name,
         found=found,
@@ -88,8 +97,16 @@ def read_measured(path: AnyPath, name: str) -> Evaluation:
         families=families,
         about=about,
         path=path,
+        controls=controls,
         problems=(*problems,),
     )
+
+
+def _controls(path: AnyPath, protocol_hash: Any) -> dict[str, Any]:
+    found = read_controls(path)
+    if found.get("evaluation") != protocol_hash:
+        raise DamagedError("is of another evaluation than the one beside it", where=str(path))
+    return found
 
 
 def _family_table(path: AnyPath, protocol_hash: Any) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """What a report is made of, whoever shows it: sections of words, tables and charts."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+_NUMBER = re.compile(r"(?:[-+−]?[\d,.]+(?:e[-+]?\d+)?%?(?: ± .*| to .*)?|undefined.*|–?)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +17,17 @@ class Table:
     about: str = ""
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    def of_numbers(self) -> tuple[bool, ...]:
+        """Of each column, whether its cells begin as numbers do, those that say nothing left out.
+
+        >>> Table(columns=("name", "n", "what"), rows=(("a", "–", "1 cow"), ("b", "-2 ± 1", ""))
+        ... ).of_numbers()
+        (False, True, False)
+        """
+        return tuple(
+            all(_NUMBER.fullmatch(row[n]) for row in self.rows) for n in range(len(self.columns))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

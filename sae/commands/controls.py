@@ -15,8 +15,9 @@ from torch import Tensor
 from sae.commands.evaluate_config import EvaluateConfig
 from sae.commands.held_out import HeldOut
 from sae.evaluation import Family
-from sae.evaluation.controls import CONTROLS, TRAINED, controls, ranking
+from sae.evaluation.controls import controls
 from sae.evaluation.controls_file import KIND, SCHEMA
+from sae.evaluation.ranks import CONTROLS, TRAINED, ranking
 from sae.evaluation.unfinished_file import Unfinished
 from sae.evaluation.written import ROWS, measured_values, rows_of
 from saescope.artefact import sha256_json

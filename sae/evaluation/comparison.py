@@ -15,6 +15,8 @@ from typing import Any, Literal
 from saescope.errors import InputError
 from saescope.metrics import Metric
 
+ROUNDING = 1e-5
+"""relative difference below which two figures are equal: what the size of batches may change"""
 Verdict = Literal["better", "worse", "differs", "cannot tell"]
 
 

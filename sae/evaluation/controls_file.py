@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from sae.evaluation.controls import ranking_in_words
+from sae.evaluation.ranks import ranking_in_words
 from sae.evaluation.written import EVALUATION_FILE, is_of_kind, read_of_kind, rows_of
 from sae.probing.family_file import beside
 from saescope.paths import AnyPath

@@ -33,12 +33,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from sae.evaluation.comparison import ROUNDING
 from sae.evaluation.intervals import t_quantile
 
 FEWEST = 3
 """runs from which a spread is told; five are advised"""
-ROUNDING = 1e-5
-"""relative difference below which two figures are equal: what the size of batches may change"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,10 @@ from sae.commands.evaluate_config import EvaluateConfig
 from sae.commands.evaluate_runs import EvaluateRunsConfig
 from sae.commands.sweep import SweepConfig, sweep
 from sae.evaluation import OwnTexts, chosen, families, metric_family
-from sae.evaluation.controls import CONTROLS, controls, ranking, ranking_in_words
+from sae.evaluation.controls import controls
 from sae.evaluation.controls_file import read_controls
 from sae.evaluation.on_texts import OnTexts
+from sae.evaluation.ranks import CONTROLS, ranking, ranking_in_words
 from saescope import metrics
 from saescope.__main__ import main
 from saescope.config import Config

@@ -1,6 +1,7 @@
 """`saescope report`: what evaluations say, as HTML and as Markdown."""
 
 import html
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -128,6 +129,60 @@ def test_markdown_has_the_numbers_of_charts(root: Path) -> None:
     tables = re.findall(r"((?:^\|.*\n)+)", text, re.MULTILINE)
     for table in tables:
         assert len({line.count("|") - line.count("\\|") for line in table.splitlines()}) == 1
+
+
+def _write_controls(folder: Path, *, evaluation: str | None = None) -> None:
+    found = json.loads((folder / "evaluation.json").read_text())
+    values = {
+        "trained": {"fvu": 0.25, "fvu_interval": 0.01, "probing_auc_k1": 0.7},
+        "random": {"fvu": 0.26, "fvu_interval": 0.01, "probing_auc_k1": 0.5},
+        "pca": {"fvu": 0.5, "fvu_interval": 0.01},
+    }
+    ranks = {
+        "fvu": {"random": "cannot tell", "pca": "right"},
+        "probing_auc_k1": {"random": "right"},
+        "l0": {},
+    }
+    content = {"schema": 1, "kind": "controls", "values": values, "ranks": ranks}
+    of = evaluation or found["protocol_hash"]
+    write_sealed(folder / "controls.json", {**content, "evaluation": of})
+
+
+def test_controls_are_shown_with_what_each_metric_tells(root: Path) -> None:
+    assert main(["report", "one", "--out", "without.md"]) == 0
+    assert "Controls" not in (root / "without.md").read_text()
+    _write_controls(root / "one")
+    assert main(["report", "one", "--out", "report.md"]) == 0
+    text = (root / "report.md").read_text()
+    at = text.index("### one: which controls its metrics tell")
+    assert text.index("## Controls") < at < text.index("## Protocol")
+    assert text[at:].splitlines()[2:6] == [
+        "| metric | trained | random | pca | better | the metric |",
+        "| --- | ---: | ---: | ---: | --- | --- |",
+        "| FVU | 0.2500 ± 0.0100 | 0.2600 ± 0.0100 | 0.5000 ± 0.0100 | lower "
+        "| cannot tell random |",
+        "| probe AUC, k=1 | 0.7000 | 0.5000 | – | higher | ranks all right |",
+    ]
+    _write_controls(root / "one", evaluation="0" * 64)
+    assert main(["report", "one", "--out", "other.md"]) == 0
+    text = (root / "other.md").read_text()
+    assert "controls.json: is of another evaluation than the one beside it" in text
+    assert "## Controls" not in text
+
+
+def test_columns_of_words_begin_at_the_left(root: Path) -> None:
+    assert main(["report", "one", "--out", "report.md"]) == 0
+    lines = (root / "report.md").read_text().splitlines()
+    for head, aligned in (
+        ("| metric | meaning |", "| --- | --- |"),
+        ("| attribute | method | features | cause | isolation | disentangle |",
+         "| --- | --- | ---: | ---: | ---: | ---: |"),
+    ):  # fmt: skip
+        assert lines[lines.index(head) + 1] == aligned
+    assert main(["report", "one"]) == 0
+    page = parsed(root / "report.html")
+    kinds = {attributes.get("class") for tag, attributes in page.seen if tag == "td"}
+    assert kinds == {None, "words", "names"}
 
 
 def test_a_sweep_is_all_of_its_runs_and_says_which_width_is_best(
