@@ -21,6 +21,10 @@ _NAMES = {
     "std": "spread of activations",
     "n_active": "positions",
     "n_documents": "documents",
+    "output_score": "output score",
+    "confidence_change": "change of token confidence",
+    "measured_kl": "measured effect (KL)",
+    "measured_positions": "positions measured",
 }
 
 

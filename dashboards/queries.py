@@ -18,7 +18,14 @@ from dashboards.tokens import plain, plain_visible
 from saescope.errors import SaescopeError
 from saescope.paths import AnyPath, as_path, object_version
 from store import Annotations, FeatureFilter, FeatureStore
-from store.fact_results import DocumentGroup, Enrichment, HeadNorm, Layer, LayerShare
+from store.fact_results import (
+    DocumentGroup,
+    Enrichment,
+    HeadNorm,
+    Layer,
+    LayerShare,
+    MeasuredEffects,
+)
 from store.pictures import Grid
 from store.profiles import has_profiles
 from store.results import (
@@ -72,6 +79,8 @@ class FeatureData:
     tokens: list[TokenShare] | None
     """None where the store is of a schema that has no profiles"""
     positions: PositionProfile | None
+    measured: MeasuredEffects | None
+    """None where effects were not measured"""
     facts: Facts | None
     """None where the store is of a schema that has none"""
     grid: Grid | None
@@ -156,6 +165,7 @@ def feature(_store: FeatureStore, version: Version, number: int) -> FeatureData:
         coactivating=_store.coactivating(number),
         tokens=_store.token_profile(number) if profiled else None,
         positions=_store.position_profile(number) if profiled else None,
+        measured=_store.measured_effects(number),
         facts=_facts(_store, version, number) if _store.has_facts else None,
         grid=_store.grid,
         previous=_store.previous_live(number),

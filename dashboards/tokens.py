@@ -301,21 +301,21 @@ def steered_html(texts: Sequence[str], prompt: int, edited: Sequence[bool]) -> s
     return f'<div class="ss-big"><div class="ss-text">{"".join(spans)}</div></div>'
 
 
-def effects_html(top: Sequence[tuple[str, float]], bottom: Sequence[tuple[str, float]]) -> str:
-    """Raised and lowered tokens side by side, shaded by size."""
-    largest = max((abs(value) for _, value in [*top, *bottom]), default=0.0)
+def effects_html(top: Sequence[tuple], bottom: Sequence[tuple]) -> str:
+    """Raised and lowered tokens, each with its effect, and what is said behind that."""
+    largest = max((abs(each[1]) for each in [*top, *bottom]), default=0.0)
     colours = {"top": (46, 134, 193), "bottom": (176, 80, 96)}
 
-    def row(effect: tuple[str, float] | None, side: str) -> str:
+    def row(effect: tuple | None, side: str) -> str:
         if effect is None:
             return "<span></span>"
-        text, value = effect
+        text, value, *more = effect
         red, green, blue = colours[side]
         alpha = 0.34 * abs(value) / largest if largest else 0.0
         return (
             f'<div class="ss-row" style="background:rgba({red},{green},{blue},{alpha:.3f})">'
             f'<span class="ss-tok">{visible(text)}</span>'
-            f'<span class="ss-num">{amount(value, signed=True)}</span></div>'
+            f'<span class="ss-num">{amount(value, signed=True)}{"".join(more)}</span></div>'
         )
 
     cells = ["<b>raised</b>", "<b>lowered</b>"]

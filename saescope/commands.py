@@ -192,6 +192,19 @@ COMMANDS = {
         resumes=True,
         loads_saes=True,
     ),
+    "effects": Command(
+        module="sae.commands.effects",
+        config="EffectsConfig",
+        function="measure_effects",
+        summary="Measure what features do to the next token, and add it to their store.",
+        examples=(
+            "saescope effects stores/smollm2-135m-topk",
+            "saescope effects stores/smollm2-135m-topk --positions 8 --seconds 3600 --replace",
+        ),
+        positional="store",
+        resumes=True,
+        loads_saes=True,
+    ),
     "diff": Command(
         module="sae.commands.diff",
         config="DiffConfig",

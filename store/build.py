@@ -39,6 +39,7 @@ _ORDERS = {
     "layer_profile": "feature, layer",
     "head_norm": "feature, head",
     "map_point": "feature",
+    "measured_logit": "feature, sign DESC, rank",
 }
 _EXAMPLE_TYPES: dict[str, pa.DataType] = {
     "feature": pa.int32(),

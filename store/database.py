@@ -27,13 +27,14 @@ from saescope.paths import AnyPath, as_path, exists, local
 from store.time_limit import time_limit
 
 KIND = "feature store"
-SCHEMA, OLDEST = 4, 2
+SCHEMA, OLDEST = 5, 2
 """which is written, and the oldest that is read"""
 ADDED = {
     **dict.fromkeys(("token_profile", "position_bin", "position_profile", "picture"), 3),
     **dict.fromkeys(("logit_histogram", "document_group", "enrichment"), 4),
     **dict.fromkeys(("layer", "layer_profile", "head_norm"), 4),
     "map_point": 4,
+    "measured_logit": 5,
 }
 """tables that older stores do not have, by the schema that brought them"""
 STORE_FILE = "features.duckdb"

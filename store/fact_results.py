@@ -64,6 +64,26 @@ class LayerShare:
 
 
 @dataclass(frozen=True)
+class MeasuredEffect:
+    """The measured change of one token's log-probability."""
+
+    token_id: int
+    token: str
+    value: float
+    """mean over positions, in nats"""
+    error: float | None
+    """standard error of that mean; None of one position"""
+
+
+@dataclass(frozen=True)
+class MeasuredEffects:
+    """The tokens that a feature raises and lowers most when it is added where it is active."""
+
+    top: list[MeasuredEffect]
+    bottom: list[MeasuredEffect]
+
+
+@dataclass(frozen=True)
 class HeadNorm:
     """What a feature writes to one attention head."""
 

@@ -1,4 +1,4 @@
--- A feature store: one immutable DuckDB file, schema 4. Tables of older stores (2, 3) are the same,
+-- A feature store: one immutable DuckDB file, schema 5. Tables of older stores (2 to 4) are the same,
 -- but for those at the end, which say since when they are there.
 -- Token ids are integers; text is only in `vocabulary` and `document`. No index: tables are sorted,
 -- and a feature's rows are a range of row ids (feature.first_row, feature.n_active).
@@ -178,3 +178,21 @@ CREATE TABLE head_norm (
 -- Where each feature lies on the map of decoder directions: near ones are near. Empty where no map
 -- was made.
 CREATE TABLE map_point (feature INTEGER NOT NULL, x FLOAT NOT NULL, y FLOAT NOT NULL);
+
+-- Since schema 5.
+
+-- Effect of a feature on the next token that was measured (`saescope effects`): the mean change of
+-- its log-probabilities, in nats, when the feature's decoder direction, times its mean activation, is
+-- added where it is active. sign +1 raised, -1 lowered; rank 0 first. error: standard error of the
+-- mean over positions, NULL of one position. Empty where nothing was measured. The table of features
+-- then has columns output_score and confidence_change (arXiv 2505.20063, 2510.03659), measured_kl
+-- (mean KL divergence of the next token, in nats), NULL of dead features, and measured_positions; the
+-- fact "effects" has what random directions of the same lengths do.
+CREATE TABLE measured_logit (
+    feature INTEGER NOT NULL,
+    sign TINYINT NOT NULL,
+    rank SMALLINT NOT NULL,
+    token_id INTEGER NOT NULL,
+    value FLOAT NOT NULL,
+    error FLOAT
+);

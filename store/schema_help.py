@@ -23,6 +23,7 @@ TABLES = {
     "layer_profile": "What a feature does at each layer of an SAE of several.",
     "head_norm": "What a feature writes to each attention head, of SAEs at their outputs.",
     "map_point": "Where each feature lies on the map of decoder directions.",
+    "measured_logit": "The tokens that a feature raises and lowers most, as measured.",
     "meta": "Facts about the store, each a key and a value in JSON.",
 }
 """each table, in the order in which a reader needs them"""
@@ -133,6 +134,12 @@ COLUMNS = {
     "map_point.feature": _FEATURE,
     "map_point.x": "near directions have near points; an axis by itself means nothing",
     "map_point.y": "the same",
+    "measured_logit.feature": _FEATURE,
+    "measured_logit.sign": "1 raised, -1 lowered",
+    "measured_logit.rank": _RANK,
+    "measured_logit.token_id": "the token",
+    "measured_logit.value": "mean change of its log-probability, in nats",
+    "measured_logit.error": "standard error of that mean; NULL of one position",
     "meta.key": "name of the fact",
     "meta.value": "in JSON; text is in quotation marks: value ->> '$'",
 }

@@ -46,7 +46,7 @@ class Unembedding:
         self.site = f"blocks.{model.n_layers - 1}.hook_resid_post"
         """the last block's residual stream"""
         norm = final_norm(model.hf, model.adapter)
-        self._norm = torch.nn.Identity() if norm is None else copy.deepcopy(norm).float()
+        self.norm = torch.nn.Identity() if norm is None else copy.deepcopy(norm).float()
         bias = getattr(model.hf.get_output_embeddings(), "bias", None)
         self._weight = unembedding_matrix(model.hf).T
         self._bias = None if bias is None else bias.detach().float() * logits_factor(model.hf)
@@ -55,7 +55,7 @@ class Unembedding:
 
     def __call__(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """Next-token logits of residual streams behind the last block, float32."""
-        logits = functional.linear(self._norm(x.float()), self._weight, self._bias)
+        logits = functional.linear(self.norm(x.float()), self._weight, self._bias)
         return logits if self._cap is None else self._cap * (logits / self._cap).tanh()
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from activations import ActivationStore, Model
+from sae.commands.effects import EffectsConfig, measure_effects
 from sae.core.base import kind_of
 from sae.data.harvests import kind_of_model, knows_model, load_harvested_model, open_harvest
 from sae.data.placement import Placement
@@ -72,6 +73,9 @@ class IndexConfig(Config):
     """Tokens on which an SAE of several layers is measured at each of them; 0 for none."""
     allow_other_model: bool = False
     """Index a harvest of another model than the SAE was trained on."""
+    effects: int = 0
+    """Positions of each feature at which its effect on the next token is measured, as `saescope
+    effects` does; 0 for none."""
     replace: bool = False
     """Build anew even if the store is there already."""
     append: bool = False
@@ -86,6 +90,7 @@ class IndexConfig(Config):
         check_range("logits", self.logits, low=1)
         check_range("neighbours", self.neighbours, low=1)
         check_range("layer_tokens", self.layer_tokens, low=0)
+        check_range("effects", self.effects, low=0)
 
 
 @system_errors()
@@ -104,7 +109,13 @@ def index(config: IndexConfig) -> Path:
     check_replaceable(path, STORE, replace=True)
     check_apart(path.parent, *(if_local(each) for each in (config.run, config.harvest) if each))
     if this_rank().number == 0:
-        return _index(config, path)
+        _index(config, path)
+        if config.effects:
+            trusted = config.trust_remote_code
+            measure_effects(
+                EffectsConfig(store=str(path), positions=config.effects, trust_remote_code=trusted)
+            )
+        return path
     try:
         with silent():
             return _index(config, path)

@@ -112,6 +112,8 @@ QUERIES: dict[str, Callable[[FeatureStore], Any]] = {
     "grid": lambda store: store.grid,
     "has_facts": lambda store: store.has_facts,
     "head_norms": _of_features("head_norms"),
+    "measured_effects": _of_features("measured_effects"),
+    "measured_effects_of": _of_several("measured_effects_of"),
     "head_norms_of": _of_several("head_norms_of"),
     "activations_below": lambda store: store.activations_below(EVERYWHERE, 1.0),
     "histogram": _of_features("histogram"),
