@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from activations.models.base import HarvestModel
 from activations.models.language import Model
 from activations.models.tokenizer import tokenizer_of
 from activations.sites import names as vocabulary
@@ -87,7 +88,7 @@ class BridgedModel:
 
 
 def model_around(model: Any, tokenizer: Any = None) -> Any:
-    """A language model of ours as it is; one of transformers, or a TransformerBridge, as one.
+    """A model of ours as it is; one of transformers, or a TransformerBridge, as one.
 
     Args: tokenizer is for a model of transformers, and says which tokens are special; without it,
     the one in the folder it was loaded from, if that is there, or else the tokens that the model's
@@ -97,7 +98,7 @@ def model_around(model: Any, tokenizer: Any = None) -> Any:
 
     >>> model_around(AutoModelForCausalLM.from_pretrained(folder))  # doctest: +SKIP
     """
-    if isinstance(model, Model | BridgedModel):
+    if isinstance(model, HarvestModel | BridgedModel):
         return model
     bridged = hasattr(model, "hook_dict") and hasattr(model, "original_model")
     of_transformers = isinstance(model, nn.Module) and hasattr(model, "get_output_embeddings")

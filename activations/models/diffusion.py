@@ -5,7 +5,7 @@ schedule) is done by the model's own pipeline of diffusers.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from activations.models.config import DenoisingConfig
 from activations.models.files import folder_of
 from activations.models.foreign_code import loading
 from activations.models.module_model import ModuleModel, check_positions
+from activations.sites.grids import GridRun
 from activations.sites.hooks import run_through
 from saescope.artefact import sha256_file, sha256_json
 from saescope.errors import InputError
@@ -141,6 +142,25 @@ class DiffusionModel(ModuleModel):
             output_type="latent",
             **({} if size is None else {"height": size, "width": size}),
         )
+
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline of diffusers, to make pictures with: it runs the model that is edited."""
+        return self._pipeline
+
+    def _grid_run(self) -> GridRun:
+        return GridRun(self.module, self._step)
+
+    def _step(self, known: Mapping[str, Any]) -> int | None:
+        """Which step a pass of the denoiser is, by the time it is given; None if unclear."""
+        time, scheduler = known.get("timestep"), self._pipeline.scheduler
+        if time is None or getattr(scheduler, "timesteps", None) is None:
+            return None
+        times = torch.as_tensor(scheduler.timesteps).double().cpu()
+        now = torch.as_tensor(time).double().flatten()[0].cpu()
+        whole = float(scheduler.config.get("num_train_timesteps", 1000))
+        found = [(times == now).nonzero(), torch.isclose(times / whole, now).nonzero()]
+        return next((int(each[0, 0]) for each in found if len(each) == 1), None)
 
     def capture(
         self, inputs: Sequence[Prompt], sites: Sequence[str]

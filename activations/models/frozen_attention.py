@@ -82,6 +82,12 @@ def frozen_attention(model: Any) -> Iterator[None]:
     >>> with frozen_attention(model), model.edit({site: edit}):  # doctest: +SKIP
     ...     model.logits(tokens)
     """
+    if not hasattr(model, "hf"):
+        raise InputError(
+            "only the attention of language models is frozen",
+            where="freeze_attention",
+            given=getattr(model, "spec", type(model).__name__),
+        )
     frozen = _FROZEN.get(model.hf)
     if frozen is None:
         frozen = _Frozen(model)

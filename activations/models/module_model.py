@@ -1,7 +1,8 @@
 """Models of any kind but language: their sites are their modules."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from activations.models.base import HarvestModel
 from activations.models.matmul_precision import multiplied_in
-from activations.sites.hooks import run_until_captured, shapes_of
+from activations.sites.grids import GridRun
+from activations.sites.hooks import PositionedEdit, run_until_captured, shapes_of, splicing
 from activations.sites.modules import ModuleSites
 from saescope.errors import InputError
 
@@ -101,6 +103,27 @@ class ModuleModel(HarvestModel):
     @abstractmethod
     def _run(self, inputs: Any) -> object:
         """A forward pass."""
+
+    def _grid_run(self) -> GridRun:
+        """What tells where a site's positions stand in pictures; InputError if there are none."""
+        raise InputError(
+            "only models of language and of pictures can be edited",
+            where="edit",
+            given=self.kind,
+        )
+
+    @contextmanager
+    def edit_with_positions(self, edits: Mapping[str, PositionedEdit]) -> Iterator[None]:
+        """Splice: while the context lasts, replace the activation at each site.
+
+        Each function gets the activation [batch, position, d_in] and its `GridPositions`, and
+        returns the replacement of the same shape, or None to leave the very tensor alone.
+
+        Raises InputError for an unknown site, a replacement of another shape, and a text encoder.
+        """
+        targets = [(self._sites.target(site), function) for site, function in edits.items()]
+        with splicing(self.module, targets, self._grid_run()):
+            yield
 
     def check_rows(self, sites: Sequence[str], rows: str, context: int) -> None:
         """See `HarvestModel`; a kind says what it wants of each site."""

@@ -18,6 +18,7 @@ from activations.models.files import folder_of
 from activations.models.foreign_code import loading
 from activations.models.module_model import ModuleModel, check_positions
 from activations.models.packaged import PACKAGED_MODELS, WEIGHTS, packaged_folder
+from activations.sites.grids import GridRun
 from saescope.artefact import sha256_json
 from saescope.errors import InputError
 
@@ -145,6 +146,9 @@ class VisionModel(ModuleModel):
 
     def _run(self, inputs: Tensor) -> object:
         return self.module(inputs.to(self.device, self.dtype))
+
+    def _grid_run(self) -> GridRun:
+        return GridRun(self.module)
 
     def sequences(
         self,

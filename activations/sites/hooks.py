@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from activations.sites.grids import GridRun
 from activations.sites.kept import Run, TokenPositions
 from saescope.errors import InputError
 
@@ -349,21 +350,20 @@ def _or_none(find: Callable[[], Tensor]) -> Tensor | None:
 def splicing(
     base: nn.Module,
     edits: Sequence[tuple[HookTarget, PositionedEdit]] | Sequence[tuple[HookTarget, EditFunction]],
-    run: Run | None = None,
+    run: Run | GridRun | None = None,
 ) -> Iterator[None]:
     """Replace activations while the context lasts; see `Model.edit`.
 
-    Args: base is the model. With run, edits get the `TokenPositions` of a pass over texts; without,
-    the positions of the activation itself [position].
+    Args: base is the model. With run, edits get the `TokenPositions` of a pass over texts, or the
+    `GridPositions` of one over pictures; without, the activation's own positions [position].
     """
 
     def seeing(target: HookTarget, function: Any) -> Callable[[Tensor], Tensor | None]:
         def see(value: Tensor) -> Tensor | None:
-            where = None if run is None else run.positions
-            x = target.read(value, None if where is None else where.position.shape)
+            x = target.read(value, None if run is None else run.shape)
             if target.in_place and x.requires_grad:
                 x = x.clone()  # autograd may need what the function saw, and the value changes
-            new = function(x, torch.arange(x.shape[1]) if where is None else where)
+            new = function(x, torch.arange(x.shape[1]) if run is None else run.at(value, x))
             if new is None:
                 return None
             if new.shape != x.shape:

@@ -231,6 +231,16 @@ class Run:
             raise InputError("the model was not given tokens or embeddings", where="edit")
         return self._token_positions
 
+    @property
+    def shape(self) -> torch.Size:
+        """[batch, position] of this pass's tokens."""
+        return self.positions.position.shape
+
+    def at(self, value: Tensor, x: Tensor) -> TokenPositions:
+        """The positions that a site's tensor has: those of the tokens, whatever the site."""
+        del value, x
+        return self.positions
+
     def watch(self, modules: Collection[nn.Module]) -> list[Any]:
         """Hooks on the modules that may be called with a text."""
         handles: list[Any] = []

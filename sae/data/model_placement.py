@@ -33,12 +33,13 @@ def placement_in(
             allowed="SAEs of one site, transcoders",
         )
     placement = placement_of(sae, site)
-    warn_of_model(
-        sae,
-        where=model.name,
-        has_bos=model.bos_token_id is not None,
-        layer_norm=any(isinstance(each, torch.nn.LayerNorm) for each in model.hf.modules()),
-    )
+    if hasattr(model, "bos_token_id"):  # of models of pictures no other library's SAEs are read
+        warn_of_model(
+            sae,
+            where=model.name,
+            has_bos=model.bos_token_id is not None,
+            layer_norm=any(isinstance(each, torch.nn.LayerNorm) for each in model.hf.modules()),
+        )
     read, written = tuple(model.resolve(placement.read)), tuple(model.resolve(placement.written))
     for names, width in ((read, sae.d_in), (written, sae.d_out)):
         found = sum(model.d_in(name) for name in names)

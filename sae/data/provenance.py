@@ -41,7 +41,7 @@ def check_trained_on(
     """
     if not any(sae.metadata.get(name) for name in _COMPARED):
         return
-    found = {name: getattr(model, name) for name in _COMPARED}
+    found = {name: getattr(model, name, None) for name in _COMPARED}
     refuse_other(sae, differing(sae, found), model.spec, where, allow_other_model)
 
 

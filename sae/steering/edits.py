@@ -71,6 +71,10 @@ class Edit:
     """the edit is made only where each of these features is above this activation"""
     positions: Positions = "kept"
     """which positions; see `sae.steering.positions.selector`"""
+    region: Tensor | None = None
+    """of a picture: true where the edit is made, bool [height, width] or [batch, height, width]"""
+    steps: Collection[int] | None = None
+    """of a diffusion model: the denoising steps at which the edit is made, from 0; all if None"""
     site: str | None = None
     """where, if not the site the SAE was trained at; which layer, for one of several"""
 

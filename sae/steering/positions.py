@@ -1,6 +1,6 @@
 """Which positions an edit is made at: a choice that people give, to a mask of a pass's tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from activations.models.chat import ChatTokens
+from activations.sites.grids import GridPositions
 from activations.sites.kept import TokenPositions
 from saescope.errors import InputError
 from saescope.integers import as_index, as_indices
@@ -118,6 +119,40 @@ def _in_mask(mask: Tensor) -> Selector:
         return within & own.gather(1, at.position.clamp(0, own.shape[1] - 1))
 
     return chosen
+
+
+def in_pictures(
+    chosen: Selector, region: Any = None, steps: Collection[int] | None = None
+) -> Selector:
+    """Of what a selector chooses, what is in a part of the picture, at some denoising steps.
+
+    Args: region is bool [height, width], or [batch, height, width] with one for each picture, of
+    the feature map's size or one that `activations.sites.grids.fitted` makes it; class tokens and
+    the like are in no part of the picture. steps are counted from 0.
+
+    Raises InputError for another kind of region or steps; where it is called, for a site whose
+    cells are not known, a region that does not fit, and a pass that is no denoising step.
+    """
+    part = None if region is None else torch.as_tensor(region)
+    if part is not None and (part.dtype != torch.bool or part.ndim not in (2, 3)):
+        raise InputError(
+            "is a mask of true and false, [height, width] or [batch, height, width]",
+            where="region",
+            given=f"{part.dtype} {tuple(part.shape)}",
+        )
+    wanted = None if steps is None else set(as_indices(steps, where="steps", low=0))
+
+    def within(at: TokenPositions) -> Tensor:
+        if not isinstance(at, GridPositions):
+            raise InputError("only pictures have them", where="region, steps")
+        found = chosen(at)
+        if wanted is not None and at.step is None:
+            raise InputError("which denoising step this is is not known", where="steps")
+        if wanted is not None and at.step not in wanted:
+            return torch.zeros_like(found)
+        return found if part is None else found & at.inside(part)
+
+    return chosen if part is None and wanted is None else within
 
 
 def check_rows(wanted: int | None, batch: int, **where: Any) -> None:

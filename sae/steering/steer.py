@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from activations import Model, model_around
+from activations.models.base import HarvestModel
 from activations.models.chat import ChatTokens, chat_tokens
 from activations.models.frozen_attention import frozen_attention
 from activations.sites.hooks import PositionedEdit
@@ -25,12 +26,13 @@ from sae.data.model_placement import placement_in
 from sae.data.placement import Placement
 from sae.data.provenance import weights_hash
 from sae.steering.edits import Amounts, Arithmetic, Edit, Maxima
-from sae.steering.positions import Positions, Selector, check_rows, selector
+from sae.steering.positions import Positions, Selector, check_rows, in_pictures, selector
 from saescope.errors import InputError
 
 if TYPE_CHECKING:
     from store import FeatureStore
 
+_WITH_PROMPT = ("prompt", "generated")
 Conversation = Sequence[Mapping[str, Any]]
 """messages, each with its role and content"""
 Change = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -40,7 +42,7 @@ batch, to the new h"""
 
 @contextmanager
 def steer(
-    model: Model | nn.Module,
+    model: HarvestModel | nn.Module,
     *what: SparseAutoencoder | tuple[SparseAutoencoder, Edit],
     add: Mapping[int, Amounts] | None = None,
     clamp: Mapping[int, Amounts] | None = None,
@@ -53,6 +55,8 @@ def steer(
     only_active: bool = False,
     when: Mapping[int, float] | None = None,
     positions: Positions = "kept",
+    region: Tensor | None = None,
+    steps: Collection[int] | None = None,
     site: str | None = None,
     chat: ChatTokens | Conversation | None = None,
     store: "FeatureStore | None" = None,
@@ -62,9 +66,10 @@ def steer(
     """Within the block, every run of the model has an SAE's features edited at its site.
 
     Args:
-        model: of `activations.load_model`; or a causal language model of transformers, or a
-            TransformerBridge of TransformerLens, which were loaded elsewhere: their weights are not
-            checked against the SAE's (`activations.model_around` gives one a tokenizer).
+        model: of `activations.load_model`, of language or of pictures; or a causal language model
+            of transformers, or a TransformerBridge of TransformerLens, which were loaded elsewhere:
+            their weights are not checked against the SAE's (`activations.model_around` gives one a
+            tokenizer).
         what: one SAE, with the edit in the arguments that follow (see `sae.Edit`); or any number
             of pairs of an SAE and its `sae.Edit`, at one site or several, made in this order.
         positions: "kept" (those that SAEs are trained on: not a text's first token, no special
@@ -72,6 +77,9 @@ def steer(
             "user", "assistant"), "all", a slice, a list of positions, or a mask (see
             `sae.steering.positions.selector`). They count each text's own tokens from 0, on
             whatever side a batch is padded; padding is never edited.
+        region, steps: of a model of pictures, in which part of them (bool [height, width], or
+            [batch, height, width]), and at which denoising steps; see
+            `sae.steering.positions.in_pictures`.
         site: where, if not the site the SAE was trained at; which layer, for one of several.
         chat: the conversation that all texts are, as `activations.chat_tokens` gives it, or its
             messages, with the answer begun.
@@ -97,7 +105,8 @@ def steer(
     amounts |= {"at_least": at_least, "at_most": at_most, "project": project, "cap": cap}
     amounts |= {"when": when}
     named = {name: each for name, each in amounts.items() if each is not None}
-    given = Edit(**named, only_active=only_active, positions=positions, site=site)
+    named |= {"positions": positions, "region": region, "steps": steps, "site": site}
+    given = Edit(**named, only_active=only_active)
     own_model = model_around(model)
     said = _conversation(own_model, chat)
     with ExitStack() as stack:
@@ -105,7 +114,7 @@ def steer(
         if freeze_attention and any(edit for _, edit in pairs):
             stack.enter_context(frozen_attention(own_model))
         for sae, edit in pairs:
-            chosen = selector(edit.positions, said)
+            chosen = in_pictures(selector(edit.positions, said), edit.region, edit.steps)
             _enter(stack, own_model, sae, edit, chosen, store, allow_other_model)
         yield
 
@@ -125,8 +134,8 @@ def _enter(
     arithmetic = Arithmetic(place.sae, edit, maxima)
     if not edit:
         return
-    if isinstance(edit.positions, str) and edit.positions in ("prompt", "generated"):
-        stack.enter_context(generating(model.hf))
+    if isinstance(edit.positions, str) and edit.positions in _WITH_PROMPT:
+        stack.enter_context(generating(getattr(model, "hf", None)))
     edits = _site_edits(place, arithmetic, chosen, arithmetic.rows)
     stack.enter_context(model.edit_with_positions(edits))
 
@@ -149,7 +158,8 @@ def _pairs(
             where="steer",
             given=[type(each).__name__ for each in what],
         )
-    own = given or given.only_active or given.when or given.site
+    own = given or given.only_active or given.when or given.site or given.steps is not None
+    own = own or given.region is not None
     if own or not (isinstance(given.positions, str) and given.positions == "kept"):
         raise InputError("the edit of each pair is in its sae.Edit", where="steer")
     return pairs
@@ -163,7 +173,7 @@ def _maxima_of(sae: SparseAutoencoder, store: "FeatureStore") -> Maxima:
 
 @contextmanager
 def splice(
-    model: Model | nn.Module,
+    model: HarvestModel | nn.Module,
     *saes: SparseAutoencoder,
     positions: Positions = "kept",
     site: str | None = None,
