@@ -245,6 +245,19 @@ COMMANDS = {
         positional="run",
         loads_saes=True,
     ),
+    "attention": Command(
+        module="sae.commands.attention",
+        config="AttentionConfig",
+        function="attention",
+        summary="Say which families of features share the attention heads of an SAE's layer.",
+        examples=(
+            "saescope attention runs/smollm2-135m-z18",
+            "saescope attention runs/smollm2-135m-z18 --texts 512 --tested 10",
+        ),
+        notes=("", "It writes attention.json into the run, where the explorer finds it."),
+        positional="run",
+        loads_saes=True,
+    ),
     "synth": Command(
         module="sae.commands.synth",
         config="SynthConfig",

@@ -9,6 +9,7 @@ from activations.models.packaged import SEALS, check_packaged
 from activations.storage.layout import GROUP
 from activations.storage.ledger import LEDGER
 from sae.analysis import lens
+from sae.analysis.attention.results_file import ATTENTION_FILE, read_attention
 from sae.commands.diff_models import MODEL_DIFF, read_model_diff
 from sae.commands.evaluation_files import (
     UNFINISHED_FILE,
@@ -139,8 +140,9 @@ def _sae(found: Examination, folder: Path) -> None:
         if len(found.faults) == before:
             with found.of(folder / WEIGHTS_FILE):
                 load(folder)
-        known = [CONFIG_FILE, WEIGHTS_FILE, *_BESIDE_WEIGHTS, *evaluation_files(folder)]
-        found.strangers(folder, known)
+        own = (CONFIG_FILE, WEIGHTS_FILE, *_BESIDE_WEIGHTS, ATTENTION_FILE)
+        _attention(found, folder)
+        found.strangers(folder, [*own, *evaluation_files(folder)])
     elif (folder / CONFIG_FILE).is_file() or (folder / WEIGHTS_FILE).is_file():
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
@@ -198,8 +200,16 @@ def _run(found: Examination, folder: Path) -> None:
     if (folder / MODEL_DIFF).exists():
         with found.of(folder / MODEL_DIFF):
             read_model_diff(folder)
-    known = [MANIFEST, METRICS, CHECKPOINT.parts[0], SAE_FOLDER, MODEL_DIFF, *_SINKS]
+    _attention(found, folder)
+    beside = (MODEL_DIFF, ATTENTION_FILE)
+    known = [MANIFEST, METRICS, CHECKPOINT.parts[0], SAE_FOLDER, *beside, *_SINKS]
     found.strangers(folder, [*known, *evaluation_files(folder)])
+
+
+def _attention(found: Examination, folder: Path) -> None:
+    if (folder / ATTENTION_FILE).exists():
+        with found.of(folder / ATTENTION_FILE):
+            read_attention(folder / ATTENTION_FILE)
 
 
 def _metrics(found: Examination, path: Path, sealed: dict[str, Any] | None) -> None:

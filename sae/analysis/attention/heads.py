@@ -20,6 +20,7 @@ position, which no share depends on; its gain is counted.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -156,8 +157,9 @@ def head_attribution(
     heads = heads_of(model)
     own = placement.sae
     directions = (own.W_dec if by == "decoder" else own.W_enc_T).detach().double().cpu()
-    draw = torch.Generator().manual_seed(seed)
-    random = torch.randn(_RANDOM, directions.shape[1], generator=draw, dtype=torch.float64)
+    # not torch's generator, of whose numbers an SAE's own first weights may be made
+    draw = np.random.default_rng(seed)
+    random = torch.from_numpy(draw.standard_normal((_RANDOM, directions.shape[1])))
     outside, unique = torch.zeros(len(directions), dtype=torch.float64), True
     if not side_by_side:
         out = HeadOutputs.of(model, layer).up_to_scale()
