@@ -32,6 +32,10 @@ def family_tables(kind: str, evaluations: Sequence[Evaluation]) -> Iterator[Tabl
 def _attributes(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table(
         title=f"{name}: attribute by attribute",
+        about="random: as many of the SAE's features that fire, drawn by chance; untrained: of an "
+        "SAE of this shape that was never trained; all: all features; activation: the whole "
+        "activation. A swap of nothing has cause 0% and isolation 100%: disentangle is half of "
+        "their sum.",
         columns=("attribute", "method", "features", "cause", "isolation", "disentangle"),
         rows=tuple(
             (
@@ -93,4 +97,5 @@ def _score(row: Mapping[str, Any] | None, value: str) -> str:
     if row is None or row[value] is None:
         return "–"
     half = row.get(f"{value}_interval")
-    return f"{row[value]:+.3f}" + ("" if half is None else f" ± {half:.3f}")
+    rounded = round(row[value], 3) + 0.0  # no -0.000
+    return f"{rounded:+.3f}" + ("" if half is None else f" ± {half:.3f}")
