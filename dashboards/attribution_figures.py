@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 BARS, HEADS, SOURCES = 14, 10, 16
 """the most that are drawn of each"""
+NAMED_HEADS = 6
+"""heads whose sources can be looked at alone"""
 _DIVERGING = ((0.0, BLUE), (0.5, "rgba(128,128,128,0.06)"), (1.0, ORANGE))
 """blue over nothing to orange, so that the page's own ground shows where there is nothing"""
 _SHOWN = 14
@@ -23,13 +25,24 @@ _SHOWN = 14
 UNIT = "units of the activation"
 
 
-def sources_html(found: "Attribution") -> str:
-    """The text up to the destination, each token shaded by what heads brought from it."""
-    values = found.by_source
+def largest_heads(found: "Attribution") -> list[int]:
+    """The rows of the few heads that brought most, the most first; none that brought nothing."""
+    size = np.abs(found.sources).sum(axis=1)
+    order = np.argsort(-size, kind="stable")[:NAMED_HEADS]
+    return [int(row) for row in order if size[row] > 0]
+
+
+def sources_html(found: "Attribution", row: int | None = None) -> str:
+    """The text up to the destination, each token shaded by what heads brought from it.
+
+    Args: row is that of one head; None: all of them together.
+    """
+    values = found.by_source if row is None else found.sources[row]
+    through = "attention" if row is None else head_names(found.heads)[row]
     scale = float(np.abs(values).max(initial=0.0))
     spans = []
     for position, (text, value) in enumerate(zip(found.tokens, values, strict=True)):
-        tip = f"{plain_visible(text)}\nthrough attention {amount(value, 3, signed=True)}"
+        tip = f"{plain_visible(text)}\nthrough {through} {amount(value, 3, signed=True)}"
         tip += f"\nposition {position}" + ", the destination" * (position == found.position)
         spans.append(token_html(text, value, scale, tip, peak=position == found.position))
     return f'<div class="ss-big"><div class="ss-text">{"".join(spans)}</div></div>'

@@ -173,10 +173,12 @@ def _compute(session: Session, question: tuple[Any, ...], key: str) -> None:
 
 def _draw(found: "Attribution", choice: Choice) -> None:
     st.markdown(attribution_figures.in_words(found))
-    st.html(attribution_figures.sources_html(found))
+    row = _through(found)
+    st.html(attribution_figures.sources_html(found, row))
+    whose = "attention heads" if row is None else attribution_figures.head_names(found.heads)[row]
     st.caption(
-        "The text up to the destination, which is underlined. A token's colour is what attention "
-        "heads brought from it: orange raises the pre-activation, blue lowers it."
+        f"The text up to the destination, which is underlined. A token's colour is what {whose} "
+        "brought from it: orange raises the pre-activation, blue lowers it."
     )
     left, right = st.columns([4, 5], gap="medium")
     with left:
@@ -196,6 +198,22 @@ def _draw(found: "Attribution", choice: Choice) -> None:
             alt="What each head contributes from each source token",
         )
     st.caption(f"{attribution_figures.left_out(found)} {_compared(found, choice)}")
+
+
+def _through(found: "Attribution") -> int | None:
+    """The head, by its row, whose sources alone are shown; None for all together."""
+    rows = attribution_figures.largest_heads(found)
+    if len(rows) < 2:
+        return None
+    names, shares = attribution_figures.head_names(found.heads), found.by_head.tolist()
+    return st.pills(
+        "Source tokens through one head",
+        rows,
+        format_func=lambda row: f"{names[row]} {amount(shares[row], signed=True)}",
+        key=f"attribution_through_{found.site}_{found.feature}_{found.position}",
+        help="What each of the heads with most in it brought, summed over source tokens. Choose "
+        "one to see from where; choose it again for all together.",
+    )
 
 
 def _compared(found: "Attribution", choice: Choice) -> str:

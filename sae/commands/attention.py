@@ -28,7 +28,7 @@ from saescope.artefact import write_report
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 from saescope.paths import AnyPath, as_path
-from saescope.progress import say
+from saescope.progress import Progress, say
 from saescope.replacing import check_replaceable
 from saescope.seals import sealed
 
@@ -193,8 +193,9 @@ def _prefix(
     draw = np.random.default_rng(config.seed)
     others = draw.choice(rest, min(len(induction), len(rest)), replace=False)
     found = []
-    for chosen, features in (("induction", induction), ("other", others)):
-        for feature in features:
+    tested = [("induction", f) for f in induction] + [("other", f) for f in others]
+    with Progress("features on repeats", len(tested), "features") as progress:
+        for chosen, feature in tested:
             token = int(sources.token[feature])
             test = prefix_test(
                 model,
@@ -210,6 +211,7 @@ def _prefix(
             named["text"] = model.token_strings([token])[0]
             curves = {"activation": curve(test.activation), "log_prob": curve(test.log_prob)}
             found.append({**named, **curves})
+            progress.advance(1)
     return found
 
 

@@ -1,6 +1,7 @@
 """Attribution on the feature page: its states, and numbers set by hand in its pictures."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,6 +114,36 @@ def test_the_strongest_example_at_its_strongest_token(asked: list, folder: Path)
     assert bars["data"][0]["y"][:3] == ["head 0.0", "MLP 0", "SAE encoder bias"]
     assert cells["data"][0]["y"] == ["head 0.0", "head 1.1"]
     assert "The heat map has all heads and sources." in said
+
+
+def pills(app: AppTest) -> Any:
+    """The choice of a head."""
+    (found,) = [x for x in app.get("button_group") if str(x.key).startswith("attribution_through")]
+    return found
+
+
+def test_the_sources_of_one_head(asked: list) -> None:
+    app = attribute(opened())
+    options = [each.content for each in pills(app).proto.options]
+    assert options == ["head 0.0 +2.00", "head 1.1 -0.50"]
+    assert "through attention -0.500\nposition 5, the destination" in shown(app)
+    pills(app).select(1).run()
+    said = shown(app)
+    assert "through head 1.1 -0.500\nposition 5, the destination" in said
+    assert "through head 1.1 +0.000\nposition 1" in said
+    assert "what head 1.1 brought from it" in said
+    assert not app.exception
+    pills(app).unselect(1).run()
+    assert "through attention +2.000\nposition 1" in shown(app)
+
+
+def test_the_heads_with_most_in_them() -> None:
+    one = replace(by_hand(), sources=np.zeros((2, 6)))
+    assert attribution_figures.largest_heads(one) == []
+    many = np.zeros((9, 6))
+    many[:, 3] = [1, -9, 2, 3, 0, 4, -5, 6, 7]
+    nine = replace(one, sources=many, heads=[(0, n) for n in range(9)])
+    assert attribution_figures.largest_heads(nine) == [1, 8, 7, 6, 5, 3]
 
 
 def test_another_text_is_not_shown_with_the_first_ones_answer(asked: list) -> None:

@@ -91,6 +91,7 @@ def test_the_explorers_own_pages_and_panels() -> None:
         ("Evaluation", ":material/fact_check:", "evaluation"),
         ("Models", ":material/join_inner:", "models"),
         ("Layers", ":material/layers:", "layers"),
+        ("Heads", ":material/hub:", "heads"),
         ("Pictures", ":material/photo_library:", "pictures"),
         ("Training", ":material/show_chart:", "training"),
         ("SQL", ":material/database:", "sql"),
