@@ -1,4 +1,4 @@
-"""What each suite of `saescope eval` takes: minutes, processor seconds and memory above the model.
+"""What each suite of `saescope eval` takes: minutes, processor seconds and memory.
 
     python -m benchmarks.suites --sae runs/smollm2-135m-topk-quick --quick
 
@@ -20,10 +20,10 @@ from typing import Any
 
 from benchmarks.running import run
 from sae.bench import rows as results
-from sae.evaluation import suites
+from sae.evaluation import chosen, suites
 from saescope.artefact import read_json
 from saescope.config import Config
-from saescope.errors import ArtefactError, InputError, check_range
+from saescope.errors import ArtefactError, check_range
 from saescope.progress import duration, say
 
 COLUMNS = (
@@ -50,7 +50,8 @@ class SuitesConfig(Config):
     harvest: str = "data/smollm2-135m-quick"
     """Its harvest."""
     suites: tuple[str, ...] = ()
-    """Suites; all there are if not given."""
+    """Suites, one after another; all there are if not given. With commas between them, as in
+    core,geometry, they are measured in one process."""
     quick: bool = False
     """Whether suites are measured with --quick."""
     threads: int = 1
@@ -62,9 +63,8 @@ class SuitesConfig(Config):
 
     def __post_init__(self) -> None:
         check_range("threads", self.threads, low=1)
-        strange = [name for name in self.suites if name not in suites()]
-        if strange:
-            raise InputError("no such suite", where="suites", given=strange, allowed=suites())
+        for each in self.suites:
+            chosen((), (each,))
 
 
 def taken(command: Sequence[str], threads: int) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def main(config: SuitesConfig) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(config.keep or scratch)
             folder.mkdir(parents=True, exist_ok=True)
-            out = folder / f"{suite}.json"
+            out = folder / f"{suite.replace(',', '+')}.json"
             found = taken(
                 [
                     *(sys.executable, "-m", "saescope", "eval", config.sae, "--suite", suite),

@@ -20,4 +20,5 @@ def test_what_a_process_takes() -> None:
 
 def test_an_unknown_suite_is_refused() -> None:
     with pytest.raises(InputError, match="no such suite"):
-        SuitesConfig(sae="x", suites=("core", "many"))
+        SuitesConfig(sae="x", suites=("core", "geometry,many"))
+    SuitesConfig(sae="x", suites=("core", "geometry,probing"))
