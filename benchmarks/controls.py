@@ -153,9 +153,8 @@ def main(config: ControlsConfig) -> None:
         measured = read_controls(Path(path))
         protocol = measured["protocol"]
         of_demo = {"rows": protocol.get("rows", ""), "protocol_hash": measured["protocol_hash"]}
-        found += [
-            {**row, **of_demo, **facts} for row in rows(DEMO, measured["values"], rows_of(measured))
-        ]
+        ranked = {name: rows_of(measured)[name] for name in measured["ranks"]}
+        found += [{**row, **of_demo, **facts} for row in rows(DEMO, measured["values"], ranked)]
     path = Path(config.results)
     results.append(path, found, COLUMNS)
     for row in found:
