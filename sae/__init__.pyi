@@ -21,6 +21,9 @@ from sae.formats.transcoder_sets import load_transcoders as load_transcoders
 from sae.formats.upload import upload as upload
 from sae.kernels.codes import SparseCodes as SparseCodes
 from sae.steering.edits import Edit as Edit
+from sae.steering.saelens_calls import run_with_cache_with_saes as run_with_cache_with_saes
+from sae.steering.saelens_calls import run_with_saes as run_with_saes
+from sae.steering.saelens_calls import saes as saes
 from sae.steering.steer import splice as splice
 from sae.steering.steer import steer as steer
 from sae.steering.text_features import TextFeatures as TextFeatures

@@ -136,7 +136,7 @@ def _enter(
         return
     if isinstance(edit.positions, str) and edit.positions in _WITH_PROMPT:
         stack.enter_context(generating(getattr(model, "hf", None)))
-    edits = _site_edits(place, arithmetic, chosen, arithmetic.rows)
+    edits = site_edits(place, arithmetic, chosen, arithmetic.rows)
     stack.enter_context(model.edit_with_positions(edits))
 
 
@@ -199,12 +199,12 @@ def splice(
             def change(x: Tensor, h: Tensor, _row: Tensor, own: Placement = place) -> Tensor:
                 return own.sae(x).x_hat.to(h.dtype)
 
-            edits = _site_edits(place, change, chosen)
+            edits = site_edits(place, change, chosen)
             stack.enter_context(own_model.edit_with_positions(edits))
         yield
 
 
-def _site_edits(
+def site_edits(
     placement: Placement, change: Change, selects: Selector, rows: int | None = None
 ) -> dict[str, PositionedEdit]:
     """Edits of a model that apply a change at chosen positions, in batches of so many texts."""
