@@ -18,6 +18,7 @@ from sae.formats.certificate import certify as certify
 from sae.formats.load import load as load
 from sae.formats.predictive import load_predictive as load_predictive
 from sae.formats.transcoder_sets import load_transcoders as load_transcoders
+from sae.formats.transcoder_sets import write_transcoders as write_transcoders
 from sae.formats.upload import upload as upload
 from sae.kernels.codes import SparseCodes as SparseCodes
 from sae.steering.edits import Edit as Edit

@@ -7,6 +7,7 @@ import filecmp
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,16 @@ PLAIN_FILE = Kind("a file", Path.is_file)
 
 
 def only_files(folder: Path, names: Collection[str], others: Collection[str] = ()) -> bool:
-    """Whether a folder has these plain files, maybe some of `others`, and nothing else."""
+    """Whether a folder has these plain files, maybe some of `others`, and nothing else.
+
+    A name may be a pattern (`W_enc_*.safetensors`), of which there is at least one file.
+    """
     if not folder.is_dir():
         return False
     found = {path.name for path in folder.iterdir() if path.name not in _NOBODYS}
     plain = all((folder / n).is_file() and not (folder / n).is_symlink() for n in found)
-    return plain and set(names) <= found <= {*names, *others}
+    known = all(any(fnmatchcase(n, each) for each in (*names, *others)) for n in found)
+    return plain and known and all(any(fnmatchcase(n, each) for n in found) for each in names)
 
 
 def check_replaceable(path: AnyPath, kind: Kind | None, *, replace: bool) -> None:

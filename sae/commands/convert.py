@@ -30,7 +30,8 @@ class ConvertConfig(Config):
     source: str
     """Folder of an SAE or a run, in any known format, or hf://owner/repo/folder[@revision]."""
     to: str = "saescope"
-    """Format to write: saescope, saelens, gemma_scope, sparsify or dictionary_learning."""
+    """Format to write: saescope, saelens, gemma_scope, sparsify, dictionary_learning, or, of a
+    cross-layer transcoder, circuit_tracer."""
     out: str | None = None
     """Folder to write."""
     replace: bool = False

@@ -31,7 +31,7 @@ def formats() -> dict[str, Format]:
     """Every known format by name.
 
     >>> sorted(formats())
-    ['dictionary_learning', 'gemma_scope', 'saelens', 'saescope', 'sparsify']
+    ['circuit_tracer', 'dictionary_learning', 'gemma_scope', 'saelens', 'saescope', 'sparsify']
     """
     for found in pkgutil.iter_modules(__path__):
         if not found.name.startswith("_"):

@@ -1,6 +1,7 @@
 """SAEs on the Hugging Face hub: names of folders of repositories, and their files fetched."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -79,10 +80,18 @@ def fetch(wanted: HubFolder) -> tuple[Path, str | None]:
 
     Raises ArtefactError, with the hub's own words, if they cannot be had.
     """
+    names = sorted({n for each in formats().values() for n in (*each.files, *each.further_files)})
+    return fetched(wanted, names)
+
+
+def fetched(wanted: HubFolder, names: Iterable[str]) -> tuple[Path, str | None]:
+    """A local copy of the files of a folder with these names or patterns, and their commit.
+
+    Raises ArtefactError, with the hub's own words, if they cannot be had.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    names = sorted({n for each in formats().values() for n in (*each.files, *each.further_files)})
     patterns = [str(PurePosixPath(wanted.folder) / name) for name in names]
     try:
         snapshot = snapshot_download(wanted.repo, revision=wanted.revision, allow_patterns=patterns)

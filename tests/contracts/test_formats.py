@@ -22,6 +22,7 @@ HELD = [
     for kind in format_named(name).writes
     if kind in list_architectures()
 ]
+OF_ONE_SITE = [name for name in formats() if {"relu", "topk"} & set(format_named(name).writes)]
 ONLY_FOLDED = ("gemma_scope", "sparsify", "dictionary_learning")
 """formats without a per-vector normaliser"""
 
@@ -47,7 +48,7 @@ def make(kind: str, normaliser: NormaliserKind = "unit_mean_square", **options: 
             value.copy_(0.1 + 0.05 * torch.rand_like(value))
         elif name in ("b_enc", "b_dec", "b_gate", "b_mag", "r_mag", "W_skip"):
             value.copy_(0.2 * torch.randn_like(value))
-        elif name == "W_dec" and transcodes:
+        elif name in ("W_dec", "decoders.0") and transcodes:
             value.copy_(torch.randn_like(value))
     x = rows(500)
     moments = {"mean": x.double().mean(0), "mean_square": float(x.double().square().sum(1).mean())}
@@ -55,6 +56,9 @@ def make(kind: str, normaliser: NormaliserKind = "unit_mean_square", **options: 
     if transcodes:
         sae.output_normaliser = Normaliser.identity(D_OUT)
     sae.metadata = {"site": "blocks.3.hook_resid_post", "model": "gpt2", "context": 64}
+    if kind == "cross_layer_transcoder":  # of a single layer
+        read, written = "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"
+        sae.metadata |= {"sites": [read], "target_sites": [written]}
     return sae.eval()
 
 
@@ -72,7 +76,7 @@ def same(ours: SparseAutoencoder, again: SparseAutoencoder, x: torch.Tensor) -> 
 def test_written_and_read_has_the_same_features(
     name: str, kind: str, normaliser: NormaliserKind, tmp_path: Path
 ) -> None:
-    if normaliser == "standardised" and kind in ("transcoder", "skip_transcoder", "crosscoder"):
+    if normaliser == "standardised" and ("transcoder" in kind or kind == "crosscoder"):
         pytest.skip("these have no per-vector normaliser")
     options = {"activation": "topk"} if name == "sparsify" and "transcoder" in kind else {}
     sae = make(kind, normaliser, **options)
@@ -122,7 +126,7 @@ def test_truncated_weights_are_refused(name: str, tmp_path: Path) -> None:
         load(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", sorted(formats()))
+@pytest.mark.parametrize("name", OF_ONE_SITE)
 def test_a_scale_that_was_lost_can_be_given(name: str, tmp_path: Path) -> None:
     """Weights of an SAE that sees s x: with input_scale = s it reconstructs x itself."""
     kind = next(kind for kind in ("relu", "topk") if kind in format_named(name).writes)
@@ -134,7 +138,7 @@ def test_a_scale_that_was_lost_can_be_given(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(again(x).x_hat, sae(s * x).x_hat / s, rtol=1e-5, atol=5e-5)
 
 
-@pytest.mark.parametrize("name", sorted(formats()))
+@pytest.mark.parametrize("name", OF_ONE_SITE)
 def test_an_sae_of_several_sites_is_written_one_at_a_time(name: str, tmp_path: Path) -> None:
     kind = next(kind for kind in ("relu", "topk") if kind in format_named(name).writes)
     sae = make(kind)

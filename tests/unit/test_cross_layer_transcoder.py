@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sae as saescope_sae
@@ -13,16 +15,18 @@ from sae.architectures.cross_layer_transcoder import (
     CrossLayerTranscoder,
     CrossLayerTranscoderConfig,
 )
+from sae.commands.convert import ConvertConfig, convert
 from sae.core.base import TrainingState
 from sae.core.batch import RawBatch, TrainingBatch
 from sae.core.normaliser import Normaliser
 from sae.data.placement import placement_of
 from sae.data.streams import make_stream
+from sae.formats import format_named
 from sae.formats.load import load
 from sae.training.batch_maker import BatchMaker, LossConfig
 from sae.training.config import TrainConfig
 from saescope.config import from_dict
-from saescope.errors import InputError
+from saescope.errors import ArtefactError, InputError
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
 LAYERS, F, D_IN, D_OUT = 3, 10, 6, 4
@@ -264,3 +268,87 @@ def test_the_first_step_starts_at_the_mean() -> None:
     torch.testing.assert_close(sae(y + 20).x_hat, target.mean(0).expand_as(target))
     counts = sae.encode_sparse(y + 20).counts()
     assert int((counts > 0).sum()) > 0.9 * LAYERS * F
+
+
+# ---- circuit-tracer's layout ----------------------------------------------------------------
+
+
+def theirs(folder: Path, *, jump: bool) -> Path:
+    """Files as `CrossLayerTranscoder.to_safetensors` writes them, three layers, d 5, 7 features."""
+    folder.mkdir()
+    g = torch.Generator().manual_seed(0)
+    for layer in range(LAYERS):
+        encoder = {
+            f"W_enc_{layer}": torch.randn(7, 5, generator=g),
+            f"b_enc_{layer}": torch.randn(7, generator=g),
+            f"b_dec_{layer}": torch.randn(5, generator=g),
+        }
+        if jump:
+            encoder[f"threshold_{layer}"] = torch.rand(7, generator=g)
+        save_file(encoder, folder / f"W_enc_{layer}.safetensors")
+        decoder = torch.randn(7, LAYERS - layer, 5, generator=g)
+        save_file({f"W_dec_{layer}": decoder}, folder / f"W_dec_{layer}.safetensors")
+    values = {
+        "model_name": "google/gemma-2-2b",
+        "model_kind": "cross_layer_transcoder",
+        "feature_input_hook": "hook_resid_mid",
+        "feature_output_hook": "hook_mlp_out",
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    return folder
+
+
+@pytest.mark.parametrize("jump", [False, True])
+def test_one_of_circuit_tracer_is_read_by_its_own_formula(jump: bool, tmp_path: Path) -> None:
+    folder = theirs(tmp_path / "clt", jump=jump)
+    sae = load(folder)
+    assert sae.metadata["sites"] == [f"blocks.{n}.hook_resid_mid" for n in range(3)]
+    assert sae.metadata["target_sites"] == [f"blocks.{n}.hook_mlp_out" for n in range(3)]
+    x = torch.randn(20, LAYERS, 5, generator=torch.Generator().manual_seed(1))
+    out = torch.zeros(20, LAYERS, 5)
+    for layer in range(LAYERS):
+        encoder = load_file(folder / f"W_enc_{layer}.safetensors")
+        decoder = load_file(folder / f"W_dec_{layer}.safetensors")[f"W_dec_{layer}"]
+        pre = x[:, layer] @ encoder[f"W_enc_{layer}"].T + encoder[f"b_enc_{layer}"]
+        f = pre * (pre > encoder.get(f"threshold_{layer}", torch.zeros(())))
+        own = sae.encode(x.flatten(1))[:, layer * 7 : (layer + 1) * 7]
+        torch.testing.assert_close(own, f, rtol=1e-5, atol=1e-5)
+        out[:, layer:] += torch.einsum("bf,fld->bld", f, decoder)
+        out[:, layer] += encoder[f"b_dec_{layer}"]
+    torch.testing.assert_close(sae(x.flatten(1)).x_hat, out.flatten(1), rtol=1e-5, atol=1e-5)
+    format_named("circuit_tracer").write(sae, tmp_path / "again")
+    for path in sorted(folder.iterdir()):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_a_trained_one_is_converted_and_comes_back(harvest: Path, tmp_path: Path) -> None:
+    saescope_sae.train(settings(harvest, tmp_path / "run"))
+    sae = load(tmp_path / "run")
+    config = ConvertConfig(
+        source=str(tmp_path / "run"), to="circuit_tracer", out=str(tmp_path / "out")
+    )
+    convert(config)
+    convert(config)  # the same bytes
+    again = load(tmp_path / "out")
+    x = torch.randn(30, sae.d_in)
+    assert again.metadata["target_sites"] == sae.metadata["target_sites"]
+    torch.testing.assert_close(again.encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again(x).x_hat, sae(x).x_hat, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="saelens: cannot hold this architecture"):
+        format_named("saelens").write(sae, tmp_path / "saelens")
+
+
+def test_damaged_files_of_circuit_tracer(tmp_path: Path) -> None:
+    folder = theirs(tmp_path / "clt", jump=True)
+    (folder / "config.yaml").unlink()
+    assert "sites" not in load(folder).metadata
+    with pytest.raises(InputError, match="same site in every block"):
+        format_named("circuit_tracer").write(load(folder), tmp_path / "again")
+    encoder = load_file(folder / "W_enc_1.safetensors")
+    del encoder["threshold_1"]
+    save_file(encoder, folder / "W_enc_1.safetensors")
+    with pytest.raises(ArtefactError, match=r"threshold differs in shape.*or is missing"):
+        load(folder)
+    (folder / "W_enc_1.safetensors").unlink()
+    with pytest.raises(ArtefactError, match=r"of some layers are missing.*layers \[0, 2\]"):
+        load(folder)
