@@ -25,7 +25,7 @@ def assemble(rows: EdgeRows, outputs: Outputs, features: NDArray[np.int64], into
     order = np.argsort(features, kind="stable")
     features = features[order]
     columns, model = rows.columns, rows.model
-    edges = _folded(np.concatenate([into[0][order], into[1]]), rows, features)
+    edges = folded(np.concatenate([into[0][order], into[1]]), rows, features)
     sources = np.concatenate([features, np.arange(columns.features, columns.width)])
     nodes: dict[str, Any] = _columns(
         [_features(rows, features), _errors(rows), _embeddings(rows), _outputs(rows, outputs)]
@@ -58,7 +58,7 @@ def assemble(rows: EdgeRows, outputs: Outputs, features: NDArray[np.int64], into
     )
 
 
-def _folded(
+def folded(
     edges: NDArray[np.float32], rows: EdgeRows, features: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """The edges [targets, width] with those from other features added to their site's errors."""

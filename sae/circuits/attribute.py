@@ -5,25 +5,29 @@ Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Languag
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from activations import Model
-from sae.circuits.assemble import assemble
+from sae.circuits.assemble import assemble, folded
 from sae.circuits.cut_run import EMBEDDING
 from sae.circuits.edges import Edges
+from sae.circuits.effects import estimated_effects
 from sae.circuits.graph import FEATURE, LOGIT, Graph
-from sae.circuits.outputs import Output, outputs_of
+from sae.circuits.outputs import Output, Outputs, outputs_of
 from sae.circuits.parts import Part, bare_part, part_of, placements_of, uncut_mlps
-from sae.circuits.pruning import with_influence
+from sae.circuits.pruning import cumulative, with_influence
 from sae.circuits.rows import EdgeRows
 from sae.core.base import SparseAutoencoder
 from saescope.errors import InputError
 from saescope.integers import as_index, as_indices
 from saescope.progress import silent
 
+Method = Literal["linear", "gradient", "integrated"]
 _EXACT = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 """by how much, of the sizes of all that a node gets, their sum may differ from what it has"""
 
@@ -33,6 +37,7 @@ def circuit(
     saes: Sequence[SparseAutoencoder],
     prompt: str | Sequence[int],
     *,
+    method: Method = "linear",
     outputs: Sequence[Output] | None = None,
     max_outputs: int = 10,
     probability: float = 0.95,
@@ -44,14 +49,16 @@ def circuit(
 ) -> Graph:
     """The attribution graph of a prompt: what its next token comes from, feature by feature.
 
-    Each transcoder's MLP is taken as the sum of its active features and an error, an MLP without a
-    transcoder as an error; attention patterns, norms' scales and errors are held as they are on
-    this prompt. Then what a feature reads is exactly the sum of its incoming edges and of biases
-    (`Graph.bias`).
+    By the linear method each transcoder's MLP is the sum of its active features and an error, an
+    MLP without a transcoder an error; attention patterns and norms' scales are held as they are on
+    this prompt. What a feature reads is then exactly its incoming edges and biases (`Graph.bias`).
 
     Args:
         saes: transcoders, one for each layer or for some; SAEs of other sites are cut there alike.
         prompt: a text, or token ids (with BOS, where the model uses one).
+        method: "linear", for transcoders; or "gradient" or "integrated", for SAEs of any sites: the
+            model stays its nonlinear self, edges are gradient times activation, and `influence` has
+            nodes' effects on the outputs by these gradients (`sae.circuits.effects`).
         outputs: tokens to explain (ids or texts of one token), or pairs of two whose logits'
             difference is meant; by default the likeliest next tokens.
         max_outputs, probability: the likeliest tokens are taken until they have this probability
@@ -59,8 +66,8 @@ def circuit(
         max_features: the most features that become nodes: those of the most influence. What the
             others write is counted with the errors of their site.
         batch: features whose edges are computed at once; less takes less memory.
-        unread_errors: count what is written at positions that SAEs do not read (the first, special
-            tokens) as errors; otherwise it is part of the biases, as in circuit-tracer.
+        unread_errors: what is written where SAEs do not read (the first position, special tokens)
+            is error; otherwise bias, as in circuit-tracer.
         allow_other_model: use SAEs of another model (a base model's); it is said.
         progress: say how far it is.
 
@@ -69,19 +76,47 @@ def circuit(
 
     >>> graph = sae.circuit(model, transcoders, "The capital of France is")   # doctest: +SKIP
     """
+    if method not in get_args(Method):
+        raise InputError("no such method", where="method", given=method, allowed=get_args(Method))
     batch = as_index(batch, where="batch", low=1)
     max_features = as_index(max_features, where="max_features", low=1)
     ids = prompt_ids(model, prompt)
     wanted = outputs_of(model, ids, outputs, most=max_outputs, probability=probability)
     allowed = {"unread_errors": unread_errors, "allow_other_model": allow_other_model}
-    parts, embedding = parts_of(model, saes, ids, **allowed)
-    rows = EdgeRows(model, parts, ids, embedding)
-    edges = Edges.into_outputs(rows, wanted, max_features)
+    parts, embedding = parts_of(model, saes, ids, linear=method == "linear", **allowed)
+    rows = EdgeRows(model, parts, ids, embedding, linear=method == "linear")
     with silent(not progress):
-        edges.visit(max_features, batch)
-    graph = assemble(rows, wanted, edges.visited, edges.both())
-    _check_sums(graph, model)
-    return with_influence(replace(graph, prompt=prompt) if isinstance(prompt, str) else graph)
+        graph = _traced(rows, wanted, method, max_features, batch)
+    return replace(graph, prompt=prompt) if isinstance(prompt, str) else graph
+
+
+def _traced(rows: EdgeRows, outputs: Outputs, method: Method, most: int, batch: int) -> Graph:
+    """The graph of the most influential features. InputError where sums are not exact."""
+    edges = Edges.into_outputs(rows, outputs, most)
+    if method == "linear":
+        edges.visit(most, batch)
+        graph = assemble(rows, outputs, edges.visited, edges.both())
+        _check_sums(graph, rows.model)
+        return with_influence(graph)
+    given = (rows.model, rows.parts, rows.tokens, rows.embedding, outputs)
+    effects = estimated_effects(*given, method).row()
+    edges.visit(most, batch, effects)
+    graph = assemble(rows, outputs, edges.visited, edges.both())
+    return _with_effects(graph, method, edges.visited, rows, effects)
+
+
+def _with_effects(
+    graph: Graph,
+    method: str,
+    features: NDArray[np.int64],
+    rows: EdgeRows,
+    effects: NDArray[np.float32],
+) -> Graph:
+    """The graph with nodes' effects on the outputs as their influence."""
+    found = folded(effects[None].copy(), rows, features)[0]
+    found = np.concatenate([found[np.sort(features)], found[rows.columns.features :]])
+    found = np.pad(found, (0, len(graph) - len(found)))  # outputs have none
+    return replace(graph, method=method, influence=found, cumulative=cumulative(found))
 
 
 def _check_sums(graph: Graph, model: Model) -> None:

@@ -49,16 +49,21 @@ class Edges:
         count = len(self.weight)
         return self.into[count : count + len(self.visited)], self.into[:count]
 
-    def visit(self, most: int, batch: int) -> None:
-        """Compute edges into features, the most influential first, until there are `most`."""
+    def visit(self, most: int, batch: int, effects: NDArray[np.float32] | None = None) -> None:
+        """Compute edges into features, the most influential first, until there are `most`.
+
+        Args: effects [width], if given, say which are the most influential.
+        """
         every = np.arange(self.rows.columns.features)
         most = min(most, len(every))
         with Progress("edges", most, "features") as progress:
             while len(self.visited) < most:
                 left = np.setdiff1d(every, self.visited, assume_unique=True)
                 if most < len(every):
-                    ranked = np.argsort(-self.influence()[left], kind="stable")
-                    left = left[ranked][: min(UPDATE * batch, most - len(self.visited))]
+                    count = most if effects is not None else UPDATE * batch
+                    found = self.influence() if effects is None else np.abs(effects)
+                    ranked = np.argsort(-found[left], kind="stable")
+                    left = left[ranked][: min(count, most - len(self.visited))]
                 groups = self.rows.group(left)
                 for group in np.unique(groups):
                     own = np.sort(left[groups == group])

@@ -63,10 +63,11 @@ def cumulative(found: Float[np.ndarray, " nodes"]) -> NDArray[np.float64]:
 def prune(graph: Graph, *, nodes: float = 0.8, edges: float = 0.98) -> Graph:
     """The nodes that have 80% of all influence, and the edges between them that carry 98%.
 
-    First nodes are chosen, the most influential ones whose influence is together this share of
-    all; tokens and logits are always kept. Then edges, by the influence that flows through them
-    among these nodes. Last, features without an edge in or out, and errors without one out, are
-    left out until none is left. `influence` and `cumulative` stay those of the whole graph.
+    First nodes are chosen: those of the most influence (or of the largest effects on the outputs,
+    where the graph has these) that have this share of all. Tokens and logits are always kept. Then
+    edges, by the influence that flows through them among these nodes. Last, features without an
+    edge in or out, and errors without one out, are left out until none is left. `influence` and
+    `cumulative` stay those of the whole graph.
 
     Raises InputError for shares outside of 0 to 1.
 
@@ -75,11 +76,14 @@ def prune(graph: Graph, *, nodes: float = 0.8, edges: float = 0.98) -> Graph:
     """
     check_range("nodes", nodes, low=0, high=1)
     check_range("edges", edges, low=0, high=1)
-    found = influence(normalised(graph.adjacency), graph.weight)
+    found = np.abs(graph.influence)  # an effect on the outputs may be negative
+    if graph.method == "linear":
+        found = influence(normalised(graph.adjacency), graph.weight)
     keep = found >= _threshold(found, nodes)
     keep |= np.isin(graph.kind, (EMBEDDING, LOGIT))
     facts = {**graph.facts, "node_threshold": nodes, "edge_threshold": edges}
-    whole = replace(graph, influence=found, cumulative=cumulative(found), facts=facts)
+    own = found if graph.method == "linear" else graph.influence
+    whole = replace(graph, influence=own, cumulative=cumulative(found), facts=facts)
     small = whole.subgraph(keep)
     shares = normalised(small.adjacency)
     flow = shares * (influence(shares, small.weight) + small.weight)[:, None]
