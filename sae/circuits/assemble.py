@@ -52,6 +52,7 @@ def assemble(rows: EdgeRows, outputs: Outputs, features: NDArray[np.int64], into
         adjacency=adjacency,
         facts={
             "logit_tokens": texts,
+            "outputs": [list(each) if isinstance(each, tuple) else each for each in outputs.pairs],
             "active_features": columns.features,
             "left_out": columns.features - len(features),
         },

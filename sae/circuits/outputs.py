@@ -30,6 +30,8 @@ class Outputs:
     """[outputs, d_model]: the logit is x . direction + bias, x behind the final norm"""
     bias: Tensor
     """[outputs]"""
+    pairs: list[int | tuple[int, int]]
+    """what they are, as `outputs_of` takes them"""
 
 
 @torch.no_grad()
@@ -79,6 +81,7 @@ def outputs_of(
         torch.tensor(weights),
         torch.stack(directions),
         torch.stack(biases),
+        [first if second is None else (first, second) for first, second in pairs],
     )
 
 
