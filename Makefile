@@ -15,7 +15,7 @@ PORT ?= 8501
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup harvest train-sae eval index steer explore demo docs check check-native test test-slow test-models torture bench bench-peers bench-data bench-explorer screens clean
+.PHONY: help setup harvest train-sae eval index steer explore demo reproduce docs check check-native test test-slow test-models torture bench bench-peers bench-data bench-explorer screens clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -53,6 +53,9 @@ explore: $(STAMP) ## Open the feature explorer on stores/.
 
 demo: $(STAMP) ## Text, activations, an SAE, its features, a steered model; QUICK=1: a small one.
 	@$(SAESCOPE) demo --port $(PORT) $(if $(QUICK),--quick)
+
+reproduce: $(STAMP) ## PAPER=NAME: a paper's experiment, into docs/papers/; without PAPER, the list.
+	@$(SAESCOPE) reproduce $(PAPER) $(if $(PAPER),--pages docs/papers)
 
 docs: $(STAMP) ## The documentation as a site, in build/site; a broken link fails.
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

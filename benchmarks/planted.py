@@ -19,7 +19,6 @@ from typing import Any, cast, get_args
 
 import torch
 
-from benchmarks.planted_masking import Hiding, Start, distance
 from benchmarks.planted_page import page
 from benchmarks.planted_training import (
     Recipe,
@@ -34,6 +33,7 @@ from benchmarks.running import run
 from sae.architectures import list_architectures
 from sae.bench.rows import processor
 from sae.evaluation.planted import PlantedConfig, PlantedDictionary, Structure
+from sae.papers.hiding_data import Hiding, Start, distance
 from saescope import __version__
 from saescope.artefact import git_commit, write_bytes
 from saescope.config import Config

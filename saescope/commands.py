@@ -245,6 +245,21 @@ COMMANDS = {
         resumes=True,
         loads_saes=True,
     ),
+    "reproduce": Command(
+        module="dashboards.reproduce_command",
+        config="ReproduceConfig",
+        function="reproduce",
+        summary="Run papers' central experiments at small scale, each beside its null, as pages.",
+        examples=(
+            "saescope reproduce",
+            "saescope reproduce hiding-data --quick",
+            "saescope reproduce hiding-data supervised-dictionary",
+            "saescope reproduce --all",
+        ),
+        notes=("", "It writes papers/NAME.md, its pictures, and every trial beside it."),
+        positional="papers...",
+        resumes=True,
+    ),
     "explore": Command(
         module="dashboards.launch",
         config="ExploreConfig",

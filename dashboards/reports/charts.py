@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from dashboards.reports.measured import Evaluation
-from dashboards.reports.pieces import Chart, Series, by_name
 from saescope.metrics import metric
+from saescope.pieces import Chart, Series, by_name
 
 ValueT = TypeVar("ValueT")
 AGAINST_L0 = ("fvu", "delta_ce")

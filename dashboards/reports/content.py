@@ -8,13 +8,13 @@ from dashboards.reports import charts
 from dashboards.reports.control_table import controls_section
 from dashboards.reports.family_tables import family_tables
 from dashboards.reports.measured import Evaluation
-from dashboards.reports.pieces import Report, Section, Table
 from dashboards.reports.protocols import protocol_warnings, protocols
 from dashboards.reports.verdicts import beside_first
 from sae.analysis.description_length import Described, Optimum, at_equal_distortion
 from sae.evaluation.written import measured_on
 from saescope.errors import InputError
 from saescope.metrics import Metric, measured_rows
+from saescope.pieces import Report, Section, Table
 
 MOST_COLUMNS = 4
 """SAEs that stand side by side; more of them are rows"""

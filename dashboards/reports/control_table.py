@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dashboards.reports.measured import Evaluation
-from dashboards.reports.pieces import Section, Table
 from sae.evaluation.ranks import ranking_in_words
 from saescope.metrics import Metric, shown_with_interval
+from saescope.pieces import Section, Table
 
 _WORDS = (
     "What a metric has to rank below the trained SAE: its features with each other's directions "

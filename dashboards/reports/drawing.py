@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable, Iterator
 
 from dashboards.figures import COLOURS
-from dashboards.reports.pieces import Chart, Series, nice_ticks
 from dashboards.tokens import plain_visible, shortened
+from saescope.pieces import Chart, Series, nice_ticks
 
 WIDTH, HEIGHT = 480, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 46
@@ -46,6 +46,22 @@ def svg(chart: Chart) -> str:
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{_escaped(chart.title)}">{"".join(_axes(chart, across, up))}{drawn}</svg>'
     )
+
+
+def alone(chart: Chart, style: str) -> str:
+    """The drawing and its legend as an SVG file, which no page gives a style to."""
+    legend = "".join(
+        f'<circle cx="{_LEFT + 6}" cy="{HEIGHT + 14 + 18 * number}" r="5" '
+        f'fill="{_colour(number)}"/><text x="{_LEFT + 18}" y="{HEIGHT + 18 + 18 * number}">'
+        f"{_escaped(series.name)}</text>"
+        for number, series in enumerate(chart.series)
+    )
+    tall = HEIGHT + (18 * len(chart.series) + 10 if len(chart.series) > 1 else 0)
+    head, body = svg(chart).split(">", 1)
+    head = head.replace(f"{WIDTH} {HEIGHT}", f"{WIDTH} {tall}", 1)
+    head = head.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" ', 1)
+    legend = legend if len(chart.series) > 1 else ""
+    return f"{head}><style>{style}{STYLE}</style>{body.removesuffix('</svg>')}{legend}</svg>\n"
 
 
 def _scales(chart: Chart) -> tuple[Scale, Scale]:

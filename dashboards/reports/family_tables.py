@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dashboards.reports.measured import Evaluation
-from dashboards.reports.pieces import Table
+from saescope.pieces import Table
 
 _REMOVAL = {
     "scr": ("scr", "Share of a spurious correlation that is removed with n latents."),

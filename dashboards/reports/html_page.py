@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from dashboards.reports import drawing
-from dashboards.reports.pieces import Report, Section, Table
 from dashboards.tokens import plain_visible
+from saescope.pieces import Report, Section, Table
 
 MARK = '<meta name="generator" content="saescope report">'
 """by which a page is known to be one of these"""

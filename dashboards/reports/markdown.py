@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterator
 
-from dashboards.reports.pieces import Report, Section, Table
 from dashboards.tokens import plain_visible
+from saescope.pieces import Report, Section, Table
 
 MARK = "<!-- saescope report -->"
 """by which a file is known to be one of these"""
@@ -27,11 +27,12 @@ def _section(section: Section) -> Iterator[str]:
     yield from (f"## {_escaped(section.title)}", "")
     for words in section.words:
         yield from (_escaped(words), "")
-    for table in (*section.tables, *(each.numbers() for each in section.charts), *section.details):
-        yield from _table(table)
+    for each in (*section.tables, *(each.numbers() for each in section.charts), *section.details):
+        yield from table(each)
 
 
-def _table(table: Table) -> Iterator[str]:
+def table(table: Table, *, escape: bool = True) -> Iterator[str]:
+    """The lines of a table; its cells are Markdown already unless they are to be escaped."""
     if table.title:
         yield from (f"### {_escaped(table.title)}", "")
     if table.about:
@@ -39,7 +40,7 @@ def _table(table: Table) -> Iterator[str]:
     aligned = ["---", *("---:" if number else "---" for number in table.of_numbers()[1:])]
     yield _row(table.columns)
     yield _row(aligned, escape=False)
-    yield from map(_row, table.rows)
+    yield from (_row(each, escape) for each in table.rows)
     yield ""
 
 

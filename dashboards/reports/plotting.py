@@ -5,8 +5,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from dashboards.figures import COLOURS, finish
-from dashboards.reports.pieces import Chart, Series
 from dashboards.tokens import plain_visible
+from saescope.pieces import Chart, Series
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

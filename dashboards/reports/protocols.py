@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dashboards.reports.measured import Evaluation
-from dashboards.reports.pieces import Section, Table
+from saescope.pieces import Section, Table
 
 _MOST_KEYS, _LONGEST = 30, 90
 

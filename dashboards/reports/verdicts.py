@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 from dashboards.reports.measured import Evaluation
-from dashboards.reports.pieces import Section, Table
 from sae.evaluation.comparison import compared
 from sae.evaluation.floors_file import RELIABILITY_FILE, reliability_beside
 from sae.evaluation.written import measured_values, sections
 from saescope.errors import ArtefactError
+from saescope.pieces import Section, Table
 
 _AT_ONE_FVU = "description_length"
 """the section whose metrics are compared at equal distortion only"""

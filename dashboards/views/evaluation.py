@@ -11,11 +11,11 @@ from dashboards.pages import Page, page_at
 from dashboards.reports import html_page, markdown
 from dashboards.reports.content import report_of
 from dashboards.reports.measured import Evaluation
-from dashboards.reports.pieces import Chart, Report, Section, Table
 from dashboards.reports.plotting import figure_of
 from dashboards.session import Session, begin_page
 from dashboards.tokens import plain
 from saescope.errors import SaescopeError
+from saescope.pieces import Chart, Report, Section, Table
 
 PAGE = Page(title="Evaluation", icon=":material/fact_check:", order=57, url="evaluation")
 _MOST = 12

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.planted_masking import Hiding, Start, distance
 from benchmarks.planted_training import absorption, controls, planted_for, recipe_of, train
 from sae.architectures import list_architectures
 from sae.evaluation.planted import PlantedConfig, PlantedDictionary
+from sae.papers.hiding_data import Hiding, Start, distance
 
 SMALL = Hiding(d_in=50, true=100, d_sae=500, k=3, rows=400)
 

@@ -265,6 +265,15 @@ def test_wrong_words(
 
 
 def test_every_command_that_loads_saes_says_so() -> None:
-    what_was_made = {"annotations", "diff", "export", "label", "report", "search", "sql"}
+    what_was_made = {
+        "annotations",
+        "diff",
+        "export",
+        "label",
+        "report",
+        "reproduce",
+        "search",
+        "sql",
+    }
     others = {name for name, command in COMMANDS.items() if not command.loads_saes}
-    assert others <= {"demo", "init", "harvest", "join", *what_was_made}
+    assert others <= {"demo", "init", "harvest", "join", "reproduce", *what_was_made}

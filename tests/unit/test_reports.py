@@ -12,9 +12,9 @@ import pytest
 from dashboards.report_command import ReportConfig, report
 from dashboards.reports.content import equal_distortion, metric_table, report_of
 from dashboards.reports.measured import read_measured
-from dashboards.reports.pieces import Chart, Section, Series, Table
 from saescope.__main__ import main
 from saescope.errors import InputError
+from saescope.pieces import Chart, Section, Series, Table
 from saescope.seals import write_sealed
 from tests.evaluations import make_evaluation
 from tests.sealing import change_sealed
