@@ -53,6 +53,7 @@ def assemble(rows: EdgeRows, outputs: Outputs, features: NDArray[np.int64], into
         facts={
             "logit_tokens": texts,
             "outputs": [list(each) if isinstance(each, tuple) else each for each in outputs.pairs],
+            "sae_hashes": [part.sae_hash for part in rows.parts],
             "active_features": columns.features,
             "left_out": columns.features - len(features),
         },

@@ -15,6 +15,7 @@ from sae.architectures.skip_transcoder import SkipTranscoder
 from sae.core.base import SparseAutoencoder
 from sae.core.config import kind_of
 from sae.data.placement import Placement
+from sae.data.provenance import weights_hash
 from sae.steering.steer import placement_in
 from saescope.errors import InputError
 
@@ -51,6 +52,8 @@ class Part:
     """[d_in, d_out]: a linear path beside the features"""
     error: Tensor
     """[pos, d_out]: what was there less the reconstruction; all of it where nothing is read"""
+    sae_hash: str = ""
+    """of the SAE's weights, as its feature store has it; "" where there is no SAE"""
 
 
 def placements_of(
@@ -145,6 +148,7 @@ def part_of(placed: Placement, x: Tensor, h: Tensor, kept: Tensor, *, unread_err
         constant,
         skip,
         error,
+        weights_hash(sae),
     )
 
 

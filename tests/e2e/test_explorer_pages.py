@@ -86,6 +86,7 @@ def test_the_explorers_own_pages_and_panels() -> None:
         ("Token", ":material/match_word:", "token"),
         ("Prompt", ":material/edit_note:", "text"),
         ("Steer", ":material/explore:", "steer"),
+        ("Circuits", ":material/account_tree:", "circuits"),
         ("Diff", ":material/difference:", "diff"),
         ("Compare", ":material/compare_arrows:", "compare"),
         ("Evaluation", ":material/fact_check:", "evaluation"),

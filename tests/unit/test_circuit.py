@@ -14,6 +14,7 @@ from sae.architectures.skip_transcoder import SkipTranscoder, SkipTranscoderConf
 from sae.architectures.transcoder import Transcoder, TranscoderConfig
 from sae.circuits.attribute import circuit
 from sae.circuits.graph import EMBEDDING, ERROR, FEATURE, LOGIT, Graph
+from sae.data.provenance import weights_hash
 from saescope.errors import InputError
 from tests.tiny import ARCHITECTURES, D_MODEL, N_LAYERS, make_tiny_model
 
@@ -191,7 +192,10 @@ def test_what_nothing_reads_is_error_or_bias(models: dict[str, Model]) -> None:
 
 
 def test_some_layers_alone_can_have_transcoders(models: dict[str, Model]) -> None:
-    graph = circuit(models["gemma2"], [transcoder(1)], TEXT)
+    alone = transcoder(1)
+    graph = circuit(models["gemma2"], [alone], TEXT)
+    # by which the explorer knows its feature store
+    assert graph.facts["sae_hashes"] == ["", weights_hash(alone), ""]
     assert set(graph.layer[graph.nodes_of(FEATURE)].tolist()) == {1}
     assert set(graph.layer[graph.nodes_of(ERROR)].tolist()) == {0, 1, 2}
     targets = np.isin(graph.kind, (FEATURE, LOGIT))
