@@ -18,7 +18,7 @@ from saescope.errors import ArtefactError, InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from sae import Attribution, TextFeatures
+    from sae import Attribution, DoseResponse, TextFeatures
     from sae.steering.positions import Positions
     from store import FeatureStore
 
@@ -185,6 +185,30 @@ def attribution(
             allow_other_model=what.other_model,
         )
     return found if sign > 0 else found.negated()
+
+
+def dose_response(
+    store: "FeatureStore", feature: int, factors: Sequence[float], *, texts: int, new_tokens: int
+) -> "DoseResponse":
+    """The dose-response of a feature on held-out text of the store (`sae.commands.dose`).
+
+    Raises InputError for a crosscoder or a feature that is never active, and ArtefactError as
+    `features_of_text` does.
+    """
+    from sae.commands.dose import DoseRequest, dose_of
+
+    what = origin_of(store)
+    asked = DoseRequest(feature=feature, factors=tuple(factors), texts=texts, new_tokens=new_tokens)
+    with _LOCK:
+        pair = load(what, "auto")
+        return dose_of(
+            pair.model,
+            pair.sae,
+            store,
+            asked,
+            site=pair.site,
+            allow_other_model=what.other_model,
+        )
 
 
 def chat_text(store: "FeatureStore", messages: Sequence[Mapping[str, str]]) -> str:

@@ -21,6 +21,10 @@ from sae.formats.transcoder_sets import load_transcoders as load_transcoders
 from sae.formats.transcoder_sets import write_transcoders as write_transcoders
 from sae.formats.upload import upload as upload
 from sae.kernels.codes import SparseCodes as SparseCodes
+from sae.steering.dose import DoseSettings as DoseSettings
+from sae.steering.dose import dose_response as dose_response
+from sae.steering.dose_result import DoseResponse as DoseResponse
+from sae.steering.dose_result import SweetSpot as SweetSpot
 from sae.steering.edits import Edit as Edit
 from sae.steering.saelens_calls import run_with_cache_with_saes as run_with_cache_with_saes
 from sae.steering.saelens_calls import run_with_saes as run_with_saes

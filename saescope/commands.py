@@ -333,7 +333,10 @@ COMMANDS = {
         config="SteerConfig",
         function="steer_text",
         summary="Continue a prompt with and without an edit of features.",
-        examples=("saescope steer runs/smollm2-135m-topk --prompt 'The weather' --add 123=8",),
+        examples=(
+            "saescope steer runs/smollm2-135m-topk --prompt 'The weather' --add 123=8",
+            "saescope steer runs/smollm2-135m-topk --store stores/smollm2-135m-topk --dose 123",
+        ),
         positional="run",
         loads_saes=True,
     ),

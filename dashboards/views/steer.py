@@ -6,7 +6,7 @@ from typing import Any
 
 import streamlit as st
 
-from dashboards import address, model_cache, queries
+from dashboards import address, doses, model_cache, queries
 from dashboards.amounts import amount
 from dashboards.edits import IN_CHATS, KINDS, WHERE, Edit, edits_of, steer_arguments
 from dashboards.pages import Page
@@ -44,6 +44,7 @@ def render() -> None:
         _run(session, asked, edits)
     else:
         _kept(session)
+    doses.section(session, edits)
 
 
 # ---- the fields ---------------------------------------------------------------------------------

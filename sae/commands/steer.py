@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from activations.models.chat import chat_tokens
+from sae.commands.dose import FACTORS, DoseRequest, dose_of, print_dose
 from sae.commands.model_of import model_of
+from sae.core.base import SparseAutoencoder
 from sae.formats.load import load
 from sae.indexing.ends import feature_and_sign
 from sae.steering.steer import steer
@@ -68,6 +70,16 @@ class SteerConfig(Config):
     given."""
     strength: float = 1.5
     """Strength for a chosen feature, in units of its largest activation."""
+    dose: int | None = None
+    """Measure the dose-response of this feature of the store instead: effects and collateral at
+    several strengths, on held-out text, beside random directions and an untrained SAE's features.
+    Continuations are drawn at temperature 1 unless another is given."""
+    doses: tuple[float, ...] = FACTORS
+    """Strengths of --dose, in units of the feature's largest activation."""
+    texts: int = 8
+    """Held-out texts of the store for --dose."""
+    out: str | None = None
+    """File for --dose: its table as .csv, or all of it as .json."""
     max_new_tokens: int = 40
     """Tokens to generate."""
     temperature: float = 0.0
@@ -80,6 +92,11 @@ class SteerConfig(Config):
     def __post_init__(self) -> None:
         check_range("max_new_tokens", self.max_new_tokens, low=1)
         check_range("temperature", self.temperature, low=0)
+        check_range("texts", self.texts, low=1)
+        if not self.doses or 0.0 in self.doses or len(set(self.doses)) < len(self.doses):
+            raise InputError(
+                "wants different numbers other than 0", where="doses", given=self.doses
+            )
 
 
 def parse_edits(name: str, words: tuple[str, ...]) -> dict[int, float | str]:
@@ -137,6 +154,8 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
     Raises InputError for wrong edits or an SAE that does not fit its model.
     """
     sae = load(config.run, target_site=config.target_site)
+    if config.dose is not None:
+        return _dose(config, sae, config.dose)
     edits: dict[str, Any] = {name: parse_edits(name, getattr(config, name)) for name in _EDITS}
     edits["ablate"] = config.ablate
     when = {key: _level(value) for key, value in parse_edits("when", config.when).items()}
@@ -190,6 +209,32 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
     say(f"untouched: {plain}", lines=True)
     say(f"steered ({words}): {steered}", lines=True)
     return {"untouched": plain, "steered": steered}
+
+
+def _dose(config: SteerConfig, sae: SparseAutoencoder, feature: int) -> dict[str, str]:
+    if config.store is None:
+        raise InputError("needs the SAE's feature store: give --store", where="dose")
+    given = [name for name in (*_EDITS, "ablate", "when") if getattr(config, name)]
+    if given:
+        raise InputError("goes with no other edit", where="dose", given=given)
+    if config.out is not None and not config.out.endswith((".csv", ".json")):
+        raise InputError("is no such file", where="out", given=config.out, allowed=".csv, .json")
+    asked = DoseRequest(
+        feature=feature,
+        factors=config.doses,
+        texts=config.texts,
+        new_tokens=config.max_new_tokens,
+        temperature=config.temperature or 1.0,
+        seed=config.seed,
+    )
+    model = model_of(
+        sae, config.model, where=config.run, trust_remote_code=config.trust_remote_code
+    )
+    with FeatureStore.open(_store_file(config.store)) as store:
+        found = dose_of(
+            model, sae, store, asked, site=config.site, allow_other_model=config.allow_other_model
+        )
+    return print_dose(found, config.doses, config.out)
 
 
 def _where(config: SteerConfig) -> str | None:

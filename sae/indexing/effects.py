@@ -31,8 +31,8 @@ from store import FeatureStore
 NULLS = 128
 _ROWS = 128
 """variants run at once"""
-_SEQUENCES = 8
-"""of a piece"""
+_SEQUENCES, _PAIRS = 8, 512
+"""the most sequences of a piece, and the pairs from which it is full"""
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,7 @@ def measured_residuals(
     start = time.monotonic()
     pieces: list[Mapping[str, NDArray[Any]]] = []
     with Progress("effects through the network", len(plan.direction), "positions") as progress:
-        for number, first in enumerate(range(0, len(parts), _SEQUENCES)):
-            several = parts[first : first + _SEQUENCES]
+        for number, several in enumerate(_pieces(parts)):
             whole = slice(several[0].start, several[-1].stop)
             piece = pending.get("effects", number)
             if piece is None and time.monotonic() - start > seconds:
@@ -170,6 +169,18 @@ def measured_residuals(
         after=nothing if found is None else found["after"],
         before=nothing if found is None else found["before"],
     )
+
+
+def _pieces(parts: list[slice]) -> Iterator[list[slice]]:
+    """Sequences that are measured together, and committed."""
+    several: list[slice] = []
+    for part in parts:
+        several.append(part)
+        if len(several) == _SEQUENCES or part.stop - several[0].start >= _PAIRS:
+            yield several
+            several = []
+    if several:
+        yield several
 
 
 def _joined(pieces: Iterator[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:

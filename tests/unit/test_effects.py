@@ -1,5 +1,7 @@
 """Measured effects and scores of steering of a store's features, against runs one by one."""
 
+import csv
+import dataclasses
 from pathlib import Path
 
 import duckdb
@@ -12,10 +14,12 @@ from activations import ActivationStore, load_model
 from activations.models.language import Model
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.commands.effects import EffectsConfig, measure_effects
+from sae.commands.steer import SteerConfig, steer_text
 from sae.indexing import effects as measuring
 from sae.indexing.build import direct_logits
 from sae.indexing.effect_plan import plan_effects
 from sae.indexing.pending import pending_folder
+from sae.steering.dose_result import SOURCES
 from saescope.errors import InputError
 from store import FeatureFilter, FeatureStore
 from store.measured import EFFECTS, MEASURED_COLUMNS
@@ -244,6 +248,33 @@ def test_some_features_can_be_asked_for(folder: Path, before: bytes, tmp_path: P
         assert len(asked) == 5
         assert asked == [each.feature for each in every if each.more["measured_positions"]]
         assert store.meta[EFFECTS]["random_directions"] == 5
+
+
+def test_the_command_measures_a_dose_response(
+    folder: Path, store: FeatureStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feature = store.live_features()[0]
+    out = tmp_path / "dose.csv"
+    asked = SteerConfig(
+        run=str(folder / "sae"), model=str(folder / "model"), store=str(folder / "store"),
+        dose=feature, doses=(1.0, 4.0), texts=3, max_new_tokens=4, out=str(out),
+    )  # fmt: skip
+    assert steer_text(asked).keys() == {"direct", "measured"}
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    largest = store.feature(feature).max
+    found = [(row["source"], float(row["strength"])) for row in rows]
+    assert found == [(s, f * largest) for s in SOURCES for f in (1.0, 4.0)]
+    assert "delta CE" in capsys.readouterr().out
+    with pytest.raises(InputError, match="give --store"):
+        steer_text(dataclasses.replace(asked, store=None))
+    with pytest.raises(InputError, match="goes with no other edit"):
+        steer_text(dataclasses.replace(asked, add=("3=1",)))
+    with pytest.raises(InputError, match=r"\.csv, \.json"):
+        steer_text(dataclasses.replace(asked, out="dose.txt"))
+    [dead] = [n for n in range(store.d_sae) if n not in store.live_features()][:1] or [None]
+    if dead is not None:
+        with pytest.raises(InputError, match="never active"):
+            steer_text(dataclasses.replace(asked, dose=dead))
 
 
 def test_what_cannot_be_measured_is_said(folder: Path) -> None:
