@@ -122,8 +122,8 @@ def main(config: AttentionBenchmark) -> None:
 def page_lines(table: Sequence[Mapping[str, str]]) -> list[str]:
     """The page's tables: families by head, heads and features on repeats, of each SAE's last rows.
 
-    Shares are in percent. A head on repeats has the attention at the longest repeat and at one
-    token.
+    Shares are in percent. After a mean on repeats is half of the interval of its difference to the
+    null.
     """
     last = {(row["sae_hash"], row["kind"], row["of"], row["what"]): row for row in table}
     lines = []
@@ -176,9 +176,13 @@ def _repeats(mine: Sequence[Mapping[str, str]], kind: str, what: str) -> list[st
     ]
     for each in dict.fromkeys(row["of"] for row in own):
         cells = {row["what"]: row for row in own if row["of"] == each}
-        shown = [f"{cells[n]['value']} (null {cells[n]['null']})" for n in lengths]
-        lines.append(f"| {each} | " + " | ".join(shown) + " |")
+        lines.append(f"| {each} | " + " | ".join(_with_null(cells[n]) for n in lengths) + " |")
     return lines
+
+
+def _with_null(row: Mapping[str, str]) -> str:
+    value, high, null = (float(row[name]) for name in ("value", "high", "null"))
+    return f"{value:.3g} ± {high - value:.1g} (null {null:.2g})"
 
 
 if __name__ == "__main__":

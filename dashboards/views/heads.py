@@ -203,9 +203,11 @@ def _features(session: Session, found: Mapping[str, Any], head: int) -> None:
             "family": text("family", help=_FAMILIES),
             **{name: number(name, format="percent") for name in shares},
             "null": number(
-                "null", format="percent", help="Induction of a random direction at its places."
+                "induction, null",
+                format="percent",
+                help="Of a random direction at the same places.",
             ),
-            "random": text("random's", help="The family of that random direction."),
+            "random": text("random's family", help="The family of that random direction."),
         },
     )  # fmt: skip
     more = f"The first {len(shown):,} of " if len(shown) < len(frame) else ""

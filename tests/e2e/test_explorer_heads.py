@@ -174,8 +174,10 @@ def test_the_reports_tables() -> None:
     assert lines[0] == f"`{Z}`: 16 texts, 1,234 tokens, seed 0; 2026-01-02, 1 thread(s)."
     assert "| 1.1 | 2 | 75 [38, 88], null 5 | 25 [12, 62], null 95 |" in "\n".join(lines)
     assert "1.75 [1.5, 2], null 2.25 to 3 |" in "\n".join(lines)
-    assert "| 1.1 | 0.1 (null 0.1) | 0.725 (null 0.1) |" in lines
-    assert "| 2 (induction) before ' <b>' | 0.1 (null 0.1) | 4.6 (null 0.1) |" in lines
+    assert "| 1.1 | 0.1 ± 0.01 (null 0.1) | 0.725 ± 0.02 (null 0.1) |" in lines
+    assert (
+        "| 2 (induction) before ' <b>' | 0.1 ± 0.01 (null 0.1) | 4.6 ± 0.02 (null 0.1) |" in lines
+    )
     assert not [line for line in lines if line.startswith("| 1.2 | 0 ")]
     table = head_figures.tests_of_features(measured())
     assert table["null"].tolist() == [0.1, 0.1]
