@@ -35,12 +35,17 @@ class FrozenModel:
     def __init__(self, model: Model, *, hold: bool = True) -> None:
         self.model = model
         self._hold = hold
+        self._running = False
         self._norms: dict[nn.Module, _HeldNorm] = {}
         self._patterns: dict[nn.Module, Tensor] = {}
 
     def run(self, tokens: Tensor) -> None:
         """A forward pass over tokens [1, pos], up to the final norm; with gradients, if enabled."""
-        self.model.hf.base_model(input_ids=tokens.to(self.model.device), use_cache=False)
+        self._running = True
+        try:
+            self.model.hf.base_model(input_ids=tokens.to(self.model.device), use_cache=False)
+        finally:
+            self._running = False
 
     def check(self) -> None:
         """Raise InputError after a run in which some layer's attention was none that is held."""
@@ -59,7 +64,7 @@ class FrozenModel:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if eager is None:
             raise InputError("this model's attention tells no weights", where=type(module).__name__)
-        if not self._hold:
+        if not (self._hold and self._running):
             return eager(module, q, k, v, mask, **more)
         if module not in self._patterns:
             with torch.no_grad():
@@ -75,8 +80,8 @@ class FrozenModel:
 
     def hold(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """A norm's output with its scale held."""
-        if not self._hold:
-            return output
+        if not (self._hold and self._running):
+            return output  # sites are found by calls of norms and of the model, of their own inputs
         if module not in self._norms:
             self._norms[module] = _HeldNorm.of(module, args[0].detach(), output.detach())
         return self._norms[module](args[0])
@@ -128,7 +133,6 @@ def frozen(model: Model, *, hold: bool = True) -> Iterator[FrozenModel]:
     ...     held.run(tokens)
     """
     held = FrozenModel(model, hold=hold)
-    model.sites()  # which there are is found out by a run of another text
     norms = [each for each in model.hf.modules() if _is_norm(each)]
     free = [each for each in model.hf.parameters() if each.requires_grad]
     handles = [each.register_forward_hook(held.hold) for each in norms]

@@ -171,6 +171,6 @@ def parts_of(
         for p in placed
     ]
     parts += [bare_part(s, found[s][0], kept, unread_errors=unread_errors) for s in bare]
-    order = {site: index for index, site in enumerate(model.sites())}
-    parts.sort(key=lambda part: (order.get(part.read, len(order)), part.read))
+    order = {site: index for index, site in enumerate(found)}  # as the run reached them
+    parts.sort(key=lambda part: order[part.read])
     return parts, found[EMBEDDING][0].float()

@@ -60,13 +60,22 @@ def sums(graph: Graph) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [*((each, "topk") for each in ARCHITECTURES), ("llama", "relu"), ("gpt2", "skip")],
+    [
+        *((each, "topk") for each in ARCHITECTURES),
+        ("llama", "relu"),
+        ("gpt2", "skip"),
+        ("llama", "normalised"),
+    ],
 )
 def test_what_a_node_gets_adds_up_to_what_it_has(
     models: dict[str, Model], architecture: str, kind: str
 ) -> None:
     fields: dict[str, Any] = {"skip": True} if kind == "skip" else {"activation": kind}
-    graph = circuit(models[architecture], transcoders(**fields), TEXT)
+    saes = transcoders() if kind == "normalised" else transcoders(**fields)
+    if kind == "normalised":  # found by a call of the norm, which must not be what is held
+        for layer, each in enumerate(saes):
+            each.metadata["site"] = f"blocks.{layer}.ln2.hook_normalized"
+    graph = circuit(models[architecture], saes, TEXT)
     targets = np.isin(graph.kind, (FEATURE, LOGIT))
     assert (graph.kind == FEATURE).sum() > 50
     scale = np.abs(graph.adjacency).sum(1)[targets] + np.abs(graph.bias[targets])

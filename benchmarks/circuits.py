@@ -1,0 +1,261 @@
+"""Two circuits of SmolLM2-135M beside what chance gives: induction, and the indirect object.
+
+    python -m benchmarks.circuits --transcoders runs/smollm2-135m-transcoders
+
+For each prompt the graph of a difference of two logits: in induction, the word that followed the
+last word when it stood there before, against another word of the list (Olsson et al. 2022, arXiv
+2209.11895); for the indirect object, the name that stands once against the one that stands twice
+(Wang et al. 2023, arXiv 2211.00593). Measured, with 95% intervals over prompts (Student's t):
+
+    difference of logits         of the model; the null is without any feature (each at its mean)
+    right                        share of prompts with a difference above 0
+    faithfulness, completeness   of the most influential features kept alone, or ablated alone,
+                                 beside as many drawn from the same graph
+                                 (`sae.circuits.faithfulness`)
+    rank, sign                   agreement of estimates with exact ablation over features of the
+                                 graph: Spearman's rank correlation (of sizes, for influence), and
+                                 the share of equal signs among the larger half; beside the same
+                                 with the estimates shuffled
+
+A row a task, measure and number of features in benchmarks/results/circuits.csv; the graphs' most
+influential features are in benchmarks/results/circuits.json.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from activations import Model, load_model
+from benchmarks.running import run
+from sae.bench import rows as results
+from sae.circuits.attribute import circuit, parts_of
+from sae.circuits.effects import ablation_effects, estimated_effects
+from sae.circuits.faithfulness import faithfulness
+from sae.circuits.graph import FEATURE, Graph
+from sae.circuits.outputs import outputs_of
+from sae.circuits.pruning import completeness_score, replacement_score
+from sae.commands.circuit import load_saes
+from sae.core.base import SparseAutoencoder
+from sae.evaluation.intervals import t_quantile
+from saescope.artefact import write_json
+from saescope.config import Config
+from saescope.errors import InputError, check_range
+from saescope.progress import say
+
+COLUMNS = (
+    "date", "transcoders", "model", "task", "measure", "features", "prompts", "mean", "half",
+    "null", "null_half", "max_features", "seed", "threads", "processor", "torch", "saescope",
+    "commit",
+)  # fmt: skip
+_WORDS = [
+    "river",
+    "apple",
+    "stone",
+    "music",
+    "garden",
+    "window",
+    "doctor",
+    "silver",
+    "winter",
+    "market",
+    "castle",
+    "bread",
+    "paper",
+    "horse",
+    "island",
+    "letter",
+    "summer",
+    "bridge",
+    "forest",
+    "engine",
+]
+_NAMES = ("Mary", "John", "Anna", "Peter", "Sarah", "David", "Laura", "Michael")
+_GIFTS = (("store", "a drink"), ("park", "a book"), ("school", "a letter"), ("house", "the key"))
+
+Case = tuple[str, str, str]
+"""a prompt, the token that is right, and the one it is held against"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitsConfig(Config):
+    """Find the circuits of two tasks, and measure how far they are what they say."""
+
+    transcoders: str
+    """Folder of the transcoders of the model's layers."""
+    model: str = "smollm2-135m"
+    """The model that they were trained on."""
+    prompts: int = 6
+    """Prompts of each task."""
+    max_features: int = 256
+    """The most features that become nodes of a graph."""
+    counts: tuple[int, ...] = (16, 64, 256)
+    """Features to keep, for each point of the curves."""
+    ablated: int = 24
+    """Features of each graph that are ablated one by one."""
+    draws: int = 2
+    """Random sets of features beside each."""
+    seed: int = 0
+    """Of prompts and random sets."""
+    results: str = "benchmarks/results/circuits.csv"
+    """File that rows are added to; the features are in a .json file beside it."""
+
+    def __post_init__(self) -> None:
+        check_range("prompts", self.prompts, low=2)
+
+
+def induction(rng: np.random.Generator) -> Case:
+    """A list of words, begun again: what comes next is what came next before."""
+    words = rng.choice(_WORDS, 6, replace=False).tolist()
+    at = int(rng.integers(1, 4))
+    text = " " + " ".join([*words, *words[: at + 1]])
+    return text, f" {words[at + 1]}", f" {words[(at + 3) % 6]}"
+
+
+def indirect_object(rng: np.random.Generator) -> Case:
+    """Two names, of which one gives something to the other."""
+    first, second = rng.choice(_NAMES, 2, replace=False).tolist()
+    where, what = _GIFTS[int(rng.integers(len(_GIFTS)))]
+    giver, other = (first, second) if rng.integers(2) else (second, first)
+    text = f"When {first} and {second} went to the {where}, {giver} gave {what} to"
+    return text, f" {other}", f" {giver}"
+
+
+TASKS = {"induction": induction, "indirect object": indirect_object}
+
+
+def measure(config: CircuitsConfig) -> None:
+    """Measure both tasks, and add the rows."""
+    saes = load_saes((config.transcoders,))
+    model = load_model(config.model, dtype="float32")
+    if not isinstance(model, Model):
+        raise InputError("is no language model", where="model", given=config.model)
+    written, features = [], {}
+    for task, draw in TASKS.items():
+        rng = np.random.default_rng(config.seed)
+        cases = list(dict.fromkeys(draw(rng) for _ in range(4 * config.prompts)))
+        cases = cases[: config.prompts]
+        graphs = []
+        for text, right, other in cases:
+            say(f"{task}: {text}")
+            pair = [(right, other)]
+            graphs.append(
+                circuit(model, saes, text, outputs=pair, max_features=config.max_features)
+            )
+        for row in _rows(model, saes, graphs, config):
+            say(
+                f"{task} {row['measure']} {row['features']}: {row['mean']} ± {row['half']} "
+                f"({row['null']} ± {row['null_half']})"
+            )
+            written.append({"task": task, **row})
+        features[task] = _common(graphs)
+    machine = {name: each for name, each in results.facts("cpu").items() if name in COLUMNS}
+    shared = {
+        **machine, "transcoders": Path(config.transcoders).name, "model": model.name,
+        "prompts": config.prompts, "max_features": config.max_features, "seed": config.seed,
+    }  # fmt: skip
+    results.append(Path(config.results), [{**shared, **row} for row in written], COLUMNS)
+    write_json(Path(config.results).with_suffix(".json"), features)
+
+
+def _rows(
+    model: Model, saes: Sequence[SparseAutoencoder], graphs: Sequence[Graph], config: CircuitsConfig
+) -> list[dict[str, Any]]:
+    options: dict[str, Any] = {"draws": config.draws, "seed": config.seed}
+    curve = faithfulness(model, saes, graphs, config.counts, **options)
+    found = [_row("difference of logits", 0, curve.model, curve.empty)]
+    found.append(_row("right", 0, curve.model > 0, None))
+    for name in ("faithfulness", "completeness"):
+        for index, count in enumerate(curve.counts):
+            own, null = getattr(curve, name)[:, index], getattr(curve, f"random_{name}")[:, index]
+            found.append(_row(name, count, own, null))
+    for name, score in (
+        ("replacement", replacement_score),
+        ("completeness score", completeness_score),
+    ):
+        found.append(_row(name, config.max_features, np.array([score(g) for g in graphs]), None))
+    return found + _agreement(model, saes, graphs, config)
+
+
+def _agreement(
+    model: Model, saes: Sequence[SparseAutoencoder], graphs: Sequence[Graph], config: CircuitsConfig
+) -> list[dict[str, Any]]:
+    """How far influence, and gradient x activation, rank features as exact ablation does."""
+    rng = np.random.default_rng(config.seed)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for graph in graphs:
+        pair = [tuple(each) for each in graph.facts["outputs"]]
+        outputs = outputs_of(model, graph.token_ids, pair, most=1, probability=1)
+        parts, embedding = parts_of(model, saes, graph.token_ids, linear=False)
+        effects = estimated_effects(model, parts, graph.token_ids, embedding, outputs)
+        at = {
+            (part.read, int(p), int(n)): (part, index, i)
+            for i, part in enumerate(parts)
+            for index, (p, n) in enumerate(zip(part.position, part.number, strict=True))
+        }
+        nodes = graph.nodes_of(FEATURE)
+        nodes = rng.choice(nodes, min(config.ablated, len(nodes)), replace=False)
+        keys = [
+            (graph.sites[graph.site[n]], int(graph.position[n]), int(graph.number[n]))
+            for n in nodes
+        ]
+        ablated = [(at[k][0].written, k[1], at[k][0].decoder[at[k][1]]) for k in keys]
+        exact = ablation_effects(model, graph.token_ids, outputs, ablated, batch=16)
+        gradient = np.array([effects.features[at[k][2]][at[k][1]] for k in keys])
+        mixed = rng.permutation(len(keys))
+        own = graph.influence[nodes]
+        for name, a, b in (
+            ("rank, influence", own, np.abs(exact)),
+            ("rank, gradient", gradient, exact),
+        ):
+            found.setdefault(name, []).append((spearman(a, b), spearman(a[mixed], b)))
+        large = np.abs(exact) >= np.median(np.abs(exact))
+        signs = [(np.sign(g) == np.sign(exact))[large].mean() for g in (gradient, gradient[mixed])]
+        found.setdefault("sign, gradient", []).append((float(signs[0]), float(signs[1])))
+    return [_row(name, config.ablated, *np.array(pairs).T) for name, pairs in found.items()]
+
+
+def spearman(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Rank correlation, of numbers without ties."""
+    ranks = np.stack([np.argsort(np.argsort(each)) for each in (a, b)])
+    found: Any = np.corrcoef(ranks)
+    return float(found[0, 1])
+
+
+def _row(name: str, features: int, own: NDArray[Any], null: NDArray[Any] | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"measure": name, "features": features, "null": "", "null_half": ""}
+    for key, half, values in (("mean", "half", own), ("null", "null_half", null)):
+        if values is not None:
+            kept = np.asarray(values, float)
+            spread = t_quantile(len(kept) - 1) * kept.std(ddof=1) / len(kept) ** 0.5
+            row |= {key: round(float(kept.mean()), 4), half: round(float(spread), 4)}
+    return row
+
+
+def _common(graphs: Sequence[Graph]) -> list[dict[str, Any]]:
+    """Features by the number of prompts in whose graphs they are among the 32 most influential."""
+    seen: Counter[tuple[str, int]] = Counter()
+    where: dict[tuple[str, int], list[str]] = {}
+    for graph in graphs:
+        nodes = graph.nodes_of(FEATURE)
+        for node in nodes[np.argsort(-graph.influence[nodes])][:32]:
+            key = graph.sites[graph.site[node]], int(graph.number[node])
+            where.setdefault(key, []).append(graph.tokens[graph.position[node]])
+        seen.update(
+            {
+                (graph.sites[graph.site[n]], int(graph.number[n]))
+                for n in nodes[np.argsort(-graph.influence[nodes])][:32]
+            }
+        )
+    return [
+        {"site": site, "feature": number, "prompts": count, "at": where[site, number]}
+        for (site, number), count in seen.most_common(20)
+    ]
+
+
+if __name__ == "__main__":
+    run(CircuitsConfig, measure)
