@@ -52,6 +52,7 @@ class Unfinished:
         self.path = unfinished_file(evaluation)
         check_replaceable(self.path, UNFINISHED_KIND, replace=True)
         self._parts: dict[str, Any] | None = None
+        self._writable = True
 
     def part(
         self, about: Mapping[str, Any], name: str, measure: Callable[[], dict[str, Any]]
@@ -63,7 +64,7 @@ class Unfinished:
             name: of the part, in words.
             measure: gives a JSON-able dictionary.
 
-        Raises ArtefactError if it cannot be written.
+        Where the file cannot be written that is said, and measuring goes on.
         """
         if self._parts is None:
             self._parts = self._read()
@@ -73,9 +74,17 @@ class Unfinished:
             return self._parts[key]
         found = measure()
         self._parts[key] = found
-        content = {"schema": SCHEMA, "kind": KIND, "parts": self._parts}
-        write_report(self.path, sealed(content), UNFINISHED_KIND, replace=True)
+        if self._writable:
+            self._write()
         return found
+
+    def _write(self) -> None:
+        content = {"schema": SCHEMA, "kind": KIND, "parts": self._parts}
+        try:
+            write_report(self.path, sealed(content), UNFINISHED_KIND, replace=True)
+        except ArtefactError as error:  # figures are told, wherever they cannot be written
+            say(f"{error}; nothing is kept for an interruption")
+            self._writable = False
 
     def forget(self) -> None:
         """Remove the file, once what it has is written elsewhere."""
