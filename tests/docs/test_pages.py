@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import core_metrics
+from benchmarks import core_metrics, noise_floor
 from benchmarks.controls import COLUMNS, page_lines
 from sae.bench import rows as results
 from sae.evaluation import families
@@ -100,6 +100,13 @@ def test_the_table_of_controls_is_that_of_the_results() -> None:
     table = page.split("<!-- table: benchmarks.controls -->")[1].split("<!-- end of table -->")[0]
     path = ROOT / "benchmarks" / "results" / "controls.csv"
     assert table.strip().splitlines() == page_lines(results.read(path, COLUMNS))
+
+
+def test_the_table_of_noise_floors_is_that_of_the_results() -> None:
+    page = (ROOT / "docs" / "reference" / "evaluation.md").read_text(encoding="utf-8")
+    table = page.split("<!-- table: benchmarks.noise_floor -->")[1].split("<!-- end of table -->")
+    rows = results.read(ROOT / "benchmarks/results/noise_floor.csv", noise_floor.COLUMNS)
+    assert table[0].strip().splitlines() == noise_floor.page_lines(rows)
 
 
 def test_the_table_of_core_metrics_is_that_of_the_results() -> None:
