@@ -1,0 +1,55 @@
+"""The page of the steering bench: shares, quarters and verdicts by hand."""
+
+import pytest
+
+from benchmarks.steering_page import correlation, figure, page, quartiles, ratio_words, wilson
+
+
+def row(number: int, words: str, succeeds: int) -> dict[str, str]:
+    return {
+        "date": "2026-11-30", "store": "s", "feature": str(number), "words": words,
+        "output_score": str(number / 8), "confidence_change": "0.5", "measured_kl": "",
+        "strength": "2", "kl": "0.5", "target_above_null_low": str(number / 100),
+        "succeeds": str(succeeds), "target_succeeds": "1", "null_succeeds": "0",
+        "target_null_succeeds": "0", "texts": "5", "new_tokens": "12",
+        "processor": "p", "threads": "1",
+    }  # fmt: skip
+
+
+ROWS = [row(n, words, int(n >= 5)) for n in range(8) for words in ("direct", "measured")]
+
+
+def test_quarters_are_by_the_score() -> None:
+    low, high = quartiles(ROWS[::2], "output_score")
+    assert [each["feature"] for each in low] == ["0", "1"]
+    assert [each["feature"] for each in high] == ["6", "7"]
+    assert ratio_words(low, high, "succeeds") == "reached"
+    assert ratio_words(high, low, "succeeds") == "0.0 times: not reached"
+    assert ratio_words(low, high, "target_succeeds") == "1.0 times: not reached"
+    assert ratio_words(low, low, "succeeds") == "neither succeeds"
+
+
+def test_shares_have_wilsons_interval() -> None:
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+def test_the_correlation_is_of_ranks() -> None:
+    assert correlation(ROWS[::2], "output_score").startswith("+1.00 (")
+    assert correlation(ROWS[::2], "measured_kl") == "too few"
+    assert correlation(ROWS[::2], "confidence_change") == "all are equal"
+
+
+def test_the_page_says_all_of_it() -> None:
+    text = page(ROWS, [])
+    assert (
+        "| direct | 3 of 8 (14 to 69 %) | 0 of 8 (0 to 32 %) | 8 of 8 (68 to 100 %) | 0 of 8 "
+        in text
+    )
+    assert "| output score | direct | 0 of 2 (0 to 66 %) | 2 of 2 (34 to 100 %) | reached |" in text
+    assert "The command goes on with the other 42 of 50." in text
+    assert "Which estimate foretells" not in text
+    bars = figure(ROWS)["direct words, by rate"]
+    assert bars == {
+        "top quarter": 1.0, "all features": 0.375, "bottom quarter": 0.0, "random direction": 0.0,
+    }  # fmt: skip
