@@ -90,6 +90,8 @@ def frozen_attention(model: Any) -> Iterator[None]:
         )
     frozen = _FROZEN.get(model.hf)
     if frozen is None:
+        if hasattr(model, "sites"):
+            model.sites()  # found out by a pass that is made once, which would be made twice
         frozen = _Frozen(model)
         frozen.check()
         _FROZEN[model.hf] = frozen

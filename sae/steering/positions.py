@@ -57,7 +57,7 @@ def selector(positions: Positions, chat: ChatTokens | None = None) -> Selector:
 def _in_role(role: str, chat: ChatTokens | None) -> Selector:
     if chat is None:
         raise InputError(
-            "whose a token is is known from a conversation: give chat",
+            "what a role says is known from a conversation: give chat",
             where="positions",
             given=role,
         )

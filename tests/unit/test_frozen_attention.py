@@ -76,6 +76,18 @@ def test_heads_read_new_values_where_they_read_old_ones(
         assert close == freeze
 
 
+def test_a_model_that_has_not_run_yet(model: Model, sae: SparseAutoencoder) -> None:
+    """Which sites it has is found out by a pass, which must be made once."""
+    import copy
+
+    ids = prompt(model)
+    with frozen(model, sae, add={5: 20.0}):
+        expected = model.logits(ids)
+    hf = copy.deepcopy(model.hf)
+    with frozen(hf, sae, add={5: 20.0}), torch.no_grad():
+        assert torch.equal(hf(input_ids=ids, use_cache=False).logits, expected)
+
+
 def test_with_norms_held_too_the_effect_is_linear(model: Model, sae: SparseAutoencoder) -> None:
     """An edit of what the norm gave: the effect on the heads' outputs adds up, and doubles."""
     ids = prompt(model)
