@@ -181,6 +181,7 @@ def run_sql(block: Block) -> None:
 
 
 LAYERS, CONTEXT, ARTICLES = 10, 128, 100
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
 def make_world(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +229,7 @@ def use_tiny_packages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = folder / "packages" / "model"
     if not model.exists():
         tests.tiny.make_tiny_model(model)
+        (model / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     monkeypatch.setattr("activations.models.files.packaged_folder", lambda _: model)
     articles = {f"Article {n}": {"extract": text} for n, text in enumerate(_articles())}
     monkeypatch.setattr("saescope.assets.read_member", lambda *_: json.dumps(articles))
