@@ -192,7 +192,15 @@ def _features(session: Session, found: Mapping[str, Any], head: int) -> None:
         on_select="rerun",
         selection_mode="single-row",
         column_order=[
-            "feature", "label", "tokens", "share", "firings", "family", *shares, "null", "random",
+            "feature",
+            "label",
+            "tokens",
+            "share",
+            "firings",
+            "family",
+            *shares,
+            "null",
+            "random",
         ],
         column_config={
             "feature": number("feature", width=80, format="%d"),
@@ -209,7 +217,7 @@ def _features(session: Session, found: Mapping[str, Any], head: int) -> None:
             ),
             "random": text("random's family", help="The family of that random direction."),
         },
-    )  # fmt: skip
+    )
     more = f"The first {len(shown):,} of " if len(shown) < len(frame) else ""
     st.caption(f"{more}{counted(len(frame), 'feature')} of head {head}; click a row for its page.")
     for chosen in event.selection.rows[:1]:

@@ -7,10 +7,16 @@ from typing import Any
 import numpy as np
 
 from activations import ActivationStore, Model
+from activations.models.attention import LONGEST
 from sae.analysis.attention.families import GROUPS, FeatureSources, feature_sources
 from sae.analysis.attention.head_table import NAMES, head_table
 from sae.analysis.attention.heads import HeadAttribution, attention_site, head_attribution
-from sae.analysis.attention.prefix import PrefixCurve, prefix_attention, prefix_test
+from sae.analysis.attention.prefix import (
+    PrefixCurve,
+    prefix_attention,
+    prefix_test,
+    prefix_texts,
+)
 from sae.analysis.attention.results_file import (
     ATTENTION_FILE,
     ATTENTION_KIND,
@@ -46,7 +52,7 @@ class AttentionConfig(Config):
     site: str | None = None
     """Where, for an SAE of several layers."""
     texts: int = 128
-    """Sequences of the harvest to run, held-out ones first."""
+    """Sequences of the harvest to run, held-out ones first; up to 1,024 tokens of each."""
     near: int = 4
     """How many tokens back a local source may be."""
     far: int = 32
@@ -84,8 +90,9 @@ def attention(config: AttentionConfig) -> dict[str, Any]:
     harvest, placement = open_harvest(sae, config.harvest, config.site)
     (site,) = placement.read
     attention_site(site)
-    model = load_harvested_model(harvest, "float32")
     texts = list(_texts(harvest, config.texts))
+    model = load_harvested_model(harvest, "float32")
+    prefix_texts(model, [0], lengths=config.lengths)  # says now what is wrong with them
     sources = feature_sources(
         model,
         sae,
@@ -141,7 +148,7 @@ def _texts(harvest: ActivationStore, count: int) -> Iterator[list[int]]:
         )
     for number in sorted(every[:count]):
         real = np.asarray(harvest.document[number]) >= 0
-        yield np.asarray(harvest.tokens[number])[real].tolist()
+        yield np.asarray(harvest.tokens[number])[real][:LONGEST].tolist()
 
 
 def _protocol(

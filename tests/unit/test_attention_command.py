@@ -105,6 +105,10 @@ def test_what_is_refused(
         with pytest.raises(SystemExit, match="2"):
             main(["attention", str(run), *words])
     capsys.readouterr()
+    assert main(["attention", str(run), *WORDS[:6], "--lengths", "2", "1"]) == 2
+    said = capsys.readouterr()
+    assert "must grow" in said.err
+    assert "texts" not in said.out  # before anything is measured
     (run / ATTENTION_FILE).write_text(json.dumps({"mine": 1}))
     assert main(["attention", str(run), *WORDS]) == 2
     assert "never replaced" in capsys.readouterr().err

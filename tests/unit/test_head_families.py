@@ -185,6 +185,16 @@ def test_the_table_of_a_model(model: Model) -> None:
                 assert 0 <= low <= high <= 1, name
 
 
+def test_texts_of_nothing_that_saes_read_count_nothing(model: Model) -> None:
+    made, given = relu(), texts(model)
+    plain, more = (
+        feature_sources(model, made, each, site=Z, allow_other_model=True)
+        for each in (given, [*given[:-1], [3]])
+    )
+    assert more.firings.sum() < plain.firings.sum()
+    assert more.texts == GROUPS
+
+
 def test_what_is_refused(model: Model) -> None:
     made: Any = relu()
     with pytest.raises(InputError, match="texts"):

@@ -123,6 +123,12 @@ def test_attention_of_heads(model: Model, tmp_path: Path) -> None:
         assert each.verdict == "none"
 
 
+def test_a_vocabulary_that_is_too_small(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "d_vocab", 33)
+    with pytest.raises(InputError, match=r"too few tokens.*given: '30 that are not special"):
+        prefix_texts(model, [5], lengths=LENGTHS, context=32)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

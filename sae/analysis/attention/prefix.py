@@ -139,6 +139,13 @@ def prefix_texts(
             allowed=f"{least} to {model.n_ctx or 'any'}",
         )
     known = np.array([t for t in range(model.d_vocab) if t not in model.special_token_ids])
+    if len(known) <= context:
+        raise InputError(
+            "has too few tokens for texts in which none is twice",
+            where=model.spec,
+            given=f"{len(known)} that are not special",
+            allowed=f"more than {context}",
+        )
     draw = np.random.default_rng(seed)
     texts, shuffled, source, shuffled_source = [], [], [], []
     for following in as_indices(list(next_tokens), where="next_tokens", high=model.d_vocab - 1):
