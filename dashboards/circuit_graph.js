@@ -1,5 +1,5 @@
 // Draws an attribution graph. All texts become text nodes; nothing is read as markup.
-const SLOT = 17, LINE = 19, GAP = 7, NARROWEST = 25, ROOMY = 90, NAMES = 64, HEADS = 84, BETWEEN = 8;
+const SLOT = 17, LINE = 19, GAP = 7, NARROWEST = 25, ROOMY = 90, HEADS = 84, BETWEEN = 8;
 const BOX = 148, BOX_HIGH = 38, APART = 18, RISE = 62, LISTED = 12, BASE = 150;
 const WORDS = { feature: "feature", error: "error", embedding: "token", logit: "output" };
 
@@ -69,6 +69,7 @@ export default function drawn({ data, parentElement, setStateValue }) {
   const tip = make(root, "div", "tip");
 
   // ---- where things are
+  const NAMES = Math.min(140, 16 + 6.3 * Math.max(7, ...rows.map((row) => row.name.length)));
   // columns take what room there is, up to a bound
   const needs = columns.map((column) => Math.max(NARROWEST, column.slots * SLOT) + GAP);
   const free = left.clientWidth - NAMES - GAP - 4 - needs.reduce((a, b) => a + b, 0);
@@ -100,6 +101,7 @@ export default function drawn({ data, parentElement, setStateValue }) {
   const bands = svg(sheet, "g", {}), lines = svg(sheet, "g", {}), marks = svg(sheet, "g", {});
   const names = make(plane, "div", "names");
   names.style.height = `${high}px`;
+  names.style.width = `${NAMES}px`;
   rows.forEach((row, n) => {
     if (n % 2) svg(bands, "rect", { class: "band", x: 0, width: wide, y: tops[n] - BETWEEN / 2, height: row.lines * LINE + BETWEEN });
     make(names, "div", "", row.name).style.top = `${tops[n] + (row.lines * LINE) / 2}px`;

@@ -25,6 +25,8 @@ MOST_NODES, MOST_LINKS = 1500, 30_000
 """that are drawn: a browser is slow with more"""
 ACROSS = 6
 """nodes side by side at one layer and token; more go into further lines"""
+LINEAR = "linear"
+"""the method by which edges are exact, and nodes have an influence; by others, estimates"""
 _LONGEST_NAME = 120
 _FIGURES = 4
 
@@ -65,7 +67,8 @@ def layout(graph: Graph) -> Layout:
     height = np.where(kind == EMBEDDING, -1, np.where(kind == LOGIT, n_sites, graph.site))
     used = sorted({int(each) for each in height}, reverse=True)
     row = [used.index(int(each)) for each in height]
-    order = np.lexsort((-graph.influence, kind == ERROR))
+    # an effect, which graphs by gradients have in its place, may be negative
+    order = np.lexsort((-np.abs(graph.influence), kind == ERROR))
     cells: dict[tuple[int, int], list[int]] = {}
     for node in order.tolist():
         cells.setdefault((row[node], int(graph.position[node])), []).append(node)
@@ -97,12 +100,13 @@ def node_name(graph: Graph, node: int, texts: Texts) -> str:
     kind, number = int(graph.kind[node]), int(graph.number[node])
     name = graph.ids[node]
     if label := graph.labels.get(name) or texts.labels.get(name):
-        return shortened(plain_visible(label), _LONGEST_NAME)
+        return shortened(plain_visible(str(label)), _LONGEST_NAME)
     if kind == EMBEDDING:
         return f"“{_token(graph, node)}”"
     if kind == LOGIT:
-        text = str(graph.facts.get("logit_tokens", {}).get(str(number), number))
-        return f"“{plain_visible(text)}” {100 * graph.activation[node]:.3g} %"
+        found = graph.facts.get("logit_tokens")
+        text = found.get(str(number), number) if isinstance(found, dict) else number
+        return f"“{plain_visible(str(text))}” {100 * graph.activation[node]:.3g} %"
     return f"feature {number}" if kind == FEATURE else "error"
 
 
@@ -218,10 +222,18 @@ def _facts(graph: Graph, node: int) -> str:
     kind, activation = int(graph.kind[node]), float(graph.activation[node])
     if kind == LOGIT:
         return f"probability {100 * activation:.3g} %"
-    total = float(np.abs(graph.influence).sum()) or 1.0
     what = "activation" if kind == FEATURE else "norm"
-    share = 100 * abs(float(graph.influence[node])) / total
-    return f"{what} {amount(activation, 3)} · {share:.2g} % of the influence of all shown"
+    said = f"{what} {amount(activation, 3)}"
+    value = float(graph.influence[node])
+    if graph.method != LINEAR:
+        said += f" · effect on the outputs {amount(value, 3, signed=True)}"
+    total = float(np.abs(graph.influence).sum()) or 1.0
+    return f"{said} · {100 * abs(value) / total:.2g} % of the {influence_word(graph)} of all shown"
+
+
+def influence_word(graph: Graph) -> str:
+    """What a graph has by which its nodes are ranked: influence, or effects (see `Graph`)."""
+    return "influence" if graph.method == LINEAR else "effects, by size,"
 
 
 def groups_drawn(

@@ -30,6 +30,17 @@ PARAMETERS = ("graph", "keep", "edges", "node", "pinned", "supernodes", "subgrap
 KEEP, EDGES = 80, 98
 """percent of influence that nodes, and edges, are kept of"""
 LEAST_KEEP, LEAST_EDGES = 5, 50
+_BOTH = "From tokens at the bottom to outputs at the top."
+_LINEAR = (
+    "The larger a mark, the more influence its node has on the outputs, direct and indirect. Links "
+    "are what the target gets straight from the source on this prompt, attention held; they say "
+    "nothing of other prompts."
+)
+_ESTIMATED = (
+    "The larger a mark, the larger the effect that its node has on the outputs, as estimated by "
+    "gradients. Links too are estimates, gradient times activation, on this prompt alone; sums, "
+    "scores and shares of them are no better than they are."
+)
 
 
 def render() -> None:
@@ -115,7 +126,8 @@ def _heading(whole: Graph) -> None:
     if left := whole.facts.get("left_out"):
         words.append(f"{left} active features were left out when it was made")
     st.caption(plain(" · ".join(words)))
-    if (share := whole.facts.get("node_threshold")) is not None and share < 1:
+    share = whole.facts.get("node_threshold")
+    if isinstance(share, int | float) and share < 1:
         found = whole.facts.get("scores")
         own = found if isinstance(found, dict) else {}
         known = [f"{name} {own[name]}" for name in ("replacement", "completeness") if name in own]
@@ -200,11 +212,7 @@ def _draw(whole: Graph, kept: Graph, texts: Texts, chosen: Chosen) -> None:
             f"Not drawn: {counted(left['nodes'], 'node')} and {counted(left['links'], 'link')} of "
             "least influence; scores, sums and JSON have them. Prune further to draw all."
         )
-    st.caption(
-        "From tokens at the bottom to outputs at the top; the larger a mark, the more influence "
-        "its node has on the outputs, direct and indirect. Links are what the target gets straight "
-        "from the source on this prompt, attention held; they say nothing of other prompts."
-    )
+    st.caption(f"{_BOTH} {_LINEAR if whole.method == circuit_graph.LINEAR else _ESTIMATED}")
 
 
 # ---- what is pinned -----------------------------------------------------------------------------

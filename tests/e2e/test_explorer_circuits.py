@@ -13,7 +13,7 @@ from streamlit.testing.v1 import AppTest
 
 from dashboards import find_stores, model_cache
 from sae.circuits.files import save
-from sae.circuits.pruning import with_influence
+from sae.circuits.pruning import prune, with_influence
 from sae.circuits.subgraphs import Subgraph, load_subgraph, save_subgraph
 from store import Annotations, FeatureStore
 from store.machine_labels import MachineLabel
@@ -197,3 +197,19 @@ def test_the_store_is_the_one_whose_hash_the_graph_records(project: Path) -> Non
         save(graph, project / "graphs" / "two.npz", replace=True)
         data = drawn(open_page(CIRCUITS, keep="100"))
         assert {node["id"]: node["url"] for node in data["nodes"]}["1_5_3"] == url
+
+
+def test_what_a_graph_is_not_is_said(project: Path) -> None:
+    """A pruned one has no scores of the whole; links of one by gradients are estimates."""
+    pruned = prune(with_influence(hand_graph()), nodes=0.7)
+    pruned.facts["scores"] = {"replacement": 0.1234, "completeness": 0.5}
+    save(pruned, project / "graphs" / "pruned.json")
+    app = open_page(CIRCUITS, graph="pruned.json")
+    assert "pruned, to 70% of the influence, before it was written" in words(app)
+    assert "replacement 0.1234, completeness 0.5" in words(app)
+    assert app.slider(key="circuits_keep").value == 100, "not pruned twice"
+    assert "straight from the source" in words(app)
+    save(hand_graph(method="gradient", influence=range(12)), project / "graphs" / "by.json")
+    said = words(open_page(CIRCUITS, graph="by.json"))
+    assert "straight from the source" not in said
+    assert "gradient times activation" in said

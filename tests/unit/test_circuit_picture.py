@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,6 +148,24 @@ def test_what_the_picture_is_given() -> None:
     assert picture(kept, texts, selected="1_11_3")["selected"] is None
     assert picture(kept, texts)["subgraph"] is None
     json.dumps(data, allow_nan=False)
+
+
+def test_graphs_by_gradients_have_effects_of_either_sign() -> None:
+    effects = [0.1, 0.2, 0.1, -0.3, 0.2, 0.1, 0, 0, 0, 0, 0, 0]
+    graph = hand_graph(method="gradient", influence=effects)
+    assert layout(graph).slot[3:6] == [0, 1, 2], "the largest effect first, whatever its sign"
+    (node,) = [each for each in picture(graph, Texts())["nodes"] if each["id"] == "1_5_3"]
+    assert node["size"] == 1
+    said = "activation 1.500 · effect on the outputs -0.300 · 30 % of the effects, by size, of all"
+    assert node["facts"].startswith(said)
+    assert "effect" not in picture(hand_graph(), Texts())["nodes"][3]["facts"]
+
+
+def test_a_strangers_graph_may_have_odd_facts() -> None:
+    odd: dict[str, Any] = {"facts": {"logit_tokens": ["x"]}, "labels": {"0_9_2": 7}}
+    names = {each["id"]: each["name"] for each in picture(hand_graph(**odd), Texts())["nodes"]}
+    assert names["3_20_3"] == "“20” 75 %"
+    assert names["0_9_2"] == "7"
 
 
 def test_of_too_many_nodes_the_least_are_not_drawn() -> None:
