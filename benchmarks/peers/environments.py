@@ -108,6 +108,14 @@ PROBES = Peer(
 )
 """whose probing of an SAE is compared with ours"""
 
+CIRCUITS = Peer(
+    name="circuit-tracer",
+    package="circuit-tracer",
+    version="0.5.0",
+    script=HERE / "in_circuit_tracer.py",
+)
+"""whose features and attribution graphs of our transcoders are compared with ours"""
+
 ABSORPTION = Peer(
     name="SAEBench",
     package="sae-bench",
