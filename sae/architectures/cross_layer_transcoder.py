@@ -208,6 +208,14 @@ class CrossLayerTranscoder(SparseAutoencoder):
         """Norm of all that each feature writes, [d_sae]; differentiable."""
         return torch.cat([losses.row_norms(decoder) for decoder in self.decoders])
 
+    @torch.no_grad()
+    def site_norms(self) -> Tensor:
+        """Norm of what each feature writes at each site [d_sae, layers], 0 before its own."""
+        norms = self.b_dec.new_zeros(self.d_sae, self.layers)
+        for layer in range(self.layers):
+            norms[self.features_of(layer), layer:] = self.decoder(layer).norm(dim=-1)
+        return norms
+
     def feature_columns(self) -> dict[str, Tensor]:
         """Norms of encoder and decoder rows, and the encoder's bias."""
         return {

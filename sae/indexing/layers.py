@@ -75,10 +75,11 @@ def layer_facts(
         tokens: how many training tokens of the harvest to encode at each layer; 0 for none.
     """
     if whole.concatenates:
-        norms = getattr(placement.sae, "site_norms")()  # noqa: B009  crosscoders have it
+        # crosscoders and cross-layer transcoders have it
+        norms = getattr(placement.sae, "site_norms")()  # noqa: B009
         amount = norms.detach().double().T.contiguous().numpy()
-        unknown = (None,) * len(placement.read)
-        return LayerFacts(placement.read, 0, unknown, amount, None)
+        unknown = (None,) * len(placement.written)
+        return LayerFacts(placement.written, 0, unknown, amount, None)
     sites = tuple(site for site in whole.site_normalisers if site in harvest.sites)
     if len(sites) < 2 or not tokens:
         if whole.site_normalisers:

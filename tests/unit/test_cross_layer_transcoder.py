@@ -27,6 +27,7 @@ from sae.training.batch_maker import BatchMaker, LossConfig
 from sae.training.config import TrainConfig
 from saescope.config import from_dict
 from saescope.errors import ArtefactError, InputError
+from store import FeatureStore
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
 LAYERS, F, D_IN, D_OUT = 3, 10, 6, 4
@@ -84,6 +85,9 @@ def test_features_read_one_layer_and_write_to_those_from_it_on(activation: str) 
     assert torch.equal(sae.decoder(1)[:, 1], sae.decoders[1][:, D_OUT:])
     with pytest.raises(InputError, match=r"layer.*given: 3"):
         sae.decoder(3)
+    by_site = sae.W_dec.detach().unflatten(1, (LAYERS, D_OUT)).norm(dim=-1)
+    torch.testing.assert_close(sae.site_norms(), by_site)
+    assert not sae.site_norms()[2 * F :, :2].any()
 
 
 def loss_by_hand(sae: CrossLayerTranscoder, data: TrainingBatch, dead: Tensor) -> Tensor:
@@ -336,6 +340,19 @@ def test_a_trained_one_is_converted_and_comes_back(harvest: Path, tmp_path: Path
     torch.testing.assert_close(again(x).x_hat, sae(x).x_hat, rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match="saelens: cannot hold this architecture"):
         format_named("saelens").write(sae, tmp_path / "saelens")
+
+
+def test_it_is_evaluated_and_indexed(harvest: Path, tmp_path: Path) -> None:
+    saescope_sae.train(settings(harvest, tmp_path / "run"))
+    found = saescope_sae.evaluate(
+        saescope_sae.EvaluateConfig(run=str(tmp_path / "run"), tokens=200)
+    )
+    assert found["protocol"]["sites"] == [f"blocks.{n}.hook_resid_mid" for n in range(3)]
+    path = saescope_sae.index(
+        saescope_sae.IndexConfig(run=str(tmp_path / "run"), out=str(tmp_path / "store"))
+    )
+    with FeatureStore.open(path) as store:
+        assert store.live_features()
 
 
 def test_damaged_files_of_circuit_tracer(tmp_path: Path) -> None:
