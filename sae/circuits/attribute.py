@@ -19,7 +19,7 @@ from sae.circuits.edges import Edges
 from sae.circuits.effects import estimated_effects
 from sae.circuits.graph import FEATURE, LOGIT, Graph
 from sae.circuits.outputs import Output, Outputs, outputs_of
-from sae.circuits.parts import Part, bare_part, part_of, placements_of, uncut_mlps
+from sae.circuits.parts import Part, bare_part, part_of, parts_across, placements_of, uncut_mlps
 from sae.circuits.pruning import cumulative, with_influence
 from sae.circuits.rows import EdgeRows
 from sae.core.base import SparseAutoencoder
@@ -166,10 +166,14 @@ def parts_of(
     sites = list(dict.fromkeys([EMBEDDING, *own, *bare]))
     found = model.capture(tokens, sites)
     kept = model.keep_mask(tokens)[0].to(model.device)
-    parts = [
-        part_of(p, found[p.read[0]][0], found[p.written[0]][0], kept, unread_errors=unread_errors)
-        for p in placed
-    ]
+    parts: list[Part] = []
+    for p in placed:
+        if p.sae.concatenates:
+            x = {site: found[site][0] for site in (*p.read, *p.written)}
+            parts += parts_across(p, x, kept, unread_errors=unread_errors)
+        else:
+            x, h = found[p.read[0]][0], found[p.written[0]][0]
+            parts.append(part_of(p, x, h, kept, unread_errors=unread_errors))
     parts += [bare_part(s, found[s][0], kept, unread_errors=unread_errors) for s in bare]
     order = {site: index for index, site in enumerate(found)}  # as the run reached them
     parts.sort(key=lambda part: order[part.read])

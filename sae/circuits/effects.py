@@ -72,9 +72,10 @@ def estimated_effects(
             slopes[site] = torch.stack(found).mean(0)
     features, errors = [], []
     for part in parts:
-        slope = slopes[part.written]
-        features.append(_numpy((slope[part.position] * part.decoder).sum(1)))
-        errors.append(_numpy((slope * part.error).sum(1)))
+        writes = {part.written: part.decoder, **part.later}
+        worth = [(slopes[site][part.position] * each).sum(1) for site, each in writes.items()]
+        features.append(_numpy(torch.stack(worth).sum(0)))
+        errors.append(_numpy((slopes[part.written] * part.error).sum(1)))
     return Effects(features, errors, _numpy((slopes[EMBEDDING] * embedding).sum(1)))
 
 

@@ -99,6 +99,13 @@ def faithfulness(
     if ablation not in ("zero", "mean"):
         raise InputError("no such ablation", where="ablation", given=ablation, allowed="zero, mean")
     placed = placements_of(model, saes, allow_other_model=allow_other_model)
+    for each in placed:
+        if each.sae.concatenates:
+            raise InputError(
+                "a cross-layer transcoder's features are not ablated one by one",
+                where="faithfulness",
+                given=each.read[0],
+            )
     for graph in graphs:
         _check_made_with(graph, placed)
     means = _means(model, placed, graphs) if ablation == "mean" else [None] * len(placed)

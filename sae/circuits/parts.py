@@ -1,7 +1,7 @@
 """What SAEs make of one prompt: active features, what each writes where, and what is left over."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from activations import Model
 from activations.sites.names import layer_of
 from sae.architectures._lista import refuse_lista
+from sae.architectures.cross_layer_transcoder import CrossLayerTranscoder
 from sae.architectures.gated import GatedSAE
 from sae.architectures.matching_pursuit import MatchingPursuitSAE
 from sae.architectures.skip_transcoder import SkipTranscoder
@@ -16,6 +17,7 @@ from sae.core.base import SparseAutoencoder
 from sae.core.config import kind_of
 from sae.data.placement import Placement
 from sae.data.provenance import weights_hash
+from sae.kernels.codes import SparseCodes
 from sae.steering.steer import placement_in
 from saescope.errors import InputError
 
@@ -54,6 +56,8 @@ class Part:
     """[pos, d_out]: what was there less the reconstruction; all of it where nothing is read"""
     sae_hash: str = ""
     """of the SAE's weights, as its feature store has it; "" where there is no SAE"""
+    later: dict[str, Tensor] = field(default_factory=dict)
+    """[features, d_out] by site: what each one writes at others too (cross-layer transcoders)"""
 
 
 def placements_of(
@@ -67,12 +71,18 @@ def placements_of(
     if not saes:
         raise InputError("wants at least one SAE or transcoder", where="saes")
     found = [
-        placement_in(model, each, None, where="circuit", allow_other_model=allow_other_model)
+        placement_in(
+            model,
+            each,
+            None,
+            where=None if isinstance(each, CrossLayerTranscoder) else "circuit",
+            allow_other_model=allow_other_model,
+        )
         for each in saes
     ]
     for each in found:
         _check(each.sae)
-    written = [each.written[0] for each in found]
+    written = [site for each in found for site in each.written]
     for site in written:
         if written.count(site) > 1:
             raise InputError("two SAEs write at one site", where="saes", given=site)
@@ -150,6 +160,59 @@ def part_of(placed: Placement, x: Tensor, h: Tensor, kept: Tensor, *, unread_err
         error,
         weights_hash(sae),
     )
+
+
+@torch.no_grad()
+def parts_across(
+    placed: Placement,
+    x: Mapping[str, Tensor],
+    kept: Tensor,
+    *,
+    unread_errors: bool,
+) -> list[Part]:
+    """A part a layer of a cross-layer transcoder, of activations [pos, d] by site."""
+    sae = placed.sae
+    assert isinstance(sae, CrossLayerTranscoder)
+    rows = kept.nonzero()[:, 0]
+    seen = torch.cat([x[site][kept] for site in placed.read], 1).to(sae.b_dec)
+    active = sae.encode(seen).float()
+    reconstruction = sae.decode(SparseCodes.from_dense(active.to(seen))).float()
+    width = reconstruction.shape[1] // sae.layers
+    parts = []
+    for layer, (read, written) in enumerate(zip(placed.read, placed.written, strict=True)):
+        own = sae.features_of(layer)
+        at, number = active[:, own].nonzero(as_tuple=True)
+        activation = active[:, own][at, number]
+        writes = sae.decoder(layer).detach().float()[number] * activation[:, None, None]
+        h, columns = x[written].float(), slice(layer * width, (layer + 1) * width)
+        constant, error = torch.zeros_like(h), h.clone()
+        constant[rows] = sae.b_dec.detach().float()[columns]
+        error[rows] -= reconstruction[:, columns]
+        if not unread_errors:
+            constant[~kept], error[~kept] = error[~kept], 0.0
+        name = str(sae.metadata.get("name") or read)
+        encoder = sae.W_enc_T.detach()[own][number].float()
+        bias = sae.b_enc.detach()[own][number].float()
+        later = {site: writes[:, n] for n, site in enumerate(placed.written[layer:]) if n > 0}
+        parts.append(
+            Part(
+                name,
+                read,
+                written,
+                rows[at],
+                number,
+                activation,
+                encoder,
+                bias,
+                writes[:, 0],
+                constant,
+                None,
+                error,
+                weights_hash(sae),
+                later,
+            )
+        )
+    return parts
 
 
 def bare_part(site: str, h: Tensor, kept: Tensor, *, unread_errors: bool) -> Part:

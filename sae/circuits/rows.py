@@ -98,13 +98,15 @@ class EdgeRows:
         gradients = self.runs[length].gradients(site, position, direction)
         rows = np.zeros((len(position), self.columns.width), np.float32)
         for index, part in enumerate(self.parts):
+            start = self.columns.starts[index]
+            for site, decoder in {part.written: part.decoder, **part.later}.items():
+                if (gradient := gradients.get(site)) is not None:
+                    for at, first, end in _by_position(part.position, length):
+                        found = gradient[:, at] @ decoder[first:end].T
+                        rows[:, start + first : start + end] += found.cpu().numpy()
             gradient = gradients.get(part.written)
             if gradient is None:
                 continue
-            start = self.columns.starts[index]
-            for at, first, end in _by_position(part.position, length):
-                found = gradient[:, at] @ part.decoder[first:end].T
-                rows[:, start + first : start + end] = found.cpu().numpy()
             errors = torch.einsum("bpd,pd->bp", gradient, part.error[:length])
             own = self.columns.errors(index)
             rows[:, own.start : own.start + length] = errors.cpu().numpy()

@@ -8,11 +8,16 @@ import torch
 
 from activations import Model, load_model
 from activations.models.frozen import frozen
+from sae.architectures.cross_layer_transcoder import (
+    CrossLayerTranscoder,
+    CrossLayerTranscoderConfig,
+)
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
 from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from sae.architectures.skip_transcoder import SkipTranscoder, SkipTranscoderConfig
 from sae.architectures.transcoder import Transcoder, TranscoderConfig
 from sae.circuits.attribute import circuit
+from sae.circuits.faithfulness import faithfulness
 from sae.circuits.graph import EMBEDDING, ERROR, FEATURE, LOGIT, Graph
 from sae.data.provenance import weights_hash
 from saescope.errors import InputError
@@ -87,6 +92,44 @@ def test_what_a_node_gets_adds_up_to_what_it_has(
     target, source, _ = graph.edges()
     assert (graph.position[source] <= graph.position[target]).all()
     assert (graph.layer[source] < graph.layer[target]).all()
+
+
+def across() -> CrossLayerTranscoder:
+    torch.manual_seed(5)
+    settings: Any = {"d_sae": D_SAE * N_LAYERS, "layers": N_LAYERS, "activation": "relu"}
+    wide = D_MODEL * N_LAYERS
+    made = CrossLayerTranscoder(CrossLayerTranscoderConfig(**settings), wide, wide)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.3)
+    made.metadata |= {
+        "sites": [f"blocks.{layer}.mlp.hook_in" for layer in range(N_LAYERS)],
+        "target_sites": [f"blocks.{layer}.hook_mlp_out" for layer in range(N_LAYERS)],
+    }
+    return made.eval()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_features_that_write_at_several_layers_add_up(
+    models: dict[str, Model], architecture: str
+) -> None:
+    model, made = models[architecture], across()
+    graph = circuit(model, [made], TEXT)
+    targets = np.isin(graph.kind, (FEATURE, LOGIT))
+    scale = np.abs(graph.adjacency).sum(1) + np.abs(graph.bias)
+    assert (np.abs(sums(graph) - graph.value)[targets] / scale[targets]).max() < 1e-5
+    # errors are what the whole transcoder leaves over at each layer
+    tokens = torch.tensor([graph.token_ids])
+    sites = [*made.metadata["sites"], *made.metadata["target_sites"]]
+    found = model.capture(tokens, sites)
+    x, t = (torch.cat([found[site][0] for site in half], 1) for half in (sites[:3], sites[3:]))
+    left = (t - made(x).x_hat).view(len(x), N_LAYERS, D_MODEL).norm(dim=2)
+    errors = graph.nodes_of(ERROR)
+    kept = model.keep_mask(tokens)[0].numpy()[graph.position[errors]]
+    own = left[graph.position[errors], graph.layer[errors]].detach().numpy()
+    assert graph.activation[errors][kept] == pytest.approx(own[kept], rel=1e-4)
+    with pytest.raises(InputError, match="not ablated one by one"):
+        faithfulness(model, [made], [graph], [1])
 
 
 def test_an_edge_is_what_is_lost_without_its_source(models: dict[str, Model]) -> None:
