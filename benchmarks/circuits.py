@@ -23,9 +23,9 @@ influential features are in benchmarks/results/circuits.json.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,12 +33,14 @@ from numpy.typing import NDArray
 from activations import Model, load_model
 from benchmarks.running import run
 from sae.bench import rows as results
+from sae.circuits.assemble import assemble
 from sae.circuits.attribute import circuit, parts_of
 from sae.circuits.effects import ablation_effects, estimated_effects
 from sae.circuits.faithfulness import faithfulness
 from sae.circuits.graph import FEATURE, Graph
 from sae.circuits.outputs import outputs_of
 from sae.circuits.pruning import completeness_score, replacement_score
+from sae.circuits.rows import EdgeRows
 from sae.commands.circuit import load_saes
 from sae.core.base import SparseAutoencoder
 from sae.evaluation.intervals import t_quantile
@@ -48,9 +50,9 @@ from saescope.errors import InputError, check_range
 from saescope.progress import say
 
 COLUMNS = (
-    "date", "transcoders", "model", "task", "measure", "features", "prompts", "mean", "half",
-    "null", "null_half", "max_features", "seed", "threads", "processor", "torch", "saescope",
-    "commit",
+    "date", "transcoders", "model", "ranked_by", "task", "measure", "features", "prompts", "mean",
+    "half", "null", "null_half", "max_features", "seed", "threads", "processor", "torch",
+    "saescope", "commit",
 )  # fmt: skip
 _WORDS = [
     "river",
@@ -101,6 +103,9 @@ class CircuitsConfig(Config):
     """Random sets of features beside each."""
     seed: int = 0
     """Of prompts and random sets."""
+    ranked_by: Literal["influence", "effect"] = "influence"
+    """What makes a feature one of the circuit: its influence in the linear graph, or the size of
+    its effect by gradient x activation, for which no edges are computed."""
     results: str = "benchmarks/results/circuits.csv"
     """File that rows are added to; the features are in a .json file beside it."""
 
@@ -143,23 +148,41 @@ def measure(config: CircuitsConfig) -> None:
         for text, right, other in cases:
             say(f"{task}: {text}")
             pair = [(right, other)]
-            graphs.append(
-                circuit(model, saes, text, outputs=pair, max_features=config.max_features)
-            )
+            make = circuit if config.ranked_by == "influence" else ranked_by_effect
+            graphs.append(make(model, saes, text, outputs=pair, max_features=config.max_features))
         for row in _rows(model, saes, graphs, config):
             say(
                 f"{task} {row['measure']} {row['features']}: {row['mean']} ± {row['half']} "
                 f"({row['null']} ± {row['null_half']})"
             )
             written.append({"task": task, **row})
-        features[task] = _common(graphs)
+        features[task] = common_features(graphs)
     machine = {name: each for name, each in results.facts("cpu").items() if name in COLUMNS}
     shared = {
         **machine, "transcoders": Path(config.transcoders).name, "model": model.name,
-        "prompts": config.prompts, "max_features": config.max_features, "seed": config.seed,
+        "ranked_by": config.ranked_by, "prompts": config.prompts, "seed": config.seed,
+        "max_features": config.max_features,
     }  # fmt: skip
     results.append(Path(config.results), [{**shared, **row} for row in written], COLUMNS)
-    write_json(Path(config.results).with_suffix(".json"), features)
+    if config.ranked_by == "influence":
+        write_json(Path(config.results).with_suffix(".json"), features)
+
+
+def ranked_by_effect(
+    model: Model, saes: Sequence[SparseAutoencoder], text: str, *, outputs: Any, max_features: int
+) -> Graph:
+    """The features of the largest effects by gradient x activation, without edges among them."""
+    ids = model.tokenize(text)
+    wanted = outputs_of(model, ids, outputs, most=1, probability=1)
+    parts, embedding = parts_of(model, saes, ids, linear=False)
+    effects = estimated_effects(model, parts, ids, embedding, wanted).row()
+    rows = EdgeRows(model, parts, ids, embedding, linear=False)
+    count = rows.columns.features
+    chosen = np.sort(np.argsort(-np.abs(effects[:count]))[:max_features])
+    none = np.zeros((len(chosen), rows.columns.width), np.float32)
+    graph = assemble(rows, wanted, chosen, (none, rows.into_outputs(wanted.direction)))
+    own = np.concatenate([effects[chosen], effects[count:], np.zeros(len(wanted.token))])
+    return replace(graph, influence=own)
 
 
 def _rows(
@@ -173,6 +196,8 @@ def _rows(
         for index, count in enumerate(curve.counts):
             own, null = getattr(curve, name)[:, index], getattr(curve, f"random_{name}")[:, index]
             found.append(_row(name, count, own, null))
+    if config.ranked_by == "effect":
+        return found
     for name, score in (
         ("replacement", replacement_score),
         ("completeness score", completeness_score),
@@ -236,7 +261,7 @@ def _row(name: str, features: int, own: NDArray[Any], null: NDArray[Any] | None)
     return row
 
 
-def _common(graphs: Sequence[Graph]) -> list[dict[str, Any]]:
+def common_features(graphs: Sequence[Graph]) -> list[dict[str, Any]]:
     """Features by the number of prompts in whose graphs they are among the 32 most influential."""
     seen: Counter[tuple[str, int]] = Counter()
     where: dict[tuple[str, int], list[str]] = {}
