@@ -61,7 +61,7 @@ def _draw(found: "DoseResponse") -> None:
     words = found.words[-1]
     left, right = st.columns(2)
     for column, metric, title in (
-        (left, f"word_rate:{words}", f"share of its words ({words})"),
+        (left, f"target:{words}", f"ln p of its words ({words})"),
         (right, "kl", "KL, nats a token"),
     ):
         column.plotly_chart(
@@ -71,21 +71,28 @@ def _draw(found: "DoseResponse") -> None:
             alt=f"{title} by strength, of the feature, random directions and an untrained SAE's",
         )
     for name in found.words:
-        st.caption(spot_caption(found, name))
+        for metric in ("target", "word_rate"):
+            st.caption(spot_caption(found, name, metric))
 
 
-def spot_caption(found: "DoseResponse", words: str) -> str:
+def spot_caption(found: "DoseResponse", words: str, metric: str = "word_rate") -> str:
     """The sweet spot for a set of words, in a sentence."""
-    spot = found.sweet_spot("word_rate", words)
+    spot = found.sweet_spot(metric, words)
     if spot.strength is None or spot.effect is None or spot.above_null is None:
         return f"{words.capitalize()} words: every strength costs 1 nat a token or more."
     unit = found.strengths[0] / FACTORS[0]
+    low, high = spot.above_null_low or 0, spot.above_null_high or 0
+    of = (
+        f"{100 * spot.effect:.1f} % of the new tokens, {100 * spot.above_null:+.1f} points beside "
+        f"the null ({100 * low:+.1f} to {100 * high:+.1f}"
+        if metric == "word_rate"
+        else f"their log-probability rises by {spot.effect:.2f} nats, {spot.above_null:+.2f} "
+        f"beside the null ({low:+.2f} to {high:+.2f}"
+    )
     return (
         f"{words.capitalize()} words: at KL below 1, best at {spot.strength / unit:g} × "
-        f"({(spot.strength_low or 0) / unit:g} to {(spot.strength_high or 0) / unit:g}): "
-        f"{100 * spot.effect:.1f} % of the new tokens, {100 * spot.above_null:+.1f} points beside "
-        f"the null ({100 * (spot.above_null_low or 0):+.1f} to "
-        f"{100 * (spot.above_null_high or 0):+.1f}; 95 % over {_TEXTS} texts)."
+        f"({(spot.strength_low or 0) / unit:g} to {(spot.strength_high or 0) / unit:g}): {of}; "
+        f"95 % over {_TEXTS} texts)."
     )
 
 

@@ -105,20 +105,26 @@ def dose_of(
 def dose_lines(found: DoseResponse, factors: Sequence[float]) -> list[str]:
     """The dose-response as lines of text: effects and collateral by strength, and sweet spots."""
     words = found.words[-1]
-    lines = [
-        f"  strength  source     {'word rate (' + words + ')':<24}  KL/token  delta CE  repeats"
-    ]
+    heads = f"{f'ln p of its words ({words})':<27}  {'word rate':<20}"
+    lines = [f"  strength  source     {heads}  KL/token  delta CE  repeats"]
+    table = found.table()
     for at, factor in enumerate(factors):
         for number, source in enumerate(SOURCES):
-            row = found.table()[number * len(factors) + at]
-            name = f"word_rate:{words}"
-            rate = f"{row[name]:.3f} ({row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f})"
-            lines.append(
-                f"  {f'{factor:g}x' if not number else '':>8}  {source:<9}  {rate:<24}"
-                f"  {row['kl']:>8.3f}  {row['delta_ce']:>8.3f}  {row['repetition']:>7.3f}"
+            row = table[number * len(factors) + at]
+            target, rate = (
+                f"{row[name]:{form}} ({row[f'{name}_low']:{form}} to {row[f'{name}_high']:{form}})"
+                for name, form in ((f"target:{words}", "+.2f"), (f"word_rate:{words}", ".2f"))
             )
-    spots = {name: found.sweet_spot("word_rate", name) for name in found.words}
-    return lines + [f"{n} words: {spot_words(spot, found, factors)}" for n, spot in spots.items()]
+            lines.append(
+                f"  {f'{factor:g}x' if not number else '':>8}  {source:<9}  {target:<27}"
+                f"  {rate:<20}  {row['kl']:>8.3f}  {row['delta_ce']:>8.3f}"
+                f"  {row['repetition']:>7.3f}"
+            )
+    for name in found.words:
+        for metric, title in (("target", "by ln p"), ("word_rate", "by word rate")):
+            spot = found.sweet_spot(metric, name)
+            lines.append(f"{name} words, {title}: {spot_words(spot, found, factors)}")
+    return lines
 
 
 def spot_words(spot: SweetSpot, found: DoseResponse, factors: Sequence[float]) -> str:
@@ -128,7 +134,7 @@ def spot_words(spot: SweetSpot, found: DoseResponse, factors: Sequence[float]) -
     unit = found.strengths[0] / factors[0]
     span = [f"{(each or 0) / unit:g}x" for each in (spot.strength_low, spot.strength_high)]
     return (
-        f"best at {spot.strength / unit:g}x ({' to '.join(span)}): rate {spot.effect:.3f}, "
+        f"best at {spot.strength / unit:g}x ({' to '.join(span)}): {spot.effect:.3f}, "
         f"{spot.above_null:+.3f} beside the null ({spot.above_null_low:+.3f} to "
         f"{spot.above_null_high:+.3f}), KL {spot.kl:.2f} nats a token"
     )

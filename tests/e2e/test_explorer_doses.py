@@ -93,6 +93,7 @@ def by_hand() -> DoseResponse:
     rate, null = [0.0, 0.25, 0.5, 0.75], [0.0, 0.05, 0.0, 0.0]
     kl = [0.1, 0.4, 0.9, 3.0]
     values = {"word_rate:direct": four(rate, null, null), "kl": four(kl, kl, kl)}
+    values["target:direct"] = values["word_rate:direct"] * 4
     return DoseResponse(
         feature=3, strengths=tuple(20.0 * f for f in FACTORS),
         sources=("feature", "random", "untrained"), words=("direct",), values=values,
@@ -103,6 +104,10 @@ def test_the_sweet_spot_is_said_in_units_of_the_largest_activation() -> None:
     assert spot_caption(by_hand(), "direct") == (
         "Direct words: at KL below 1, best at 2 × (2 to 2): 50.0 % of the new tokens, +45.0 points "
         "beside the null (+45.0 to +45.0; 95 % over 4 texts)."
+    )
+    assert spot_caption(by_hand(), "direct", "target") == (
+        "Direct words: at KL below 1, best at 2 × (2 to 2): their log-probability rises by 2.00 "
+        "nats, +1.80 beside the null (+1.80 to +1.80; 95 % over 4 texts)."
     )
 
 
