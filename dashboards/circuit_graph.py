@@ -299,7 +299,9 @@ def _component() -> Callable[..., Any]:
     )
 
 
-def draw(data: Mapping[str, Any], key: str, chosen: Callable[[str | None, Sequence[str]], None]):
+def draw(
+    data: Mapping[str, Any], key: str, chosen: Callable[[str | None, Sequence[str]], None]
+) -> None:
     """Draw the picture.
 
     Args: chosen is called with the node selected and those pinned when a reader changes either.

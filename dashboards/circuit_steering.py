@@ -76,11 +76,11 @@ def _problem(name: str, count: int) -> str:
 
 def _parameters(graph: Graph, store: str, features: list[int], way: str) -> dict[str, str]:
     opened, _ = circuit_queries.opened(store)
-    amounts = {"ablate": lambda _: 0.0, "scale": lambda _: 2.0, "add": _strongest(opened)}
-    edits = [Edit(way, feature, amounts[way](feature)) for feature in features]
-    text = ",".join(edit.text for edit in edits)
+
+    def amount(feature: int) -> float:
+        if way == "add":
+            return float(f"{opened.feature(feature).max:.4g}")
+        return 2.0 if way == "scale" else 0.0
+
+    text = ",".join(Edit(way, feature, amount(feature)).text for feature in features)
     return {"sae": store, "edits": text, "prompt": graph.prompt}
-
-
-def _strongest(store: circuit_queries.FeatureStore):
-    return lambda feature: float(f"{store.feature(feature).max:.4g}")
