@@ -51,17 +51,13 @@ def main(settings: dict) -> None:
 
 def graph_of(settings: dict, transcoders: object) -> dict:
     """Nodes of a prompt's graph by influence, its scores, and how long it took."""
+    folder = str(readable(settings))
     # a folder is read as a model of the hub is, but must be known by its name
-    loading_from_pretrained.OFFICIAL_MODEL_NAMES.append(settings["model"])
-    # the folder's tokenizer_config.json is of a later transformers than the library takes, and
-    # TransformerLens reads a tokenizer once more from where it came from
-    own = Path(settings["results"]).parent / "tokenizer"
-    PreTrainedTokenizerFast(
-        tokenizer_file=f"{settings['model']}/tokenizer.json", **settings["special_tokens"]
-    ).save_pretrained(own)
-    tokenizer = AutoTokenizer.from_pretrained(own)
+    loading_from_pretrained.OFFICIAL_MODEL_NAMES.append(folder)
+    use_rotary_base(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = ReplacementModel.from_pretrained_and_transcoders(
-        settings["model"], transcoders, tokenizer=tokenizer, **OPTIONS
+        folder, transcoders, tokenizer=tokenizer, **OPTIONS
     )
     began = time.perf_counter()
     graph = attribute(
@@ -88,6 +84,32 @@ def graph_of(settings: dict, transcoders: object) -> dict:
         "replacement": float(replacement),
         "completeness": float(completeness),
     }
+
+
+def use_rotary_base(folder: str) -> None:
+    """TransformerLens 3.2 takes 10,000 for every Llama that it does not know by name."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    known = loading_from_pretrained.convert_hf_model_config
+
+    def convert(*args: object, **options: object) -> dict:
+        return {**known(*args, **options), "rotary_base": int(config["rope_theta"])}
+
+    loading_from_pretrained.convert_hf_model_config = convert
+
+
+def readable(settings: dict) -> Path:
+    """The model's folder with a configuration and a tokenizer as transformers 4 reads them."""
+    given, folder = Path(settings["model"]), Path(settings["results"]).parent / "model"
+    folder.mkdir()
+    config = json.loads((given / "config.json").read_text(encoding="utf-8"))
+    config.setdefault("rope_theta", config.get("rope_parameters", {}).get("rope_theta", 10_000.0))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for path in given.glob("*.safetensors*"):
+        (folder / path.name).symlink_to(path)
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(given / "tokenizer.json"), **settings["special_tokens"]
+    ).save_pretrained(folder)
+    return folder
 
 
 if __name__ == "__main__":
