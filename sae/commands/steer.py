@@ -198,16 +198,8 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
         ),
     ):
         steered = generate()
-    conditions = {"where active": config.only_active, "where": when, "at": _where(config)}
-    conditions["with attention frozen"] = config.freeze_attention
-    described = {**edits, "ablate": list(config.ablate), **conditions}
-    words = ", ".join(
-        name if value is True else f"{name.replace('_', ' ')} {value}"
-        for name, value in described.items()
-        if value
-    )
     say(f"untouched: {plain}", lines=True)
-    say(f"steered ({words}): {steered}", lines=True)
+    say(f"steered ({_described(config, edits, when)}): {steered}", lines=True)
     return {"untouched": plain, "steered": steered}
 
 
@@ -235,6 +227,18 @@ def _dose(config: SteerConfig, sae: SparseAutoencoder, feature: int) -> dict[str
             model, sae, store, asked, site=config.site, allow_other_model=config.allow_other_model
         )
     return print_dose(found, config.doses, config.out)
+
+
+def _described(config: SteerConfig, edits: dict[str, Any], when: dict[int, float]) -> str:
+    """What was edited and where, in words."""
+    conditions = {"where active": config.only_active, "where": when, "at": _where(config)}
+    conditions["with attention frozen"] = config.freeze_attention
+    described = {**edits, "ablate": list(config.ablate), **conditions}
+    return ", ".join(
+        name if value is True else f"{name.replace('_', ' ')} {value}"
+        for name, value in described.items()
+        if value
+    )
 
 
 def _where(config: SteerConfig) -> str | None:

@@ -66,35 +66,21 @@ def steer(
     """Within the block, every run of the model has an SAE's features edited at its site.
 
     Args:
-        model: of `activations.load_model`, of language or of pictures; or a causal language model
-            of transformers, or a TransformerBridge of TransformerLens, which were loaded elsewhere:
-            their weights are not checked against the SAE's (`activations.model_around` gives one a
-            tokenizer).
+        model: of `activations.load_model`; or of transformers, or a TransformerBridge, whose
+            weights are not checked against the SAE's (see `activations.model_around`).
         what: one SAE, with the edit in the arguments that follow (see `sae.Edit`); or any number
-            of pairs of an SAE and its `sae.Edit`, at one site or several, made in this order.
-        positions: "kept" (those that SAEs are trained on: not a text's first token, no special
-            token), of these "prompt" or "generated", or what a role says in `chat` ("system",
-            "user", "assistant"), "all", a slice, a list of positions, or a mask (see
-            `sae.steering.positions.selector`). They count each text's own tokens from 0, on
-            whatever side a batch is padded; padding is never edited.
-        region, steps: of a model of pictures, in which part of them (bool [height, width], or
-            [batch, height, width]), and at which denoising steps; see
-            `sae.steering.positions.in_pictures`.
+            of pairs of an SAE and its `sae.Edit`, made in this order.
+        positions: which of each text's tokens; see `sae.steering.positions.selector`.
+        region, steps: of a model of pictures; see `sae.steering.positions.in_pictures`.
         site: where, if not the site the SAE was trained at; which layer, for one of several.
-        chat: the conversation that all texts are, as `activations.chat_tokens` gives it, or its
-            messages, with the answer begun.
-        store: the SAE's feature store, which knows the largest activation that "2x" is a multiple
-            of.
-        freeze_attention: each head attends as in the pass without edits, so that an edit's effect
-            goes through what attention moves, not through where it looks; each pass is made twice
-            (see `activations.models.frozen_attention`).
-        allow_other_model: steer with an SAE of another model (a base model's on what was fine-tuned
-            from it); it is said.
+        chat: what all texts are, of `activations.chat_tokens`, or messages (the answer begun).
+        store: the SAE's feature store, which knows the activation that "2x" is a multiple of.
+        freeze_attention: heads attend as without edits; see `activations.models.frozen_attention`.
+        allow_other_model: steer with an SAE of another model; it is said.
 
-    Raises InputError for wrong features, amounts, positions, or a site of another width, for an SAE
-    of several layers without a site, for a crosscoder, for an SAE that was trained on other weights
-    than the model's, for a store of another SAE, and for attention that cannot be frozen; in the
-    block for a batch of another size than a list of amounts.
+    Raises InputError for wrong features, amounts, positions or sites, for a crosscoder, an SAE of
+    another model, a store of another SAE, and attention that cannot be frozen; in the block, for
+    another batch than a list of amounts has.
 
     >>> with steer(model, sae, add={123: 8.0}):                              # doctest: +SKIP
     ...     model.generate("The weather today", max_new_tokens=40)
@@ -102,33 +88,32 @@ def steer(
     ...     model.logits(tokens)
     """
     amounts: dict[str, Any] = {"add": add, "clamp": clamp, "ablate": ablate, "scale": scale}
-    amounts |= {"at_least": at_least, "at_most": at_most, "project": project, "cap": cap}
-    amounts |= {"when": when}
+    amounts |= {"at_least": at_least, "at_most": at_most, "when": when}
+    amounts |= {"project": project, "cap": cap}
     named = {name: each for name, each in amounts.items() if each is not None}
     named |= {"positions": positions, "region": region, "steps": steps, "site": site}
     given = Edit(**named, only_active=only_active)
-    own_model = model_around(model)
-    said = _conversation(own_model, chat)
     with ExitStack() as stack:
-        pairs = _pairs(what, given)
+        own_model, pairs = model_around(model), _pairs(what, given)
+        said = _conversation(own_model, chat)
         if freeze_attention and any(edit for _, edit in pairs):
             stack.enter_context(frozen_attention(own_model))
-        for sae, edit in pairs:
-            chosen = in_pictures(selector(edit.positions, said), edit.region, edit.steps)
-            _enter(stack, own_model, sae, edit, chosen, store, allow_other_model)
+        for each in pairs:
+            _enter(stack, own_model, each, said, store, allow_other_model)
         yield
 
 
 def _enter(
     stack: ExitStack,
     model: Model,
-    sae: SparseAutoencoder,
-    edit: Edit,
-    chosen: Selector,
+    pair: tuple[SparseAutoencoder, Edit],
+    chat: ChatTokens | None,
     store: "FeatureStore | None",
     allow_other_model: bool,
 ) -> None:
     """Begin one edit of one SAE, which ends with the stack."""
+    sae, edit = pair
+    chosen = in_pictures(selector(edit.positions, chat), edit.region, edit.steps)
     place = placement_in(model, sae, edit.site, where="steer", allow_other_model=allow_other_model)
     maxima = None if store is None else _maxima_of(place.sae, store)
     arithmetic = Arithmetic(place.sae, edit, maxima)
