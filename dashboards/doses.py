@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 """strengths, in units of the feature's largest activation"""
 _COLOURS = {
-    "feature": figures.BLUE, "random": figures.GREY, "untrained": figures.ORANGE,
-}  # fmt: skip
+    "feature": figures.BLUE,
+    "random": figures.GREY,
+    "untrained": figures.ORANGE,
+}
 _NAMES = {
     "feature": "the feature",
     "random": "random directions",

@@ -163,10 +163,7 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
         if config.store is None:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in (*edits, "store"))
             raise InputError("nothing to do", where="steer", allowed=flags)
-        feature, largest, word = suggest(config.store)
-        feature, sign = feature_and_sign(feature, sae.d_sae if sae.signed else None)
-        edits["add"] = {feature: sign * round(config.strength * largest, 1)}
-        say(f"feature {feature} fires on {word!r}, with at most {largest:.1f}")
+        edits["add"] = _suggested(config.store, config.strength, sae)
     model = model_of(
         sae, config.model, where=config.run, trust_remote_code=config.trust_remote_code
     )
@@ -201,6 +198,14 @@ def steer_text(config: SteerConfig) -> dict[str, str]:
     say(f"untouched: {plain}", lines=True)
     say(f"steered ({_described(config, edits, when)}): {steered}", lines=True)
     return {"untouched": plain, "steered": steered}
+
+
+def _suggested(store: str, strength: float, sae: SparseAutoencoder) -> dict[int, float]:
+    """What is added of a feature that the store suggests."""
+    feature, largest, word = suggest(store)
+    feature, sign = feature_and_sign(feature, sae.d_sae if sae.signed else None)
+    say(f"feature {feature} fires on {word!r}, with at most {largest:.1f}")
+    return {feature: sign * round(strength * largest, 1)}
 
 
 def _dose(config: SteerConfig, sae: SparseAutoencoder, feature: int) -> dict[str, str]:

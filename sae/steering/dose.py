@@ -103,14 +103,7 @@ def dose_response(
     }
     if not sets or not all(sets.values()):
         raise InputError("has no tokens", where="words", given=dict(words))
-    inputs = [as_indices(each, where="texts", low=0, high=model.d_vocab - 1) for each in texts]
-    if not inputs or min(map(len, inputs)) <= max(given.prompt_tokens, 1):
-        raise InputError(
-            "each has to be longer than its prompt",
-            where="texts",
-            given=sorted({len(each) for each in inputs})[:3],
-            allowed=f"more than {given.prompt_tokens} tokens",
-        )
+    inputs = _checked(texts, given.prompt_tokens, model.d_vocab)
     directions, sources = _directions(own, number, given)
     strengths = torch.tensor(given.strengths)
     rows = (directions[:, None] * strengths[None, :, None]).flatten(0, 1)
@@ -128,6 +121,19 @@ def dose_response(
     return DoseResponse(
         feature=number, strengths=given.strengths, sources=sources, words=tuple(sets), values=values
     )
+
+
+def _checked(texts: Sequence[Sequence[int]], prompt: int, d_vocab: int) -> list[list[int]]:
+    """Texts as token ids. InputError unless each is longer than its prompt."""
+    inputs = [as_indices(each, where="texts", low=0, high=d_vocab - 1) for each in texts]
+    if not inputs or min(map(len, inputs)) <= prompt:
+        raise InputError(
+            "each has to be longer than its prompt",
+            where="texts",
+            given=sorted({len(each) for each in inputs})[:3],
+            allowed=f"more than {prompt} tokens",
+        )
+    return inputs
 
 
 def _directions(

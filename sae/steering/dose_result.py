@@ -80,9 +80,12 @@ class DoseResponse:
             own = [each == source for each in self.sources]
             for at, strength in enumerate(self.strengths):
                 row: dict[str, Any] = {
-                    "feature": self.feature, "source": source, "strength": strength,
-                    "directions": sum(own), "texts": self._texts,
-                }  # fmt: skip
+                    "feature": self.feature,
+                    "source": source,
+                    "strength": strength,
+                    "directions": sum(own),
+                    "texts": self._texts,
+                }
                 for name, values in self.values.items():
                     by_text = np.asarray(values, np.float64)[own, at].mean(0)
                     low, high = np.quantile(by_text[draws].mean(1), (0.025, 0.975))
@@ -125,11 +128,18 @@ class DoseResponse:
             return SweetSpot(**dict.fromkeys(SweetSpot.__dataclass_fields__))
         low, high = (_quantile(table[1:], q) for q in (0.025, 0.975))
         return SweetSpot(
-            strength=table[0, 0], strength_low=low[0], strength_high=high[0],
-            effect=table[0, 1], effect_low=low[1], effect_high=high[1], null=_or_none(table[0, 2]),
-            above_null=_or_none(table[0, 3]), above_null_low=low[3], above_null_high=high[3],
+            strength=table[0, 0],
+            strength_low=low[0],
+            strength_high=high[0],
+            effect=table[0, 1],
+            effect_low=low[1],
+            effect_high=high[1],
+            null=_or_none(table[0, 2]),
+            above_null=_or_none(table[0, 3]),
+            above_null_low=low[3],
+            above_null_high=high[3],
             kl=table[0, 4],
-        )  # fmt: skip
+        )
 
     @property
     def _texts(self) -> int:
