@@ -43,7 +43,7 @@ class CircuitGraphConfig(Config):
     """The model that they were trained on."""
     tokens: int = 30
     """Tokens of the prompt."""
-    max_features: int = 512
+    max_features: int = 4096
     """The most features that become nodes."""
     batch: int = 256
     """Features whose edges are computed at once."""

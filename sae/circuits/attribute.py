@@ -41,7 +41,7 @@ def circuit(
     outputs: Sequence[Output] | None = None,
     max_outputs: int = 10,
     probability: float = 0.95,
-    max_features: int = 512,
+    max_features: int = 4096,
     batch: int = 256,
     unread_errors: bool = True,
     allow_other_model: bool = False,

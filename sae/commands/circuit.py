@@ -48,7 +48,7 @@ class CircuitConfig(Config):
     """The most of the likeliest tokens to explain."""
     probability: float = 0.95
     """Explain the likeliest tokens until they have this probability together."""
-    max_features: int = 512
+    max_features: int = 4096
     """The most features that become nodes; what the others write is counted with the errors."""
     batch: int = 256
     """Features whose edges are computed at once; less takes less memory."""
