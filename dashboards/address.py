@@ -1,18 +1,23 @@
 """A page's state in its address: taken over from a link, written as it changes."""
 
+import time
 from collections.abc import Collection, Mapping
 
 import streamlit as st
+
+_BEHIND = 2.0
+"""seconds for which an address that a page wrote may still be the browser's, after others"""
 
 
 def arrived(page: str, names: Collection[str]) -> dict[str, str]:
     """The parameters that the address has, if it is not the one that this page wrote last.
 
     So a link wins over what the session remembers, and a reader's own changes over the address,
-    which is a run behind them.
+    which is a run behind them, and several while they act fast: nor is it a link if the page wrote
+    it just now.
     """
     given = {name: st.query_params[name] for name in names if name in st.query_params}
-    return given if given != st.session_state.get(_key(page)) else {}
+    return {} if given in [kept for _, kept in _written(page)] else given
 
 
 def write(page: str, values: Mapping[str, str | None]) -> None:
@@ -24,7 +29,14 @@ def write(page: str, values: Mapping[str, str | None]) -> None:
                 st.query_params[name] = kept[name]
         elif name in st.query_params:
             del st.query_params[name]
-    st.session_state[_key(page)] = kept
+    st.session_state[_key(page)] = [*_written(page), (time.monotonic(), kept)]
+
+
+def _written(page: str) -> list[tuple[float, dict[str, str]]]:
+    """What the page wrote last, and what else in the last seconds, with the time."""
+    every = st.session_state.get(_key(page), [])
+    now = time.monotonic()
+    return [*(each for each in every[:-1] if now - each[0] < _BEHIND), *every[-1:]]
 
 
 def complain(wrong: Collection[str]) -> None:

@@ -30,7 +30,6 @@ PARAMETERS = ("graph", "keep", "edges", "node", "pinned", "supernodes", "subgrap
 KEEP, EDGES = 80, 98
 """percent of influence that nodes, and edges, are kept of"""
 LEAST_KEEP, LEAST_EDGES = 5, 50
-_ACTED = "circuits_acted"
 _BOTH = "From tokens at the bottom to outputs at the top."
 _LINEAR = (
     "The larger a mark, the more influence its node has on the outputs, direct and indirect. Links "
@@ -57,9 +56,7 @@ def render() -> None:
             icon=":material/account_tree:",
         )
         return
-    # while a reader acts fast, the browser's address is behind: it is no link then
-    acted = st.session_state.pop(_ACTED, False)
-    arrived = {} if acted else address.arrived("circuits", PARAMETERS)
+    arrived = address.arrived("circuits", PARAMETERS)
     name, unknown = _choice(graphs, arrived)
     version = circuit_queries.version(graphs[name])
     try:
@@ -92,10 +89,6 @@ def render() -> None:
 # ---- what is chosen -----------------------------------------------------------------------------
 
 
-def _acted() -> None:
-    st.session_state[_ACTED] = True
-
-
 def _choice(graphs: Mapping[str, Path], arrived: Mapping[str, str]) -> tuple[str, list[str]]:
     """The graph to draw, and "graph" if the address names none of them."""
     key, asked = "circuits_graph", arrived.get("graph")
@@ -103,7 +96,7 @@ def _choice(graphs: Mapping[str, Path], arrived: Mapping[str, str]) -> tuple[str
         st.session_state[key] = asked
     if st.session_state.get(key) not in graphs:
         st.session_state[key] = next(iter(graphs))
-    name = st.selectbox("Graph", list(graphs), key=key, on_change=_acted, persist_state="session")
+    name = st.selectbox("Graph", list(graphs), key=key, persist_state="session")
     return name, ["graph"] if asked and asked not in graphs else []
 
 
@@ -154,7 +147,6 @@ def _sliders() -> tuple[int, int]:
         100,
         key="circuits_keep",
         help="Tokens, outputs and what is pinned are always kept.",
-        on_change=_acted,
         persist_state="session",
     )
     edges = right.slider(
@@ -162,7 +154,6 @@ def _sliders() -> tuple[int, int]:
         LEAST_EDGES,
         100,
         key="circuits_edges",
-        on_change=_acted,
         persist_state="session",
     )
     return int(nodes), int(edges)
@@ -211,7 +202,6 @@ def _draw(whole: Graph, kept: Graph, texts: Texts, chosen: Chosen) -> None:
     )
 
     def changed(selected: str | None, pinned: Sequence[str]) -> None:
-        _acted()
         chosen.selected = selected
         chosen.pin(pinned)
 
@@ -244,13 +234,13 @@ def _supernodes(graph: Graph, chosen: Chosen, texts: Texts) -> None:
         with st.container(horizontal=True, vertical_alignment="center"):
             st.markdown(f"**{plain(name)}** · {counted(len(own), 'node')}", width="content")
             key = f"circuits_ungroup_{number}"
-            st.button("Ungroup", key=key, on_click=_ungroup, args=(chosen, name))
+            st.button("Ungroup", key=key, on_click=chosen.ungroup, args=(name,))
     with st.form("circuits_group", border=False, clear_on_submit=True):
         members = st.multiselect(
             "Group these pinned nodes", list(names), format_func=names.__getitem__
         )
         name = st.text_input("under the name", max_chars=100)
-        grouped = st.form_submit_button("Group", on_click=_acted)
+        grouped = st.form_submit_button("Group")
     if grouped:
         try:
             chosen.group(name.strip(), members)
@@ -260,18 +250,13 @@ def _supernodes(graph: Graph, chosen: Chosen, texts: Texts) -> None:
         st.rerun()
 
 
-def _ungroup(chosen: Chosen, name: str) -> None:
-    _acted()
-    chosen.ungroup(name)
-
-
 def _files(whole: Graph, file: Path, chosen: Chosen) -> None:
     """Subgraphs beside the graph: open one, save this one."""
     st.markdown("##### Subgraphs")
     if saved := saved_subgraphs(file):
         with st.form("circuits_open", border=False):
             name = st.selectbox("Saved beside the graph", saved)
-            opened = st.form_submit_button("Open", on_click=_acted)
+            opened = st.form_submit_button("Open")
         if opened and _done(lambda: chosen.open(whole, file, name)):
             st.rerun()
     if not chosen.subgraph.pinned:
@@ -282,7 +267,7 @@ def _files(whole: Graph, file: Path, chosen: Chosen) -> None:
             "Save what is pinned as", chosen.saved, max_chars=60, placeholder="a-z, 0-9, - and _"
         )
         replace = st.checkbox("in the place of one that has this name")
-        asked = st.form_submit_button("Save", on_click=_acted)
+        asked = st.form_submit_button("Save")
     if not asked:
         return
     if name in saved and not replace:
