@@ -7,12 +7,13 @@ from pathlib import Path
 
 import streamlit as st
 
-from dashboards import address, circuit_export, circuit_graph, circuit_queries, find_stores
+from dashboards import address, find_stores
 from dashboards.amounts import counted
-from dashboards.circuit_choice import Chosen, chosen_of, take
-from dashboards.circuit_graph import Texts
-from dashboards.circuit_queries import Kept
-from dashboards.circuit_steering import WAYS, steerings
+from dashboards.circuits import drawing, export, saved
+from dashboards.circuits.choice import Chosen, chosen_of, take
+from dashboards.circuits.drawing import Texts
+from dashboards.circuits.saved import Kept
+from dashboards.circuits.steering import WAYS, steerings
 from dashboards.pages import Page, page_at
 from dashboards.session import begin_page
 from dashboards.tokens import plain
@@ -46,7 +47,7 @@ _ESTIMATED = (
 def render() -> None:
     """Draw the page."""
     begin_page("Circuits", PARAMETERS)
-    graphs = circuit_queries.saved_graphs()
+    graphs = saved.saved_graphs()
     if not graphs:
         folder = find_stores.beside_stores() / GRAPHS_FOLDER
         st.info(
@@ -58,9 +59,9 @@ def render() -> None:
         return
     arrived = address.arrived("circuits", PARAMETERS)
     name, unknown = _choice(graphs, arrived)
-    version = circuit_queries.version(graphs[name])
+    version = saved.version(graphs[name])
     try:
-        whole = circuit_queries.loaded(version).graph
+        whole = saved.loaded(version).graph
     except (SaescopeError, OSError) as error:
         st.error(plain(error), icon=":material/error:")
         return
@@ -70,9 +71,9 @@ def render() -> None:
     address.complain(wrong)
     _heading(whole)
     nodes, edges = _sliders()
-    kept = circuit_queries.kept(version, nodes / 100, edges / 100, chosen.always())
-    stores = circuit_queries.stores_of(whole)
-    texts = circuit_queries.texts_of(kept.graph, stores)
+    kept = saved.kept(version, nodes / 100, edges / 100, chosen.always())
+    stores = saved.stores_of(whole)
+    texts = saved.texts_of(kept.graph, stores)
     _scores(whole, kept)
     _draw(whole, kept.graph, texts, chosen)
     left, right = st.columns(2, gap="large")
@@ -197,7 +198,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _draw(whole: Graph, kept: Graph, texts: Texts, chosen: Chosen) -> None:
-    data = circuit_graph.picture(
+    data = drawing.picture(
         kept, texts, whole=whole, subgraph=chosen.subgraph, selected=chosen.selected
     )
 
@@ -205,14 +206,14 @@ def _draw(whole: Graph, kept: Graph, texts: Texts, chosen: Chosen) -> None:
         chosen.selected = selected
         chosen.pin(pinned)
 
-    circuit_graph.draw(data, f"circuit_{chosen.graph}", changed)
+    drawing.draw(data, f"circuit_{chosen.graph}", changed)
     left = data["left_out"]
     if left["nodes"] or left["links"]:
         st.caption(
             f"Not drawn: {counted(left['nodes'], 'node')} and {counted(left['links'], 'link')} of "
             "least influence; scores, sums and JSON have them. Prune further to draw all."
         )
-    st.caption(f"{_BOTH} {_LINEAR if whole.method == circuit_graph.LINEAR else _ESTIMATED}")
+    st.caption(f"{_BOTH} {_LINEAR if whole.method == drawing.LINEAR else _ESTIMATED}")
 
 
 # ---- what is pinned -----------------------------------------------------------------------------
@@ -226,8 +227,7 @@ def _supernodes(graph: Graph, chosen: Chosen, texts: Texts) -> None:
         return
     nodes = [graph.index(each) for each in pinned]
     names = {
-        each: f"{circuit_graph.node_name(graph, node, texts)} · "
-        f"{circuit_graph.node_words(graph, node)}"
+        each: f"{drawing.node_name(graph, node, texts)} · {drawing.node_words(graph, node)}"
         for each, node in zip(pinned, nodes, strict=True)
     }
     for number, (name, own) in enumerate(chosen.subgraph.supernodes.items()):
@@ -253,9 +253,9 @@ def _supernodes(graph: Graph, chosen: Chosen, texts: Texts) -> None:
 def _files(whole: Graph, file: Path, chosen: Chosen) -> None:
     """Subgraphs beside the graph: open one, save this one."""
     st.markdown("##### Subgraphs")
-    if saved := saved_subgraphs(file):
+    if named := saved_subgraphs(file):
         with st.form("circuits_open", border=False):
-            name = st.selectbox("Saved beside the graph", saved)
+            name = st.selectbox("Saved beside the graph", named)
             opened = st.form_submit_button("Open")
         if opened and _done(lambda: chosen.open(whole, file, name)):
             st.rerun()
@@ -270,7 +270,7 @@ def _files(whole: Graph, file: Path, chosen: Chosen) -> None:
         asked = st.form_submit_button("Save")
     if not asked:
         return
-    if name in saved and not replace:
+    if name in named and not replace:
         st.warning(f"There is a subgraph {plain(name)} already.", icon=":material/save:")
     elif _done(lambda: save_subgraph(chosen.subgraph, file, name, replace=replace)):
         chosen.saved = name
@@ -317,13 +317,13 @@ def _steer(whole: Graph, chosen: Chosen, stores: Mapping[int, str]) -> None:
 
 def _export(graph: Graph, texts: Texts, chosen: Chosen, about: str) -> None:
     st.markdown("##### Take it along")
-    slug = circuit_export.slug(Path(chosen.graph).name)
+    slug = export.slug(Path(chosen.graph).name)
 
     def page() -> str:
-        return circuit_export.page(graph, texts, chosen.subgraph, about)
+        return export.page(graph, texts, chosen.subgraph, about)
 
     def viewer() -> str:
-        found = circuit_export.neuronpedia(graph, slug, texts, chosen.subgraph)
+        found = export.neuronpedia(graph, slug, texts, chosen.subgraph)
         return json.dumps(found, ensure_ascii=False, allow_nan=False)
 
     with st.container(horizontal=True, gap="small"):

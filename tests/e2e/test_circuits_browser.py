@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dashboards.circuit_export import page as exported
-from dashboards.circuit_graph import Texts
+from dashboards.circuits.drawing import Texts
+from dashboards.circuits.export import page as exported
 from sae.circuits.files import save
 from sae.circuits.pruning import with_influence
 from sae.circuits.subgraphs import Subgraph

@@ -117,5 +117,6 @@ def test_the_chart_has_the_feature_beside_what_means_nothing() -> None:
     names = [trace.name for trace in traces]
     assert names == ["the feature", "random directions", "an untrained SAE's features"]
     assert list(traces[0].y) == pytest.approx([0.1, 0.4, 0.9, 3.0])
-    [line] = figure.layout.shapes
+    layout: Any = figure.layout
+    [line] = layout.shapes
     assert line.y0 == 1.0

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dashboards.circuit_export import neuronpedia, page, slug
-from dashboards.circuit_graph import MOST_NODES, Texts, groups_drawn, layout, node_name, picture
-from dashboards.circuit_queries import with_nodes
+from dashboards.circuits.drawing import MOST_NODES, Texts, groups_drawn, layout, node_name, picture
+from dashboards.circuits.export import neuronpedia, page, slug
+from dashboards.circuits.saved import with_nodes
 from sae.circuits.graph import ERROR, FEATURE
 from sae.circuits.pruning import completeness_score, prune, replacement_score, with_influence
 from sae.circuits.subgraphs import (

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dashboards import circuit_queries, model_cache
-from dashboards.circuit_graph import node_words
+from dashboards import model_cache
+from dashboards.circuits import saved
+from dashboards.circuits.drawing import node_words
 from dashboards.edits import Edit
 from sae.circuits.graph import FEATURE, Graph
 from sae.circuits.subgraphs import Subgraph
@@ -36,7 +37,7 @@ def steerings(
 
     A feature that is pinned at several tokens is edited once: the page edits it wherever it is.
 
-    Args: stores are those of sites (see `circuit_queries.stores_of`); way is one of WAYS.
+    Args: stores are those of sites (see `saved.stores_of`); way is one of WAYS.
     """
     by_store: dict[str, list[int]] = {}
     refused: list[str] = []
@@ -62,7 +63,7 @@ def steerings(
 
 def _problem(name: str, count: int) -> str:
     """Why an SAE's features cannot be steered; "" if they can."""
-    store, _ = circuit_queries.opened(name)
+    store, _ = saved.opened(name)
     if store.meta.get("architecture") == "crosscoder":
         return "a crosscoder cannot steer, its features are known only after its last site"
     if count > _MOST:
@@ -75,7 +76,7 @@ def _problem(name: str, count: int) -> str:
 
 
 def _parameters(graph: Graph, store: str, features: list[int], way: str) -> dict[str, str]:
-    opened, _ = circuit_queries.opened(store)
+    opened, _ = saved.opened(store)
 
     def amount(feature: int) -> float:
         if way == "add":

@@ -8,9 +8,9 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from dashboards import circuit_graph
 from dashboards.amounts import counted
-from dashboards.circuit_graph import Texts, node_name
+from dashboards.circuits import drawing
+from dashboards.circuits.drawing import Texts, node_name
 from dashboards.tokens import plain_visible
 from sae.circuits.graph import EMBEDDING, ERROR, FEATURE, Graph
 from sae.circuits.neuronpedia import to_neuronpedia
@@ -43,13 +43,13 @@ def page(graph: Graph, texts: Texts, subgraph: Subgraph, about: str = "") -> str
 
     Args: about is said below the heading.
     """
-    data = circuit_graph.picture(graph, replace(texts, urls={}), subgraph=subgraph)
+    data = drawing.picture(graph, replace(texts, urls={}), subgraph=subgraph)
     reached = dict(zip(graph.ids, graph.cumulative.tolist(), strict=True))
     always = {graph.ids[node] for node in range(len(graph)) if _is_end(graph, node)}
     for node in data["nodes"]:
         node["reach"] = 0.0 if node["id"] in always else float(f"{reached[node['id']]:.4g}")
     data["slider"] = True
-    script = circuit_graph.script().replace(_EXPORTS, "const draw = function", 1) + _START
+    script = drawing.script().replace(_EXPORTS, "const draw = function", 1) + _START
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     title = html.escape(plain_visible(graph.prompt), quote=True)
@@ -58,7 +58,7 @@ def page(graph: Graph, texts: Texts, subgraph: Subgraph, about: str = "") -> str
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{MARK}'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}{circuit_graph.style()}</style></head>"
+        f"<title>{title}</title><style>{_STYLE}{drawing.style()}</style></head>"
         f'<body><h1>{title}</h1><p class="about">{said}</p><div class="circuit"></div>'
         f'<script type="application/json" id="data">{_in_script(data)}</script>'
         f'<script type="module">{script}</script></body></html>\n'

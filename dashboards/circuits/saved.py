@@ -10,7 +10,7 @@ import numpy as np
 import streamlit as st
 
 from dashboards import find_stores, queries
-from dashboards.circuit_graph import Texts
+from dashboards.circuits.drawing import Texts
 from dashboards.tokens import feature_url
 from sae.circuits.files import GRAPH_FILE, load
 from sae.circuits.graph import FEATURE, Graph

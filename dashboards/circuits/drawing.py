@@ -1,6 +1,6 @@
 """An attribution graph as a picture: layers by tokens, links on hovering, nodes that are pinned.
 
-What is drawn is chosen here; circuit_graph.js draws it, in the explorer and in a page of its own.
+What is drawn is chosen here; drawing.js draws it, in the explorer and in a page of its own.
 It gets texts and numbers alone, and makes text nodes of them, so no token can become markup.
 """
 
@@ -134,7 +134,7 @@ def picture(
     subgraph: Subgraph | None = None,
     selected: str | None = None,
 ) -> dict[str, Any]:
-    """What circuit_graph.js draws of a graph, and of what is pinned of it.
+    """What drawing.js draws of a graph, and of what is pinned of it.
 
     Args:
         whole: the graph before it was pruned; shares of links are of all that their targets get
@@ -284,12 +284,12 @@ def _height(graph: Graph, node: int) -> int:
 
 def script() -> str:
     """What draws, as a module of JavaScript whose default export it is."""
-    return (_HERE / "circuit_graph.js").read_text("utf-8")
+    return (_HERE / "drawing.js").read_text("utf-8")
 
 
 def style() -> str:
     """Its style sheet."""
-    return (_HERE / "circuit_graph.css").read_text("utf-8")
+    return (_HERE / "drawing.css").read_text("utf-8")
 
 
 @functools.cache
