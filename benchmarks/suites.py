@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,22 @@ model = load_harvested_model(harvest, harvest.manifest["model"]["dtype"])
 with torch.inference_mode():
     model.logits(torch.from_numpy(harvest.tokens[:1]).long())
 """
+
+_STARTER = """
+import json, os, subprocess, sys, time
+begun = time.monotonic()
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+found = {
+    "code": os.waitstatus_to_exitcode(status),
+    "wall": time.monotonic() - begun,
+    "cpu": usage.ru_utime + usage.ru_stime,
+    "kib": usage.ru_maxrss,
+}
+with open(sys.argv[1], "w") as file:
+    json.dump(found, file)
+"""
+"""a small process that starts another: to Linux the peak of that one has what its starter held"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,24 +85,23 @@ class SuitesConfig(Config):
 def taken(command: Sequence[str], threads: int) -> dict[str, Any]:
     """Seconds, processor seconds and largest memory in MiB of a process.
 
-    Linux counts the memory that this process has at its start too, where that is more.
-
     Raises ArtefactError if it fails.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    load, start = os.getloadavg()[0], time.monotonic()
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        wall = time.monotonic() - start
-        if process.returncode:
-            said.seek(0)
-            raise ArtefactError(f"failed: {said.read()[-600:]}", where=" ".join(command[:5]))
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        usage = Path(folder) / "usage.json"
+        starter = [sys.executable, "-c", _STARTER, str(usage), *command]
+        done = subprocess.run(
+            starter, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        found = read_json(usage) if usage.exists() else {"code": done.returncode}
+    if found["code"]:
+        raise ArtefactError(f"failed: {done.stdout[-600:]}", where=" ".join(command[:5]))
     return {
-        "wall_s": round(wall, 1),
-        "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
-        "mib": round(usage.ru_maxrss / 1024),
+        "wall_s": round(found["wall"], 1),
+        "cpu_s": round(found["cpu"], 1),
+        "mib": round(found["kib"] / 1024),
         "load": round(load, 1),
     }
 

@@ -8,6 +8,10 @@ a few runs for all nodes (Marks et al. 2024, arXiv 2403.19647, section 3):
     gradient     the gradient of m at the node's site, times what the node writes
     integrated   the same, the gradient a mean over the way from a site without all of its nodes
                  (biases alone) to the site as it is, one site at a time (Sundararajan et al. 2017)
+
+The way of a site of the stream itself begins at a stream of nearly zero, where a norm makes much of
+the least change. Few points on the way see nothing of that stretch: what they estimate is nearer to
+single nodes' ablation for it, and does not add up to what the site does.
 """
 
 from collections.abc import Mapping, Sequence

@@ -464,8 +464,8 @@ def test_files_that_are_no_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schema", "5", "newer saescope .schema 5, this one reads up to 4"),
-        ("schema", "1", r"older saescope .schema 1, this one reads 2 to 4.*--replace"),
+        ("schema", "6", "newer saescope .schema 6, this one reads up to 5"),
+        ("schema", "1", r"older saescope .schema 1, this one reads 2 to 5.*--replace"),
         ("schema", '"x"', "schema version"),
         ("kind", '"harvest"', "wrong kind"),
         ("kind", "{", "cannot be read"),

@@ -21,7 +21,7 @@ from saescope.config import from_dict
 from saescope.errors import ArtefactError, InputError
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
-TO = sorted(set(formats()) - {"gemma_scope"})  # it holds no TopK
+TO = sorted(set(formats()) - {"gemma_scope", "circuit_tracer"})  # which hold no TopK
 
 
 def train_config(root: Path, out: Path, **more: Any) -> TrainConfig:
