@@ -1,8 +1,8 @@
 """Train any architecture on planted data and measure what it found; used by a benchmark and tests.
 
 An architecture is configured by its own defaults and a target L0. What it reads follows from what
-it is: transcoders get targets of the same features in other directions, crosscoders see the data as
-two sites side by side.
+it is: transcoders get targets of the same features in other directions (a cross-layer one has one
+layer), crosscoders see the data as two sites side by side.
 """
 
 from collections.abc import Iterator, Mapping
@@ -125,7 +125,7 @@ def make(
         torch.manual_seed(seed)
         sae = cls(config, d_in, planted.config.d_out or None)
     rows = planted.sample(4 * ROWS, stream=FITTING)
-    if cls.concatenates:
+    if cls.concatenates and rows.target is None:
         sae.normaliser = Normaliser.side_by_side([fit(x) for x in rows.x.chunk(SITES, dim=1)])
         sae.metadata["site_widths"] = [x.shape[1] for x in rows.x.chunk(SITES, dim=1)]
         return sae, planted.directions

@@ -134,7 +134,7 @@ def trials(quick: bool) -> list[Settings]:
             "start": start,
             "noise": noise,
             "d_sae": d_sae,
-            "steps": 100 if quick else Hiding.steps,
+            "steps": Hiding.steps,
         }
         for seed in range(3)
         for masked in (False, True)

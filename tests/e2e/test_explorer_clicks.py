@@ -10,6 +10,7 @@ import pytest
 
 from dashboards.pages import find_pages
 from store import Annotations
+from store.database import SCHEMA
 from tests.browsing import READY, complaints, heading, settle, visit
 from tests.explorer_process import serving
 from tests.facts_store import make_facts_store
@@ -18,7 +19,7 @@ from tests.tiny_store import make_tiny_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
-NEWER = 5
+NEWER = SCHEMA + 1
 
 
 @pytest.fixture(scope="module")

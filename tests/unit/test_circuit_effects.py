@@ -97,7 +97,7 @@ def test_integrated_gradients_add_up_along_the_way(model: Model) -> None:
     # a site's effects are together what m loses when all that its nodes write is gone; not at
     # sites of the stream itself, whose way begins at a stream of zero, where norms have no slope
     ids, outputs, parts, embedding = taken_apart(model)
-    found = estimated_effects(model, parts, ids, embedding, outputs, "integrated", steps=200)
+    found = estimated_effects(model, parts, ids, embedding, outputs, "integrated", steps=20)
     clean = run_measured(model, ids, outputs, {})
     beside = [i for i, part in enumerate(parts) if not part.read.endswith("hook_resid_post")]
     assert len(beside) == 2 * N_LAYERS
