@@ -226,6 +226,7 @@ def terminal(work: Path, files: Path) -> Iterator[tuple[subprocess.Popen[bytes],
     os.close(ours)
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_the_explorer_until_ctrl_c(
     terminal: tuple[subprocess.Popen[bytes], int, int],
 ) -> None:

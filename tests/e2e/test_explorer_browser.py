@@ -76,6 +76,7 @@ def test_tokens_never_become_markup(page: Any, server: str) -> None:
     assert page.locator(".ss-text >> text=↵").count() > 0
 
 
+@pytest.mark.slow
 def test_wrong_addresses(page: Any, server: str, stores: Path) -> None:
     for query, number in (
         ("feature=abc", 0),
@@ -189,6 +190,7 @@ def test_a_label_is_saved_and_found(page: Any, server: str, stores: Path) -> Non
     page.wait_for_selector("text=1 to 1 of 1 feature.")
 
 
+@pytest.mark.slow
 def test_dark_and_light_are_legible(browser: Any, server: str) -> None:
     for scheme in ("light", "dark"):
         context = browser.new_context(color_scheme=scheme)
@@ -224,6 +226,7 @@ def contrast(first: list[float], second: list[float]) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
+@pytest.mark.slow
 def test_two_sessions_at_once(browser: Any, server: str, stores: Path) -> None:
     contexts = [browser.new_context() for _ in range(3)]
     pages = [context.new_page() for context in contexts]
@@ -252,6 +255,7 @@ def test_a_taken_port_is_one_clear_line(server: str, stores: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_of_other_machines(page: Any, server: str) -> None:
     asked: set[str] = set()
     page.on("request", lambda request: asked.add(request.url))
@@ -269,6 +273,7 @@ def number_shown(page: Any) -> int:
     return int(page.inner_text(READY).split()[1])
 
 
+@pytest.mark.slow
 def test_a_label_is_saved_for_the_feature_it_was_typed_for(
     page: Any, server: str, stores: Path
 ) -> None:
@@ -330,6 +335,7 @@ def test_leafing_puts_no_older_text_back(page: Any, server: str, stores: Path) -
             others.remove_from_list(number)
 
 
+@pytest.mark.slow
 def test_a_text_changed_elsewhere_is_not_overwritten_unseen(
     page: Any, server: str, stores: Path
 ) -> None:

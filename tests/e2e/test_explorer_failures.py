@@ -107,6 +107,7 @@ def server(stores: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         yield address
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_fault_of_a_page_is_a_sentence_and_the_other_pages_go_on(page: Any, server: str) -> None:
     visit(page, f"{server}/faulty")

@@ -113,6 +113,7 @@ def test_five_readers_at_once_each_see_their_own_feature(
     assert [each for each in faults if each] == []
 
 
+@pytest.mark.slow
 def test_a_store_replaced_while_open_is_noticed(
     page: Any, server: str, stores: Path, features: list[int]
 ) -> None:

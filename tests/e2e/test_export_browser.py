@@ -47,6 +47,7 @@ def test_exported_pages_open_offline(stores: Path, tmp_path: Path, opened: Any) 
         assert wide <= width, "nothing sticks out of the window"
 
 
+@pytest.mark.slow
 def test_the_panel_downloads_and_embeds(page: Any, server: str, tmp_path: Path) -> None:
     visit(page, f"{server}/feature?sae=tiny&feature={RARE}")
     page.get_by_text("Export and embed").click()

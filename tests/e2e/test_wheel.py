@@ -141,6 +141,7 @@ def test_help_and_missing_files(bin_folder: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_all_the_way(bin_folder: Path, tmp_path: Path) -> None:
     """The examples that `init` writes, and the demo with a tiny model: all modules the wheel's."""
     write_tiny_demo(tmp_path)

@@ -79,6 +79,7 @@ def test_by_hand() -> None:
     assert result.exclusive_to_b(Thresholds(least_rows=1, most_error=0.3)).tolist() == [1]
 
 
+@pytest.mark.slow
 def test_identical_models_have_no_exclusive_features(tmp_path: Path) -> None:
     _, b, _ = activations(OWN)
     _, result = found(tmp_path, b, b)
@@ -108,6 +109,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tenso
     return root / "run", own
 
 
+@pytest.mark.slow
 def test_what_was_planted_is_recovered_by_the_command(
     planted: tuple[Path, torch.Tensor], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -41,6 +41,7 @@ def test_the_bare_forward_is_of_the_site_and_stops_there(config: HarvestBenchCon
         HarvestBenchConfig(threads=0)
 
 
+@pytest.mark.slow
 def test_rows_for_each_and_for_memory_are_added(config: HarvestBenchConfig) -> None:
     measure(config)
     found = rows.read(Path(config.results), harvest.COLUMNS)

@@ -152,6 +152,7 @@ def chat_of_user(model: Model) -> ChatTokens:
     return chat_tokens(model, TURNS[1:2], with_answer_begun=False)
 
 
+@pytest.mark.slow
 def test_the_command_steers_a_role(
     tiny_folder: Path, sae: SparseAutoencoder, tmp_path: Path, model: Model
 ) -> None:

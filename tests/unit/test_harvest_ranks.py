@@ -144,6 +144,7 @@ def test_ranks_append_what_one_process_does(
     assert_same_content(*stores)
 
 
+@pytest.mark.slow
 def test_what_a_dead_rank_was_computing_is_computed_by_another(
     make: Callable[..., HarvestConfig], whole: Path
 ) -> None:
@@ -158,6 +159,7 @@ def test_what_a_dead_rank_was_computing_is_computed_by_another(
     assert alone_beside(Path(config.out))
 
 
+@pytest.mark.slow
 def test_a_rank_that_comes_back_takes_part_again(
     make: Callable[..., HarvestConfig], whole: Path
 ) -> None:

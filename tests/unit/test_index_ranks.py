@@ -43,6 +43,7 @@ def whole(root: Path) -> Tables:
     return named
 
 
+@pytest.mark.slow
 def test_ranks_make_what_one_process_does(root: Path, whole: Tables, tmp_path: Path) -> None:
     config = config_of(root, tmp_path / "store")
     total = len(pieces_of(ActivationStore.open(root / "harvest")))

@@ -169,6 +169,7 @@ def test_processes_that_are_started_know_it(package: Path, tmp_path: Path) -> No
     assert str(package) not in os.environ.get("PYTHONPATH", "")
 
 
+@pytest.mark.slow
 def test_help_shows_its_fields(package: Path) -> None:
     words = [sys.executable, "-m", "saescope", "train", *PLUGIN, "--sae.kind", "doubled", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -162,6 +162,7 @@ def test_tokens_are_fetched_once(there: str, monkeypatch: pytest.MonkeyPatch) ->
     assert np.array_equal(store.tokens[::-1], first[::-1])
 
 
+@pytest.mark.slow
 def test_a_kill_after_any_write_is_gone_on_from(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

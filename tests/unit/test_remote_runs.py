@@ -262,6 +262,7 @@ def sweep_of(root: Path, out: str | Path) -> SweepConfig:
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_and_is_measured_in_a_bucket(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

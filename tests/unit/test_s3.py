@@ -56,6 +56,7 @@ def on_disk(root: Path) -> ActivationStore:
     return harvest(config_of(root, str(root / "out")))
 
 
+@pytest.mark.slow
 def test_harvest_resume_read_doctor(
     root: Path, on_disk: ActivationStore, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
