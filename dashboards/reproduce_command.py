@@ -16,7 +16,7 @@ from saescope.system import system_errors
 
 _RESULTS = ".trials.jsonl"
 _MARK = "<!-- saescope reproduce -->\n"
-_MARKS = (_MARK.encode(), b'{"paper":', b"<svg xmlns", b"\x89PNG")
+_MARKS = (_MARK.encode(), b'{"paper":', b"<svg xmlns")
 
 
 def _is_ours(path: Path) -> bool:
@@ -54,6 +54,7 @@ def reproduce(config: ReproduceConfig) -> None:
     Raises InputError for a name that no paper has, and what an experiment raises.
     """
     from sae.papers import names, paper
+    from sae.reproduction.trials import run_trials
 
     chosen = names() if config.all else config.papers
     if not chosen:
@@ -64,8 +65,6 @@ def reproduce(config: ReproduceConfig) -> None:
     out = local(config.out or ("papers-quick" if config.quick else "papers"))
     pages = local(config.pages or str(out))
     for name, each in found.items():
-        from sae.reproduction.trials import run_trials
-
         trials = run_trials(name, each, out / name, quick=config.quick)
         write_page(name, trials, pages, quick=config.quick)
     write_verdicts(pages)

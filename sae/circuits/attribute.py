@@ -23,8 +23,9 @@ from sae.circuits.parts import Part, bare_part, part_of, parts_across, placement
 from sae.circuits.pruning import cumulative, with_influence
 from sae.circuits.rows import EdgeRows
 from sae.core.base import SparseAutoencoder
+from sae.data.token_ids import token_ids
 from saescope.errors import InputError
-from saescope.integers import as_index, as_indices
+from saescope.integers import as_index
 from saescope.progress import silent
 
 Method = Literal["linear", "gradient", "integrated"]
@@ -80,7 +81,7 @@ def circuit(
         raise InputError("no such method", where="method", given=method, allowed=get_args(Method))
     batch = as_index(batch, where="batch", low=1)
     max_features = as_index(max_features, where="max_features", low=1)
-    ids = prompt_ids(model, prompt)
+    ids = token_ids(model, prompt, name="prompt", where="prompt")
     wanted = outputs_of(model, ids, outputs, most=max_outputs, probability=probability)
     allowed = {"unread_errors": unread_errors, "allow_other_model": allow_other_model}
     parts, embedding = parts_of(model, saes, ids, linear=method == "linear", **allowed)
@@ -133,17 +134,6 @@ def _check_sums(graph: Graph, model: Model) -> None:
             given=f"relative difference {off.max():.2g}",
             allowed=f"up to {_EXACT[model.dtype]:g}",
         )
-
-
-def prompt_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
-    """Token ids of a prompt. Raises InputError for one that is empty, or of unknown tokens."""
-    if isinstance(prompt, str):
-        ids = model.tokenize(prompt) if prompt else []
-    else:
-        ids = as_indices(prompt, where="prompt", low=0, high=model.d_vocab - 1)
-    if not ids:
-        raise InputError("the prompt is empty", where="prompt", given=prompt)
-    return list(ids)
 
 
 def parts_of(

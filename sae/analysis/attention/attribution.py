@@ -41,8 +41,9 @@ from activations.models.attention import (
 from sae.analysis.attention.encoder import Encoder, read_at
 from sae.analysis.attention.head_values import HeadValues
 from sae.core.base import SparseAutoencoder
+from sae.data.token_ids import token_ids
 from saescope.errors import InputError
-from saescope.integers import as_index, as_indices
+from saescope.integers import as_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ def attribute(
     """
     own, read, layer, name = read_at(model, sae, site, allow_other_model)
     encoder = Encoder.of(own, as_index(feature, where="feature", low=0, high=own.d_sae - 1))
-    ids = ids_of(model, text)
+    ids = token_ids(model, text, name="text", where="attribute")
     position = destination_of(model, encoder, ids, read, position)
     ids = ids[: position + 1]
     parts = Parts(model, encoder.direction, layer, name)
@@ -155,17 +156,6 @@ def attribute(
         biases=biases,
         rounding=pre_activation - float(every.sum()),
     )
-
-
-def ids_of(model: Model, text: str | Sequence[int]) -> list[int]:
-    """Token ids of a text. Raises InputError for none, or for one that the model does not know."""
-    if isinstance(text, str):
-        ids = model.tokenize(text) if text else []
-    else:
-        ids = as_indices(text, where="text", low=0, high=model.d_vocab - 1)
-    if not ids:
-        raise InputError("the text is empty", where="attribute", given=text)
-    return list(ids)
 
 
 def destination_of(

@@ -26,10 +26,11 @@ from torch import Tensor
 from activations import Model
 from activations.models.attention import AttentionRun, run_with_patterns
 from activations.models.attention_values import ValueMap
-from sae.analysis.attention.attribution import Parts, destination_of, ids_of
+from sae.analysis.attention.attribution import Parts, destination_of
 from sae.analysis.attention.encoder import Encoder, read_at
 from sae.analysis.attention.head_values import HeadValues
 from sae.core.base import SparseAutoencoder
+from sae.data.token_ids import token_ids
 from saescope.errors import InputError, check_range
 from saescope.integers import as_index
 
@@ -133,7 +134,7 @@ def attribute_recursively(
     own, read, layer, name = read_at(model, sae, site, allow_other_model)
     before = _upstream(model, upstream, allow_other_model)
     encoder = Encoder.of(own, as_index(feature, where="feature", low=0, high=own.d_sae - 1))
-    ids = ids_of(model, text)
+    ids = token_ids(model, text, name="text", where="attribute")
     position = destination_of(model, encoder, ids, read, position)
     ids = ids[: position + 1]
     root = Parts(model, encoder.direction, layer, name)
