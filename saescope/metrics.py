@@ -144,17 +144,20 @@ def shown_with_interval(row: Metric, values: Mapping[str, Any], *, unit: bool = 
 
 
 def measured_rows(values: Mapping[str, Any], rows: Mapping[str, Metric]) -> list[Metric]:
-    """The rows, in the table's order, of the metrics that are among `values`."""
-    return [row for name, row in rows.items() if name in values]
+    """The rows of the metrics that are among `values`: those of this file in its order, then the
+    others in that of `values`, whichever family was imported first."""
+    own = [row for name, row in rows.items() if name in _OWN and name in values]
+    return own + [rows[name] for name in values if name in rows and name not in _OWN]
 
 
 # ---- rows that a file carries -------------------------------------------------------------------
 
 
 def described(names: Iterable[str]) -> list[dict[str, Any]]:
-    """JSON-able rows of those of these metrics that are declared elsewhere than in this file."""
-    wanted = set(names)
-    return [asdict(row) for name, row in _TABLE.items() if name in wanted and name not in _OWN]
+    """JSON-able rows, in the order of `names`, of those of these metrics that are declared
+    elsewhere than in this file."""
+    wanted = [name for name in dict.fromkeys(names) if name in _TABLE and name not in _OWN]
+    return [asdict(_TABLE[name]) for name in wanted]
 
 
 def metric_table(further: Any = None, *, where: str = "metrics") -> dict[str, Metric]:

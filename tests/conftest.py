@@ -22,3 +22,14 @@ def _main_module() -> Iterator[None]:
     main = sys.modules["__main__"]
     yield
     sys.modules["__main__"] = main
+
+
+@pytest.fixture
+def own_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test declares is not known to the next one; what this package declares always is,
+    though a family that is imported meanwhile declares its rows but once."""
+    from sae import evaluation
+    from saescope import metrics
+
+    monkeypatch.setattr(evaluation, "_REGISTRY", dict(evaluation.families()))
+    monkeypatch.setattr(metrics, "_TABLE", dict(metrics._TABLE))

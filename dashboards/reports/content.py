@@ -68,8 +68,8 @@ def metric_table(section: str, evaluations: Sequence[Evaluation]) -> Table:
     """The metrics of a section with their intervals: of up to four SAEs a column each, of more a
     row each."""
     table = {name: row for each in evaluations for name, row in each.table.items()}
-    names = {name for each in evaluations for name in each.sections.get(section, {})}
-    rows = measured_rows(dict.fromkeys(names), table)
+    names = {name: None for each in evaluations for name in each.sections.get(section, {})}
+    rows = measured_rows(names, table)
     if len(evaluations) > MOST_COLUMNS:
         rows = [row for row in rows if not row.minor]
         return Table(

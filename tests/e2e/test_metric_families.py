@@ -16,13 +16,11 @@ import torch
 import sae
 from activations import ActivationStore
 from dashboards import find_stores
-from sae import evaluation
 from sae.commands.evaluate import EvaluateConfig, evaluate
 from sae.data.harvests import held_out_rows
 from sae.evaluation import chosen, families, metric_family
 from sae.evaluation.rows import RowSums
 from sae.formats.card import model_card
-from saescope import metrics
 from saescope.config import from_dict
 from saescope.errors import InputError
 from saescope.metrics import metric_table
@@ -92,11 +90,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def plugins(own_metrics: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two files with a family each, imported; afterwards neither is known."""
-    families()
-    monkeypatch.setattr(evaluation, "_REGISTRY", dict(families()))
-    monkeypatch.setattr(metrics, "_TABLE", dict(metric_table()))
     folder = tmp_path / "plugins"
     folder.mkdir()
     for name, text in (("family_largest", LARGEST), ("family_certain", CERTAIN)):

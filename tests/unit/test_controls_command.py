@@ -9,7 +9,6 @@ from typing import Any, Self
 import pytest
 import torch
 
-from sae import evaluation as registry
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.commands.controls import measure_controls
 from sae.commands.evaluate import HeldOut
@@ -21,7 +20,6 @@ from sae.evaluation.controls import controls
 from sae.evaluation.controls_file import read_controls
 from sae.evaluation.on_texts import OnTexts
 from sae.evaluation.ranks import CONTROLS, ranking, ranking_in_words
-from saescope import metrics
 from saescope.__main__ import main
 from saescope.config import Config
 from saescope.errors import ArtefactError, InputError
@@ -156,14 +154,12 @@ class HueConfig(Config):
         return self
 
 
+@pytest.mark.usefixtures("own_metrics")
 def test_controls_that_a_suite_of_texts_has_measured_are_taken_from_it(
     trained: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(registry, "_REGISTRY", dict(families()))
-    monkeypatch.setattr(metrics, "_TABLE", dict(metrics.metric_table()))
     measured: list[int] = []
 
     def hue(given: OnTexts[HueConfig]) -> dict[str, Any]:

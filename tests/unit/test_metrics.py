@@ -71,10 +71,24 @@ def test_no_metric_is_declared_twice() -> None:
         declare(Metric(**{**asdict(metric("fvu")), "label": "other"}))
 
 
+def test_the_order_of_rows_does_not_depend_on_what_was_imported_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = Metric(**{**asdict(CARRIED), "name": "gini", "label": "Gini"})
+    values = {"gini": 0.5, "kl": 1.0, "hoyer": 0.25, "l0": 3.0}
+    for first, second in ((CARRIED, other), (other, CARRIED)):
+        with monkeypatch.context() as patch:
+            patch.setattr(metrics, "_TABLE", dict(metrics._TABLE))
+            declare(first, second)
+            assert [row["name"] for row in described(values)] == ["gini", "hoyer"]
+            shown = [row.name for row in measured_rows(values, metric_table())]
+            assert shown == ["l0", "kl", "gini", "hoyer"]
+
+
+@pytest.mark.usefixtures("own_metrics")
 def test_an_evaluation_carries_the_rows_that_this_package_lacks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(metrics, "_TABLE", dict(metric_table()))
     assert described(["fvu", "l0"]) == []
     before = common_rows()
     declare(CARRIED)

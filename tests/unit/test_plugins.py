@@ -17,7 +17,7 @@ from activations import ActivationStore
 from sae.architectures import architecture, list_architectures
 from sae.formats import format_named
 from sae.formats.load import load
-from saescope import metrics, plugins
+from saescope import plugins
 from saescope.__main__ import main
 from saescope.commands import COMMANDS
 from saescope.errors import ArtefactError, InputError
@@ -198,9 +198,8 @@ def test_an_installed_package_names_it_by_an_entry_point(
         list_architectures()
 
 
-def test_a_module_of_metrics_alone_is_one_too(
-    package: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("own_metrics")
+def test_a_module_of_metrics_alone_is_one_too(package: Path) -> None:
     (package / "my_package" / "measured.py").write_text(
         "from saescope.metrics import Metric\n"
         "from sae.evaluation import metric_family\n"
@@ -210,8 +209,6 @@ def test_a_module_of_metrics_alone_is_one_too(
         "class Mine(RowSums):\n"
         "    pass\n"
     )
-    monkeypatch.setattr(evaluation, "_REGISTRY", dict(evaluation._REGISTRY))
-    monkeypatch.setattr(metrics, "_TABLE", dict(metrics._TABLE))
     with plugins.taken_from(["eval", "--plugin", "my_package.measured"]):
         list_architectures()
         assert "mine" in evaluation.families()

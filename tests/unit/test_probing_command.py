@@ -11,15 +11,13 @@ import pytest
 from pyarrow import parquet
 
 import sae
-from sae import evaluation as registry
 from sae.commands import evaluate_runs as several
-from sae.evaluation import OwnTexts, families, metric_family
+from sae.evaluation import OwnTexts, metric_family
 from sae.evaluation.on_texts import OnTexts
 from sae.evaluation.probing import summary
 from sae.evaluation.written import read_evaluation
 from sae.probing import suite
 from sae.probing.tables import by_set, lines, over_sets
-from saescope import metrics
 from saescope.__main__ import main
 from saescope.artefact import write_json
 from saescope.config import Config
@@ -202,9 +200,7 @@ def greeting(given: OnTexts[GreetingConfig]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def _greeting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTRY", dict(families()))
-    monkeypatch.setattr(metrics, "_TABLE", dict(metrics.metric_table()))
+def _greeting(own_metrics: None) -> None:
     row = Metric(name="greeting_norm", label="greeting", better="neither", help="A norm.")
     metric_family(
         "greeting",
