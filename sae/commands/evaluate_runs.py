@@ -100,10 +100,12 @@ def evaluate_runs(config: EvaluateRunsConfig) -> int:
     return _controls(runs, wanted) if config.controls else _measure_all(runs, wanted)
 
 
-def _measure_all(runs: Sequence[EvaluateConfig], wanted: Sequence[Family]) -> int:
+def _measure_all(
+    runs: Sequence[EvaluateConfig], wanted: Sequence[Family], *, controls: bool = False
+) -> int:
     """Measure runs, with the other processes if there are any; the exit code."""
     names = [run.run for run in runs]
-    sharing = _Sharing(runs, wanted)
+    sharing = _Sharing(runs, wanted, controls=controls)
     if this_rank().number:
         try:
             with silent(), _team(names) as team:
@@ -120,7 +122,7 @@ def _controls(runs: Sequence[EvaluateConfig], wanted: Sequence[Family]) -> int:
     paths = {run.run: _evaluation_path(run) for run in runs}
     for path in paths.values():
         check_replaceable(controls_file(path), CONTROLS_KIND, replace=True)
-    failed = _measure_all(runs, wanted)
+    failed = _measure_all(runs, wanted, controls=True)
     if failed or this_rank().number:
         return failed
     for run in runs:
@@ -148,13 +150,15 @@ def _reliability(config: EvaluateRunsConfig, runs: Sequence[EvaluateConfig]) -> 
     seeds_of_runs(names)
     path = reliability_file(names, config.out)
     check_replaceable(path, RELIABILITY, replace=True)
+    unfinished = Unfinished(path)
     failed = _measure_all(runs, wanted)
     if failed or this_rank().number:
         return failed
     evaluations = {name: read_evaluation(evaluation_file(name)) for name in names}
-    found = measure_reliability(runs, evaluations, wanted)
+    found = measure_reliability(runs, evaluations, wanted, unfinished=unfinished)
     try:
         write_report(path, found, RELIABILITY, replace=config.replace)
+        unfinished.forget()
     finally:  # what was measured is told, wherever it cannot be written
         for line in reliability_lines(found, rows_of(found)):
             say(line)
@@ -189,10 +193,15 @@ def _team(names: Sequence[str]) -> Iterator[Team | None]:
 
 
 class _Sharing:
-    """Runs to measure, each with its own configuration, and the families to measure."""
+    """Runs to measure, each with its own configuration, and the families to measure.
 
-    def __init__(self, runs: Sequence[EvaluateConfig], wanted: Sequence[Family]) -> None:
-        self.runs, self.wanted = runs, wanted
+    Args: controls says that they follow, and may have figures in the file of what is unfinished.
+    """
+
+    def __init__(
+        self, runs: Sequence[EvaluateConfig], wanted: Sequence[Family], *, controls: bool
+    ) -> None:
+        self.runs, self.wanted, self.controls = runs, wanted, controls
 
     def help_with(self, team: Team | None) -> None:
         """Measure runs that no other process has; what cannot be measured is rank 0's to tell."""
@@ -243,12 +252,15 @@ class _Sharing:
     def _measured(self, run: EvaluateConfig) -> tuple[Mapping[str, Any], bool]:
         """A run's evaluation, and whether it was made now."""
         path = _evaluation_path(run)
-        data = HeldOut.open(run, unfinished=Unfinished(path))
+        unfinished = Unfinished(path)
+        data = HeldOut.open(run, unfinished=unfinished)
         if exists(path) and EVALUATION.holds(path) and _is_of_one_sae(run.run):
             before = read_evaluation(path)
             if data.measured_in(before, self.wanted):
                 # which an older version, or a kill, may have left out
                 write_metrics(path, before, run.run, data.sae)
+                if not self.controls:
+                    unfinished.forget()  # which a kill may have left
                 return before, False
         check_replaceable(path, EVALUATION, replace=run.replace)
         check_metric_table(path)

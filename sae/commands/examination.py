@@ -19,6 +19,7 @@ from sae.commands.evaluation_files import (
 from sae.commands.sweep import MEMBERS, read_members
 from sae.core.serialisation import CONFIG_FILE, WEIGHTS_FILE, described_sae
 from sae.evaluation.floors_file import RELIABILITY_FILE, read_reliability
+from sae.evaluation.unfinished_file import read_unfinished, unfinished_file
 from sae.formats import recognise
 from sae.formats.load import SAE_FOLDER, load
 from sae.training import checkpoint
@@ -37,6 +38,7 @@ from store.database import STORE_FILE
 from store.examination import examine_annotations, examine_store
 from store.parquet.layout import KIND as PARQUET_STORE
 
+UNFINISHED_RELIABILITY = unfinished_file(Path(RELIABILITY_FILE)).name
 _BESIDE_WEIGHTS = ("README.md",)
 _SINKS = ("tensorboard", "wandb")
 
@@ -246,6 +248,11 @@ def _sweep(found: Examination, folder: Path) -> None:
     if (folder / RELIABILITY_FILE).exists():
         with found.of(folder / RELIABILITY_FILE):
             read_reliability(folder / RELIABILITY_FILE)
+    unfinished = folder / UNFINISHED_RELIABILITY
+    if unfinished.exists():
+        with found.of(unfinished):
+            read_unfinished(unfinished)
+        found.notes.append("--reliability was interrupted, and goes on with saescope eval")
 
 
 def _store(found: Examination, path: Path) -> None:

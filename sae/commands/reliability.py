@@ -2,7 +2,8 @@
 
 The runs differ in nothing but their seed. Each is measured on all held-out documents, which is its
 evaluation, and on each of five groups of them; families with texts and a seed of their own, with
-five seeds. `sae.evaluation.reliability` says what is made of these figures.
+five seeds, the first of which is the evaluation's. `sae.evaluation.reliability` says what is made
+of these figures. Each group of each run is kept in reliability.unfinished until all are measured.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from sae.evaluation import Family
 from sae.evaluation.comparison import check_one_protocol, differing, in_words
 from sae.evaluation.floors_file import RELIABILITY_FILE, SCHEMA
 from sae.evaluation.reliability import FEWEST, Floor, floor
+from sae.evaluation.unfinished_file import Unfinished
 from sae.evaluation.written import ROWS, measured_values, rows_of, sections
 from sae.formats.hub import SCHEME
 from sae.training.run_folder import identity, read_run
@@ -94,8 +96,12 @@ def measure_reliability(
     runs: Sequence[EvaluateConfig],
     evaluations: Mapping[str, Mapping[str, Any]],
     wanted: Sequence[Family],
+    *,
+    unfinished: Unfinished | None = None,
 ) -> dict[str, Any]:
     """What reliability.json is to hold, from the runs' evaluations under one protocol.
+
+    Args: unfinished keeps the figures of each group, and has those measured before.
 
     Raises InputError for evaluations of two protocols, and the errors of `seeds_of_runs`.
     """
@@ -104,7 +110,7 @@ def measure_reliability(
     groups = []
     for number, run in enumerate(runs, 1):
         with silent():
-            groups.append(_of_groups(run, wanted))
+            groups.append(_of_groups(run, wanted, evaluations[run.run], unfinished))
         say(f"{number} of {len(runs)}  {run.run}: measured on {GROUPS} groups of its documents")
     first = evaluations[runs[0].run]
     floors = _floors([measured_values(evaluations[run.run]) for run in runs], groups, first)
@@ -155,11 +161,15 @@ def _floors(
     return found
 
 
-def _of_groups(run: EvaluateConfig, wanted: Sequence[Family]) -> list[dict[str, Any]]:
+def _of_groups(
+    run: EvaluateConfig,
+    wanted: Sequence[Family],
+    evaluation: Mapping[str, Any],
+    unfinished: Unfinished | None = None,
+) -> list[dict[str, Any]]:
     """A run's values on each group of documents, or with each seed of a metric."""
-    opened = HeldOut.open(run)
-    data = _Groups(**{each.name: getattr(opened, each.name) for each in fields(HeldOut)})
-    return [data.values_of(group, wanted) for group in range(GROUPS)]
+    data = _Groups(**vars(HeldOut.open(run, unfinished=unfinished)))
+    return [data.values_of(group, wanted, evaluation) for group in range(GROUPS)]
 
 
 def _with_seed(
@@ -185,18 +195,30 @@ class _Groups(HeldOut):
     dealt: dict[str, Tensor] = field(default_factory=dict)
     """documents of each group by what is measured, "rows" or "sequences" """
 
-    def values_of(self, group: int, wanted: Sequence[Family]) -> dict[str, Any]:
-        """The values of one group; none of families that there are too few documents for."""
+    def values_of(
+        self, group: int, wanted: Sequence[Family], evaluation: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The values of one group; none of families that there are too few documents for.
+
+        Args: evaluation is of all documents, and with the first seed of families that have one.
+        """
         self.chosen[0] = group
         of_rows, of_model, of_texts = self._applying(wanted)
         found: dict[str, Any] = {family.section: None for family in wanted}
-        if of_rows and self._enough("rows", self._documents()):
-            self.measure_rows(of_rows, found)
-        if of_model and self._enough("sequences", self._first_documents()):
-            self.measure_model(of_model, found)
         config, seeded = _with_seed(self.config, of_texts, group)
-        if seeded:
-            replace(self, config=config).measure_texts(seeded, found)
+        if not group:  # the seed of the evaluation
+            found.update({family.section: evaluation[family.section] for family in seeded})
+        dealt = {"group": [group, GROUPS], "dealt": _DEALT}
+        if of_rows and self._enough("rows", self._documents()):
+            about = {"rows": self.config.most_rows, **self._settings(of_rows), **dealt}
+            self._part(of_rows, about, self.measure_rows, found)
+        if of_model and self._enough("sequences", self._first_documents()):
+            for family in of_model:
+                about = {**self._model_facts(), **self._settings([family]), **dealt}
+                self._part([family], about, self.measure_model, found)
+        other = replace(self, config=config)
+        for family in seeded if group else ():
+            other._part([family], other._text_facts([family]), other.measure_texts, found)
         return measured_values(found)
 
     def _enough(self, what: str, documents: Tensor) -> bool:

@@ -102,6 +102,35 @@ def test_killed_before_random_changes_of_the_disk(root: Path, tmp_path: Path, sh
 
 @pytest.mark.timeout(3600)
 @FEW_OR_ALL
+def test_reliability_killed_goes_on_to_the_same_bytes(
+    root: Path, tmp_path: Path, share: str
+) -> None:
+    """Killed before changes of the disk, most of which are of groups that are kept."""
+    chance, folder = random.Random(share), tmp_path / "runs"
+    paths = [folder / f"seed-{seed}" for seed in (0, 1, 2)]
+    line = ["eval", *map(str, paths), "--tokens", "0", "--reliability"]
+
+    def prepare() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        for seed, path in enumerate(paths):
+            shutil.copytree(made(root, "train", seed), path)
+
+    prepare()
+    code, changes = killed_command(line, folder)
+    whole = content(folder)
+    assert code == 0
+    assert "reliability.json" in whole
+    assert "reliability.unfinished" not in whole
+    for kill_at in chance.sample(range(1, changes + 1), 2 if share == "few" else 20):
+        prepare()
+        assert killed_command(line, folder, kill_at)[0] == -signal.SIGKILL
+        assert killed_command(line, folder)[0] == 0, folder.with_name("said.log").read_text()
+        assert content(folder) == whole
+        assert is_clean(folder)
+
+
+@pytest.mark.timeout(3600)
+@FEW_OR_ALL
 def test_killed_while_replacing_loses_nothing(root: Path, tmp_path: Path, share: str) -> None:
     """Every change of the disk in turn, of a convert; a share of those of the others."""
     chance = random.Random(share)

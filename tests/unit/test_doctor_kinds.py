@@ -228,6 +228,16 @@ def test_a_sweep(doctor: Doctor, root: Path) -> None:
     code, text = doctor("runs")
     assert code == 1
     assert "damaged     reliability.json: its content does not match" in text
+    found.unlink()
+    left = root / "runs/reliability.unfinished"
+    write_sealed(left, {"schema": 1, "kind": "unfinished evaluation", "parts": {"a": {"n": 5}}})
+    code, text = doctor("runs")
+    assert code == 0
+    assert "--reliability was interrupted, and goes on with saescope eval" in text
+    left.write_text(left.read_text().replace("5", "4"))
+    code, text = doctor("runs")
+    assert code == 1
+    assert "damaged     reliability.unfinished: its content does not match" in text
 
 
 def test_leftovers_are_named_and_removed_only_if_asked(doctor: Doctor, root: Path) -> None:

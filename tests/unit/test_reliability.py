@@ -23,6 +23,7 @@ from saescope.__main__ import main
 from saescope.errors import InputError
 from saescope.metrics import metric
 from saescope.seals import sealed
+from tests.interrupt import Interrupt, Killed
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
 SEEDS = (0, 1, 2)
@@ -199,13 +200,71 @@ def test_groups_are_all_documents_each_once(trained: Path) -> None:
     run = EvaluateConfig(run=str(trained / NAMES[0]), tokens=0)
     wanted = chosen(("density", "reconstruction"))
     whole = HeldOut.open(run).measure(wanted)["reconstruction"]
-    groups = reliability._of_groups(run, wanted)
+    groups = reliability._of_groups(run, wanted, {})
     assert len(groups) == 5
     assert sum(each["rows"] for each in groups) == whole["rows"]
     assert sum(each["documents"] for each in groups) == whole["documents"]
     l0 = sum(each["rows"] * each["l0"] for each in groups) / whole["rows"]
     assert l0 == pytest.approx(whole["l0"])
     assert len({each["fvu"] for each in groups}) == 5
+
+
+def reliability_words(runs: Path, *more: str) -> list[str]:
+    return ["eval", str(runs), "--tokens", "0", "--reliability", *more]
+
+
+def test_after_a_kill_the_groups_that_are_left_are_measured(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, kept = runs / "reliability.json", runs / "reliability.unfinished"
+    assert main(reliability_words(runs)) == 0
+    expected = file.read_bytes()
+    file.unlink()
+    with monkeypatch.context() as patch:
+        Interrupt(patch, HeldOut, "measure_rows", 8, Killed())
+        with pytest.raises(Killed):
+            main(reliability_words(runs))
+    assert kept.exists()
+    assert not file.exists()
+    with monkeypatch.context() as patch:
+        counted = Interrupt(patch, HeldOut, "measure_rows", -1, Killed())
+        assert main(reliability_words(runs)) == 0
+    assert counted.calls == 3 * 5 - 7
+    assert file.read_bytes() == expected
+    assert not kept.exists()
+    # something else there is found before anything is measured
+    kept.write_text("mine")
+    assert main(reliability_words(runs, "--rows", "99", "--replace")) == 2
+    assert kept.read_text() == "mine"
+    assert evaluation(runs / NAMES[0])["reconstruction"]["rows"] > 99
+
+
+def test_seeds_of_a_family_are_kept_and_its_first_is_the_evaluation(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def planted(self: HeldOut, families: Any, found: dict[str, Any]) -> dict[str, Any]:
+        if len(seeds) == 9:
+            raise Killed
+        seed = self.config.absorption.seed
+        seeds.append(seed)
+        bias = float(self.sae.W_dec.detach().double().sum())
+        found[families[0].section] = {"words": 30, "absorption_fraction": bias + seed**2}
+        return {}
+
+    monkeypatch.setattr(HeldOut, "measure_texts", planted)
+    words = reliability_words(runs, "--suite", "absorption", "--replace")
+    with pytest.raises(Killed):
+        main(words)
+    assert seeds == [0, 0, 0, 1, 2, 3, 4, 1, 2]
+    seeds.clear()
+    assert main(words) == 0
+    assert seeds == [3, 4, 1, 2, 3, 4]
+    found = read_reliability(runs / "reliability.json")["floors"]["absorption_fraction"]
+    # of 0, 1, 4, 9, 16 the mean is 6 and the variance (36 + 25 + 4 + 9 + 100) / 4
+    assert found["measurement_sd"] == pytest.approx(math.sqrt(43.5))
+    assert found["paired_sd"] == pytest.approx(0, abs=1e-9)
 
 
 def test_runs_that_differ_in_more_than_their_seed(runs: Path, tmp_path: Path) -> None:
@@ -284,7 +343,7 @@ def test_groups_of_the_model(trained: Path, tmp_path: Path) -> None:
     run = EvaluateConfig(run=str(trained / NAMES[0]), tokens=1024, out=str(tmp_path / "e.json"))
     wanted = chosen(("downstream",))
     whole = sae.evaluate(run)["downstream"]
-    groups = reliability._of_groups(run, wanted)
+    groups = reliability._of_groups(run, wanted, {})
     assert sum(each["tokens"] for each in groups) == whole["tokens"]
     ce = sum(each["tokens"] * each["ce"] for each in groups) / whole["tokens"]
     assert ce == pytest.approx(whole["ce"], abs=1e-4)
