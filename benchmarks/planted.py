@@ -1,4 +1,4 @@
-"""What every architecture finds of planted dictionaries: planted*.csv, docs/reports/recovery.md.
+"""What every architecture finds of planted dictionaries: planted.csv, docs/reports/recovery.md.
 
     OMP_NUM_THREADS=1 python -m benchmarks.planted
 
@@ -10,7 +10,7 @@ import csv
 import io
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import product
@@ -33,11 +33,10 @@ from benchmarks.running import run
 from sae.architectures import list_architectures
 from sae.bench.rows import processor
 from sae.evaluation.planted import PlantedConfig, PlantedDictionary, Structure
-from sae.papers.hiding_data import Hiding, Start, distance
 from saescope import __version__
 from saescope.artefact import git_commit, write_bytes
 from saescope.config import Config
-from saescope.errors import InputError, check_range
+from saescope.errors import check_choice, check_range
 from saescope.metrics import texts
 from saescope.progress import say
 
@@ -52,10 +51,6 @@ COLUMNS = (
     "untrained", "pca", "nmf", "absorption", "absorption_fraction", "parent_missed",
     "parent_missed_alone", "parents_found", "saescope", "torch", "cpu", "commit",
 )  # fmt: skip
-MASKING_KEY = (
-    "start", "noise", "masked", "seed", *(field.name for field in fields(Hiding)),
-)  # fmt: skip
-MASKING_COLUMNS = ("date", *MASKING_KEY, "distance", "saescope", "torch", "cpu", "commit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,26 +65,16 @@ class PlantedBenchmark(Config):
     """Seeds, each of another dictionary and other initial weights."""
     steps: int = 600
     """Steps of each training."""
-    noise: tuple[float, ...] = (0.01, 0.02, 0.03, 0.05, 0.1)
-    """Noise levels at which masked training is compared with plain."""
     threads: int = 1
     """Threads of torch."""
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
-            if kind not in list_architectures():
-                raise InputError(
-                    "no such architecture", where="kinds", given=kind, allowed=list_architectures()
-                )
+            check_choice("no such architecture", "kinds", kind, list_architectures())
         for name in self.data:
-            if name not in get_args(Structure):
-                raise InputError(
-                    "no such structure", where="data", given=name, allowed=get_args(Structure)
-                )
+            check_choice("no such structure", "data", name, get_args(Structure))
         for name in ("seeds", "steps", "threads"):
             check_range(name, getattr(self, name), low=1)
-        for noise in self.noise:
-            check_range("noise", noise, low=0)
 
 
 class Table:
@@ -142,22 +127,6 @@ def architecture_rows(config: PlantedBenchmark) -> list[dict[str, str]]:
     return found
 
 
-def masking_rows(config: PlantedBenchmark) -> list[dict[str, str]]:
-    """Masked and plain training at every noise level, from both starts, with every seed."""
-    table = Table("planted_masking.csv", MASKING_COLUMNS, MASKING_KEY)
-    size, found = Hiding(), []
-    for start, noise, masked, seed in product(
-        get_args(Start), config.noise, (False, True), range(config.seeds)
-    ):
-        key = {"start": start, "noise": noise, "masked": masked, "seed": seed, **vars(size)}
-        row = table.row(
-            key, partial(_distance, size, noise=noise, masked=masked, start=start, seed=seed)
-        )
-        say(f"start {start}, noise {noise}, masked {masked}, {seed}: {row['distance']}")
-        found.append(row)
-    return found
-
-
 @cache
 def _controls(planted: PlantedConfig, d_sae: int) -> dict[str, float]:
     return controls(PlantedDictionary(planted), d_sae)
@@ -191,11 +160,6 @@ def _measured(kind: str, config: PlantedConfig, recipe: Recipe) -> dict[str, flo
     }
 
 
-def _distance(size: Hiding, **options: Any) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        return {"distance": distance(size, Path(folder), **options)}
-
-
 def _facts() -> dict[str, str]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -209,9 +173,9 @@ def _facts() -> dict[str, str]:
 def write(config: PlantedBenchmark) -> None:
     """Run what is not there yet and write the page."""
     torch.set_num_threads(config.threads)
-    rows, masking = architecture_rows(config), masking_rows(config)
+    rows = architecture_rows(config)
     if not config.kinds:
-        write_bytes(PAGE, page(rows, masking).encode())
+        write_bytes(PAGE, page(rows).encode())
         say(f"{PAGE.relative_to(ROOT)} written")
 
 

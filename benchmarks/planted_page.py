@@ -1,4 +1,4 @@
-"""The page docs/reports/recovery.md, made of the rows of planted.csv and planted_masking.csv."""
+"""The page docs/reports/recovery.md, made of the rows of planted.csv."""
 
 from statistics import mean, stdev
 
@@ -14,7 +14,7 @@ _TITLES = {
 }
 
 
-def page(rows: list[Row], masking: list[Row]) -> str:
+def page(rows: list[Row]) -> str:
     """The whole page in Markdown."""
     first = rows[0]
     seeds = len({row["seed"] for row in rows})
@@ -22,10 +22,10 @@ def page(rows: list[Row], masking: list[Row]) -> str:
         "# Planted dictionaries",
         "",
         "Data made of known directions, so that what an SAE finds can be counted. Written by "
-        "`python -m benchmarks.planted` from `benchmarks/results/planted.csv` and "
-        "`planted_masking.csv`; figures are means over "
-        f"{seeds} seeds (each another dictionary and other initial weights), ± their standard "
-        "deviation.",
+        "`python -m benchmarks.planted` from `benchmarks/results/planted.csv`; figures are means "
+        f"over {seeds} seeds (each another dictionary and other initial weights), ± their standard "
+        "deviation. Whether training with hidden coordinates finds planted atoms better is on a "
+        "page of its own: [Hiding data helps](../papers/hiding-data.md).",
         "",
         f"{first['true']} true unit directions in {first['d_in']} dimensions, {first['active']} "
         "active a row on average with Zipf frequencies and strengths uniform on [1, 2], a "
@@ -51,7 +51,6 @@ def page(rows: list[Row], masking: list[Row]) -> str:
     if "hierarchical" in {row["data"] for row in rows}:
         lines += ["", "## Absorption", "", _ABSORPTION, ""]
         lines += _absorption([row for row in rows if row["data"] == "hierarchical"])
-    lines += ["", "## Masked training", "", _masking_text(masking), "", *_masking(masking)]
     return "\n".join(lines) + "\n"
 
 
@@ -116,37 +115,6 @@ def _absorption(rows: list[Row]) -> list[str]:
             _L0.shown(_mean_of(own, "l0")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def _masking_text(rows: list[Row]) -> str:
-    size = rows[0]
-    return (
-        f"Chidambaram et al. (2023): {size['true']} atoms in {size['d_in']} dimensions, "
-        f"{size['k']} active, a dictionary of {size['d_sae']}, {size['rows']} rows read "
-        f"{int(size['steps']) * int(size['batch_size']) // int(size['rows'])} times, orthogonal "
-        f"matching pursuit; masked, the code sees {float(size['visible']):.0%} of the coordinates "
-        "and is judged by the others. The distance is the mean over true atoms of min(1 - |cos|), "
-        "0 at best. *truth* starts at the true atoms and other rows, and shows what each objective "
-        "makes of them; *samples* starts at other rows alone."
-    )
-
-
-def _masking(rows: list[Row]) -> list[str]:
-    lines = ["| start | noise | plain | masked | better |", "|---|---|---|---|---|"]
-    for start, noise in dict.fromkeys((row["start"], row["noise"]) for row in rows):
-        own = [row for row in rows if (row["start"], row["noise"]) == (start, noise)]
-        plain = [row for row in own if row["masked"] == "False"]
-        masked = [row for row in own if row["masked"] == "True"]
-        wins = sum(
-            float(one["distance"]) < float(other["distance"])
-            for one, other in zip(masked, plain, strict=True)
-        )
-        better = {len(plain): "masked", 0: "plain"}.get(wins, f"masked in {wins} of {len(plain)}")
-        lines.append(
-            f"| {start} | {noise} | {_spread(plain, 'distance', 4)} "
-            f"| {_spread(masked, 'distance', 4)} | {better} |"
-        )
     return lines
 
 
