@@ -11,7 +11,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, HERE = "reference/messages.md", "<!-- all messages -->"
-ERRORS = ("InputError", "ArtefactError", "DamagedError", "ChangedError")
+ERRORS = ("InputError", "ArtefactError", "DamagedError", "ChangedError", "check_choice")
+"""what is called with a message's text first"""
 THEMES = {
     "Configuration, files and the command line": ("saescope",),
     "Text and other corpora": ("activations/corpora",),

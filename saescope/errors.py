@@ -1,6 +1,6 @@
 """The errors a user can meet: each says what is wrong, where, what was given, what is allowed."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 _UNSET = object()
 _LONGEST = 2000
@@ -73,3 +73,12 @@ def check_range(
     if not all(holds for _, _, holds in bounds):
         allowed = " and ".join(f"{word} {bound}" for bound, word, _ in bounds)
         raise InputError("out of range", where=where, given=value, allowed=allowed)
+
+
+def check_choice(what: str, where: str, value: object, allowed: Collection[object]) -> None:
+    """Raise InputError, which says `what`, unless value is one of those allowed.
+
+    >>> check_choice("no such activation", "sae.activation", "relu", ("relu", "topk"))
+    """
+    if value not in allowed:
+        raise InputError(what, where=where, given=value, allowed=allowed)

@@ -9,7 +9,7 @@ from activations.corpora.sequences import JOINED, SEPARATE
 from activations.models.config import ModelConfig
 from activations.storage.row_formats import StorageKind
 from saescope.config import Config
-from saescope.errors import InputError, check_range
+from saescope.errors import InputError, check_choice, check_range
 
 BATCH_SEQUENCES = 16
 """Sequences in one forward pass where no budget of memory says how many."""
@@ -98,10 +98,7 @@ class HarvestConfig(Config):
             check_batch_memory(self.batch_memory, self.batch_sequences)
         if self.statistics_windows is not None:
             check_range("statistics_windows", self.statistics_windows, low=1)
-        if self.packing not in (JOINED, SEPARATE):
-            raise InputError(
-                "no such packing", where="packing", given=self.packing, allowed=(JOINED, SEPARATE)
-            )
+        check_choice("no such packing", "packing", self.packing, (JOINED, SEPARATE))
         if self.outliers is not None:
             check_range("outliers", self.outliers, above=1)
         if self.max_tokens is not None:

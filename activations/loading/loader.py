@@ -29,7 +29,7 @@ from activations.loading.unshuffled import checked_sites
 from activations.storage.layout import ROW_TOKEN
 from activations.storage.reader import ActivationStore
 from activations.storage.row_formats import RowArray, rows_in
-from saescope.errors import InputError
+from saescope.errors import InputError, check_choice
 from saescope.integers import as_index
 
 BatchT = TypeVar("BatchT", covariant=True)
@@ -133,10 +133,7 @@ class ActivationLoader(Generic[BatchT]):
         mix_chunks = as_index(mix_chunks, where="mix_chunks", low=1)
         seed = as_index(seed, where="seed", low=0)
         prefetch = as_index(prefetch, where="prefetch", low=0)
-        if dtype not in get_args(BatchDtype):
-            raise InputError(
-                "no dtype of batches", where="dtype", given=dtype, allowed=get_args(BatchDtype)
-            )
+        check_choice("no dtype of batches", "dtype", dtype, get_args(BatchDtype))
         if epochs is not None:
             epochs = as_index(epochs, where="epochs", low=1)
         self.sites = checked_sites(store, sites)

@@ -7,7 +7,7 @@ from typing import Any
 from activations.models.devices import DTYPES
 from activations.models.packaged import PACKAGED_MODELS
 from saescope.config import Config
-from saescope.errors import InputError, check_range
+from saescope.errors import InputError, check_choice, check_range
 
 _TRUST = "trust_remote_code"
 KINDS = ("language", "text_encoder", "vision", "diffusion")
@@ -80,17 +80,8 @@ class ModelConfig(Config):
             raise InputError(
                 "is for models of the kind diffusion", where="model.diffusion", given=self.kind
             )
-        if self.dtype not in ("auto", *DTYPES):
-            raise InputError(
-                "unknown precision",
-                where="model.dtype",
-                given=self.dtype,
-                allowed=("auto", *DTYPES),
-            )
-        if self.kind not in KINDS:
-            raise InputError(
-                "unknown kind of model", where="model.kind", given=self.kind, allowed=KINDS
-            )
+        check_choice("unknown precision", "model.dtype", self.dtype, ("auto", *DTYPES))
+        check_choice("unknown kind of model", "model.kind", self.kind, KINDS)
         if not self.spec:
             raise InputError("empty", where="model.spec", given=self.spec, allowed=PACKAGED_MODELS)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from activations import ActivationStore
 from activations.loading.unshuffled import aligned_rows
 from activations.sites.names import layer_of
-from saescope.errors import InputError, check_range
+from saescope.errors import InputError, check_choice, check_range
 
 Centre = Literal["mean", "ema"]
 _PIECE = 512
@@ -138,8 +138,7 @@ def centred_rows(
     lens: AffineTransform | None = None,
 ) -> Iterator[Float64[Tensor, "tokens site d"]]:
     """Pieces of at most 512 tokens at all sites, each site centred; see `layer_distances`."""
-    if centre not in get_args(Centre):
-        raise InputError("no such centre", where="centre", given=centre, allowed=get_args(Centre))
+    check_choice("no such centre", "centre", centre, get_args(Centre))
     check_range("rate", rate, above=0, high=1)
     widths = {store.d_in(site) for site in sites}
     if len(sites) < 2 or len(widths) > 1:

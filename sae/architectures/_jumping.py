@@ -29,7 +29,7 @@ from sae.core.batch import TrainingBatch
 from sae.core.config import ADDED
 from sae.distributed import FEATURES
 from sae.kernels.codes import SparseCodes
-from saescope.errors import InputError, check_range
+from saescope.errors import check_choice, check_range
 
 Penalty = Literal["tanh", "step"]
 
@@ -65,13 +65,7 @@ class JumpingConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.penalty not in get_args(Penalty):
-            raise InputError(
-                "no such penalty",
-                where="sae.penalty",
-                given=self.penalty,
-                allowed=get_args(Penalty),
-            )
+        check_choice("no such penalty", "sae.penalty", self.penalty, get_args(Penalty))
         for name in ("l0_coefficient", "pre_act_coefficient"):
             check_range(f"sae.{name}", getattr(self, name), low=0)
         for name in ("tanh_scale", "initial_threshold", "bandwidth"):

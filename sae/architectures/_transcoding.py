@@ -34,7 +34,7 @@ from sae.core.base import TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.core.plain import Rule
 from sae.kernels.codes import SparseCodes
-from saescope.errors import InputError, check_range
+from saescope.errors import InputError, check_choice, check_range
 
 Activation = Literal["topk", "relu", "jumprelu"]
 
@@ -52,13 +52,7 @@ class TranscodingConfig(AuxKConfig, L1WeightConfig, JumpingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.activation not in get_args(Activation):
-            raise InputError(
-                "no such activation",
-                where="sae.activation",
-                given=self.activation,
-                allowed=get_args(Activation),
-            )
+        check_choice("no such activation", "sae.activation", self.activation, get_args(Activation))
         check_range("sae.k", self.k, low=1)
         if self.activation == "topk":
             check_range("sae.k", self.k, low=1, high=self.d_sae)

@@ -25,7 +25,7 @@ from sae.architectures.topk import TopKFields, TopKSAE
 from sae.core.base import SAEConfig, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.kernels.fixed_order_sums import product
-from saescope.errors import InputError, check_range
+from saescope.errors import InputError, check_choice, check_range
 
 _KMEANS_ITERATIONS = 20
 
@@ -48,13 +48,7 @@ class ArchetypalConfig(TopKFields):
         super().__post_init__()
         check_range("sae.n_candidates", self.n_candidates, low=1)
         check_range("sae.delta", self.delta, low=0)
-        if self.candidates not in ("kmeans", "sample"):
-            raise InputError(
-                "no such candidates",
-                where="sae.candidates",
-                given=self.candidates,
-                allowed=("kmeans", "sample"),
-            )
+        check_choice("no such candidates", "sae.candidates", self.candidates, ("kmeans", "sample"))
 
 
 @register

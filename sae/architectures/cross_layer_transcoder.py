@@ -36,7 +36,7 @@ from sae.core.base import SAEConfig, SparseAutoencoder, TrainingOutput, Training
 from sae.core.batch import TrainingBatch
 from sae.core.normaliser import Normaliser
 from sae.kernels.codes import SparseCodes
-from saescope.errors import InputError, check_range
+from saescope.errors import InputError, check_choice, check_range
 
 Activation = Literal["jumprelu", "relu"]
 _CALIBRATION_ROWS = 2048
@@ -55,13 +55,7 @@ class CrossLayerTranscoderConfig(JumpingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.activation not in get_args(Activation):
-            raise InputError(
-                "no such activation",
-                where="sae.activation",
-                given=self.activation,
-                allowed=get_args(Activation),
-            )
+        check_choice("no such activation", "sae.activation", self.activation, get_args(Activation))
         if self.activation == "relu" and self.penalty == "step":
             raise InputError(
                 "without thresholds nothing has a gradient of the number of active features",

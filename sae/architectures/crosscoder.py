@@ -27,7 +27,7 @@ from sae.core.base import SAEConfig, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.distributed import ROWS
 from sae.kernels.codes import SparseCodes
-from saescope.errors import InputError, check_range
+from saescope.errors import InputError, check_choice, check_range
 
 Activation = Literal["relu", "topk", "batchtopk"]
 _EMA_DECAY = 0.99
@@ -49,13 +49,7 @@ class CrosscoderConfig(AuxKConfig, L1WeightConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.activation not in get_args(Activation):
-            raise InputError(
-                "no such activation",
-                where="sae.activation",
-                given=self.activation,
-                allowed=get_args(Activation),
-            )
+        check_choice("no such activation", "sae.activation", self.activation, get_args(Activation))
         check_range("sae.k", self.k, above=0)
         if self.activation != "relu":
             check_range("sae.k", self.k, above=0, high=self.d_sae)

@@ -28,7 +28,7 @@ from sae.core.base import SAEConfig
 from sae.core.batch import TrainingBatch
 from sae.distributed import ROWS
 from sae.kernels.codes import SparseCodes
-from saescope.errors import InputError, check_range
+from saescope.errors import InputError, check_choice, check_range
 
 _CHUNK_ELEMENTS = 2**22
 """of dense codes held at a time"""
@@ -55,13 +55,7 @@ class CSRConfig(TopKFields):
         super().__post_init__()
         check_range("sae.gamma", self.gamma, low=0)
         check_range("sae.temperature", self.temperature, above=0)
-        if self.positives not in ("self", "class"):
-            raise InputError(
-                "no such positives",
-                where="sae.positives",
-                given=self.positives,
-                allowed=("self", "class"),
-            )
+        check_choice("no such positives", "sae.positives", self.positives, ("self", "class"))
 
     @property
     def needs_labels(self) -> bool:

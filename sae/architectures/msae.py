@@ -26,7 +26,7 @@ from sae.core.base import SAEConfig, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.core.plain import Rule
 from sae.kernels.codes import SparseCodes
-from saescope.errors import InputError
+from saescope.errors import InputError, check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +50,7 @@ class MSAEConfig(AuxKConfig):
             self.check_k("ks", level)
         if any(low >= high for low, high in zip(self.ks, self.ks[1:], strict=False)):
             raise InputError("levels must rise", where="sae.ks", given=self.ks)
-        if self.weighting not in ("uniform", "reverse"):
-            raise InputError(
-                "no such weighting",
-                where="sae.weighting",
-                given=self.weighting,
-                allowed=("uniform", "reverse"),
-            )
+        check_choice("no such weighting", "sae.weighting", self.weighting, ("uniform", "reverse"))
 
     @property
     def levels(self) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from sae.circuits.pruning import cumulative, with_influence
 from sae.circuits.rows import EdgeRows
 from sae.core.base import SparseAutoencoder
 from sae.data.token_ids import token_ids
-from saescope.errors import InputError
+from saescope.errors import InputError, check_choice
 from saescope.integers import as_index
 from saescope.progress import silent
 
@@ -77,8 +77,7 @@ def circuit(
 
     >>> graph = sae.circuit(model, transcoders, "The capital of France is")   # doctest: +SKIP
     """
-    if method not in get_args(Method):
-        raise InputError("no such method", where="method", given=method, allowed=get_args(Method))
+    check_choice("no such method", "method", method, get_args(Method))
     batch = as_index(batch, where="batch", low=1)
     max_features = as_index(max_features, where="max_features", low=1)
     ids = token_ids(model, prompt, name="prompt", where="prompt")

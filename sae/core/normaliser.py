@@ -10,7 +10,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from saescope.errors import InputError
+from saescope.errors import InputError, check_choice
 
 NormaliserKind = Literal["none", "unit_mean_square", "sqrt_d", "centred", "standardised"]
 _EPS = 1e-5
@@ -61,13 +61,7 @@ class Normaliser:
         Raises InputError for an unknown kind, for data that does not vary but for rounding, or if
         what the kind needs is not given.
         """
-        if kind not in get_args(NormaliserKind):
-            raise InputError(
-                "no such normaliser",
-                where="normaliser",
-                given=kind,
-                allowed=get_args(NormaliserKind),
-            )
+        check_choice("no such normaliser", "normaliser", kind, get_args(NormaliserKind))
         mean = mean.to(torch.float64)
         variance = mean_square - float(mean.square().sum())
         _check_varies(variance, mean_square)

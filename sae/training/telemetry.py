@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from saescope.artefact import DamagedError, fsync_path, sha256_json, write_bytes
-from saescope.errors import InputError
+from saescope.errors import InputError, check_choice
 from saescope.progress import say
 from saescope.seals import FileSeal, crc32c_text
 
@@ -158,10 +158,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 def check_sink(kind: SinkKind) -> None:
     """Raise InputError if a sink is not one of the known, or its package is not installed."""
-    if kind not in get_args(SinkKind):
-        raise InputError(
-            "no such telemetry", where="telemetry", given=kind, allowed=get_args(SinkKind)
-        )
+    check_choice("no such telemetry", "telemetry", kind, get_args(SinkKind))
     if kind != "none":
         _module(kind)
 

@@ -47,3 +47,4 @@ def test_all_messages_are_listed_by_theme() -> None:
     assert sum(map(len, found.values())) > 400
     assert "no such site of this SAE" not in found["The explorer"]
     assert "the text is longer than the model's context" in found["Steering"]
+    assert "no such activation" in found["Architectures and training"]  # of check_choice

@@ -31,7 +31,7 @@ from activations.models.attention import HeadOutputs
 from sae.analysis.attention.sums import sum_at
 from sae.core.base import SparseAutoencoder
 from sae.data.model_placement import placement_in
-from saescope.errors import InputError
+from saescope.errors import InputError, check_choice
 
 Side = Literal["decoder", "encoder"]
 _SMALLEST = 1e-3
@@ -148,8 +148,7 @@ def head_attribution(
     >>> found = head_attribution(model, sae)                                   # doctest: +SKIP
     >>> found.features_of(head=3, count=10), found.random_top_share            # doctest: +SKIP
     """
-    if by not in get_args(Side):
-        raise InputError("no such weights", where="by", given=by, allowed=get_args(Side))
+    check_choice("no such weights", "by", by, get_args(Side))
     if sae.transcodes or sae.concatenates:
         raise InputError("reads and writes different sites", where="head_attribution")
     placement = placement_in(model, sae, site, allow_other_model=allow_other_model)
