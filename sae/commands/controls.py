@@ -17,7 +17,7 @@ from sae.commands.held_out import HeldOut
 from sae.evaluation import Family
 from sae.evaluation.controls import controls
 from sae.evaluation.controls_file import KIND, SCHEMA
-from sae.evaluation.ranks import CONTROLS, TRAINED, ranking
+from sae.evaluation.ranks import CONTROLS, DIFFERENCE, TRAINED, ranking
 from sae.evaluation.unfinished_file import Unfinished
 from sae.evaluation.written import ROWS, measured_values, rows_of
 from saescope.artefact import sha256_json
@@ -81,9 +81,11 @@ def measure_controls(
 
 
 def _renamed(evaluation: Mapping[str, Any], value: str, name: str) -> dict[str, Any]:
-    """A value of an evaluation, with its interval, by another name; nothing if it is not there."""
+    """A value of an evaluation by another name, with its interval and how far the SAE is above it;
+    nothing if it is not there."""
     values = measured_values(evaluation)
-    pairs = ((f"{name}{end}", f"{value}{end}") for end in ("", "_interval"))
+    ends = ("", "_interval", f"_{DIFFERENCE}", f"_{DIFFERENCE}_interval")
+    pairs = ((f"{name}{end}", f"{value}{end}") for end in ends)
     return {new: values[old] for new, old in pairs if old in values}
 
 

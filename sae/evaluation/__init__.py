@@ -62,7 +62,8 @@ class OwnTexts:
     """the table as lines for people"""
     controls: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """for `--controls`, of a metric that it measures of a control as well: the name of each
-    control (`sae.evaluation.ranks.CONTROLS`) and of the value that is the metric of it"""
+    control (`sae.evaluation.ranks.CONTROLS`) and of the value that is the metric of it. Where both
+    are of the same units, `sae.evaluation.paired` adds how far the SAE is above that value"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import torch
 
 from sae.evaluation import OwnTexts, metric_family
 from sae.evaluation.on_texts import OnTexts
+from sae.evaluation.paired import unit_by_unit
 from sae.probing import text_rows
 from sae.probing.first_letter import (
     LEAST_LETTERS,
@@ -180,4 +181,7 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         return found | dict.fromkeys(values)
     for name, each in values.items():
         found[name], found[f"{name}_interval"] = mean_and_interval(each)
+    for name, value in (("absorption_fraction", "fraction"), ("letter_f1", "main_f1")):
+        sae, untrained = ({row["letter"]: row[value] for row in each} for each in (own, control))
+        found |= unit_by_unit(f"{name}_untrained", sae, untrained)
     return found

@@ -14,6 +14,7 @@ from sae.core.base import SparseAutoencoder
 from sae.evaluation.divergence import divergence_in_place
 from sae.evaluation.in_model import Splice
 from sae.evaluation.intervals import half_width
+from sae.evaluation.paired import named
 from sae.probing.kept_rows import Row, kept_rows
 from sae.probing.text_rows import TextModel, of_one_length
 from sae.probing.unlearning import clamp_values, clamped
@@ -121,10 +122,39 @@ def _means(rows: Sequence[Row], wanted: Sequence[int]) -> dict[str, float | None
     return found
 
 
+def rise_difference(
+    rows: Sequence[Row], wanted: Sequence[int], others: Sequence[int]
+) -> tuple[float, float | None]:
+    """How much more cross-entropy rises with some clamps than with others, in nats a token, and
+    half of its 95% interval with texts as the unit; of several clamps it is their mean.
+
+    rows: of the same texts with each clamp.
+    """
+    texts = sorted({row["text"] for row in rows})
+    index = {text: number for number, text in enumerate(texts)}
+    beyond, tokens = torch.zeros(2, len(texts), dtype=torch.float64)
+    for clamps, sign in ((wanted, 1), (others, -1)):
+        for row in (each for each in rows if each["clamp"] in clamps):
+            at = index[row["text"]]
+            beyond[at] += sign * (row["ce"] - row["ce_clean"]) / len(clamps)
+            tokens[at] = row["tokens"]
+    return float(beyond.sum() / tokens.sum()), half_width(beyond, tokens)
+
+
 def on_sets(
-    clamping: Clamping, clamps: Sequence[Clamp], texts: Mapping[str, list[str]], what: str
+    clamping: Clamping,
+    clamps: Sequence[Clamp],
+    texts: Mapping[str, list[str]],
+    what: str,
+    *,
+    beside: str | None = None,
 ) -> list[Row]:
-    """A row for each clamp, its draws together: what it does to texts of the subject and others."""
+    """A row for each clamp, its draws together: what it does to texts of the subject and others.
+
+    Args: beside is a method of one clamp: rows of other methods say how much more cross-entropy
+    rises with it than with theirs, text by text.
+    """
+    first = [number for number, each in enumerate(clamps) if each.method == beside]
     rows = {name: clamping.measure(clamps, own, f"{what}, {name}") for name, own in texts.items()}
     found = []
     for key in dict.fromkeys((each.method, each.n, each.strength) for each in clamps):
@@ -133,5 +163,7 @@ def on_sets(
         row = {"method": key[0], "n": key[1], "strength": key[2], "features": features}
         for name, own in rows.items():
             row |= {f"{name}_{value}": v for value, v in _means(own, wanted).items()}
+            if first and key[0] != beside:
+                row |= named(f"{name}_rise", *rise_difference(own, first, wanted))
         found.append(row)
     return found

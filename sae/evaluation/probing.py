@@ -4,7 +4,7 @@ Definitions are in `sae.probing`; the protocol is docs/reference/probing.md. The
 of Gurnee et al. 2023 and Kantamneni et al. 2025.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from sae.core.base import SparseAutoencoder
 from sae.evaluation import OwnTexts, metric_family
 from sae.evaluation.on_texts import OnTexts
+from sae.evaluation.paired import unit_by_unit
 from sae.kernels.codes import SparseCodes
 from sae.probing import suite, tables, text_rows
 from sae.probing.config import ProbingConfig
@@ -133,7 +134,8 @@ def probing(given: OnTexts[ProbingConfig]) -> dict[str, Any]:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The metrics, of the normal setting; `sae.probing.tables` has all settings and methods."""
-    table = tables.over_sets(tables.by_set(rows))
+    sets = tables.by_set(rows)
+    table = tables.over_sets(sets)
     found: dict[str, Any] = {"sets": len({row["set"] for row in rows})}
     for row in table:
         if row["setting"] != "normal" or (row["method"] != "raw" and row["k"] not in KS):
@@ -145,10 +147,22 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             if k == 16:
                 found |= _with_interval("probing_accuracy_k16", row, "accuracy")
         elif row["method"] in _CONTROLS:
-            found |= _with_interval(f"probing_auc_k{k}_{row['method']}", row, "auc")
+            name = f"probing_auc_k{k}_{row['method']}"
+            found |= _with_interval(name, row, "auc")
+            found |= unit_by_unit(name, _by_set(sets, "sae", k), _by_set(sets, row["method"], k))
         elif row["method"] == "raw":
             found |= _with_interval("probing_auc_raw", row, "auc")
     return found
+
+
+def _by_set(sets: list[dict[str, Any]], method: str, k: int) -> dict[Hashable, float]:
+    """The AUC of each set in the normal setting, over seeds."""
+    wanted = ("normal", method, k)
+    return {
+        row["set"]: row["auc"]
+        for row in sets
+        if (row["setting"], row["method"], row["k"]) == wanted
+    }
 
 
 def _with_interval(name: str, row: dict[str, Any], value: str) -> dict[str, Any]:

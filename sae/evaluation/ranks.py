@@ -8,14 +8,18 @@ from saescope.metrics import Metric
 
 CONTROLS = ("permuted", "random", "untrained", "pca")
 ORACLE, TRAINED = "oracle", "trained"
+DIFFERENCE = "difference"
+"""ending of how far the trained SAE is above a control's figure, unit by unit"""
 
 
 def ranking(row: Metric, values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """How a metric ranks each control against the trained SAE, from what was measured of all.
 
-    "right": the trained one is better, by more than the intervals of the two allow where there are
-    intervals. "wrong": the control is. Else "cannot tell". Empty for a metric without a better way,
-    without a figure of the trained one, or that no control was measured by.
+    "right": the trained one is better, by more than the interval of the differences unit by unit
+    allows where the control has them (`sae.evaluation.paired`), or else by more than the intervals
+    of the two allow where there are intervals. "wrong": the control is. Else "cannot tell". Empty
+    for a metric without a better way, without a figure of the trained one, or that no control was
+    measured by.
 
     >>> from saescope.metrics import metric
     >>> ranking(metric("fvu"), {"trained": {"fvu": 0.2}, "random": {"fvu": 0.9}})
@@ -25,11 +29,19 @@ def ranking(row: Metric, values: Mapping[str, Mapping[str, Any]]) -> dict[str, s
         return {}
     trained, words = values[TRAINED], {"better": "right", "worse": "wrong"}
     found = {}
+    alike = ROUNDING * abs(trained[row.name])
+    paired, key = f"{row.name}_{DIFFERENCE}", f"{row.name}_interval"
     for name in (name for name in CONTROLS if row.name in values.get(name, {})):
-        alike = ROUNDING * abs(trained.get(row.name) or 0.0)
-        key, both = f"{row.name}_interval", (trained, values[name])
-        told = None if row.interval and all(key in each for each in both) else alike
-        verdict = compared(row, values[name], trained, told).verdict
+        control = values[name]
+        if control.get(paired) is not None:
+            half = control[f"{paired}_interval"]
+            told = None if half is None else max(half, alike)
+            # no intervals are given, so that without `told` nothing is
+            pair = ({row.name: 0.0}, {row.name: control[paired]})
+        else:
+            told = None if row.interval and key in trained and key in control else alike
+            pair = (control, trained)
+        verdict = compared(row, *pair, told).verdict
         found[name] = words.get(verdict, verdict)
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sae.evaluation import OwnTexts, metric_family
 from sae.evaluation.on_texts import OnTexts
+from sae.evaluation.paired import unit_by_unit
 from sae.probing.family_file import FamilyFile
 from sae.probing.representations import untrained
 from sae.probing.scores import mean_and_interval
@@ -165,4 +166,15 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     for name, (method, value) in of.items():
         own = [row[value] for row in rows if row["method"] == method]
         found[name], found[f"{name}_interval"] = mean_and_interval(own)
+    by_method = {
+        method: {
+            (row["kind"], row["attribute"]): row["disentangle"]
+            for row in rows
+            if row["method"] == method
+        }
+        for method in ("sae", "random", "untrained")
+    }
+    for method in ("random", "untrained"):
+        name = f"ravel_disentangle_{method}"
+        found |= unit_by_unit(name, by_method["sae"], by_method[method])
     return found

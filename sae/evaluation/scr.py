@@ -11,6 +11,7 @@ from typing import Any
 
 from sae.evaluation import OwnTexts, metric_family
 from sae.evaluation.on_texts import OnTexts, subject_of
+from sae.evaluation.paired import named
 from sae.probing import spurious, text_rows
 from sae.probing.divisions import TEST_SHARE
 from sae.probing.kept_rows import Row, kept_rows
@@ -18,7 +19,7 @@ from sae.probing.labelled_sets import SetSource, labelled_sets
 from sae.probing.logistic import STRENGTHS
 from sae.probing.removal_config import AUDIT, BETWEEN, SCRConfig
 from sae.probing.removal_tables import removal_lines, write_removal
-from sae.probing.spurious import paired, scr_rows, scr_scores
+from sae.probing.spurious import paired, scr_difference, scr_rows, scr_scores
 from saescope.artefact import sha256_json
 from saescope.errors import InputError
 from saescope.metrics import Metric
@@ -160,5 +161,7 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         name = f"scr_n{row['n']}" + ("" if row["method"] == "sae" else f"_{row['method']}")
         if any(name == metric.name for metric in METRICS):
             found |= {name: row["scr"], f"{name}_interval": row["scr_interval"]}
+            if row["method"] != "sae" and row["scr"] is not None:
+                found |= named(name, *scr_difference(rows, "sae", row["method"], row["n"]))
     gaps = {row["pair"]: row["gap"] for row in scores if row["pair"] is not None}
     return {**found, "scr_gap": sum(gaps.values()) / len(gaps)}

@@ -11,12 +11,13 @@ from typing import Any
 
 from sae.evaluation import OwnTexts, metric_family
 from sae.evaluation.on_texts import OnTexts, subject_of
+from sae.evaluation.paired import unit_by_unit
 from sae.probing import perturbation, text_rows
 from sae.probing.divisions import TEST_SHARE
 from sae.probing.kept_rows import Row, kept_rows
 from sae.probing.labelled_sets import labelled_sets
 from sae.probing.logistic import STRENGTHS
-from sae.probing.perturbation import group_of, tpp_rows, tpp_scores
+from sae.probing.perturbation import group_of, tpp_by_division, tpp_rows, tpp_scores
 from sae.probing.removal_config import AUDIT, TPPConfig
 from sae.probing.removal_tables import removal_lines, write_removal
 from saescope.artefact import sha256_json
@@ -140,6 +141,11 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         name = f"tpp_n{row['n']}" + ("" if row["method"] == "sae" else f"_{row['method']}")
         if any(name == metric.name for metric in METRICS):
             found |= {name: row["tpp"], f"{name}_interval": row["tpp_interval"]}
+            if row["method"] != "sae":
+                each = (
+                    tpp_by_division(rows, method, row["n"]) for method in ("sae", row["method"])
+                )
+                found |= unit_by_unit(name, *each)
         if name == "tpp_n20":
             found |= {
                 "tpp_n20_unintended": row["unintended"],

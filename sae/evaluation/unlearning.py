@@ -14,6 +14,8 @@ from sae.core.base import SparseAutoencoder
 from sae.evaluation import OwnTexts, metric_family
 from sae.evaluation.clamping import Clamp, Clamping, on_sets
 from sae.evaluation.on_texts import OnTexts, subject_of
+from sae.evaluation.paired import named
+from sae.evaluation.ranks import DIFFERENCE
 from sae.probing import text_rows
 from sae.probing import unlearning as definitions
 from sae.probing.kept_rows import Row
@@ -239,7 +241,7 @@ def unlearning(given: OnTexts[UnlearningConfig]) -> dict[str, Any]:
         same = replace(config, ns=(best["n"],), strengths=(best["strength"],))
         of_method = {"sae": subject.sae, "random": subject.sae, "untrained": subject.untrained}
         chosen = [c for method, sae in of_method.items() for c in _clamps(sae, rows, same, method)]
-        tested = on_sets(clamping, chosen, texts.test, "the chosen clamp")
+        tested = on_sets(clamping, chosen, texts.test, "the chosen clamp", beside="sae")
     given.tables["unlearning"] = [
         *({"texts": "choice", **row} for row in table),
         *({"texts": "test", **row} for row in tested),
@@ -264,4 +266,7 @@ def summary(tested: Sequence[Row]) -> dict[str, Any]:
         found[f"unlearning_{name}"] = None if row is None else row[value]
         if row is not None:
             found[f"unlearning_{name}_interval"] = row[f"{value}_interval"]
+            if method != "sae":
+                ends = (f"{value}_{DIFFERENCE}", f"{value}_{DIFFERENCE}_interval")
+                found |= named(f"unlearning_{name}", *(row[end] for end in ends))
     return found

@@ -178,6 +178,13 @@ def tpp_scores(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
+def tpp_by_division(rows: Sequence[Row], method: str, n: int) -> dict[int, float]:
+    """TPP of a method and number of features in each division, by its seed: mean over groups."""
+    own = [row for row in rows if (row["method"], row["n"]) == (method, n)]
+    groups = [[row for row in own if row["group"] == name] for name in {r["group"]: 0 for r in own}]
+    return dict(zip(sorted({row["seed"] for row in own}), _by_seed(groups, "tpp"), strict=True))
+
+
 def _by_seed(groups: Sequence[Sequence[Row]], value: str) -> list[float]:
     """For each division, the mean over groups of the mean over classes."""
     seeds = sorted({row["seed"] for own in groups for row in own})

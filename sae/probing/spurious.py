@@ -165,6 +165,14 @@ def _divided(labels: NDArray[np.bool_], seed: int) -> tuple[Indices, Indices]:
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
 
 
+class _Ratio(NamedTuple):
+    """A ratio of sums over divisions, and by how much each division is beyond it."""
+
+    score: float
+    beyond: Matrix
+    """[divisions]"""
+
+
 def scr_scores(rows: Sequence[Row]) -> list[Row]:
     """SCR of each pair, method and number of features, and the mean over pairs (pair None).
 
@@ -173,40 +181,74 @@ def scr_scores(rows: Sequence[Row]) -> list[Row]:
     linearised ratio, with divisions as the unit.
     """
     scored = [row for row in rows if row["scored"]]
-    pairs = list(dict.fromkeys(row["pair"] for row in scored))
     found, means = [], []
     for method, n in dict.fromkeys((row["method"], row["n"]) for row in scored):
         of_pairs = []
-        for name in pairs:
-            own = [r for r in scored if (r["pair"], r["method"], r["n"]) == (name, method, n)]
-            own.sort(key=lambda row: row["seed"])
-            gap = np.array([row["accuracy_clean"] - row["accuracy_biased"] for row in own])
-            gain = np.array([row["accuracy_ablated"] - row["accuracy_biased"] for row in own])
-            score, beyond = None, None
-            if gap.mean() >= LEAST_GAP:
-                score = float(gain.sum() / gap.sum())
-                beyond = (gain - score * gap) / gap.mean()
-                of_pairs.append((score, beyond))
+        for name in _pairs(scored):
+            gap, gain = _gap_and_gain(scored, name, method, n)
+            ratio = _ratio(gain, gap)
+            if ratio is not None:
+                of_pairs.append(ratio)
             about = {"pair": name, "method": method, "n": n, "gap": float(gap.mean())}
-            found.append({**about, "scr": score, "scr_interval": _half_width(beyond)})
-        score = math.fsum(each for each, _ in of_pairs) / len(of_pairs) if of_pairs else None
-        beyond = np.mean([each for _, each in of_pairs], axis=0) if of_pairs else None
-        means.append(
-            {
-                "pair": None,
-                "method": method,
-                "n": n,
-                "pairs": len(of_pairs),
-                "scr": score,
-                "scr_interval": _half_width(beyond),
-            }
-        )
+            score, half = _mean_of([ratio] if ratio is not None else [])
+            found.append({**about, "scr": score, "scr_interval": half})
+        score, half = _mean_of(of_pairs)
+        about = {"pair": None, "method": method, "n": n, "pairs": len(of_pairs)}
+        means.append({**about, "scr": score, "scr_interval": half})
     return [*means, *found]
 
 
-def _half_width(beyond: Matrix | None) -> float | None:
+def scr_difference(
+    rows: Sequence[Row], method: str, other: str, n: int
+) -> tuple[float | None, float | None]:
+    """SCR of a method less that of another, mean over pairs, and half of its 95% interval.
+
+    Both are of the same divisions and divide by the same gap, so that the difference is the ratio
+    of what one method regains beyond the other, with divisions as the unit. None without a pair
+    that has a score; no interval of one division.
+    """
+    scored = [row for row in rows if row["scored"]]
+    of_pairs = []
+    for name in _pairs(scored):
+        gap, gain = _gap_and_gain(scored, name, method, n)
+        ratio = _ratio(gain - _gap_and_gain(scored, name, other, n)[1], gap)
+        if ratio is not None:
+            of_pairs.append(ratio)
+    return _mean_of(of_pairs)
+
+
+def _pairs(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["pair"] for row in rows))
+
+
+def _gap_and_gain(rows: Sequence[Row], pair: str, method: str, n: int) -> tuple[Matrix, Matrix]:
+    """Accuracy to be won and accuracy won in each division [divisions], in the order of seeds."""
+    own = [r for r in rows if (r["pair"], r["method"], r["n"]) == (pair, method, n)]
+    own.sort(key=lambda row: row["seed"])
+    gap = np.array([row["accuracy_clean"] - row["accuracy_biased"] for row in own])
+    gain = np.array([row["accuracy_ablated"] - row["accuracy_biased"] for row in own])
+    return gap, gain
+
+
+def _ratio(gain: Matrix, gap: Matrix) -> _Ratio | None:
+    """The ratio of the sums; None where there is too little to be won."""
+    if not gap.mean() >= LEAST_GAP:
+        return None
+    score = float(gain.sum() / gap.sum())
+    return _Ratio(score, (gain - score * gap) / gap.mean())
+
+
+def _mean_of(ratios: Sequence[_Ratio]) -> tuple[float | None, float | None]:
+    """The mean of ratios over the same divisions, and half of its 95% interval."""
+    if not ratios:
+        return None, None
+    score = math.fsum(each.score for each in ratios) / len(ratios)
+    return score, _half_width(np.mean([each.beyond for each in ratios], axis=0))
+
+
+def _half_width(beyond: Matrix) -> float | None:
     """Half of the 95% interval of a mean whose units differ from it by so much."""
-    if beyond is None or len(beyond) < 2:
+    if len(beyond) < 2:
         return None
     count = len(beyond)
     spread = math.sqrt(float(np.square(beyond).sum()) / (count * (count - 1)))

@@ -161,11 +161,13 @@ def test_controls_that_a_suite_of_texts_has_measured_are_taken_from_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     measured: list[int] = []
+    paired: dict[str, float] = {}
 
     def hue(given: OnTexts[HueConfig]) -> dict[str, Any]:
         measured.append(given.sae.d_sae)
         own = {"hue": 0.5, "hue_interval": 0.1, "warmth": 1.0}
-        return {"hues": 3, **own, "hue_by_chance": 0.45, "hue_by_chance_interval": 0.1}
+        by_chance = {"hue_by_chance": 0.45, "hue_by_chance_interval": 0.1, **paired}
+        return {"hues": 3, **own, **by_chance}
 
     metric_family(
         "hue",
@@ -204,6 +206,14 @@ def test_controls_that_a_suite_of_texts_has_measured_are_taken_from_it(
     found = read_controls(run / "controls.json")
     assert list(found["values"]) == ["trained", "random"]
     assert len(measured) == 2
+
+    # the same two figures, and by how much they differ hue by hue
+    paired |= {"hue_by_chance_difference": 0.05, "hue_by_chance_difference_interval": 0.01}
+    (run / "evaluation.json").unlink()
+    assert main([*words[:-1], "hues", "--replace"]) == 0
+    found = read_controls(run / "controls.json")
+    assert found["values"]["random"]["hue_difference"] == 0.05
+    assert found["ranks"]["hue"] == {"random": "right"}
 
 
 def test_each_control_of_a_suite_is_one_that_there_is() -> None:
