@@ -2,13 +2,14 @@
 
     python -m benchmarks.circuits --transcoders runs/smollm2-135m-transcoders
 
-For each prompt the graph of a difference of two logits: in induction, the word that followed the
-last word when it stood there before, against another word of the list (Olsson et al. 2022, arXiv
+For each prompt the graph of a difference of two logits: in induction, of random tokens that are
+begun again, the token that came next before against another of them (Olsson et al. 2022, arXiv
 2209.11895); for the indirect object, the name that stands once against the one that stands twice
-(Wang et al. 2023, arXiv 2211.00593). Measured, with 95% intervals over prompts (Student's t):
+(Wang et al. 2023, arXiv 2211.00593). Prompts are drawn until there are enough whose likeliest next
+token is the right one: only these are measured. With 95% intervals over prompts (Student's t):
 
+    right                        share of the prompts drawn; `prompts` is how many were drawn
     difference of logits         of the model; the null is without any feature (each at its mean)
-    right                        share of prompts with a difference above 0
     faithfulness, completeness   of the most influential features kept alone, or ablated alone,
                                  beside as many drawn from the same graph
                                  (`sae.circuits.faithfulness`)
@@ -22,12 +23,13 @@ influential features are in benchmarks/results/circuits.json.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from activations import Model, load_model
@@ -54,32 +56,16 @@ COLUMNS = (
     "half", "null", "null_half", "max_features", "seed", "threads", "processor", "torch",
     "saescope", "commit",
 )  # fmt: skip
-_WORDS = [
-    "river",
-    "apple",
-    "stone",
-    "music",
-    "garden",
-    "window",
-    "doctor",
-    "silver",
-    "winter",
-    "market",
-    "castle",
-    "bread",
-    "paper",
-    "horse",
-    "island",
-    "letter",
-    "summer",
-    "bridge",
-    "forest",
-    "engine",
-]
+_TOKENS = range(1_000, 20_000)
+"""what induction draws from: pieces of text, neither special nor rare"""
+_REPEATED, _AGAIN = 12, 10
+"""different tokens of an induction prompt, and how many of them stand twice"""
+_TRIES = 8
+"""prompts drawn for each that is wanted, at most"""
 _NAMES = ("Mary", "John", "Anna", "Peter", "Sarah", "David", "Laura", "Michael")
 _GIFTS = (("store", "a drink"), ("park", "a book"), ("school", "a letter"), ("house", "the key"))
 
-Case = tuple[str, str, str]
+Case = tuple[list[int], int, int]
 """a prompt, the token that is right, and the one it is held against"""
 
 
@@ -92,7 +78,7 @@ class CircuitsConfig(Config):
     model: str = "smollm2-135m"
     """The model that they were trained on."""
     prompts: int = 6
-    """Prompts of each task."""
+    """Prompts of each task, all of which the model answers rightly."""
     max_features: int = 256
     """The most features that become nodes of a graph."""
     counts: tuple[int, ...] = (16, 64, 256)
@@ -113,24 +99,50 @@ class CircuitsConfig(Config):
         check_range("prompts", self.prompts, low=2)
 
 
-def induction(rng: np.random.Generator) -> Case:
-    """A list of words, begun again: what comes next is what came next before."""
-    words = rng.choice(_WORDS, 6, replace=False).tolist()
-    at = int(rng.integers(1, 4))
-    text = " " + " ".join([*words, *words[: at + 1]])
-    return text, f" {words[at + 1]}", f" {words[(at + 3) % 6]}"
+def induction(_: Model, rng: np.random.Generator) -> Case:
+    """Random tokens, begun again: what comes next is what came next before."""
+    ids = rng.choice(np.array(_TOKENS), _REPEATED, replace=False).tolist()
+    return [*ids, *ids[:_AGAIN]], ids[_AGAIN], ids[(_AGAIN + 2) % _REPEATED]
 
 
-def indirect_object(rng: np.random.Generator) -> Case:
+def indirect_object(model: Model, rng: np.random.Generator) -> Case:
     """Two names, of which one gives something to the other."""
     first, second = rng.choice(_NAMES, 2, replace=False).tolist()
     where, what = _GIFTS[int(rng.integers(len(_GIFTS)))]
     giver, other = (first, second) if rng.integers(2) else (second, first)
     text = f"When {first} and {second} went to the {where}, {giver} gave {what} to"
-    return text, f" {other}", f" {giver}"
+    (right,), (wrong,) = model.tokenize_batch([f" {other}", f" {giver}"])
+    return model.tokenize(text), int(right), int(wrong)
 
 
 TASKS = {"induction": induction, "indirect object": indirect_object}
+
+
+def right_cases(
+    model: Model, draw: Callable[[Model, np.random.Generator], Case], config: CircuitsConfig
+) -> tuple[list[Case], int]:
+    """Different prompts that the model answers rightly, and how many were drawn to find them.
+
+    Raises InputError where too few of those drawn are answered rightly.
+    """
+    rng = np.random.default_rng(config.seed)
+    found: list[Case] = []
+    drawn: set[tuple[int, ...]] = set()
+    for _ in range(_TRIES * config.prompts):
+        ids, right, wrong = draw(model, rng)
+        if tuple(ids) in drawn:
+            continue
+        drawn.add(tuple(ids))
+        if int(model.logits(torch.tensor([ids]))[0, -1].argmax()) == right:
+            found.append((ids, right, wrong))
+        if len(found) == config.prompts:
+            return found, len(drawn)
+    raise InputError(
+        "the model is right on too few prompts",
+        where="prompts",
+        given=config.prompts,
+        allowed=f"up to {len(found)}",
+    )
 
 
 def measure(config: CircuitsConfig) -> None:
@@ -141,16 +153,16 @@ def measure(config: CircuitsConfig) -> None:
         raise InputError("is no language model", where="model", given=config.model)
     written, features = [], {}
     for task, draw in TASKS.items():
-        rng = np.random.default_rng(config.seed)
-        cases = list(dict.fromkeys(draw(rng) for _ in range(4 * config.prompts)))
-        cases = cases[: config.prompts]
+        cases, drawn = right_cases(model, draw, config)
         graphs = []
-        for text, right, other in cases:
-            say(f"{task}: {text}")
-            pair = [(right, other)]
+        for ids, *pair in cases:
+            say(f"{task}: {''.join(model.token_strings(ids))}")
             make = circuit if config.ranked_by == "influence" else ranked_by_effect
-            graphs.append(make(model, saes, text, outputs=pair, max_features=config.max_features))
-        for row in _rows(model, saes, graphs, config):
+            options = {"outputs": [tuple(pair)], "max_features": config.max_features}
+            graphs.append(make(model, saes, ids, **options))
+        share = {"measure": "right", "features": 0, "prompts": drawn, "half": ""}
+        share |= {"mean": round(len(cases) / drawn, 4), "null": "", "null_half": ""}
+        for row in [share, *_rows(model, saes, graphs, config)]:
             say(
                 f"{task} {row['measure']} {row['features']}: {row['mean']} ± {row['half']} "
                 f"({row['null']} ± {row['null_half']})"
@@ -169,10 +181,14 @@ def measure(config: CircuitsConfig) -> None:
 
 
 def ranked_by_effect(
-    model: Model, saes: Sequence[SparseAutoencoder], text: str, *, outputs: Any, max_features: int
+    model: Model,
+    saes: Sequence[SparseAutoencoder],
+    ids: Sequence[int],
+    *,
+    outputs: Any,
+    max_features: int,
 ) -> Graph:
     """The features of the largest effects by gradient x activation, without edges among them."""
-    ids = model.tokenize(text)
     wanted = outputs_of(model, ids, outputs, most=1, probability=1)
     parts, embedding = parts_of(model, saes, ids, linear=False)
     effects = estimated_effects(model, parts, ids, embedding, wanted).row()
@@ -191,7 +207,6 @@ def _rows(
     options: dict[str, Any] = {"draws": config.draws, "seed": config.seed}
     curve = faithfulness(model, saes, graphs, config.counts, **options)
     found = [_row("difference of logits", 0, curve.model, curve.empty)]
-    found.append(_row("right", 0, curve.model > 0, None))
     for name in ("faithfulness", "completeness"):
         for index, count in enumerate(curve.counts):
             own, null = getattr(curve, name)[:, index], getattr(curve, f"random_{name}")[:, index]
