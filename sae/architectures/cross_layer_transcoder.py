@@ -239,13 +239,16 @@ class CrossLayerTranscoder(SparseAutoencoder):
 
     def encode_normalised(self, y: Tensor) -> SparseCodes:
         """Codes of the sites side by side, y [batch, d_in]."""
-        shares = self._shares(self.W_enc_T, self.b_enc, self.theta.detach())
-        return _joined(
-            [
-                SparseCodes(*kernels.encode_above(own, *weights), self.features_a_layer)
-                for own, *weights in zip(self._by_layer(y), *shares, strict=True)
-            ]
-        )
+        return _joined([self.encode_layer(*each) for each in enumerate(self._by_layer(y))])
+
+    def encode_layer(self, layer: int, y: Tensor) -> SparseCodes:
+        """Codes of one layer's features, of its site alone, y [batch, width], normalised as that.
+
+        Raises InputError for a layer that there is not.
+        """
+        own = self.features_of(layer)
+        W, b, theta = self.W_enc_T[own], self.b_enc[own], self.theta.detach()[own]
+        return SparseCodes(*kernels.encode_above(y, W, b, theta), self.features_a_layer)
 
     def decode_normalised(self, codes: SparseCodes, y: Tensor | None = None) -> Tensor:
         """What is written to all sites, side by side [batch, d_out]."""

@@ -8,13 +8,15 @@ feature at all, every other feature being ablated wherever it fires (Marks et al
     completeness(C) = (m(M without C) - m(0)) / (m(M) - m(0))
 
 so that a circuit which is all that matters has faithfulness 1 and completeness 0. Features are
-found anew in each run, from what they read there. Errors, and positions that SAEs do not read, are
-left as they are in each. What is ablated is set to 0, or to the feature's mean over the positions
-that SAEs read in all the prompts given.
+found anew in each run, from what they read there; what a cross-layer transcoder's feature writes is
+taken out at all its layers. Errors, and positions that SAEs do not read, are left as they are in
+each. What is ablated is set to 0, or to the feature's mean over the positions that SAEs read in all
+the prompts given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from activations import Model
+from sae.architectures.cross_layer_transcoder import CrossLayerTranscoder
 from sae.circuits.effects import run_measured
 from sae.circuits.graph import FEATURE, Graph
 from sae.circuits.outputs import Outputs, outputs_of
@@ -99,30 +102,62 @@ def faithfulness(
     if ablation not in ("zero", "mean"):
         raise InputError("no such ablation", where="ablation", given=ablation, allowed="zero, mean")
     placed = placements_of(model, saes, allow_other_model=allow_other_model)
-    for each in placed:
-        if each.sae.concatenates:
-            raise InputError(
-                "a cross-layer transcoder's features are not ablated one by one",
-                where="faithfulness",
-                given=each.read[0],
-            )
+    dictionaries = [own for each in placed for own in _dictionaries_of(each)]
     for graph in graphs:
-        _check_made_with(graph, placed)
-    means = _means(model, placed, graphs) if ablation == "mean" else [None] * len(placed)
+        _check_made_with(graph, dictionaries)
+    means: Sequence[Tensor | None] = [None] * len(dictionaries)
+    if ablation == "mean":
+        means = _means(model, dictionaries, graphs)
     generator = np.random.default_rng(seed)
     rows = [
-        _of_prompt(_Ablated(model, placed, means, graph), counts, draws, generator)
+        _of_prompt(_Ablated(model, dictionaries, means, graph), counts, draws, generator)
         for graph in graphs
     ]
     named = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     return Curve(counts=list(counts), **named)
 
 
-def _check_made_with(graph: Graph, placed: Sequence[Placement]) -> None:
-    own = {each.read[0]: each for each in placed}
+@dataclass(frozen=True)
+class _Dictionary:
+    """An SAE, or one layer of a cross-layer transcoder: features that read one site."""
+
+    read: str
+    written: dict[str, Tensor]
+    """[features, d_out] by site: the decoder's rows"""
+    features: int
+    encode: Callable[[Tensor], Tensor]
+    """rows [batch, d_in] to activations [batch, features]"""
+    like: Tensor
+    """a weight, whose type and device rows take on"""
+
+    def active(self, rows: Tensor) -> Tensor:
+        """Activations of rows [batch, d_in], in float32."""
+        return self.encode(rows.to(self.like)).float()
+
+
+def _dictionaries_of(placed: Placement) -> list[_Dictionary]:
+    sae = placed.sae
+    if not isinstance(sae, CrossLayerTranscoder):
+        written = {placed.written[0]: sae.W_dec.detach().float()}
+        return [_Dictionary(placed.read[0], written, sae.d_sae, sae.encode, sae.W_dec)]
+    found = []
+    for layer, read in enumerate(placed.read):
+        rows = sae.decoder(layer).detach().float().unbind(1)
+        written = dict(zip(placed.written[layer:], rows, strict=True))
+        encode = partial(_encode_layer, sae, layer)
+        found.append(_Dictionary(read, written, sae.features_a_layer, encode, sae.b_dec))
+    return found
+
+
+def _encode_layer(sae: CrossLayerTranscoder, layer: int, x: Tensor) -> Tensor:
+    return sae.encode_layer(layer, x).dense()
+
+
+def _check_made_with(graph: Graph, dictionaries: Sequence[_Dictionary]) -> None:
+    features = {each.read: each.features for each in dictionaries}
     for node in graph.nodes_of(FEATURE):
         site = graph.sites[graph.site[node]]
-        if site not in own or graph.number[node] >= own[site].sae.d_sae:
+        if graph.number[node] >= features.get(site, 0):
             raise InputError("a graph has features of other SAEs", where="graphs", given=site)
 
 
@@ -164,13 +199,13 @@ class _Ablated:
     def __init__(
         self,
         model: Model,
-        placed: Sequence[Placement],
+        dictionaries: Sequence[_Dictionary],
         means: Sequence[Tensor | None],
         graph: Graph,
     ) -> None:
         self.graph = graph
         self._model = model
-        self._placed = placed
+        self._dictionaries = dictionaries
         self._means = means
         self._outputs = _outputs(model, graph)
         self.whole = run_measured(model, graph.token_ids, self._outputs, {})[0]
@@ -192,41 +227,34 @@ class _Ablated:
 
     def _edits(self, sets: Sequence[NDArray[Any]], invert: bool) -> dict[str, Any]:
         graph = self.graph
-        tokens = torch.tensor([graph.token_ids])
-        read_here = self._model.keep_mask(tokens)[0].to(self._model.device)
-        seen: dict[str, Tensor] = {}
-        edits: dict[str, Any] = {}
-        for placed, means in zip(self._placed, self._means, strict=True):
-            read, written = placed.read[0], placed.written[0]
-            own = [
-                nodes[np.array([graph.sites[s] == read for s in graph.site[nodes]], bool)]
-                for nodes in sets
-            ]
+        read_here = self._model.keep_mask(torch.tensor([graph.token_ids]))[0]
+        read_here = read_here.to(self._model.device)
+        at = read_here.long().cumsum(0) - 1
+        lost: dict[int, Tensor] = {}  # by dictionary: [sets, positions read, features]
 
-            def change(h: Tensor, _: object, placed=placed, means=means, own=own) -> Tensor:
-                x = h if placed.read == placed.written else seen[placed.read[0]]
-                sae = placed.sae
-                rows = x[:, read_here].reshape(-1, x.shape[-1])
-                active = sae.encode(rows.to(sae.W_dec)).float()
-                active = active.view(len(h), -1, sae.d_sae)
-                gone = torch.ones_like(active, dtype=torch.bool)
-                at = read_here.long().cumsum(0) - 1
-                for row, nodes in enumerate(own):
-                    where = at[torch.from_numpy(graph.position[nodes]).long()]
-                    gone[row, where, torch.from_numpy(graph.number[nodes])] = False
-                off = active if means is None else active - means
-                lost = off.masked_fill(gone == invert, 0.0) @ sae.W_dec.float()
-                h = h.clone()
-                h[:, read_here] -= lost.to(h)
-                return h
+        def looked(x: Tensor, dictionary: _Dictionary, means: Tensor | None) -> Tensor:
+            active = dictionary.active(x[:, read_here].flatten(0, 1)).unflatten(0, (len(x), -1))
+            gone = torch.ones_like(active, dtype=torch.bool)
+            here = np.array([site == dictionary.read for site in graph.sites], bool)
+            for row, chosen in enumerate(sets):
+                nodes = chosen[here[graph.site[chosen]]]
+                where = at[torch.from_numpy(graph.position[nodes]).long()]
+                gone[row, where, torch.from_numpy(graph.number[nodes])] = False
+            off = active if means is None else active - means
+            return off.masked_fill(gone == invert, 0.0)
 
-            def see(x: Tensor, _: object, read=read) -> None:
-                seen[read] = x.clone()
+        def edit(h: Tensor, site: str) -> Tensor:
+            for index, each in enumerate(self._dictionaries):
+                if each.read == site:
+                    lost[index] = looked(h, each, self._means[index])
+            h = h.clone()
+            for index, each in enumerate(self._dictionaries):
+                if site in each.written:
+                    h[:, read_here] -= (lost[index] @ each.written[site]).to(h)
+            return h
 
-            edits[written] = change
-            if read != written:
-                edits[read] = see
-        return edits
+        sites = {site for each in self._dictionaries for site in (each.read, *each.written)}
+        return {site: lambda h, _, site=site: edit(h, site) for site in sites}
 
 
 def _outputs(model: Model, graph: Graph) -> Outputs:
@@ -237,16 +265,17 @@ def _outputs(model: Model, graph: Graph) -> Outputs:
 
 
 @torch.no_grad()
-def _means(model: Model, placed: Sequence[Placement], graphs: Sequence[Graph]) -> list[Tensor]:
-    """Each feature's mean activation [d_sae] over what SAEs read of all prompts, by SAE."""
-    totals = [torch.zeros(each.sae.d_sae) for each in placed]
+def _means(
+    model: Model, dictionaries: Sequence[_Dictionary], graphs: Sequence[Graph]
+) -> list[Tensor]:
+    """Each feature's mean activation [features] over what SAEs read of all prompts."""
+    totals = [torch.zeros(each.features) for each in dictionaries]
     rows = 0
     for graph in graphs:
         tokens = torch.tensor([graph.token_ids])
         kept = model.keep_mask(tokens)[0]
-        found = model.capture(tokens, list({each.read[0] for each in placed}))
+        found = model.capture(tokens, list({each.read for each in dictionaries}))
         rows += int(kept.sum())
-        for total, each in zip(totals, placed, strict=True):
-            x = found[each.read[0]][0][kept]
-            total += each.sae.encode(x.to(each.sae.W_dec)).float().sum(0).cpu()
+        for total, each in zip(totals, dictionaries, strict=True):
+            total += each.active(found[each.read][0][kept]).sum(0).cpu()
     return [(total / max(rows, 1)).to(model.device) for total in totals]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sae.circuits.attribute import circuit
+from sae.circuits.attribute import Method, circuit
 from sae.circuits.files import GRAPH_FILE, checked_path, save
 from sae.circuits.graph import EMBEDDING, ERROR, FEATURE, LOGIT, Graph
 from sae.circuits.neuronpedia import to_neuronpedia
@@ -39,6 +39,10 @@ class CircuitConfig(Config):
     """Text whose next token is explained."""
     model: str | None = None
     """Model, a folder or a name; the one the SAEs were trained on if not given."""
+    method: Method = "linear"
+    """How edges are computed: linear (attention and norms held: exact, for transcoders); gradient
+    or integrated (gradient x activation, or its mean over a way: estimates, for SAEs of any sites),
+    by which a node's influence is its effect on the outputs."""
     outputs: tuple[str, ...] = ()
     """Tokens to explain, as texts (a word within a text begins with its space); the likeliest if
     not given."""
@@ -99,6 +103,7 @@ def circuit_of_prompt(config: CircuitConfig) -> Graph:
         model,
         saes,
         config.prompt,
+        method=config.method,
         outputs=outputs or None,
         max_outputs=config.max_outputs,
         probability=config.probability,

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from activations import load_model
+from sae.circuits.attribute import Method, circuit
 from sae.circuits.files import load
 from sae.circuits.graph import FEATURE
 from sae.commands.circuit import CircuitConfig, circuit_of_prompt
@@ -14,6 +17,7 @@ from saescope.__main__ import main
 from saescope.errors import InputError
 from tests.tiny import N_LAYERS, make_tiny_model
 from tests.unit.test_circuit import TEXT, transcoder
+from tests.unit.test_circuit_effects import saes
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,33 @@ def test_outputs_against_another(folder: Path) -> None:
     found = run(folder, outputs=(" and",), against=" the")
     assert found.describe(len(found) - 1).startswith("output ' and -  the'")
     assert found.weight[-1] == 1
+
+
+@pytest.mark.parametrize("method", ["gradient", "integrated"])
+def test_plain_saes_are_taken_by_gradients(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: Method
+) -> None:
+    made = saes()[2]  # of the residual stream after the first block
+    made.metadata |= {"model": "tiny", "model_spec": str(folder / "model")}
+    made.save(tmp_path / "sae")
+    words = ["circuit", str(tmp_path / "sae"), "--prompt", TEXT, "--outputs", " and"]
+    out = ["--out", str(tmp_path / "g.json"), "--prune", "1", "--edges", "1"]
+    assert main([*words, "--method", method, *out]) == 0
+    graph = load(tmp_path / "g.json")
+    assert graph.method == method
+    assert graph.sites == ["blocks.0.hook_resid_post"]
+    model = load_model(str(folder / "model"))  # in the precision that the command takes
+    expected = circuit(model, [made], TEXT, method=method, outputs=[" and"])
+    assert len(graph.nodes_of(FEATURE)) == len(expected.nodes_of(FEATURE)) > 8
+    effects = {name: float(expected.influence[expected.index(name)]) for name in graph.ids}
+    least = 1e-3 * float(np.abs(expected.influence).max())
+    assert graph.influence.tolist() == pytest.approx(list(effects.values()), abs=least)
+    another: Method = "integrated" if method == "gradient" else "gradient"
+    other = circuit(model, [made], TEXT, method=another, outputs=[" and"])
+    assert np.abs(other.influence - expected.influence).max() > 10 * least
+    with pytest.raises(SystemExit):
+        main([*words, "--method", "patching"])
+    assert "'integrated'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

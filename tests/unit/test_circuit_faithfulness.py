@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from activations import Model, load_model
+from sae.architectures.cross_layer_transcoder import CrossLayerTranscoder
 from sae.circuits.attribute import circuit
 from sae.circuits.faithfulness import faithfulness
 from sae.circuits.graph import FEATURE, Graph
 from saescope.errors import InputError
-from tests.tiny import N_LAYERS, make_tiny_model
-from tests.unit.test_circuit import transcoder
+from tests.tiny import D_MODEL, N_LAYERS, make_tiny_model
+from tests.unit.test_circuit import across, transcoder
 
 PROMPTS = ("The river rose in the night", "She wrote to her brother that", "Light travels through")
 
@@ -82,6 +83,63 @@ def test_curves_are_those_of_runs_ablated_by_hand(
         shares = [(m - empty) / (whole - empty) for m in (alone, without)]
         assert curve.faithfulness[0, index] == pytest.approx(shares[0], abs=1e-3)
         assert curve.completeness[0, index] == pytest.approx(shares[1], abs=1e-3)
+
+
+def across_by_hand(
+    model: Model, sae: CrossLayerTranscoder, graph: Graph, gone: Callable[[Any], bool]
+) -> float:
+    """The same of a cross-layer transcoder: all that a feature writes, from its layer on, goes."""
+    seen: dict[int, torch.Tensor] = {}
+    edits: dict[str, Any] = {}
+    size = sae.d_sae // N_LAYERS
+    for layer in range(N_LAYERS):
+
+        def see(x: torch.Tensor, _: object, n=layer) -> None:
+            seen[n] = x[0].clone()
+
+        def change(h: torch.Tensor, _: object, n=layer) -> torch.Tensor:
+            h = h.clone()
+            for source, at in ((s, p) for s in range(n + 1) for p in range(1, h.shape[1])):
+                for number in range(size):
+                    row = source * size + number
+                    active = float(seen[source][at] @ sae.W_enc_T[row] + sae.b_enc[row])
+                    if active > 0 and gone((source, at, number)):
+                        columns = slice((n - source) * D_MODEL, (n - source + 1) * D_MODEL)
+                        h[0, at] -= active * sae.decoders[source][number, columns]
+            return h
+
+        edits |= {f"blocks.{layer}.mlp.hook_in": see, f"blocks.{layer}.hook_mlp_out": change}
+    with torch.no_grad(), model.edit(edits):
+        logits = model.logits(torch.tensor([graph.token_ids]))[0, -1]
+    return float(logits[40] - logits[50])
+
+
+def test_what_a_cross_layer_transcoders_feature_writes_goes_at_all_its_layers(model: Model) -> None:
+    sae = across()
+    with torch.no_grad():
+        for decoder in sae.decoders:
+            decoder.mul_(0.3)
+    graphs = [circuit(model, [sae], prompt, outputs=[(40, 50)]) for prompt in PROMPTS[:2]]
+    graph = graphs[0]
+    curve = faithfulness(model, [sae], graphs[:1], [3, 40], ablation="zero", draws=1)
+    nodes = graph.nodes_of(FEATURE)
+    ranked = nodes[np.argsort(-graph.influence[nodes], kind="stable")].tolist()
+    names = [(int(graph.layer[n]), int(graph.position[n]), int(graph.number[n])) for n in ranked]
+    logits = model.logits(torch.tensor([graph.token_ids]))[0, -1]
+    whole, empty = float(logits[40] - logits[50]), across_by_hand(model, sae, graph, lambda _: True)
+    assert curve.empty[0] == pytest.approx(empty, abs=1e-4)
+    for index, count in enumerate((3, 40)):
+        kept = set(names[:count])
+        alone = across_by_hand(model, sae, graph, lambda name, kept=kept: name not in kept)
+        without = across_by_hand(model, sae, graph, lambda name, kept=kept: name in kept)
+        shares = [(m - empty) / (whole - empty) for m in (alone, without)]
+        assert curve.faithfulness[0, index] == pytest.approx(shares[0], abs=1e-3)
+        assert curve.completeness[0, index] == pytest.approx(shares[1], abs=1e-3)
+    # a draw of all features is all features
+    means = faithfulness(model, [sae], graphs, [10_000], draws=1)
+    assert means.random_faithfulness == pytest.approx(means.faithfulness)
+    with pytest.raises(InputError, match="features of other SAEs"):
+        faithfulness(model, [transcoder(0)], graphs, [2])
 
 
 def test_all_features_that_fire_are_the_model_and_what_is_left_without_them_is_empty(
