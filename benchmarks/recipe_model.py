@@ -9,17 +9,19 @@ again.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.finish import measure
 from benchmarks.running import run
 from sae.architectures import architecture
 from sae.bench.rows import append, facts, read
 from sae.commands.train import train
+from sae.data.harvests import held_out_rows, load_harvested_model, open_complete
+from sae.evaluation.downstream import measure_downstream
+from sae.evaluation.reconstruction import measure_reconstruction
 from sae.training.batch_maker import LossConfig
 from sae.training.config import TrainConfig
 from saescope.config import Config, load, to_dict
@@ -113,6 +115,25 @@ def work(config: ModelBenchmark) -> None:
         }  # fmt: skip
         append(path, [row], COLUMNS)
         say(f"{kind} ({options}): FVU {row['fvu']:.4f}, delta CE {row['delta_ce']:.4f}")
+
+
+def measure(config: TrainConfig, sae: Any) -> dict[str, Any]:
+    """Of all held-out rows and tokens, without what the model may do at other positions."""
+    harvest = open_complete(config.harvest)
+    model = load_harvested_model(harvest, harvest.manifest["model"]["dtype"])
+    site = str(sae.metadata["site"])
+    held_out = torch.from_numpy(harvest.split == 1).nonzero()[:, 0].numpy()
+    found = measure_reconstruction(sae, held_out_rows(harvest, site, None))
+    downstream = measure_downstream(
+        model,
+        site,
+        lambda x: sae(x).x_hat,
+        torch.from_numpy(harvest.statistics(site).mean),
+        torch.from_numpy(harvest.tokens[held_out]).long(),
+        torch.from_numpy(harvest.keep[held_out]),
+        document=torch.from_numpy(harvest.document[held_out]).long(),
+    )
+    return {**asdict(found), **asdict(downstream)}
 
 
 if __name__ == "__main__":

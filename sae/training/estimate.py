@@ -105,7 +105,7 @@ def _of_it(run: Run, step: _Step) -> list[str]:
     if last:
         lines.append(
             f"    of it {duration(last * step.finish)} in the finish: {last:,} steps through the "
-            f"model, {1000 * step.finish:,.0f} ms each"
+            f"model, {1000 * step.finish:,.0f} ms each; learning rate {run.finish_rate.lr:.2g}"
         )
     if _computes(run):
         lines.append(

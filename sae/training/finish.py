@@ -6,9 +6,10 @@ the same harvest, and their loss is that of end-to-end training, balanced with t
     loss = (alpha KL + FVU) / 2,   alpha = FVU / KL of the batch, without gradient
 
 so that the loss is as large as the FVU alone, and what it is weighed against (the penalties of an
-architecture, the learning rate) fits it still. The paper takes its learning rate down to 0 over the
-finish; here that is the run's own decay, which by default has the same length. One optimiser goes
-on through both parts.
+architecture) fits it still. As in the paper, all of the SAE is trained, what is before the finish
+has a whole schedule of its own, down to 0, and the finish begins at a low learning rate that falls
+to 0 over it. One optimiser goes on through both parts; the paper's begins anew, as that of
+`start_from` does.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from sae.core.batch import RawBatch
 from sae.data.streams import OneSite
 from sae.training.end_to_end import EndToEnd
 from sae.training.end_to_end_stream import EndToEndStream
+from sae.training.optimisers import OptimiserKind
+from sae.training.schedules import base_lr
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 from saescope.progress import say
@@ -37,19 +40,27 @@ class FinishConfig(Config):
     trainer.decay_fraction; 1 with start_from fine-tunes an SAE that is there."""
     tokens: int | None = None
     """So many tokens, in place of fraction; the paper has 25 million."""
+    lr: float | None = None
+    """Learning rate at the start of the finish, over which it falls to 0."""
+    lr_multiplier: float = 0.25
+    """Where lr is not given: so many times 2e-4 / sqrt(d_sae / 2^14), whatever the run's own is."""
     sequences_at_once: int = 4
     """Sequences that go through the model at once; bounds the memory for their logits."""
 
     def __post_init__(self) -> None:
         check_range("finish.fraction", self.fraction, above=0, high=1)
         check_range("finish.sequences_at_once", self.sequences_at_once, low=1)
+        check_range("finish.lr_multiplier", self.lr_multiplier, above=0)
         if self.tokens is not None:
             check_range("finish.tokens", self.tokens, low=1)
-            if self.objective is None:
+        if self.lr is not None:
+            check_range("finish.lr", self.lr, above=0)
+        for name in ("tokens", "lr"):
+            if self.objective is None and getattr(self, name) is not None:
                 raise InputError(
-                    "says how long a finish is, and there is none",
-                    where="finish.tokens",
-                    given=self.tokens,
+                    "says how a finish is to be, and there is none",
+                    where=f"finish.{name}",
+                    given=getattr(self, name),
                     allowed='only with finish.objective = "kl"',
                 )
 
@@ -74,6 +85,14 @@ class FinishConfig(Config):
                 allowed=f"{batch_size} to {total_steps * batch_size}",
             )
         return steps
+
+    def peak_lr(self, d_sae: int, optimiser: OptimiserKind) -> float:
+        """The learning rate that it begins with.
+
+        >>> FinishConfig().peak_lr(2**14, "adam"), FinishConfig(lr=1e-3).peak_lr(2**14, "adam")
+        (5e-05, 0.001)
+        """
+        return self.lr_multiplier * base_lr(d_sae, optimiser) if self.lr is None else self.lr
 
 
 class FinishStream(OneSite):

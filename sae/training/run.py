@@ -24,7 +24,7 @@ from sae.training import process_group, run_folder, sharded_checkpoint
 from sae.training.config import TrainConfig
 from sae.training.finish import FinishStream
 from sae.training.remote_run import remote_run
-from sae.training.schedules import steps_in
+from sae.training.schedules import FinishRate, steps_in
 from sae.training.through_model import loss_through_model, stream_through_model
 from sae.training.trainer import Trainer
 from sae.training.trainer_config import TrainerConfig
@@ -262,6 +262,7 @@ class Run:
             calibration=self.stream.held_out(config.calibration_rows),
             folder=folder,
             with_loss=loss_through_model(self.stream, sae),
+            finish=self.finish_rate,
             initialise=config.start_from is None,
             tag=self.tag,
             seed=config.seed,
@@ -339,6 +340,13 @@ class Run:
         if not isinstance(self.stream, FinishStream):
             return 0
         return self.total_steps - self.stream.first_batches
+
+    @property
+    def finish_rate(self) -> FinishRate:
+        """Steps and learning rate of the finish."""
+        optimiser = self.config.trainer.optimiser
+        lr = self.config.finish.peak_lr(self.sae_config.d_sae, optimiser)
+        return FinishRate(self.finish_steps, lr)
 
     def _finish_facts(self) -> dict[str, Any]:
         """What is said of a finish; an SAE of no more tokens than `after_tokens` has had none."""

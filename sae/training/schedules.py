@@ -1,5 +1,7 @@
 """The learning rate over a run."""
 
+from typing import NamedTuple
+
 from saescope.errors import InputError, check_range
 
 _LONG = 7500
@@ -37,6 +39,13 @@ def default_lr(d_sae: int, steps: int, optimiser: str = "adam") -> float:
     if optimiser == "adam" and steps < _LONG:
         lr = max(base, min(_HIGHEST, base * min(_MOST, (_LONG / steps) ** 0.5)))
     return float(f"{lr:.2g}")
+
+
+class FinishRate(NamedTuple):
+    """The learning rate of a run's finish, its last `steps`: `lr` at their start, and 0 after."""
+
+    steps: int = 0
+    lr: float = 0.0
 
 
 def lr_factor(step: int, total: int, *, warmup: int, decay: int) -> float:

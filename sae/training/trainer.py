@@ -23,7 +23,7 @@ from sae.training.held_out import HeldOutRows, measure, normalised_rows
 from sae.training.l0_controller import L0Controller, reached
 from sae.training.numerics import Numerics
 from sae.training.optimisers import averaged, clear_rows, decays, make_optimiser
-from sae.training.schedules import lr_factor
+from sae.training.schedules import FinishRate, lr_factor
 from sae.training.snapshots import FOLDER, Snapshots
 from sae.training.step import update
 from sae.training.telemetry import MetricsLog, sinks
@@ -56,6 +56,8 @@ class Trainer:
         held_out: gives a fresh iterator of batches that are never trained on.
         calibration: the same, for setting inference thresholds; held_out if not given.
         with_loss: replaces the reconstruction loss of a batch (end-to-end training).
+        finish: how many of the steps, at the end, have a learning rate of their own. What is before
+            them has the rise and the fall of a run of its own.
         initialise: whether to set from the first batch what the architecture initialises from
             data; False for an SAE whose training continues.
         tag: identifies the run's configuration; a checkpoint with another tag is refused.
@@ -74,6 +76,7 @@ class Trainer:
         folder: Path | None,
         calibration: HeldOutRows | None = None,
         with_loss: Callable[[RawBatch, TrainingBatch], TrainingBatch] | None = None,
+        finish: FinishRate | None = None,
         initialise: bool = True,
         tag: str = "",
         seed: int = 0,
@@ -88,6 +91,7 @@ class Trainer:
         self.total_steps, self.held_out = total_steps, held_out
         self.calibration = calibration or held_out
         self.with_loss, self.initialise = with_loss, initialise
+        self.finish = finish or FinishRate()
         self.folder, self.tag, self.saved = folder, tag, saved
         self.lr = config.peak_lr(sae.config, total_steps)
         self.optimiser = _optimiser(sae, config, self.lr)
@@ -185,7 +189,7 @@ class Trainer:
         terms, counts, rows = self._backward(raw, state)
         gradient_sums.add_up_gradients(sae, counts)
         # here every gradient is that of the whole batch
-        lr = self.lr * self._lr_factor()
+        lr = self._learning_rate()
         norm = update(
             sae,
             self.optimiser,
@@ -212,15 +216,17 @@ class Trainer:
             **({"penalty": state.penalty} if self.controller else {}),
         }
 
-    def _lr_factor(self) -> float:
-        """Factor on the learning rate of this step."""
-        config, steps = self.config, self.total_steps
-        decay = config.decay_fraction if decays(config.optimiser) else 0
-        return lr_factor(
+    def _learning_rate(self) -> float:
+        """The learning rate of this step."""
+        config, (last, lr) = self.config, self.finish
+        steps, falls = self.total_steps - last, decays(config.optimiser)
+        if self.step >= steps:
+            return lr * lr_factor(self.step - steps, last, warmup=0, decay=last if falls else 0)
+        return self.lr * lr_factor(
             self.step,
             steps,
             warmup=round(config.warmup_fraction * steps),
-            decay=round(decay * steps),
+            decay=round(config.decay_fraction * steps) if falls else 0,
         )
 
     def _backward(

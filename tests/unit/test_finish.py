@@ -28,6 +28,7 @@ from saescope.errors import InputError
 from tests.tiny import make_tiny_harvest, make_tiny_model
 
 SITE = "blocks.1.hook_resid_post"
+NONE = {"objective": None, "lr": None}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def reading_few_coordinates(folder: Path) -> None:
 def config(store: ActivationStore, out: Path, **more: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "harvest": str(store.path), "out": str(out), "passes": 2.0, "evaluation_rows": 200,
-        "finish": {"objective": "kl", "fraction": 0.3, "sequences_at_once": 32},
+        "finish": {"objective": "kl", "fraction": 0.3, "lr": 3e-3, "sequences_at_once": 32},
         "sae": {"kind": "topk", "d_sae": 48, "k": 6},
         "trainer": {"batch_size": 128, "lr": 3e-3, "evaluate_every": 8, "dead_after_tokens": 400},
     }  # fmt: skip
@@ -149,7 +150,7 @@ def kl_of(store: ActivationStore, trained: sae.SparseAutoencoder) -> tuple[float
 def test_a_finish_lowers_the_kl_at_equal_l0(store: ActivationStore, tmp_path: Path) -> None:
     """Of two runs of as many tokens, that with a finish disturbs the model less."""
     more: dict[str, Any] = {"passes": 3.0, "trainer": {"decay_fraction": 0.5}}
-    plain = train(config(store, tmp_path / "plain", finish={"objective": None}, **more))
+    plain = train(config(store, tmp_path / "plain", finish=NONE, **more))
     ended = train(config(store, tmp_path / "ended", finish={"fraction": 0.5}, **more))
     assert plain is not None
     assert ended is not None
@@ -160,6 +161,31 @@ def test_a_finish_lowers_the_kl_at_equal_l0(store: ActivationStore, tmp_path: Pa
     assert facts[0] == facts[1]
     assert "finish" not in plain.metadata
     assert ended.metadata["finish"]["objective"] == "kl"
+
+
+def rates(folder: Path) -> list[float]:
+    return [each["train"]["lr"] for each in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_the_finish_has_a_rate_of_its_own(store: ActivationStore, tmp_path: Path) -> None:
+    """Before it the rate rises and falls as in a run of that length; in it, from its own to 0."""
+    whole = {"passes": 1.0, "trainer": {"evaluate_every": 1, "lr": 0.01, "warmup_fraction": 0.2}}
+    train(config(store, tmp_path / "ended", finish={"lr": 4e-4}, **whole))
+    found = rates(tmp_path / "ended")
+    last = round(0.3 * len(found))
+    before, in_it = found[:-last], found[-last:]
+    assert in_it == pytest.approx([4e-4 * (last - n) / last for n in range(last)])
+    train(
+        config(
+            store, tmp_path / "plain", finish=NONE,
+            **{**whole, "passes": (len(before) + 0.5) * 128 / store.n_rows("train")},
+        )
+    )  # fmt: skip
+    assert before == pytest.approx(rates(tmp_path / "plain"))
+    free = {**whole, "trainer": {**whole["trainer"], "optimiser": "schedule_free_adam"}}
+    train(config(store, tmp_path / "free", finish={"lr": None, "lr_multiplier": 2.0}, **free))
+    steady = 2 * 2e-4 / (48 / 2**14) ** 0.5
+    assert rates(tmp_path / "free")[-last:] == pytest.approx([steady] * last)
 
 
 def test_a_killed_run_ends_with_the_same_bits(
@@ -196,12 +222,12 @@ def test_a_killed_run_ends_with_the_same_bits(
 
 
 def test_an_sae_that_is_there_gets_a_finish(store: ActivationStore, tmp_path: Path) -> None:
-    first = train(config(store, tmp_path / "first", finish={"objective": None}, passes=2.0))
+    first = train(config(store, tmp_path / "first", finish=NONE, passes=2.0))
     assert first is not None
     tuned = train(
         config(
-            store, tmp_path / "tuned", start_from=str(tmp_path / "first"), finish={"fraction": 1.0},
-            trainer={"decay_fraction": 1.0, "lr": 1e-3},
+            store, tmp_path / "tuned", start_from=str(tmp_path / "first"), trainer={"lr": 1.0},
+            finish={"fraction": 1.0, "lr": 1e-3},
         )
     )  # fmt: skip
     assert tuned is not None
@@ -215,15 +241,17 @@ def test_the_estimate_counts_the_finish(
     planned = config(store, tmp_path / "run", plan=True)
     assert train(planned) is None
     steps = Run(planned, store).finish_steps
-    assert f"in the finish: {steps} steps through the model" in capsys.readouterr().out
-    train(config(store, tmp_path / "run", plan=True, finish={"objective": None}))
+    said = capsys.readouterr().out
+    assert f"in the finish: {steps} steps through the model" in said
+    assert "ms each; learning rate 0.003\n" in said
+    train(config(store, tmp_path / "run", plan=True, finish=NONE))
     assert "the finish" not in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_without_one_is_the_run_it_was(store: ActivationStore, tmp_path: Path) -> None:
     """Runs from before there was a finish go on; one with another finish is another run."""
-    plain = Run(config(store, tmp_path / "run", finish={"objective": None}), store)
+    plain = Run(config(store, tmp_path / "run", finish=NONE), store)
     before = plain.settings
     plain.start()
     manifest = tmp_path / "run/manifest.json"
@@ -267,6 +295,11 @@ def test_no_model_no_finish(
 def test_bad_settings() -> None:
     with pytest.raises(InputError, match=r"finish\.fraction"):
         FinishConfig(objective="kl", fraction=0)
-    with pytest.raises(InputError, match=r"finish\.tokens: says how long a finish is"):
-        FinishConfig(tokens=1000)
+    for name, value in (("tokens", 1000), ("lr", 1e-3)):
+        with pytest.raises(InputError, match=rf"finish\.{name}: says how a finish is to be"):
+            from_dict(FinishConfig, {name: value}, "test")
+        with pytest.raises(InputError, match=rf"finish\.{name}"):
+            from_dict(FinishConfig, {"objective": "kl", name: 0}, "test")
+    with pytest.raises(InputError, match=r"finish\.lr_multiplier"):
+        FinishConfig(objective="kl", lr_multiplier=0)
     assert FinishConfig(objective="kl", fraction=1e-9).steps(10, 4) == 1
