@@ -10,88 +10,53 @@ Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Languag
 y is the sites read side by side, t those written, each at its own scale
 (`Normaliser.side_by_side`). S is the tanh penalty of `_jumping` with a feature's norm that of all
 it writes; so is that of the loss of dead features. The paper's lambda grows over the whole run
-(`l0_warmup_fraction` 1). ReLU, under the same penalty, may take the place of JumpReLU.
+(`l0_warmup_fraction` 1). ReLU, under the same penalty, may take the place of JumpReLU; or TopK, the
+k largest of each layer's pre-activations that are positive, without a penalty:
+
+    loss = FVU of t over all layers + 1/32 mean_l AuxK_l
+
+AuxK_l is what the dead features of layer l make of what is left over at the sites that they write
+to (Gao et al. 2024, appendix A.2).
 
 Of L layers with F features each, of width d, the decoder has F d L (L + 1) / 2 numbers, and is kept
 as L matrices: what is above the diagonal is nowhere.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from sae import kernels
 from sae.architectures import register
-from sae.architectures._jumping import Jumped, JumpingConfig, jump, penalty_of, shortfall
+from sae.architectures._across_layers import (
+    AcrossLayersConfig,
+    SumOfTails,
+    auxk_of_layers,
+    joined,
+)
+from sae.architectures._jumping import Jumped, jump, penalty_of, shortfall
 from sae.architectures._thresholds import threshold_for_l0
 from sae.core import losses
 from sae.core.base import SAEConfig, SparseAutoencoder, TrainingOutput, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.core.normaliser import Normaliser
 from sae.kernels.codes import SparseCodes
-from saescope.errors import InputError, check_choice, check_range
+from saescope.errors import InputError, check_range
 
-Activation = Literal["jumprelu", "relu"]
 _CALIBRATION_ROWS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossLayerTranscoderConfig(JumpingConfig):
+class CrossLayerTranscoderConfig(AcrossLayersConfig):
     """Configuration of the cross-layer transcoder."""
 
     kind: Literal["cross_layer_transcoder"] = "cross_layer_transcoder"
     """Name of the architecture."""
-    activation: Activation = "jumprelu"
-    """Which features fire: jumprelu (all above learnt thresholds) or relu (all above 0)."""
-    layers: int | None = None
-    """Layers, which share the d_sae features out equally; as many as sites are read."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("no such activation", "sae.activation", self.activation, get_args(Activation))
-        if self.activation == "relu" and self.penalty == "step":
-            raise InputError(
-                "without thresholds nothing has a gradient of the number of active features",
-                where="sae.penalty",
-                given="step",
-                allowed="tanh",
-            )
-        if self.layers is not None:
-            check_range("sae.layers", self.layers, low=1)
-            if self.d_sae % self.layers:
-                raise InputError(
-                    "features are shared out equally among the layers",
-                    where="sae.d_sae",
-                    given=self.d_sae,
-                    allowed=f"a multiple of {self.layers}",
-                )
-
-    @property
-    def penalty_warmup(self) -> float:
-        """Of the sparsity penalty."""
-        return self.l0_warmup_fraction
-
-    def with_target_l0(self, target: float) -> Self:
-        """The same with thresholds brought to a mean L0 of `target` over all layers."""
-        return replace(self, calibrated_l0=target) if self.activation == "jumprelu" else self
-
-    def for_sites(self, number: int) -> Self:
-        """The same with a layer a site; InputError if `layers` says otherwise."""
-        if self.layers is not None and self.layers != number:
-            raise InputError(
-                "a cross-layer transcoder has a layer a site",
-                where="sae.layers",
-                given=self.layers,
-                allowed=str(number),
-            )
-        return replace(self, layers=number)
 
 
 @register
@@ -107,11 +72,15 @@ class CrossLayerTranscoder(SparseAutoencoder):
     config: CrossLayerTranscoderConfig
     concatenates: ClassVar[bool] = True
     transcodes: ClassVar[bool] = True
-    penalised: ClassVar[bool] = True
     pre_bias: ClassVar[bool] = False
     unit_decoder: ClassVar[bool] = False
     feature_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
     full_precision: ClassVar[tuple[str, ...]] = ("threshold",)
+
+    @property
+    def penalised(self) -> bool:  # type: ignore[override]
+        """With JumpReLU and ReLU, sparsity comes from a penalty."""
+        return self.config.activation != "topk"
 
     def make_parameters(self) -> None:
         """W_enc_T, b_enc, decoders, b_dec, threshold; see the class.
@@ -187,8 +156,8 @@ class CrossLayerTranscoder(SparseAutoencoder):
 
     @property
     def theta(self) -> Tensor:
-        """Thresholds [d_sae], not negative; differentiable. 0 with ReLU."""
-        if self.config.activation == "relu":
+        """Thresholds [d_sae], not negative; differentiable. 0 without JumpReLU."""
+        if self.config.activation != "jumprelu":
             return torch.zeros_like(self.b_enc)
         return self.threshold.clamp_min(0)
 
@@ -239,7 +208,7 @@ class CrossLayerTranscoder(SparseAutoencoder):
 
     def encode_normalised(self, y: Tensor) -> SparseCodes:
         """Codes of the sites side by side, y [batch, d_in]."""
-        return _joined([self.encode_layer(*each) for each in enumerate(self._by_layer(y))])
+        return joined([self.encode_layer(*each) for each in enumerate(self._by_layer(y))])
 
     def encode_layer(self, layer: int, y: Tensor) -> SparseCodes:
         """Codes of one layer's features, of its site alone, y [batch, width], normalised as that.
@@ -248,7 +217,13 @@ class CrossLayerTranscoder(SparseAutoencoder):
         """
         own = self.features_of(layer)
         W, b, theta = self.W_enc_T[own], self.b_enc[own], self.theta.detach()[own]
+        if self.config.activation == "topk":
+            return self._largest(y, W, b)
         return SparseCodes(*kernels.encode_above(y, W, b, theta), self.features_a_layer)
+
+    def _largest(self, y: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
+        """TopK of one layer: its k largest pre-activations of each row, 0 where not positive."""
+        return SparseCodes.from_fixed(*kernels.encode_topk(y, W, b, self.config.k), len(W))
 
     def decode_normalised(self, codes: SparseCodes, y: Tensor | None = None) -> Tensor:
         """What is written to all sites, side by side [batch, d_out]."""
@@ -268,13 +243,18 @@ class CrossLayerTranscoder(SparseAutoencoder):
             for several in by_layer
             for codes, decoder in zip(several, self.decoders, strict=True)
         ]
-        written: Tensor = _SumOfTails.apply(self.d_out, *parts)  # type: ignore[assignment]
+        written: Tensor = SumOfTails.apply(self.d_out, *parts)  # type: ignore[assignment]
         return written + self.b_dec
 
     # ---- training ---------------------------------------------------------------------------
 
     def training_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
-        """FVU of all sites + lambda(t) * sparsity penalty + pre-activation loss of the dead."""
+        """FVU of all sites + lambda(t) * sparsity penalty + pre-activation loss of the dead.
+
+        With TopK instead FVU + coefficient * AuxK.
+        """
+        if self.config.activation == "topk":
+            return self._topk_output(batch, state)
         config, unit_in = self.config, (self.normaliser.variance / self.d_in) ** 0.5
         y, theta = self._by_layer(batch.y), self.theta
         weights = self._shares(self.W_enc_T, self.b_enc, theta)
@@ -308,6 +288,21 @@ class CrossLayerTranscoder(SparseAutoencoder):
             loss = loss + config.pre_act_coefficient * lifted
             terms["pre_act"] = lifted.detach()
         counts = torch.cat([each.codes.counts() for each in jumped])
+        return TrainingOutput(loss, terms, counts, found)
+
+    def _topk_output(self, batch: TrainingBatch, state: TrainingState) -> TrainingOutput:
+        y, weights = self._by_layer(batch.y), self._shares(self.W_enc_T, self.b_enc)
+        shares = [(own, W, b) for own, W, b in zip(y, *weights, strict=True)]
+        codes = [self._largest(*share) for share in shares]
+        found = losses.Reconstruction.of(self._written(codes), batch)
+        loss, terms = found.loss, {"fvu": found.loss.detach()}
+        if self.config.auxk_coefficient:
+            (dead,) = self._shares(state.dead)
+            k_aux = self.config.k_aux or max(1, y[0].shape[1] // 2)
+            auxk = auxk_of_layers(found, shares, list(self.decoders), dead, k_aux)
+            loss = loss + self.config.auxk_coefficient * auxk
+            terms["auxk"] = auxk.detach()
+        counts = torch.cat([each.counts() for each in codes])
         return TrainingOutput(loss, terms, counts, found)
 
     def _jumped(self, y: Tensor, W: Tensor, b: Tensor, theta: Tensor, eps: float) -> Jumped:
@@ -356,42 +351,3 @@ class CrossLayerTranscoder(SparseAutoencoder):
         scale = outside.scale.expand(self.d_out)
         for decoder in self.decoders:
             decoder.mul_(unit / scale[self.d_out - decoder.shape[1] :])
-
-
-class _SumOfTails(Function):
-    """Sum of matrices [batch, w], each counted as the last w columns of [batch, d_out]."""
-
-    @staticmethod
-    def forward(ctx: Any, d_out: int, *parts: Tensor) -> Tensor:
-        ctx.starts = [d_out - part.shape[1] for part in parts]
-        whole = parts[0].new_zeros(len(parts[0]), d_out)
-        for start, part in zip(ctx.starts, parts, strict=True):
-            whole[:, start:] += part
-        return whole
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (gradient,) = gradients
-        return None, *(gradient[:, start:].contiguous() for start in ctx.starts)
-
-
-def _joined(by_layer: list[SparseCodes]) -> SparseCodes:
-    """Codes of several dictionaries on the same rows as those of one, in their order."""
-    counts = torch.stack([codes.row_ptr.diff() for codes in by_layer])
-    row_ptr = torch.zeros_like(by_layer[0].row_ptr)
-    torch.cumsum(counts.sum(0), 0, out=row_ptr[1:])
-    first = row_ptr[:-1] + counts.cumsum(0) - counts  # of each layer's entries of each row
-    at = torch.cat(
-        [
-            torch.arange(len(codes.index), device=row_ptr.device)
-            + (start - codes.row_ptr[:-1])[codes.rows()]
-            for codes, start in zip(by_layer, first, strict=True)
-        ]
-    )
-    order = torch.empty_like(at)
-    order[at] = torch.arange(len(at), device=at.device)
-    width = by_layer[0].d_sae
-    index = torch.cat([codes.index + n * width for n, codes in enumerate(by_layer)])
-    value = torch.cat([codes.value for codes in by_layer])
-    return SparseCodes(row_ptr, index[order], value[order], width * len(by_layer))

@@ -117,6 +117,13 @@ class CircuitTracer(Format):
         """Write config.yaml and two files a layer; see `Format.write`."""
         self.check_writable(sae)
         ours = cast(CrossLayerTranscoder, sae.fold())
+        if ours.config.activation == "topk":
+            raise InputError(
+                "its cross-layer transcoders have no TopK",
+                where=self.name,
+                given="topk",
+                allowed="jumprelu, relu",
+            )
         hooks = _common_hooks(sae.metadata.get("sites"), sae.metadata.get("target_sites"))
         with atomic_path(folder) as temporary:
             temporary.mkdir()

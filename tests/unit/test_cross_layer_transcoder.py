@@ -50,7 +50,10 @@ def codes_by_hand(sae: CrossLayerTranscoder, y: Tensor) -> list[Tensor]:
     for layer in range(LAYERS):
         own = slice(layer * F, (layer + 1) * F)
         z = y[:, layer * D_IN : (layer + 1) * D_IN] @ sae.W_enc_T[own].T + sae.b_enc[own]
-        found.append(z * (z > sae.theta[own]))
+        bar = sae.theta[own]
+        if sae.config.activation == "topk":
+            bar = z.topk(sae.config.k + 1, dim=1).values[:, -1:].clamp_min(0)  # the next largest
+        found.append(z * (z > bar))
     return found
 
 
@@ -72,9 +75,9 @@ def rows(n: int = 40, seed: int = 1) -> tuple[Tensor, Tensor]:
     return y, torch.randn(n, LAYERS * D_OUT, dtype=torch.float64, generator=g)
 
 
-@pytest.mark.parametrize("activation", ["jumprelu", "relu"])
+@pytest.mark.parametrize("activation", ["jumprelu", "relu", "topk"])
 def test_features_read_one_layer_and_write_to_those_from_it_on(activation: str) -> None:
-    sae = make(activation=activation).double()
+    sae = make(activation=activation, k=4).double()
     y, _ = rows()
     codes = codes_by_hand(sae, y)
     torch.testing.assert_close(sae.encode(y), torch.cat(codes, dim=1))
@@ -132,6 +135,40 @@ def test_loss_and_gradients_equal_the_plain_formula(activation: str) -> None:
         torch.testing.assert_close(fast[name], p.grad, msg=name)
 
 
+def test_loss_of_topk_is_the_error_and_what_dead_features_make_of_it() -> None:
+    sae = make(activation="topk", k=3, k_aux=2, auxk_coefficient=0.7).double()
+    y, target = rows()
+    data = TrainingBatch(y=y, target=target, variance=9.0)
+    dead = torch.isin(torch.arange(LAYERS * F), torch.tensor([3, 8, 9, 21]))  # none of layer 1
+    output = sae.training_output(data, TrainingState(dead=dead))
+    output.loss.backward()
+    fast = {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
+    assert set(fast) == set(dict(sae.named_parameters()))  # there are no thresholds
+    sae.zero_grad()
+    codes = codes_by_hand(sae, y)
+    assert all(int((each != 0).sum(1).max()) == 3 for each in codes)
+    error = target - written_by_hand(sae, codes)
+    expected = error.square().sum(1).mean() / 9.0
+    for layer in range(LAYERS):
+        own = dead[layer * F : (layer + 1) * F]
+        left = error.detach()[:, layer * D_OUT :]
+        rows_of = slice(layer * F, (layer + 1) * F)
+        W, b = sae.W_enc_T[rows_of][own], sae.b_enc[rows_of][own]
+        z = torch.relu(y[:, layer * D_IN : (layer + 1) * D_IN] @ W.T + b)
+        if z.shape[1] > 2:
+            z = z * (z >= z.topk(2, dim=1).values[:, -1:])
+        if own.any():
+            made = z @ sae.decoders[layer][own]
+            auxk = (left - made).square().sum() / (left - left.mean(0)).square().sum()
+            expected = expected + 0.7 * auxk / LAYERS
+    expected.backward()
+    torch.testing.assert_close(output.loss, expected)
+    assert torch.equal(output.counts, (sae.encode(y) != 0).sum(0))
+    for name, p in sae.named_parameters():
+        torch.testing.assert_close(fast[name], p.grad, msg=name)
+    assert not sae.penalised
+
+
 @pytest.mark.parametrize("kind", ["none", "unit_mean_square", "sqrt_d", "centred"])
 def test_folding_saving_and_coming_back(kind: str, tmp_path: Path) -> None:
     """Every site has a scale of its own, inside and outside."""
@@ -184,7 +221,13 @@ def test_wrong_configurations() -> None:
     ):
         CrossLayerTranscoderConfig(d_sae=32, layers=3)
     with pytest.raises(InputError, match="no such activation"):
-        CrossLayerTranscoderConfig(activation="topk")  # type: ignore[arg-type]
+        CrossLayerTranscoderConfig(activation="batchtopk")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"sae\.k.*given: 11"):
+        CrossLayerTranscoderConfig(d_sae=30, layers=3, activation="topk", k=11)
+    topk = CrossLayerTranscoderConfig(d_sae=30, layers=3, activation="topk", k=2)
+    with pytest.raises(InputError, match=r"target_l0.*same in each layer.*a multiple of 3"):
+        topk.with_target_l0(10)
+    assert topk.with_target_l0(12).k == 4
     with pytest.raises(InputError, match=r"sae\.penalty.*given: 'step'; allowed: tanh"):
         CrossLayerTranscoderConfig(activation="relu", penalty="step")
     with pytest.raises(InputError, match="has a layer a site"):
@@ -243,6 +286,19 @@ def test_it_trains_on_all_layers_of_a_harvest(harvest: Path, tmp_path: Path) -> 
     assert error < 0.9 * (held_out.target - held_out.target.mean(0)).square().sum()
     again = saescope_sae.train(settings(harvest, tmp_path / "run"))
     assert torch.equal(again.decoders[0], sae.decoders[0])  # type: ignore[index]
+
+
+def test_topk_trains_indexes_and_is_not_circuit_tracers(harvest: Path, tmp_path: Path) -> None:
+    rule = {"kind": "cross_layer_transcoder", "d_sae": 96, "activation": "topk"}
+    sae = saescope_sae.train(settings(harvest, tmp_path / "run", sae=rule))
+    assert sae is not None
+    again = load(tmp_path / "run")
+    assert again.config.k == 4  # type: ignore[attr-defined]  # of 12 over three layers
+    x = torch.randn(20, sae.d_in)
+    assert torch.equal(again.encode(x), sae.encode(x))
+    assert int(again.encode_sparse(x).l0().max()) <= 12
+    with pytest.raises(InputError, match="have no TopK"):
+        format_named("circuit_tracer").write(again, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
