@@ -49,6 +49,10 @@ class NoiseFloorConfig(Config):
     """Suites of metrics."""
     tokens: int = 2048
     """Held-out tokens that the model is run on."""
+    quick: bool = False
+    """Whether suites are measured with --quick."""
+    metric_seeds: int = 5
+    """Seeds of metrics that have one of their own."""
     threads: int = 1
     """Threads of torch."""
     work: str = "build/noise_floor"
@@ -105,6 +109,8 @@ def main(config: NoiseFloorConfig) -> None:
             reliability=True,
             suite=config.suite,
             tokens=config.tokens,
+            quick=config.quick,
+            metric_seeds=config.metric_seeds,
             out=str(path),
             replace=True,
         )

@@ -31,7 +31,7 @@ from sae.evaluation.unfinished_file import Unfinished
 from sae.evaluation.written import measured_values, read_evaluation, rows_of
 from sae.formats.hub import SCHEME, HubFolder, evaluation_file
 from saescope.artefact import write_report
-from saescope.errors import InputError, SaescopeError
+from saescope.errors import InputError, SaescopeError, check_range
 from saescope.paths import AnyPath, as_path, exists
 from saescope.process_rank import this_rank
 from saescope.progress import duration, say, silent
@@ -54,12 +54,17 @@ class EvaluateRunsConfig(EvaluateConfig):
     """Measure the smallest difference that each metric can tell, from these runs, three or more,
     better five, that differ in nothing but their seed. It is written to `out`, or to
     reliability.json beside the first run's folder."""
+    metric_seeds: int = 5
+    """With reliability, how many seeds each metric that has one of its own (of absorption and
+    ravel) is measured with, each about as long as the first; with 1, the evaluation's own, their
+    sample sd is not told, and the smallest difference is the same."""
     controls: bool = False
     """Measure what every metric has to rank below the SAE, too: its decoder rows permuted, random
     directions, an untrained SAE, PCA. It is written to controls.json beside the evaluation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range("metric_seeds", self.metric_seeds, low=1, high=100)
         if self.reliability and self.controls:
             raise InputError("is measured apart from controls; leave one out", where="reliability")
 
@@ -155,7 +160,9 @@ def _reliability(config: EvaluateRunsConfig, runs: Sequence[EvaluateConfig]) -> 
     if failed or this_rank().number:
         return failed
     evaluations = {name: read_evaluation(evaluation_file(name)) for name in names}
-    found = measure_reliability(runs, evaluations, wanted, unfinished=unfinished)
+    found = measure_reliability(
+        runs, evaluations, wanted, metric_seeds=config.metric_seeds, unfinished=unfinished
+    )
     try:
         write_report(path, found, RELIABILITY, replace=config.replace)
         unfinished.forget()

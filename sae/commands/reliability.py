@@ -2,8 +2,9 @@
 
 The runs differ in nothing but their seed. Each is measured on all held-out documents, which is its
 evaluation, and on each of five groups of them; families with texts and a seed of their own, with
-five seeds, the first of which is the evaluation's. `sae.evaluation.reliability` says what is made
-of these figures. Each group of each run is kept in reliability.unfinished until all are measured.
+several seeds, the first of which is the evaluation's. `sae.evaluation.reliability` says what is
+made of these figures. Each group of each run is kept in reliability.unfinished until all are
+measured.
 """
 
 from collections.abc import Mapping, Sequence
@@ -97,11 +98,14 @@ def measure_reliability(
     evaluations: Mapping[str, Mapping[str, Any]],
     wanted: Sequence[Family],
     *,
+    metric_seeds: int = GROUPS,
     unfinished: Unfinished | None = None,
 ) -> dict[str, Any]:
     """What reliability.json is to hold, from the runs' evaluations under one protocol.
 
-    Args: unfinished keeps the figures of each group, and has those measured before.
+    Args:
+        metric_seeds: seeds of each family that has one, the evaluation's among them.
+        unfinished: keeps the figures of each group, and has those measured before.
 
     Raises InputError for evaluations of two protocols, and the errors of `seeds_of_runs`.
     """
@@ -110,7 +114,14 @@ def measure_reliability(
     groups = []
     for number, run in enumerate(runs, 1):
         with silent():
-            groups.append(_of_groups(run, wanted, evaluations[run.run], unfinished))
+            data = _Groups(**vars(HeldOut.open(run, unfinished=unfinished)))
+            evaluation = evaluations[run.run]
+            groups.append(
+                [
+                    data.values_of(group, wanted, evaluation, metric_seeds)
+                    for group in range(max(GROUPS, metric_seeds))
+                ]
+            )
         say(f"{number} of {len(runs)}  {run.run}: measured on {GROUPS} groups of its documents")
     first = evaluations[runs[0].run]
     floors = _floors([measured_values(evaluations[run.run]) for run in runs], groups, first)
@@ -124,6 +135,7 @@ def measure_reliability(
             "varied": [key for key in _SEEDS if len({own[key] for own in seeds.values()}) > 1],
             "settings": common,
             "groups": GROUPS,
+            "metric_seeds": metric_seeds,
             "confidence": 0.95,
             "floors": {
                 name: {each.name: getattr(found, each.name) for each in fields(Floor)}
@@ -155,21 +167,16 @@ def _floors(
             missing = len(values) - len(own)
             say(f"{row.label} is undefined of {missing} of {len(values)} runs: left out")
             continue
-        again = [[x for group in each if (x := group.get(name)) is not None] for each in groups]
-        whole = len(groups[0]) > 1 and all(len(each) == len(groups[0]) for each in again)
-        found[name] = floor(own, again if whole else (), shares=name in of_documents)
+        again = [
+            {g: x for g, group in enumerate(each) if (x := group.get(name)) is not None}
+            for each in groups
+        ]
+        shares = name in of_documents
+        fewest = GROUPS if shares else 2
+        whole = len(again[0]) >= fewest and all(each.keys() == again[0].keys() for each in again)
+        by_run = [list(each.values()) for each in again] if whole else ()
+        found[name] = floor(own, by_run, shares=shares)
     return found
-
-
-def _of_groups(
-    run: EvaluateConfig,
-    wanted: Sequence[Family],
-    evaluation: Mapping[str, Any],
-    unfinished: Unfinished | None = None,
-) -> list[dict[str, Any]]:
-    """A run's values on each group of documents, or with each seed of a metric."""
-    data = _Groups(**vars(HeldOut.open(run, unfinished=unfinished)))
-    return [data.values_of(group, wanted, evaluation) for group in range(GROUPS)]
 
 
 def _with_seed(
@@ -196,9 +203,14 @@ class _Groups(HeldOut):
     """documents of each group by what is measured, "rows" or "sequences" """
 
     def values_of(
-        self, group: int, wanted: Sequence[Family], evaluation: Mapping[str, Any]
+        self,
+        group: int,
+        wanted: Sequence[Family],
+        evaluation: Mapping[str, Any],
+        metric_seeds: int = GROUPS,
     ) -> dict[str, Any]:
-        """The values of one group; none of families that there are too few documents for.
+        """The values of one group of documents, and with one seed of families that have one; none
+        where there are fewer groups or seeds, and of families that there are too few documents for.
 
         Args: evaluation is of all documents, and with the first seed of families that have one.
         """
@@ -209,6 +221,8 @@ class _Groups(HeldOut):
         if not group:  # the seed of the evaluation
             found.update({family.section: evaluation[family.section] for family in seeded})
         dealt = {"group": [group, GROUPS], "dealt": _DEALT}
+        if group >= GROUPS:
+            of_rows, of_model = [], []
         if of_rows and self._enough("rows", self._documents()):
             about = {"rows": self.config.most_rows, **self._settings(of_rows), **dealt}
             self._part(of_rows, about, self.measure_rows, found)
@@ -217,7 +231,7 @@ class _Groups(HeldOut):
                 about = {**self._model_facts(), **self._settings([family]), **dealt}
                 self._part([family], about, self.measure_model, found)
         other = replace(self, config=config)
-        for family in seeded if group else ():
+        for family in seeded if 0 < group < metric_seeds else ():
             other._part([family], other._text_facts([family]), other.measure_texts, found)
         return measured_values(found)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import sae
 from sae.commands import reliability
 from sae.commands.evaluate import HeldOut
 from sae.commands.evaluate_config import EvaluateConfig
+from sae.commands.evaluate_runs import EvaluateRunsConfig
 from sae.commands.reliability import seeds_of_runs
 from sae.commands.sweep import SweepConfig, sweep
-from sae.evaluation import chosen
+from sae.evaluation import Family, chosen
 from sae.evaluation.comparison import compared
 from sae.evaluation.floors_file import read_reliability
 from sae.evaluation.reliability import floor, smallest_difference
@@ -196,12 +198,17 @@ def test_reliability_of_runs_and_what_compare_says_by_it(
     assert f"{runs / NAMES[1]}: worse in FVU" in capsys.readouterr().out
 
 
+def of_groups(run: EvaluateConfig, wanted: Sequence[Family]) -> list[dict[str, Any]]:
+    """A run's figures on each group of its documents."""
+    data = reliability._Groups(**vars(HeldOut.open(run)))
+    return [data.values_of(group, wanted, {}) for group in range(reliability.GROUPS)]
+
+
 def test_groups_are_all_documents_each_once(trained: Path) -> None:
     run = EvaluateConfig(run=str(trained / NAMES[0]), tokens=0)
     wanted = chosen(("density", "reconstruction"))
     whole = HeldOut.open(run).measure(wanted)["reconstruction"]
-    groups = reliability._of_groups(run, wanted, {})
-    assert len(groups) == 5
+    groups = of_groups(run, wanted)
     assert sum(each["rows"] for each in groups) == whole["rows"]
     assert sum(each["documents"] for each in groups) == whole["documents"]
     l0 = sum(each["rows"] * each["l0"] for each in groups) / whole["rows"]
@@ -243,9 +250,11 @@ def test_seeds_of_a_family_are_kept_and_its_first_is_the_evaluation(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds: list[int] = []
+    killed: list[bool] = []
 
     def planted(self: HeldOut, families: Any, found: dict[str, Any]) -> dict[str, Any]:
-        if len(seeds) == 9:
+        if len(seeds) == 9 and not killed:
+            killed.append(True)
             raise Killed
         seed = self.config.absorption.seed
         seeds.append(seed)
@@ -265,6 +274,22 @@ def test_seeds_of_a_family_are_kept_and_its_first_is_the_evaluation(
     # of 0, 1, 4, 9, 16 the mean is 6 and the variance (36 + 25 + 4 + 9 + 100) / 4
     assert found["measurement_sd"] == pytest.approx(math.sqrt(43.5))
     assert found["paired_sd"] == pytest.approx(0, abs=1e-9)
+
+    seeds.clear()
+    (runs / "reliability.json").unlink()
+    assert main([*words, "--metric-seeds", "1"]) == 0
+    assert seeds == []
+    alone = read_reliability(runs / "reliability.json")
+    assert alone["metric_seeds"] == 1
+    of_absorption = alone["floors"]["absorption_fraction"]
+    assert (of_absorption["measurement_sd"], of_absorption["paired_sd"]) == (None, None)
+    for name in ("values", "seed_sd", "smallest_difference"):
+        assert of_absorption[name] == found[name]
+    (runs / "reliability.json").unlink()
+    assert main([*words, "--metric-seeds", "7"]) == 0
+    assert seeds == [1, 2, 3, 4, 5, 6] * 3
+    with pytest.raises(InputError, match="metric_seeds: out of range"):
+        EvaluateRunsConfig(run="x", metric_seeds=0)
 
 
 def test_runs_that_differ_in_more_than_their_seed(runs: Path, tmp_path: Path) -> None:
@@ -343,7 +368,7 @@ def test_groups_of_the_model(trained: Path, tmp_path: Path) -> None:
     run = EvaluateConfig(run=str(trained / NAMES[0]), tokens=1024, out=str(tmp_path / "e.json"))
     wanted = chosen(("downstream",))
     whole = sae.evaluate(run)["downstream"]
-    groups = reliability._of_groups(run, wanted, {})
+    groups = of_groups(run, wanted)
     assert sum(each["tokens"] for each in groups) == whole["tokens"]
     ce = sum(each["tokens"] * each["ce"] for each in groups) / whole["tokens"]
     assert ce == pytest.approx(whole["ce"], abs=1e-4)
