@@ -12,7 +12,9 @@ token is the right one: only these are measured. With 95% intervals over prompts
     difference of logits         of the model; the null is without any feature (each at its mean)
     faithfulness, completeness   of the most influential features kept alone, or ablated alone,
                                  beside as many drawn from the same graph
-                                 (`sae.circuits.faithfulness`)
+                                 (`sae.circuits.faithfulness`): a mean over prompts, and "pooled",
+                                 the share of all prompts' changes together, in which a prompt that
+                                 hardly depends on features does not count for more
     rank, sign                   agreement of estimates with exact ablation over features of the
                                  graph: Spearman's rank correlation (of sizes, for influence), and
                                  the share of equal signs among the larger half; beside the same
@@ -45,7 +47,7 @@ from sae.circuits.pruning import completeness_score, replacement_score
 from sae.circuits.rows import EdgeRows
 from sae.commands.circuit import load_saes
 from sae.core.base import SparseAutoencoder
-from sae.evaluation.intervals import t_quantile
+from sae.evaluation.intervals import half_width, t_quantile
 from saescope.artefact import write_json
 from saescope.config import Config
 from saescope.errors import InputError, check_range
@@ -211,6 +213,7 @@ def _rows(
         for index, count in enumerate(curve.counts):
             own, null = getattr(curve, name)[:, index], getattr(curve, f"random_{name}")[:, index]
             found.append(_row(name, count, own, null))
+            found.append(_pooled(f"{name}, pooled", count, own, null, curve.model - curve.empty))
     if config.ranked_by == "effect":
         return found
     for name, score in (
@@ -273,6 +276,18 @@ def _row(name: str, features: int, own: NDArray[Any], null: NDArray[Any] | None)
             kept = np.asarray(values, float)
             spread = t_quantile(len(kept) - 1) * kept.std(ddof=1) / len(kept) ** 0.5
             row |= {key: round(float(kept.mean()), 4), half: round(float(spread), 4)}
+    return row
+
+
+def _pooled(
+    name: str, features: int, own: NDArray[Any], null: NDArray[Any], change: NDArray[Any]
+) -> dict[str, Any]:
+    """Shares of each prompt's change as one share of all changes, with a ratio's interval."""
+    row: dict[str, Any] = {"measure": name, "features": features}
+    for key, half, shares in (("mean", "half", own), ("null", "null_half", null)):
+        parts, whole = torch.tensor(shares * change), torch.tensor(change)
+        row[key] = round(float(parts.sum() / whole.sum()), 4)
+        row[half] = round(half_width(parts, whole) or float("nan"), 4)
     return row
 
 

@@ -21,6 +21,9 @@ _ANOTHER = "another document"
 
 STYLE = """<style>
 [data-testid=stTopNavLink]{padding:0 5px}
+@media (max-width:1500px){
+[data-testid=stTopNavLink]>:has([data-testid=stIconMaterial]){display:none}
+}
 .stMainBlockContainer{padding:4.5rem 3rem 2rem;max-width:1760px}
 .stMainBlockContainer h2{font-size:1.65rem;padding:.5rem 0 .3rem}
 .stMainBlockContainer h3{font-size:1.3rem;padding:.8rem 0 .2rem}

@@ -1,5 +1,6 @@
 // Draws an attribution graph. All texts become text nodes; nothing is read as markup.
-const SLOT = 17, LINE = 19, GAP = 7, NARROWEST = 25, ROOMY = 90, HEADS = 84, BETWEEN = 8;
+const SLOT = 17, GAP = 7, NARROWEST = 25, ROOMY = 90, HEADS = 84;
+const LINES = [17, 19], BETWEENS = [1.5, 8], HIGHEST = 980, OF_WINDOW = 0.82; // least and most; as .scroller has them
 const BOX = 148, BOX_HIGH = 38, APART = 18, RISE = 62, LISTED = 12, BASE = 150;
 const WORDS = { feature: "feature", error: "error", embedding: "token", logit: "output" };
 
@@ -81,6 +82,12 @@ export default function drawn({ data, parentElement, setStateValue }) {
     wide += need + more;
   }
   const middle = (n) => starts[n] + (needs[n] + more) / 2;
+  // rows are as far apart as fits all of them above the heads, within bounds
+  const count = rows.reduce((sum, row) => sum + row.lines, 0);
+  const room = Math.min(OF_WINDOW * innerHeight, HIGHEST) - HEADS - 3;
+  const within = ([least, most], value) => Math.max(least, Math.min(most, value));
+  const BETWEEN = within(BETWEENS, (room - count * LINES[1]) / (rows.length + 1));
+  const LINE = within(LINES, (room - BETWEEN * (rows.length + 1)) / count);
   const tops = [];
   let high = BETWEEN;
   for (const row of rows) {
@@ -107,6 +114,7 @@ export default function drawn({ data, parentElement, setStateValue }) {
     make(names, "div", "", row.name).style.top = `${tops[n] + (row.lines * LINE) / 2}px`;
   });
   const heads = make(plane, "div", "heads");
+  make(heads, "span", "corner").style.width = `${NAMES}px`;
   columns.forEach((column, n) => {
     const head = make(heads, "div", "", column.text);
     head.style.left = `${middle(n)}px`;

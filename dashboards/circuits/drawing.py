@@ -106,7 +106,10 @@ def node_name(graph: Graph, node: int, texts: Texts) -> str:
     if kind == LOGIT:
         found = graph.facts.get("logit_tokens")
         text = found.get(str(number), number) if isinstance(found, dict) else number
-        return f"“{plain_visible(str(text))}” {100 * graph.activation[node]:.3g} %"
+        said = f"“{plain_visible(str(text))}”"
+        if graph.is_difference(node):
+            return said
+        return f"{said} {100 * graph.activation[node]:.3g} %"
     return f"feature {number}" if kind == FEATURE else "error"
 
 
@@ -221,7 +224,11 @@ def _facts(graph: Graph, node: int) -> str:
     """A node's numbers, in words."""
     kind, activation = int(graph.kind[node]), float(graph.activation[node])
     if kind == LOGIT:
-        return f"probability {100 * activation:.3g} %"
+        said = f"{100 * activation:.3g} %"
+        if graph.is_difference(node):
+            value = amount(float(graph.value[node]), 3, signed=True)
+            return f"difference of logits {value} · probability of the first {said}"
+        return f"probability {said}"
     what = "activation" if kind == FEATURE else "norm"
     said = f"{what} {amount(activation, 3)}"
     value = float(graph.influence[node])

@@ -125,7 +125,7 @@ def _heading(whole: Graph) -> None:
     st.markdown(f"#### {plain(whole.prompt)}")
     words = [whole.model, f"edges: {whole.method}"]
     if left := whole.facts.get("left_out"):
-        words.append(f"{left} active features were left out when it was made")
+        words.append(f"left out when it was made: {counted(left, 'active feature')}")
     st.caption(plain(" · ".join(words)))
     share = whole.facts.get("node_threshold")
     if isinstance(share, int | float) and share < 1:

@@ -217,6 +217,11 @@ class Graph:
         what = "error" if kind == ERROR else label or f"feature {number}"
         return f"{what} of {self.sites[self.site[node]]} {at}"
 
+    def is_difference(self, node: int) -> bool:
+        """Whether an output is a difference of two logits."""
+        pairs = [each for each in self.facts.get("outputs", ()) if not isinstance(each, int)]
+        return self.kind[node] == LOGIT and self.number[node] in [each[0] for each in pairs]
+
     def nodes_of(self, *kinds: int) -> Int[np.ndarray, " chosen"]:
         """Indices of the nodes of these kinds."""
         return np.flatnonzero(np.isin(self.kind, kinds))

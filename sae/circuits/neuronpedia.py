@@ -52,7 +52,7 @@ def to_neuronpedia(
             "transcoder_list": list(graph.saes),
             "prompt_tokens": list(graph.tokens),
             "prompt": graph.prompt,
-            "node_threshold": graph.facts.get("node_threshold"),
+            **_pruning(graph),
             "schema_version": 1,
         },
         "qParams": {
@@ -68,6 +68,15 @@ def to_neuronpedia(
             for t, s, w in zip(target.tolist(), source.tolist(), weight.tolist(), strict=True)
         ],
     }
+
+
+def _pruning(graph: Graph) -> dict[str, Any]:
+    """How a graph was pruned; nothing of one that was not, as the schema has no null there."""
+    names = ("node_threshold", "edge_threshold")
+    known = {name: float(graph.facts[name]) for name in names if graph.facts.get(name) is not None}
+    if "node_threshold" not in known:
+        return {}
+    return {"node_threshold": known["node_threshold"], "pruning_settings": known}
 
 
 def _node(graph: Graph, index: int) -> dict[str, Any]:

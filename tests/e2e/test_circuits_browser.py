@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dashboards.circuits.drawing import Texts
 from dashboards.circuits.export import page as exported
 from sae.circuits.files import save
+from sae.circuits.graph import EMBEDDING, FEATURE, LOGIT, Graph
 from sae.circuits.pruning import with_influence
 from sae.circuits.subgraphs import Subgraph
 from tests.browsing import complaints, settle, visit
@@ -21,12 +23,33 @@ __all__ = ["opened"]  # a fixture
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 
+def tall() -> Graph:
+    """A feature a layer, one from the other, from the last of 40 tokens to the output."""
+    layers, tokens = 30, [f" w{n}" for n in range(40)]
+    size = layers + len(tokens) + 1
+    adjacency = np.zeros((size, size))
+    chain = [size - 2, *range(layers), size - 1]
+    adjacency[chain[1:], chain[:-1]] = 1
+    every, outside = np.arange(layers), np.full(len(tokens), -1)
+    position = np.concatenate([np.full(layers, 39), np.arange(40), [39]])
+    return hand_graph(
+        token_ids=list(range(40)), tokens=tokens, n_layers=layers,
+        sites=[f"blocks.{n}.mlp.hook_in" for n in range(layers)], saes=["t"] * layers,
+        kind=[FEATURE] * layers + [EMBEDDING] * 40 + [LOGIT],
+        site=[*every, *outside, -1], layer=[*every, *outside, layers], position=position,
+        number=[*every, *range(40), 20], activation=np.ones(size), value=np.ones(size),
+        bias=np.zeros(size), weight=[*[0] * (size - 1), 1], influence=np.zeros(size),
+        cumulative=np.ones(size), adjacency=adjacency, labels={},
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("circuits")
     make_tiny_store(root / "stores")
     (root / "graphs").mkdir()
     save(with_influence(hand_graph()), root / "graphs" / "two.npz")
+    save(with_influence(tall()), root / "graphs" / "tall.npz")
     with serving(root / "stores", root / "explore.txt") as address:
         yield address
 
@@ -76,6 +99,28 @@ def test_a_graph_is_clicked_pinned_and_pruned(page: Any, server: str) -> None:
         settle(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert not complaints(page)
+
+
+def test_thirty_layers_are_seen_at_once_from_outputs_to_tokens(page: Any, server: str) -> None:
+    page.set_viewport_size({"width": 1280, "height": 900})
+    visit(page, f"{server}/circuits?graph=tall.npz&keep=100&edges=100")
+    last = node(page, "E_39_39")
+    last.wait_for()
+    assert page.locator(".node[data-node]").count() == 71
+    boxes = {
+        name: page.locator(name).first.bounding_box() for name in (".scroller", ".heads", ".names")
+    }
+    token, output = last.bounding_box(), node(page, "31_20_39").bounding_box()
+    assert output["y"] >= boxes[".scroller"]["y"]
+    assert token["y"] + token["height"] <= boxes[".heads"]["y"] + 2
+    # heads that are scrolled away are under the corner, not in the column of layers' names
+    assert page.locator(".scroller").evaluate("e => e.scrollLeft") > 0
+    heads = page.locator(".heads")
+    heads.scroll_into_view_if_needed()
+    box, named = heads.bounding_box(), boxes[".names"]
+    at = [named["x"] + named["width"] / 2, box["y"] + 20]
+    top = "(e, [x, y]) => e.getRootNode().elementFromPoint(x, y).className"
+    assert heads.evaluate(top, at) == "corner"
 
 
 def test_the_exported_page_opens_offline(tmp_path: Path, opened: Any) -> None:

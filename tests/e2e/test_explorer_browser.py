@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dashboards.pages import find_pages
 from store import Annotations, FeatureFilter, FeatureStore
 from tests.browsing import READY, heading, settle, under_pointer, visit
 from tests.explorer_process import serving
@@ -49,6 +50,28 @@ def test_the_first_page_has_an_address_of_its_own(page: Any, server: str) -> Non
     assert page.locator("[role=dialog]").count() == 0, "the page is there"
     links = page.locator("[data-testid=stTopNavLink]").all_inner_texts()
     assert [text.split("\n")[-1] for text in links].count("Home") == 1
+
+
+@pytest.mark.slow
+def test_the_navigation_shows_every_page(page: Any, server: str) -> None:
+    titles = [found.declared.title for found in find_pages()]
+    for width in (1280, 1920):
+        page.set_viewport_size({"width": width, "height": 900})
+        visit(page, server)
+        links = page.locator("[data-testid=stTopNavLink]")
+        assert [text.split("\n")[-1] for text in links.all_inner_texts()] == titles
+        boxes = [link.bounding_box() for link in links.all()]
+        ends = [box["x"] + box["width"] for box in boxes]
+        # those that do not fit would be one upon the other, behind "2 more"
+        pairs = zip(ends[:-1], boxes[1:], strict=True)
+        assert all(end <= box["x"] for end, box in pairs), width
+        assert ends[-1] <= width
+    page.set_viewport_size({"width": 400, "height": 860})
+    visit(page, server)
+    page.locator("[data-testid=stExpandSidebarButton]").click()
+    links = page.locator("[data-testid=stSidebarNavLink]")
+    links.last.wait_for()
+    assert [text.split("\n")[-1] for text in links.all_inner_texts()] == titles
 
 
 def test_deep_link_and_tokens(page: Any, server: str) -> None:

@@ -150,6 +150,16 @@ def test_what_the_picture_is_given() -> None:
     json.dumps(data, allow_nan=False)
 
 
+def test_a_difference_of_two_logits_has_no_probability_of_its_own() -> None:
+    facts = {"logit_tokens": {"20": " he -  she", "21": " no"}, "outputs": [[20, 25], 21]}
+    found = picture(hand_graph(facts=facts), Texts())
+    by_id = {each["id"]: each for each in found["nodes"]}
+    assert by_id["3_20_3"]["name"] == "“ he -  she”"
+    said = "difference of logits +7.000 · probability of the first 75 %"
+    assert by_id["3_20_3"]["facts"] == said
+    assert by_id["3_21_3"]["name"] == "“ no” 25 %"
+
+
 def test_graphs_by_gradients_have_effects_of_either_sign() -> None:
     effects = [0.1, 0.2, 0.1, -0.3, 0.2, 0.1, 0, 0, 0, 0, 0, 0]
     graph = hand_graph(method="gradient", influence=effects)
