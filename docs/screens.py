@@ -1,6 +1,8 @@
-"""Pictures of every page of the explorer: `python docs/screens.py PROJECT`, or `make screens`.
+"""Pictures of the explorer's pages: `python docs/screens.py PROJECT [PAGE ...]`, or `make screens`.
 
-PROJECT is the folder in which `saescope demo --quick` was run. Each page is photographed as WebP at
+PROJECT is the folder in which `saescope demo --quick` was run; Heads shows an SAE at attention's
+outputs there (its store smollm2-135m-z18, as docs/reports/attention.md makes it), and Circuits the
+first graph in graphs/. Each page, or each that is named by its address, is photographed as WebP at
 three widths, light and dark, into docs/screens/. Needs Chromium, playwright and Pillow.
 """
 
@@ -8,6 +10,7 @@ import io
 import logging
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -26,9 +29,13 @@ WORK: dict[str, dict[str, str]] = {
     "token": {"q": "church"},
     "diff": {"a": "split:train", "b": "split:held_out"},
     "text": {"text": PROMPT},
+    "circuits": {"keep": "60", "edges": "90"},
+    "heads": {"head": "6"},
     "sql": {"q": "SELECT feature, density, max FROM feature ORDER BY density DESC LIMIT 20"},
 }
 """what a page is asked to do; the others show what they show when they are opened"""
+OF_HEADS = "smollm2-135m-z18"
+"""the store of an SAE at attention's outputs"""
 _QUALITY, _BUSY = 55, "[data-testid=stSpinner], [data-testid=stStatusWidget]"
 _PATIENCE_MS = 180_000
 
@@ -41,15 +48,22 @@ def photograph(page: Any, path: Path) -> None:
     picture.convert("RGB").save(path, "WEBP", quality=_QUALITY, method=6)
 
 
-def main(project: Path) -> int:
-    """Take the pictures; the number of faults that were seen meanwhile."""
+def main(project: Path, wanted: Sequence[str]) -> int:
+    """Take the pictures, of some pages or all; the number of faults that were seen meanwhile."""
     logging.disable(logging.WARNING)
     from dashboards.pages import find_pages
 
-    urls = [found.declared.url for found in find_pages()]
+    every = [found.declared.url for found in find_pages()]
+    if unknown := set(wanted) - set(every):
+        say(f"no page has the address {', '.join(sorted(unknown))}: there are {', '.join(every)}")
+        return len(unknown)
+    urls = [url for url in every if not wanted or url in wanted]
+    if (project / "stores" / OF_HEADS).is_dir():
+        WORK["heads"]["sae"] = OF_HEADS
     SCREENS.mkdir(exist_ok=True)
     for old in SCREENS.glob("*.webp"):
-        old.unlink()
+        if old.name.split("_")[0] in urls or not wanted:
+            old.unlink()
     seen: list[str] = []
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -82,4 +96,4 @@ def main(project: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(Path(sys.argv[1]).resolve())))
+    sys.exit(bool(main(Path(sys.argv[1]).resolve(), sys.argv[2:])))
