@@ -11,6 +11,9 @@ PLANNED = 50
 FIGURE = "images/steering_bench.png"
 SETS = ("direct", "measured")
 SCORES = ("output_score", "confidence_change", "measured_kl")
+BOTH = "output_score_and_measured_kl"
+"""the mean of a feature's ranks by the two"""
+_DRAWS = 2000
 _Z = 1.959964
 _HEAD = (
     "# Which features steer, and by how much\n\n"
@@ -146,14 +149,64 @@ def _by_score(by_set: dict[str, list[Row]]) -> list[str]:
         "| correlation |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for score in SCORES:
+    by_set = {name: with_both(own) for name, own in by_set.items()}
+    for score in (*SCORES, BOTH):
         for name, own in by_set.items():
             low, high = quartiles(own, score)
             cells = [score.replace("_", " "), name]
             for column in ("succeeds", "target_succeeds"):
                 cells += [share(low, column), share(high, column), ratio_words(low, high, column)]
             lines.append(f"| {' | '.join([*cells, correlation(own, score)])} |")
+    ahead = [
+        f"{gain(own, score)} with {name} words by the {score.replace('_', ' ')}"
+        for score in ("output_score", "measured_kl", BOTH)
+        for name, own in by_set.items()
+    ]
+    lines += [
+        "",
+        "The last score is the mean of a feature's ranks by two others; it was tried after these "
+        "had been seen. By target the top quarter is ahead of the bottom one, in points of per "
+        "cent with 95 % bootstrap intervals over features: " + "; ".join(ahead) + ". "
+        "With so few features a quarter, a ratio of two or more is not established where the "
+        "interval has 0 in it.",
+        "",
+        "The output score was published with another measure of success (Arad et al. 2025, arXiv "
+        "2505.20063): the mean number of tokens, in 20 new ones at temperature 0.7 after each of "
+        "50 neutral beginnings, that are among the 20 which a feature's decoder raises most. That "
+        "is twenty times as many tokens a feature as here, and no threshold, so it tells smaller "
+        "effects. It was not measured here.",
+    ]
     return lines
+
+
+def with_both(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the mean of their ranks by output score and measured KL; "" where unknown."""
+    names = ("output_score", "measured_kl")
+    known = [row for row in rows if all(row[name] for name in names)]
+    if not known:
+        return [{**row, BOTH: ""} for row in rows]
+    ranks = np.mean([rankdata([float(row[name]) for row in known]) for name in names], axis=0)
+    found = {row["feature"]: str(rank) for row, rank in zip(known, ranks, strict=True)}
+    return [{**row, BOTH: found.get(row["feature"], "")} for row in rows]
+
+
+def gain(rows: Sequence[Row], score: str) -> str:
+    """By how much the top quarter's share by target is above the bottom one's, in points."""
+    known = [row for row in rows if row[score]]
+    if len(known) < 4:
+        return "unknown"
+
+    def points(own: Sequence[Row]) -> float:
+        low, high = quartiles(own, score)
+        few, many = (np.mean([int(row["target_succeeds"]) for row in each]) for each in (low, high))
+        return 100 * float(many - few)
+
+    rng = np.random.default_rng(0)
+    drawn = [
+        points([known[n] for n in rng.integers(0, len(known), len(known))]) for _ in range(_DRAWS)
+    ]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return f"{points(known):+.0f} ({low:+.0f} to {high:+.0f})"
 
 
 def correlation(rows: Sequence[Row], score: str) -> str:

@@ -2,7 +2,17 @@
 
 import pytest
 
-from benchmarks.steering_page import correlation, figure, page, quartiles, ratio_words, wilson
+from benchmarks.steering_page import (
+    BOTH,
+    correlation,
+    figure,
+    gain,
+    page,
+    quartiles,
+    ratio_words,
+    wilson,
+    with_both,
+)
 
 
 def row(number: int, words: str, succeeds: int) -> dict[str, str]:
@@ -38,6 +48,19 @@ def test_the_correlation_is_of_ranks() -> None:
     assert correlation(ROWS[::2], "output_score").startswith("+1.00 (")
     assert correlation(ROWS[::2], "measured_kl") == "too few"
     assert correlation(ROWS[::2], "confidence_change") == "all are equal"
+
+
+def test_two_scores_are_one_by_the_mean_of_ranks() -> None:
+    kl = ["0.8", "0.1", "", "0.2"]
+    rows = [{**each, "measured_kl": x} for each, x in zip(ROWS[:8:2], kl, strict=True)]
+    assert [each[BOTH] for each in with_both(rows)] == ["2.0", "1.5", "", "2.5"]
+
+
+def test_the_gain_of_a_quarter_is_in_points() -> None:
+    surely = [{**each, "target_succeeds": each["succeeds"]} for each in ROWS[::2] * 10]
+    assert gain(surely, "output_score").startswith("+100 (+100 to +100")
+    assert gain(ROWS[::2], "output_score") == "+0 (+0 to +0)"
+    assert gain(ROWS[::2], "measured_kl") == "unknown"
 
 
 def test_the_page_says_all_of_it() -> None:
