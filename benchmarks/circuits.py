@@ -287,7 +287,7 @@ def _pooled(
     for key, half, shares in (("mean", "half", own), ("null", "null_half", null)):
         parts, whole = torch.tensor(shares * change), torch.tensor(change)
         row[key] = round(float(parts.sum() / whole.sum()), 4)
-        row[half] = round(half_width(parts, whole) or float("nan"), 4)
+        row[half] = round(half_width(parts, whole) or 0.0, 4)  # None of one prompt alone
     return row
 
 
