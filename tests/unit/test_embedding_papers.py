@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from sae.architectures.msae import MSAEConfig
 from sae.architectures.topk import TopKConfig
 from sae.commands.train import train
-from sae.papers import csr
+from sae.papers import csr, msae
 from sae.reproduction.embeddings import Embedded
 from saescope.progress import silent
 
@@ -54,3 +55,17 @@ def test_codes_are_searched_by_cosine() -> None:
     nearest = csr._Sparse(x, sae).nearest(x[:9], 4)
     cosines = dense[:9] @ dense.T
     torch.testing.assert_close(cosines.gather(1, nearest), cosines.topk(4, dim=1).values)
+
+
+@pytest.mark.parametrize(
+    "config", [TopKConfig(d_sae=48, k=3), MSAEConfig(d_sae=48, k=4, ks=(2, 4, 8))]
+)
+def test_an_sae_is_used_at_another_k(config: Any) -> None:
+    x = torch.randn(60, 24, generator=torch.Generator().manual_seed(12345))
+    with silent():
+        sae = train(x, config, passes=2, batch_size=30)
+    used = msae._used_at(sae, 1)
+    assert int(used.encode_sparse(x).l0().max()) == 1
+    assert int(sae.encode_sparse(x).l0().max()) == config.k
+    error = (x - used(x).x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    assert msae._at(sae, 1, x)[0] == pytest.approx(float(error.detach()))

@@ -11,9 +11,9 @@ from sae.papers import paper
 from sae.training.config import TrainConfig
 from saescope.config import from_dict, read_toml
 from saescope.examples import examples
-from tests.tiny_raw import make_pictures, make_tiny_resnet
+from tests.tiny_raw import D_MODEL, make_pictures, make_tiny_clip, make_tiny_resnet
 
-MODELS = {"csr": (make_tiny_resnet, 12)}
+MODELS = {"csr": (make_tiny_resnet, 12), "msae": (make_tiny_clip, D_MODEL)}
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
