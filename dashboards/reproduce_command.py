@@ -16,7 +16,7 @@ from saescope.system import system_errors
 
 _RESULTS = ".trials.jsonl"
 _MARK = "<!-- saescope reproduce -->\n"
-_MARKS = (_MARK.encode(), b'{"paper":', b"<svg xmlns")
+_MARKS = (_MARK.encode(), b'{"paper":', b"<svg xmlns", b"\x89PNG")
 
 
 def _is_ours(path: Path) -> bool:

@@ -1,11 +1,12 @@
 """A paper's page in Markdown: its claim, what was run, the result beside its null, a verdict."""
 
+import base64
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dashboards.reports import drawing, markdown
 from sae.reproduction.claims import Claim
-from sae.reproduction.paper import Findings, Paper
+from sae.reproduction.paper import Findings, Paper, Picture
 from saescope.pieces import Chart, Table
 from saescope.progress import duration
 
@@ -50,6 +51,9 @@ def page(
     for chart in findings.charts:
         lines += [f"### {chart.title}", "", f"![{chart.title}]({picture_name(name, chart)})", ""]
         lines += [chart.about, ""] if chart.about else []
+    for picture in findings.pictures:
+        file = picture_name(name, picture)
+        lines += [f"### {picture.title}", "", f"![{picture.title}]({file})", "", picture.about, ""]
     lines += ["## Is this the paper's claim, or an easier one?", "", paper.easier, ""]
     if paper.scale:
         lines += ["## At the paper's scale", "", paper.scale, ""]
@@ -57,15 +61,17 @@ def page(
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def picture_name(name: str, chart: Chart) -> str:
-    """The file of a chart, beside the page."""
-    return f"{name}-{chart.key}.svg"
+def picture_name(name: str, shown: Chart | Picture) -> str:
+    """The file of a chart or picture, beside the page."""
+    return f"{name}-{shown.key}.{'svg' if isinstance(shown, Chart) else 'png'}"
 
 
 def pictures(name: str, findings: Findings) -> Iterator[tuple[str, bytes]]:
     """Name and content of the files that the page shows."""
     for chart in findings.charts:
         yield picture_name(name, chart), drawing.alone(chart, _INK).encode()
+    for picture in findings.pictures:
+        yield picture_name(name, picture), base64.b64decode(picture.png)
 
 
 def _claims(claims: Sequence[Claim]) -> Table:

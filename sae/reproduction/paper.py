@@ -16,6 +16,17 @@ Verdict = Literal["reproduced", "partly reproduced", "not reproduced"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture that a trial left, beside the charts that are drawn of numbers."""
+
+    key: str
+    title: str
+    about: str
+    png: str
+    """the file, in base64, as JSON keeps it"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """What all trials of a paper show."""
 
@@ -25,6 +36,7 @@ class Findings:
     """the verdict's reason, in a sentence or some"""
     tables: tuple[Table, ...] = ()
     charts: tuple[Chart, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def verdict(self) -> Verdict:

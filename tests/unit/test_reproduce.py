@@ -1,5 +1,6 @@
 """`saescope reproduce`: trials that are kept, claims beside their nulls, pages."""
 
+import base64
 import json
 import math
 import xml.etree.ElementTree as ElementTree
@@ -18,13 +19,14 @@ from dashboards.reproduce_command import (
     write_verdicts,
 )
 from sae.reproduction.claims import claim, column
-from sae.reproduction.paper import Findings, Paper
+from sae.reproduction.paper import Findings, Paper, Picture
 from sae.reproduction.trials import TRIALS, flat, run_trials
 from saescope.errors import ArtefactError, InputError
 from saescope.pieces import Chart, Series, Table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "papers"
+PNG = base64.b64encode(b"\x89PNG of a coin").decode()
 
 
 def fake(*, ends_at: int | None = None, measured: list[int] | None = None) -> Paper:
@@ -45,6 +47,7 @@ def fake(*, ends_at: int | None = None, measured: list[int] | None = None) -> Pa
             why="It fell.",
             tables=(Table(title="T", columns=("a", "b"), rows=(("x", "1"),)),),
             charts=(Chart(key="one", title="One & only", x="x", y="y", series=(series, series)),),
+            pictures=(Picture(key="two", title="A coin", about="Seen.", png=PNG),),
         )
 
     return Paper(
@@ -108,10 +111,14 @@ def test_the_page_says_what_was_found(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "![One & only](coins-one.svg)" in text
     drawn = ElementTree.parse(tmp_path / "work" / "coins-one.svg").getroot()
     assert "a < b" in "".join(drawn.itertext())
+    assert "### A coin\n\n![A coin](coins-two.png)\n\nSeen.\n" in text
+    assert (tmp_path / "work" / "coins-two.png").read_bytes() == b"\x89PNG of a coin"
     assert "[coins](coins.md)" in (tmp_path / "work" / "README.md").read_text()
     quick, trials = read_results(tmp_path / "work" / "coins.trials.jsonl")
     assert quick
     assert len(trials) == 4
+    reproduce(ReproduceConfig(papers=("coins",), quick=True, out=str(tmp_path / "work")))
+    assert (tmp_path / "work" / "coins.md").read_text() == text, "what is there is replaced"
 
 
 def test_what_others_wrote_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
