@@ -21,9 +21,7 @@ _ANOTHER = "another document"
 
 STYLE = """<style>
 [data-testid=stTopNavLink]{padding:0 5px}
-@media (max-width:1500px){
-[data-testid=stTopNavLink]>:has([data-testid=stIconMaterial]){display:none}
-}
+@media (max-width:1500px){[data-testid=stTopNavLink]>:has([data-testid^=stIcon]){display:none}}
 .stMainBlockContainer{padding:4.5rem 3rem 2rem;max-width:1760px}
 .stMainBlockContainer h2{font-size:1.65rem;padding:.5rem 0 .3rem}
 .stMainBlockContainer h3{font-size:1.3rem;padding:.8rem 0 .2rem}
@@ -47,8 +45,7 @@ padding:.42rem .2rem;border-bottom:1px solid rgba(128,128,128,.18)}
 .ss-t{position:relative}
 .ss-lit{border-radius:3px;padding:.08em 0}
 .ss-peak .ss-lit{box-shadow:inset 0 -2px 0 rgb(235,122,28)}
-.ss-far{opacity:.42}
-.ss-mark{opacity:.55;font-size:.85em}
+.ss-far{opacity:.42}.ss-mark{opacity:.55;font-size:.85em}
 .ss-t:hover{outline:1px solid rgba(128,128,128,.65)}
 .ss-t:hover::after{content:attr(data-tip);position:absolute;left:0;top:calc(100% + 3px);z-index:99;
 white-space:pre;width:max-content;max-width:22rem;overflow:hidden;text-overflow:ellipsis;
