@@ -108,6 +108,13 @@ def _rules(data: str, kinds: Iterable[str], steps: int, *, d_sae: int = 0) -> It
         yield cell._replace(lr=default_lr(cell.d_sae, steps))
 
 
+def _long(kinds: Iterable[str], steps: int) -> Iterator[Cell]:
+    """At what a run takes by itself, at twice and at half as much."""
+    rule = default_lr(512, steps)
+    lrs = (rule, 2 * rule, rule / 2)
+    yield from _cells("world", kinds, steps, lrs, dead_part=1 / 32)
+
+
 def grid() -> list[Cell]:
     """The trainings, what tells most first."""
     usual, two = (2e-3, 4e-3, 8e-3), ("topk", "batchtopk")
@@ -127,12 +134,14 @@ def grid() -> list[Cell]:
         *_rules("world", ("topk",), 3000),
         *_rules("world", others, 1000),
         *_rules("harvest", two, 1000),
+        *_long(("topk",), 10_000),
+        *_long(("batchtopk", "jumprelu"), 10_000),
+        *_long(("topk",), 30_000),
+        *_long(("batchtopk", "jumprelu"), 30_000),
         *_rules("world", ("batchtopk",), 3000),
         *_rules("world", ("topk",), 300, d_sae=2048),
         *_cells("world", ("topk",), 3000, (3.6e-3,)),
         *_cells("harvest", others, 300, (8e-4, 4e-3)),
-        *_cells("world", ("topk",), 10_000, (1.1e-3, 2.2e-3)),
-        *_cells("world", ("topk",), 30_000, (5.5e-4, 1.1e-3)),
     ]
     return list(dict.fromkeys(found))
 

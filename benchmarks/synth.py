@@ -4,9 +4,11 @@
 
 For each architecture that both have, `saescope synth` trains ours, and SAELens, in its own
 environment, its own with the settings that SynthSAEBench published, on the very same rows in the
-same order. Each is scored by its own library on the same further rows; every SAE of theirs that we
-can read is also scored by us, and every one of ours that they can read by them: the largest
-difference between the two scorings is in the file. Runs again from where it was interrupted.
+same order. As its learning rate is for runs of 200 million rows, `--schedule ours` gives SAELens
+the learning rate, warm-up and decay that ours takes. Each is scored by its own library on the same
+further rows; every SAE of theirs that we can read is also scored by us, and every one of ours that
+they can read by them: the largest difference between the two scorings is in the file. Runs again
+from where it was interrupted.
 """
 
 import json
@@ -16,7 +18,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from sae.formats.load import load
 from sae.synthetic.drawing import DrawnRows
 from sae.synthetic.stream import SyntheticStream
 from sae.synthetic.world import World, named_world
+from sae.training.schedules import default_lr
 from saescope.artefact import git_commit, library_versions, read_json, write_json
 from saescope.config import Config
 from saescope.errors import ArtefactError, SaescopeError
@@ -56,8 +59,20 @@ class SynthBenchmark(Config):
     """Rows to train each on."""
     scored_rows: int = 100_000
     """Rows to score on."""
-    architectures: tuple[str, ...] = ("batchtopk", "matryoshka", "topk", "matching_pursuit")
-    """Those that both have and that are set to an L0 beforehand."""
+    architectures: tuple[str, ...] = (
+        "batchtopk",
+        "matryoshka",
+        "topk",
+        "matching_pursuit",
+        "jumprelu",
+        "relu",
+        "gated",
+    )
+    """Those that both have."""
+    schedule: Literal["published", "ours"] = "published"
+    """Learning rate of SAELens over the run."""
+    aimed_l0: float | None = None
+    """L0 that SAELens' penalties are moved towards, if not that of ours: it ends below it."""
     seed: int = 0
     """Of weights and rows."""
     threads: int = 2
@@ -96,17 +111,18 @@ def work(config: SynthBenchmark) -> None:
             {"library": "saescope", **own, **_scored_there(config, world, folder, own, scored)}
         )
         say(f"SAELens: {kind}")
-        theirs = _trained_there(config, world, folder / f"saelens-{kind}", kind, protocol, scored)
-        found.append(
-            {"library": "SAELens", "run": f"saelens-{kind}", "architecture": kind, **theirs}
-        )
-        sae = _read(folder / f"saelens-{kind}")
+        name = f"saelens-{kind}" + ("-ours" if config.schedule == "ours" else "")
+        name += f"-aimed{config.aimed_l0:g}" if config.aimed_l0 else ""
+        theirs = _trained_there(config, world, folder / name, kind, protocol, scored)
+        found.append({"library": "SAELens", "run": name, "architecture": kind, **theirs})
+        sae = _read(folder / name)
         if sae is not None:
             mine = _scored_here(sae, world, rows)
             found[-1]["largest_difference_of_scores"] = _difference(mine, theirs)
     for line in table(found):
         say(line)
     facts = {"cpu": processor(), "threads": config.threads, "commit": git_commit()}
+    facts |= {"schedule": config.schedule, "aimed_l0": config.aimed_l0}
     result = {"protocol": protocol, **facts, "libraries": library_versions(), "runs": found}
     write_json(Path(config.out), result)
 
@@ -135,11 +151,24 @@ def _trained_there(
     batch = int(protocol["trainer"]["batch_size"])
     steps = config.samples // batch
     settings = {
-        "architecture": kind, "k": protocol["l0"], "d_sae": protocol["d_sae"],
+        "architecture": kind, "k": config.aimed_l0 or protocol["l0"], "d_sae": protocol["d_sae"],
         "d_in": world.config.d_in, "batch": batch, "steps": steps,
+        **_schedule(config, protocol, steps),
     }  # fmt: skip
     stream = SyntheticStream(world, batch_size=batch, seed=config.seed)
     return _run(config, settings, folder, scored, results, (stream, steps))
+
+
+def _schedule(config: SynthBenchmark, protocol: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Peak learning rate of SAELens (0: the published one), its warm-up and its decay, in steps."""
+    if config.schedule == "published":
+        return {"lr": 0.0, "warmup_steps": 0, "decay_steps": 0}
+    trainer = protocol["trainer"]
+    return {
+        "lr": trainer["lr"] or default_lr(protocol["d_sae"], steps),
+        "warmup_steps": round(trainer["warmup_fraction"] * steps),
+        "decay_steps": round(trainer["decay_fraction"] * steps),
+    }
 
 
 def _scored_there(
