@@ -36,7 +36,7 @@ SMALL, MID, LARGE = (
 Who = tuple[str, str]
 """a library and its setting"""
 EXACT, TORCH = (OURS, "cpu"), (OURS, "torch")
-SCREENED = ((OURS, "cpu+int8"), (OURS, "cpu+bf16"))
+SCREENED = tuple((OURS, f"cpu+{screen}") for screen in ("int8", "int16", "bf16"))
 SAELENS, SPARSE = ("SAELens", "default"), ("SAELens", "sparse")
 DICTIONARY = ("dictionary_learning", "default")
 SIGNUM, ADAM = ("sparsify", "signum"), ("sparsify", "adam")

@@ -31,7 +31,7 @@ DENSE: dict[str, Products] = {
     "product+onednn": "onednn",
 }
 """settings of the baseline, and the encoder's product alone"""
-SCREENS = ("int8", "bf16")
+SCREENS = ("int8", "int16", "bf16")
 SETTINGS = (
     *DENSE,
     *kernels.BACKENDS,

@@ -32,10 +32,10 @@ class BenchConfig(Config):
     """CSV file that a row is added to for every time; only printed if not given."""
     shapes: tuple[str, ...] = ("2048x768x8192x32",)
     """Sizes, as BATCHxD_INxD_SAExK."""
-    settings: tuple[str, ...] = ("dense", "product", "torch", "cpu", "cpu+int8")
+    settings: tuple[str, ...] = ("dense", "product", "torch", "cpu", "cpu+int8", "cpu+int16")
     """What to time: dense (plain torch; of whole steps also dense+onednn, dense+bf16, and product:
     the encoder's product alone, which no exact step can beat) or a backend of kernels (reference,
-    torch, cpu, triton); cpu multiplies exactly, cpu+int8 and cpu+bf16 screen first."""
+    torch, cpu, triton); cpu multiplies exactly, cpu+int8, cpu+int16 and cpu+bf16 screen first."""
     baseline: str = "dense"
     """The setting that the others' ratios are over."""
     what: Literal["all", "operations", "steps"] = "all"

@@ -11,17 +11,8 @@
 
 #include "lanes.h"
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
-// no vector crosses the library's boundary, so how one would does not matter
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 namespace {
 
-typedef float Floats __attribute__((vector_size(32)));
-typedef double Doubles __attribute__((vector_size(64)));
 constexpr int64_t kLanes = 8;     // doubles summed at a time
 constexpr int64_t kSums = 4;       // independent sums, so that additions overlap
 constexpr int64_t kBlock = 4096;   // "row" of a parameter without rows of its own
@@ -43,14 +34,40 @@ class FlushDenormals {
 #endif
 };
 
-inline Doubles load(const float *from) {
-#ifdef __AVX512F__  // GCC 12 makes six instructions of what is below (and warns without a mask)
-  return (Doubles)_mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(from));
+// Eight doubles, in vectors as wide as the processor's.
+constexpr int kWidth = VECTOR_BYTES / sizeof(double), kParts = kLanes / kWidth;
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef double Part __attribute__((vector_size(VECTOR_BYTES)));
+
+struct Doubles {
+  Part part[kParts];
+  double operator[](int i) const { return part[i / kWidth][i % kWidth]; }
+};
+
+#define EACH UNROLL for (int v = 0; v < kParts; v++)
+
+INLINE Doubles load(const float *from) {
+  Doubles out;
+  EACH {
+#if defined(__AVX512F__)  // GCC 12 makes six instructions of what is below
+    out.part[v] = (Part)_mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(from));
 #else
-  Floats values;
-  std::memcpy(&values, from, sizeof values);
-  return __builtin_convertvector(values, Doubles);
+    Floats values;
+    std::memcpy(&values, from + v * kWidth, sizeof values);
+    out.part[v] = __builtin_convertvector(values, Part);
 #endif
+  }
+  return out;
+}
+
+INLINE void add_product(Doubles &sum, const Doubles &a, const Doubles &b) {
+  EACH sum.part[v] += a.part[v] * b.part[v];
+}
+
+INLINE Doubles operator+(const Doubles &a, const Doubles &b) {
+  Doubles sum;
+  EACH sum.part[v] = a.part[v] + b.part[v];
+  return sum;
 }
 
 inline double sum_of(const Doubles &all) {
@@ -66,10 +83,10 @@ template <bool SQUARES>
 inline Products products(const float *a, const float *b, int64_t n) {
   Doubles ab[kSums] = {}, aa[kSums] = {}, bb[kSums] = {};
   const auto add = [&](const Doubles &of_a, const Doubles &of_b, int64_t s) {
-    ab[s] += of_a * of_b;
+    add_product(ab[s], of_a, of_b);
     if (SQUARES) {
-      aa[s] += of_a * of_a;
-      bb[s] += of_b * of_b;
+      add_product(aa[s], of_a, of_a);
+      add_product(bb[s], of_b, of_b);
     }
   };
   int64_t i = 0;

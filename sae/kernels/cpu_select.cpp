@@ -7,15 +7,11 @@
 #include <cstring>
 #include <functional>
 #include <limits>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 #include "lanes.h"
 
 namespace {
 
-typedef int32_t Bits __attribute__((vector_size(64)));
 constexpr int64_t STRIP = 4 * LANES;  // columns that are looked at together
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
@@ -32,7 +28,7 @@ struct Row {
   void load(int64_t j, Lanes& to) const {
     to = lanes(pre + j);
     if (b) to += lanes(b + j);
-    if (magnitude) to = reinterpret_cast<Lanes>(reinterpret_cast<Bits>(to) & 0x7fffffff);
+    if (magnitude) to = magnitude_of(to);
   }
 };
 
@@ -47,26 +43,28 @@ uint64_t kept_of_strip(const Row& row, int64_t j, const Lanes (&bars)[4]) {
   uint64_t bits = 0;
 #ifdef __AVX512F__
   constexpr int TEST = KEEP == Keep::ABOVE ? _CMP_GT_OQ : _CMP_NLT_UQ;
-  for (int q = 0; q < 4; q++) {
+  UNROLL for (int q = 0; q < 4; q++) {
     Lanes here;
     row.load(j + q * LANES, here);
-    const auto test = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(here),
-                                         reinterpret_cast<__m512>(bars[q]), TEST);
+    const auto test = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(here.part[0]),
+                                         reinterpret_cast<__m512>(bars[q].part[0]), TEST);
     bits |= static_cast<uint64_t>(test) << (q * LANES);
   }
 #else
-  Bits test[4], any = {};
-  for (int q = 0; q < 4; q++) {
+  Whole test[4 * VECTORS], any = {};
+  UNROLL for (int q = 0; q < 4; q++) {
     Lanes here;
     row.load(j + q * LANES, here);
-    test[q] = KEEP == Keep::ABOVE ? here > bars[q] : ~(here < bars[q]);
-    any |= test[q];
+    EACH_PART {
+      const Vector mine = here.part[v], bar = bars[q].part[v];
+      Whole& passed = test[q * VECTORS + v];
+      passed = KEEP == Keep::ABOVE ? mine > bar : ~(mine < bar);
+      any |= passed;
+    }
   }
-  int64_t words[8], seen = 0;  // most strips have none, and end here
-  std::memcpy(words, &any, sizeof any);
-  for (const int64_t word : words) seen |= word;
-  if (seen)
-    for (int i = 0; i < STRIP; i++) bits |= static_cast<uint64_t>(test[i / LANES][i % LANES] & 1) << i;
+  if (!bits_of(any)) return 0;  // most strips have none
+  UNROLL for (int i = 0; i < 4 * VECTORS; i++)
+    bits |= static_cast<uint64_t>(bits_of(test[i])) << (i * WIDTH);
 #endif
   return bits;
 }
@@ -76,7 +74,7 @@ template <Keep KEEP, class Take>
 void each_kept(const Row& row, const float* bars, bool one, Take take) {
   Lanes against[4] = {};
   if (one)
-    for (Lanes& bar : against) bar += bars[0];  // 0 + bar
+    for (Lanes& bar : against) bar = bar + bars[0];  // 0 + bar
   int64_t j = 0;
   for (; j + STRIP <= row.width; j += STRIP) {
     if (!one)
@@ -97,7 +95,7 @@ float bar_of(const Row& row, int64_t k, int64_t groups, float* maxima) {
     for (int64_t i = 0; i < groups; i += LANES) {
       Lanes here;
       row.load(j + i, here);
-      lanes(maxima + i) = here > lanes(maxima + i) ? here : lanes(maxima + i);
+      lanes(maxima + i) = larger(here, lanes(maxima + i));
     }
   for (int64_t i = 0; j < row.width; i++, j++)
     if (row.compared(j) > maxima[i]) maxima[i] = row.compared(j);

@@ -44,7 +44,7 @@ void pack(const float* rows, const Shape& shape, int64_t block, int64_t column, 
 void put(float* at, const Lanes (&sum)[4], int64_t width, [[maybe_unused]] bool stream) {
 #ifdef __AVX512F__
   if (stream) {
-    for (int q = 0; q < 4; q++) __builtin_ia32_movntps512(at + q * LANES, sum[q]);
+    for (int q = 0; q < 4; q++) _mm512_stream_ps(at + q * LANES, (__m512)sum[q].part[0]);
     return;
   }
 #endif
@@ -79,7 +79,7 @@ void sum_slice(const int32_t* start, const Entry* entries, const float* rows, co
     }
   }
 #ifdef __AVX512F__
-  if (stream) __builtin_ia32_sfence();
+  if (stream) _mm_sfence();
 #endif
 }
 

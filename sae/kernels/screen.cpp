@@ -44,8 +44,8 @@ float cut_for(const float* u, int64_t n, int64_t k) {
     Lanes lows = lanes(u), highs = lows;
     for (; i + LANES <= n; i += LANES) {
       const Lanes& now = lanes(u + i);
-      lows = now < lows ? now : lows;
-      highs = now > highs ? now : highs;
+      lows = smaller(now, lows);
+      highs = larger(now, highs);
     }
     for (int64_t lane = 0; lane < LANES; lane++) {
       low = std::min(low, lows[lane]);

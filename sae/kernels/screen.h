@@ -6,10 +6,6 @@
 // the list is no smaller than the bar, so nothing that was left out is among the k largest. A row
 // without it is done again with all features.
 #pragma once
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 #include <cstdint>
 #include <functional>
 #include <memory>

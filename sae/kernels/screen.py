@@ -8,12 +8,13 @@ threads. The bound is the certificate; nothing is left to chance.
 
 | screen | approximate product                                     | used where                |
 |--------|---------------------------------------------------------|---------------------------|
-| int8   | 8-bit integers, rotated and balanced (screen_int8.cpp)  | AVX512-VNNI               |
+| int8   | 8-bit integers, rotated and balanced                    | AVX512-VNNI               |
+| int16  | the same with integers of up to 16 bits                 | AVX2                      |
 | bf16   | torch's bfloat16 product                                | it is found to be faster  |
 | fp32   | torch's float32 product                                 | asked for: the comparison |
 
-SAESCOPE_SCREEN=NAME (auto, none, int8, bf16, fp32) or `using` choose; a screen that is asked for is
-used whatever it costs. Shapes: x [batch, d_in]; W [d_sae, d_in]; b, threshold [d_sae].
+SAESCOPE_SCREEN=NAME (auto, none, int8, int16, bf16, fp32) or `using` choose; a screen that is asked
+for is used whatever it costs. Shapes: x [batch, d_in]; W [d_sae, d_in]; b, threshold [d_sae].
 """
 
 import ctypes
@@ -30,7 +31,10 @@ from torch import Tensor
 from sae.kernels import cpp_library
 from saescope.errors import InputError
 
-NAMES = ("auto", "none", "int8", "bf16", "fp32")
+SCREENS = ("int8", "int16", "bf16", "fp32")
+NAMES = ("auto", "none", *SCREENS)
+_BITS = {"int8": 8, "int16": 16}
+"""of screens by integers (screen_integers.cpp), of which a processor has one at most"""
 _OVERRIDE = "SAESCOPE_SCREEN"
 _chosen: list[str] = []
 """innermost last: what `using` asks for"""
@@ -162,7 +166,7 @@ def find(
         return None
     call = _Call(x, W, b, k, signed, threshold)
     call.limit = _SHARE * len(W) if asked == "auto" else 0.0
-    return call.integers() if name == "int8" else call.scores(half=name == "bf16")
+    return call.integers() if name in _BITS else call.scores(half=name == "bf16")
 
 
 def upper_bounds(x: Tensor, W: Tensor, b: Tensor | None, *, signed: bool = False) -> Tensor | None:
@@ -173,7 +177,7 @@ def upper_bounds(x: Tensor, W: Tensor, b: Tensor | None, *, signed: bool = False
     call = _Call(x, W, b, len(W), signed, None)
     call.upper = torch.empty(len(x), len(W))
     name = _asked()
-    found = call.integers() if name == "int8" else call.scores(half=name == "bf16")
+    found = call.integers() if name in _BITS else call.scores(half=name == "bf16")
     return None if found is None else call.upper
 
 
@@ -191,7 +195,9 @@ def _fit(x: Tensor, W: Tensor, b: Tensor | None, threshold: Tensor | None) -> bo
 def usable(name: str) -> bool:
     """Whether a screen can be used here at all."""
     library = _library()
-    return library is not None and (name != "int8" or bool(library.screen_int8_usable()))
+    if library is None:
+        return False
+    return name not in _BITS or library.screen_integers_bits() == _BITS[name]
 
 
 class _Call:
@@ -208,8 +214,8 @@ class _Call:
         self.library: Any = _library()
 
     def integers(self) -> Found | None:
-        """By 8-bit integers."""
-        return self._run("screen_int8", self.x, {"upper": self.upper})
+        """By integers."""
+        return self._run("screen_integers", self.x, {"upper": self.upper})
 
     def scores(self, *, half: bool) -> Found | None:
         """By torch's products, in chunks of rows; half: in bfloat16."""
@@ -326,11 +332,12 @@ def _choose(x: Tensor, W: Tensor, k: int) -> str:
 
 
 def best(d_in: int) -> str:
-    """The screen that auto has for enough rows of this width: int8, bf16 or none."""
+    """The screen that auto has for enough rows of this width: int8, int16, bf16 or none."""
     if _kept:
         return _kept[-1]
-    if usable("int8"):
-        return "int8"
+    for name in _BITS:
+        if usable(name):
+            return name
     if torch.are_deterministic_algorithms_enabled():  # then nothing is measured
         return "none"
     return "bf16" if usable("bf16") and _bf16_pays(d_in, torch.get_num_threads()) else "none"
@@ -357,8 +364,8 @@ def _library() -> ctypes.CDLL | None:
     library = cpp_library.library()
     if library is None:
         return None
-    library.screen_int8_usable.argtypes = []
-    for name in ("screen_int8", "screen_scores"):
+    library.screen_integers_bits.argtypes = []
+    for name in ("screen_integers", "screen_scores"):
         getattr(library, name).argtypes = [ctypes.POINTER(_Job)]
         getattr(library, name).restype = None
     library.screen_take.argtypes = [ctypes.c_void_p] * 3

@@ -8,12 +8,6 @@
 
 #include "screen.h"
 
-// no vector crosses the library's boundary, so how one would does not matter
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-#define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
 namespace screen {
 namespace {
 
@@ -22,8 +16,6 @@ constexpr int64_t GROUP = 4;          // pairs of a feature, whose slice is load
 constexpr int64_t AT_ONCE = 16;       // products that are added up together
 constexpr int64_t AHEAD = 8 * AT_ONCE;  // pairs
 constexpr int64_t MOST_ROWS = 4096, MOST_PAIRS = 1 << 20;
-
-typedef int32_t Places __attribute__((vector_size(64)));
 
 // The products of a slice, added up to sixteen sums.
 INLINE Lanes products(const float* x, const Lanes& w0, const Lanes& w1, const Lanes& w2,
@@ -46,26 +38,54 @@ void take_slice(const float* x, int64_t j, int64_t d, float* slice) {
   std::memcpy(slice + done, x + j, width * sizeof(float));
 }
 
+#ifdef __AVX512F__
 // Partial sums of two vectors, HALF and HALF of each side by side, to sums of half as many.
 template <int HALF>
 INLINE Lanes fold(const Lanes& a, const Lanes& b) {
-  Places low, high;
+  Whole low, high;
   for (int i = 0; i < LANES; i++) {
     low[i] = i / HALF % 2 * LANES + i / HALF / 2 * 2 * HALF + i % HALF;
     high[i] = low[i] + HALF;
   }
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  const auto taken = [&](const Whole& at) __attribute__((always_inline)) {
+    return _mm512_permutex2var_ps((__m512)a.part[0], (__m512i)at, (__m512)b.part[0]);
+  };
+  return {(Vector)(taken(low) + taken(high))};
 }
 
 // The sums of sixteen vectors given by number; each is added up as `sum_of` does.
-template <int HALF = 1, class Vector>
-INLINE Lanes sums_of(const Vector& vector, int number = 0) {
+template <int HALF = 1>
+INLINE Lanes sums_of(const Lanes (&given)[AT_ONCE], int number = 0) {
   if constexpr (HALF == LANES) {
-    return vector(number);
+    return given[number];
   } else {
-    return fold<HALF>(sums_of<2 * HALF>(vector, number), sums_of<2 * HALF>(vector, number + HALF));
+    return fold<HALF>(sums_of<2 * HALF>(given, number), sums_of<2 * HALF>(given, number + HALF));
   }
 }
+#else
+// The sums of eight lanes each, and of four, of sixteen: as `sum_of` adds them up.
+INLINE Four fours_of(const Lanes& given) {
+#ifdef __AVX2__
+  const __m256 half = (__m256)(given.part[0] + given.part[1]);
+  return (Four)(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#else
+  return (Four)((given.part[0] + given.part[2]) + (given.part[1] + given.part[3]));
+#endif
+}
+
+INLINE Lanes sums_of(const Lanes (&given)[AT_ONCE]) {
+  Lanes out;
+  UNROLL for (int i = 0; i < AT_ONCE; i += 4) {
+    const Four a = fours_of(given[i]), b = fours_of(given[i + 1]), c = fours_of(given[i + 2]),
+               d = fours_of(given[i + 3]);
+    const Four ab = SHUFFLE(a, b, 0, 1, 4, 5) + SHUFFLE(a, b, 2, 3, 6, 7);
+    const Four cd = SHUFFLE(c, d, 0, 1, 4, 5) + SHUFFLE(c, d, 2, 3, 6, 7);
+    const Four sums = SHUFFLE(ab, cd, 0, 2, 4, 6) + SHUFFLE(ab, cd, 1, 3, 5, 7);
+    std::memcpy(reinterpret_cast<float*>(&out) + i, &sums, sizeof sums);
+  }
+  return out;
+}
+#endif
 
 }  // namespace
 
@@ -152,7 +172,7 @@ void Pool::add_slice(const float* x, const float* W, int64_t distance) {
       UNROLL for (int64_t n = g; n < g + GROUP; n++)
         piece[n] = products(x + source[i + n] * SLICE, w0, w1, w2, w3);
     }
-    lanes(sum + i) += sums_of([&](int n) __attribute__((always_inline)) { return piece[n]; });
+    lanes(sum + i) += sums_of(piece);
   }
 }
 

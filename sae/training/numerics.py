@@ -119,7 +119,7 @@ class Numerics:
 
 
 def _screens() -> list[str]:
-    return ["none", *(name for name in ("int8", "bf16", "fp32") if screen.usable(name))]
+    return ["none", *filter(screen.usable, screen.SCREENS)]
 
 
 @contextmanager

@@ -1,42 +1,42 @@
-// Approximate products in 8-bit integers, four at a time (AVX512-VNNI).
+// Approximate products in integers: of 8 bits, four at a time (AVX512-VNNI), or of up to 16 bits, two
+// at a time (AVX2), on a grid as fine as sums of 32 bits allow.
 //
 // Coordinates are balanced (x_j / s_j, w_j s_j), their signs flipped at random, and rotated by a
 // Hadamard matrix, none of which changes a product; no coordinate then dominates a row, so one
-// scale a row loses little. With x = x^ + r and w = w^ + t, x^ and w^ on the 8-bit grids,
+// scale a row loses little. With x = x^ + r and w = w^ + t, x^ and w^ on the grids,
 //   |<x, w> - <x^, w^>| <= |r| |w| + |x^| |t|      (Cauchy-Schwarz, norms of the actual roundings)
-#include "screen.h"
+#include "screen_numbers.h"
 
-#ifdef __AVX512VNNI__
-#include <immintrin.h>
-
+#ifdef SCREENS_BY_INTEGERS
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 namespace screen {
 namespace {
 
-constexpr int64_t ROWS = 6, WIDE = 4, PANEL = 16 * WIDE;  // of the innermost product: 24 sums
-constexpr int64_t BLOCK = 384;
 constexpr int64_t SAMPLED = 16384;  // about how many rows give the coordinates' sizes
 constexpr float NEAREST = 12582912;          // 1.5 2^23: adding it rounds to the nearest integer
 constexpr float ROTATED = 1.0f / (1 << 17);  // and rotating, scaling, adding up, relative
 
-typedef int32_t Places __attribute__((vector_size(64)));
+// The largest number of a grid: a sum of d products of two such has 32 bits.
+float largest_of(int64_t d) {
+  if (BITS == 8) return 127;
+  return static_cast<float>(std::min(32767.0, std::floor(std::sqrt(2147483647.0 / d))));
+}
 
-// A row of floats as 8-bit integers times `scale`; norms are in units of `scale`.
+// A row of floats as integers times `scale`; norms are in units of `scale`.
 struct Rounded {
   float scale, norm, norm_rounded, norm_error;
 };
 
 // The sixteen-point Hadamard transform of each vector, then across vectors by halves.
-inline Lanes exchange(const Lanes& v, int h) {
-  Places at;
+INLINE Lanes exchange(const Lanes& given, int h) {
   Lanes sign;
-  for (int i = 0; i < 16; i++) {
-    at[i] = i ^ h;
-    sign[i] = i & h ? -1.0f : 1.0f;
+  EACH_PART {
+    for (int i = 0; i < WIDTH; i++) sign.part[v][i] = (v * WIDTH + i) & h ? -1.0f : 1.0f;
   }
-  return __builtin_shuffle(v, at) + sign * v;
+  return exchanged(given, h) + sign * given;
 }
 
 void rotate(float* row, int64_t vectors) {
@@ -58,31 +58,29 @@ void rotate(float* row, int64_t vectors) {
 
 // Rotates and rounds x factor (room for `padded` floats in work). False if it is not fit for it.
 bool round_row(const float* x, const float* factor, int64_t d, int64_t padded, float* work,
-               int8_t* rounded, Rounded& out) {
+               Number* rounded, Rounded& out) {
   for (int64_t j = 0; j < d; j++) work[j] = x[j] * factor[j];
   std::fill(work + d, work + padded, 0.0f);
   rotate(work, padded / LANES);
   Lanes most{};
   for (int64_t j = 0; j < padded; j += LANES) {
-    const Lanes v = lanes(work + j), size = v < 0 ? -v : v;
-    most = size <= most ? most : size;  // NaN wins
+    const Lanes size = magnitude_of(lanes(work + j));
+    EACH_PART most.part[v] = size.part[v] <= most.part[v] ? most.part[v] : size.part[v];  // NaN wins
   }
   float largest = 0;
   for (int i = 0; i < LANES; i++) largest = most[i] <= largest ? largest : most[i];
   if (!fit(largest)) return false;
-  const float inverse = largest > 0 ? 127 / largest : 0;
+  const float end = largest_of(padded), inverse = largest > 0 ? end / largest : 0;
   Lanes whole{}, kept{}, lost{};
   for (int64_t j = 0; j < padded; j += LANES) {
-    const Lanes v = lanes(work + j) * inverse;
-    const Lanes near = (v + NEAREST) - NEAREST, error = v - near;
-    whole += v * v;
+    const Lanes given = lanes(work + j) * inverse;
+    const Lanes near = (given + NEAREST) - NEAREST, error = given - near;
+    whole += given * given;
     kept += near * near;
     lost += error * error;
-    const __m512i whole_numbers = (__m512i)__builtin_convertvector(near, Places);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(rounded + j),
-                     _mm512_maskz_cvtepi32_epi8(0xFFFF, whole_numbers));
+    put(near, rounded + j);
   }
-  out = {largest / 127, std::sqrt(sum_of(whole)) * SUMMED, std::sqrt(sum_of(kept)) * SUMMED,
+  out = {largest / end, std::sqrt(sum_of(whole)) * SUMMED, std::sqrt(sum_of(kept)) * SUMMED,
          std::sqrt(sum_of(lost)) * SUMMED};
   return true;
 }
@@ -105,21 +103,22 @@ std::vector<double> mean_squares(const float* x, int64_t rows, int64_t d, int64_
   return sums;
 }
 
-// W as 8-bit integers + 128 in panels [feature / 64][d / 4][64][4], and factors for both sides.
+// W in panels [feature / PANEL][d / TOGETHER][PANEL][TOGETHER], and factors for both sides.
 class Packed {
  public:
   int64_t d, padded, panels;
   std::vector<float> for_x, for_w;
   Features features;
   float widest = 0;  // the largest |w| in units of features.a
-  std::unique_ptr<uint8_t[]> memory;
-  uint8_t* panel(int64_t p) const { return aligned_ + p * padded * PANEL; }
+  std::unique_ptr<OfW[]> memory;
+  OfW* panel(int64_t p) const { return aligned_ + p * padded * PANEL; }
 
   explicit Packed(const Job& job)
       : d(job.d), padded((d + 63) / 64 * 64), panels((job.features + PANEL - 1) / PANEL),
         for_x(d), for_w(d) {
-    memory.reset(new uint8_t[panels * PANEL * padded + 64]);
-    aligned_ = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
+    memory.reset(new OfW[panels * PANEL * padded + 64]);
+    const auto beyond = reinterpret_cast<uintptr_t>(memory.get()) % 64;
+    aligned_ = memory.get() + (64 - beyond) % 64 / sizeof(OfW);
     features.scale.assign(panels * PANEL, 0.0f);
     features.a = features.b = features.scale;
     balance(job);
@@ -133,7 +132,7 @@ class Packed {
 #pragma omp parallel num_threads(job.threads) reduction(&& : good) reduction(max : most)
     {
       std::vector<float> work(padded);
-      std::vector<int8_t> rounded(padded * PANEL);
+      std::vector<Number> rounded(padded * PANEL);
 #pragma omp for
       for (int64_t p = 0; p < panels; p++) {
         good = pack_panel(job, p, work.data(), rounded.data(), most) && good;
@@ -144,7 +143,7 @@ class Packed {
   }
 
  private:
-  uint8_t* aligned_;
+  OfW* aligned_;
 
   void balance(const Job& job) {
     const auto x = mean_squares(job.x, job.rows, d, std::max<int64_t>(64, SAMPLED / 16));
@@ -162,7 +161,7 @@ class Packed {
     }
   }
 
-  bool pack_panel(const Job& job, int64_t p, float* work, int8_t* rounded, float& most) {
+  bool pack_panel(const Job& job, int64_t p, float* work, Number* rounded, float& most) {
     const int64_t first = p * PANEL, n = std::min(PANEL, job.features - first);
     std::fill(rounded + n * padded, rounded + PANEL * padded, 0);
     for (int64_t i = 0; i < n; i++) {
@@ -178,17 +177,22 @@ class Packed {
       if (size > 0) most = std::max(most, size / features.a[f]);
     }
     // column by column: the writes are in order, and what is read stays in the cache
-    const __m512i sign = _mm512_set1_epi32(static_cast<int32_t>(0x80808080u));
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i row = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(padded)));
-    uint8_t* out = panel(p);
-    for (int64_t j = 0; j < padded; j += 4) {
+    OfW* out = panel(p);
+    for (int64_t j = 0; j < padded; j += TOGETHER) {
+#ifdef __AVX512VNNI__
+      const __m512i sign = _mm512_set1_epi32(static_cast<int32_t>(0x80808080u));
+      const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      const __m512i row = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(padded)));
       for (int64_t i = 0; i < PANEL; i += 16, out += 64) {
         // all lanes: without a mask GCC 12 warns of what the intrinsic starts from
         const __m512i four =
             _mm512_mask_i32gather_epi32(sign, 0xFFFF, row, rounded + i * padded + j, 1);
         _mm512_store_si512(out, _mm512_xor_si512(four, sign));
       }
+#else
+      for (int64_t i = 0; i < PANEL; i++, out += TOGETHER)
+        std::memcpy(out, rounded + i * padded + j, TOGETHER * sizeof(Number));
+#endif
     }
     return true;
   }
@@ -196,10 +200,10 @@ class Packed {
 
 // A block of rows as 8-bit integers.
 bool round_block(const Job& job, const Packed& W, Lists& lists, int64_t first, int64_t step,
-                 int64_t rows, std::vector<int8_t>& rounded, std::vector<float>& work) {
+                 int64_t rows, std::vector<Number>& rounded, std::vector<float>& work) {
   for (int64_t r = 0; r < rows; r++) {
     const float* x = job.x + (first + r * step) * job.d;
-    int8_t* q = rounded.data() + r * W.padded;
+    Number* q = rounded.data() + r * W.padded;
     Rounded now;
     if (!round_row(x, W.for_x.data(), W.d, W.padded, work.data(), q, now)) return false;
     int32_t sum = 0;
@@ -212,66 +216,73 @@ bool round_block(const Job& job, const Packed& W, Lists& lists, int64_t first, i
     row.scale = now.scale;
     row.a = now.scale * (now.norm_error + ROTATED * now.norm) + exact;
     row.b = now.scale * now.norm_rounded;
-    row.offset = -128 * sum;
+    row.offset = -SHIFT * sum;
   }
   return true;
 }
 
-#define UNROLL _Pragma("GCC unroll 16")
-
-inline void append(Row& row, __m512 u, __mmask16 passed, int64_t feature) {
+// Appends the lanes of u, features from `first` on, whose bit is set.
+INLINE void append(Row& row, const Lanes& u, uint32_t passed, int64_t first) {
+#ifdef __AVX512F__
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i index = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(feature)));
-  _mm512_storeu_ps(row.u + row.count, _mm512_maskz_compress_ps(passed, u));
-  _mm512_storeu_si512(row.feature + row.count, _mm512_maskz_compress_epi32(passed, index));
+  const __m512i index = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(first)));
+  const auto mask = static_cast<__mmask16>(passed);
+  _mm512_storeu_ps(row.u + row.count, _mm512_maskz_compress_ps(mask, (__m512)u.part[0]));
+  _mm512_storeu_si512(row.feature + row.count, _mm512_maskz_compress_epi32(mask, index));
   row.count += __builtin_popcount(passed);
+#else
+  float values[LANES];
+  lanes(values) = u;
+  for (; passed; passed &= passed - 1) {
+    const int i = __builtin_ctz(passed);
+    row.u[row.count] = values[i];
+    row.feature[row.count++] = static_cast<int32_t>(first + i);
+  }
+#endif
 }
 
-// Six rows times one panel of features; what reaches a row's bar is put on its list.
+// ROWS rows times one panel of features; what reaches a row's bar is put on its list.
 template <bool MAGNITUDE>
-void product(const int8_t* x, const Packed& W, int64_t p, int64_t features, Row* rows) {
-  __m512i sum[ROWS][WIDE];
-  const uint8_t* w = W.panel(p);
+void product(const Number* x, const Packed& W, int64_t p, int64_t features, Row* rows) {
+  Sums sum[ROWS][WIDE];
+  const OfW* w = W.panel(p);
   UNROLL for (int64_t r = 0; r < ROWS; r++) {
-    UNROLL for (int64_t v = 0; v < WIDE; v++) sum[r][v] = _mm512_set1_epi32(rows[r].offset);
+    UNROLL for (int64_t v = 0; v < WIDE; v++) sum[r][v] = all(rows[r].offset);
   }
-  for (int64_t j = 0; j < W.padded; j += 4, w += 4 * PANEL) {
-    __m512i four[WIDE];
-    UNROLL for (int64_t v = 0; v < WIDE; v++) four[v] = _mm512_load_si512(w + 64 * v);
+  for (int64_t j = 0; j < W.padded; j += TOGETHER, w += TOGETHER * PANEL) {
+    Sums of_w[WIDE];
+    UNROLL for (int64_t v = 0; v < WIDE; v++) of_w[v] = load(w + TOGETHER * WIDTH * v);
     UNROLL for (int64_t r = 0; r < ROWS; r++) {
-      const __m512i mine =
-          _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x + r * W.padded + j));
-      UNROLL for (int64_t v = 0; v < WIDE; v++) {
-        // not the intrinsic: GCC 12 then keeps the sums in memory, at half the speed
-        asm("vpdpbusd %2, %1, %0" : "+v"(sum[r][v]) : "v"(four[v]), "v"(mine));
-      }
+      int32_t mine;
+      std::memcpy(&mine, x + r * W.padded + j, sizeof mine);
+      const Sums of_x = all(mine);
+      UNROLL for (int64_t v = 0; v < WIDE; v++) sum[r][v] = with_products(sum[r][v], of_w[v], of_x);
     }
   }
   const float* scale = W.features.scale.data() + p * PANEL;
   const float* base = W.features.base.data() + p * PANEL;
   const float* a = W.features.a.data() + p * PANEL;
   const float* b = W.features.b.data() + p * PANEL;
-  UNROLL for (int64_t v = 0; v < WIDE; v++) {
-    const int64_t first = p * PANEL + 16 * v;
-    const auto valid = static_cast<__mmask16>(
-        features - first >= 16 ? 0xFFFF : (1u << std::max<int64_t>(0, features - first)) - 1);
-    const Lanes scales = lanes(scale + 16 * v), bases = lanes(base + 16 * v);
-    const Lanes as = lanes(a + 16 * v), bs = lanes(b + 16 * v);
+  UNROLL for (int64_t q = 0; q < PANEL / LANES; q++) {
+    const int64_t first = p * PANEL + LANES * q, left = features - first;
+    const uint32_t valid = left >= LANES ? 0xFFFF : (1u << std::max<int64_t>(0, left)) - 1;
+    const Lanes scales = lanes(scale + LANES * q), bases = lanes(base + LANES * q);
+    const Lanes as = lanes(a + LANES * q), bs = lanes(b + LANES * q);
     UNROLL for (int64_t r = 0; r < ROWS; r++) {
-      Lanes u = __builtin_convertvector((Places)sum[r][v], Lanes) * scales;
-      u = u * rows[r].scale + bases;
-      if (MAGNITUDE) u = u < 0 ? -u : u;
+      Lanes u;
+      EACH_PART u.part[v] = __builtin_convertvector((Whole)sum[r][q * VECTORS + v], Vector);
+      u = u * scales * rows[r].scale + bases;
+      if (MAGNITUDE) u = magnitude_of(u);
       u = u + as * rows[r].a;
       u = u + bs * rows[r].b;
-      const __mmask16 passed =
-          _mm512_mask_cmp_ps_mask(valid, u, _mm512_set1_ps(rows[r].tau), _CMP_GE_OQ);
+      const uint32_t passed = reaching(u, rows[r].tau) & valid;
       if (passed) append(rows[r], u, passed, first);
     }
   }
 }
 
 template <bool MAGNITUDE>
-void collect(const Job& job, const Packed& W, Lists& lists, const int8_t* x, int64_t rows) {
+void collect(const Job& job, const Packed& W, Lists& lists, const Number* x, int64_t rows) {
   constexpr int64_t PANELS = STRIP / PANEL;
   Row last[ROWS];  // rows beyond the block's end: nothing passes
   for (Row& row : last) row = Row{}, row.tau = NAN;
@@ -294,10 +305,11 @@ void collect(const Job& job, const Packed& W, Lists& lists, const int8_t* x, int
 }  // namespace
 }  // namespace screen
 
-EXPORT int screen_int8_usable() { return 1; }
+// How many bits the integers have.
+EXPORT int screen_integers_bits() { return screen::BITS; }
 
-// Encodes with approximate products in 8-bit integers.
-EXPORT void screen_int8(screen::Job* job) {
+// Encodes with approximate products in integers.
+EXPORT void screen_integers(screen::Job* job) {
   using namespace screen;
   Packed W(*job);
   if (!W.pack(*job)) {
@@ -309,7 +321,7 @@ EXPORT void screen_int8(screen::Job* job) {
   const int64_t block = ((share + pieces - 1) / pieces + ROWS - 1) / ROWS * ROWS;
   run(*job, block, [&](Lists& lists, int64_t first, int64_t step, int64_t rows) {
     lists.reset(*job);
-    std::vector<int8_t> x((rows + ROWS - 1) / ROWS * ROWS * W.padded);
+    std::vector<Number> x((rows + ROWS - 1) / ROWS * ROWS * W.padded);
     std::vector<float> work(W.padded);
     if (!round_block(*job, W, lists, first, step, rows, x, work)) return false;
     if (job->by_magnitude) {
@@ -323,8 +335,8 @@ EXPORT void screen_int8(screen::Job* job) {
 
 #else
 
-EXPORT int screen_int8_usable() { return 0; }
+EXPORT int screen_integers_bits() { return 0; }
 
-EXPORT void screen_int8(screen::Job* job) { job->status = screen::UNFIT; }
+EXPORT void screen_integers(screen::Job* job) { job->status = screen::UNFIT; }
 
 #endif
