@@ -66,7 +66,7 @@ class FinishBenchmark(Config):
     """Further tokens for the run without a finish."""
     tuned_batch: int = 256
     """Rows a step of these: few tokens want many steps."""
-    lr_multipliers: tuple[float, ...] = (0.25, 0.5, 1.0)
+    lr_multipliers: tuple[float, ...] = (0.5, 1.0)
     """Rates that they begin with, each for each number of tokens."""
     tokens: tuple[int, ...] = ()
     """Lengths of the finish as the last part of the run, in tokens."""
