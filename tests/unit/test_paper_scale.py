@@ -3,9 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from activations import CorpusConfig, HarvestConfig, ModelConfig, harvest
+from activations import ActivationStore, CorpusConfig, HarvestConfig, ModelConfig, harvest
 from sae.commands.train import train
 from sae.papers import paper
 from sae.training.config import TrainConfig
@@ -46,3 +47,20 @@ def test_a_row_a_picture_and_a_plan(
     said = capsys.readouterr()
     assert name in said.out + said.err
     assert not (tmp_path / "run").exists()
+
+
+def test_matryoshka_reads_a_harvest_of_its_example(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (name,) = paper("matryoshka-lm").configs
+    values = read_toml(examples()[f"configs/papers/{name}"])
+    harvest_file = read_toml(examples()["configs/harvest/gemma-2-2b.toml"])
+    assert values["harvest"] == harvest_file["out"]
+    rows = np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float32)
+    ActivationStore.from_arrays(tmp_path / "data", {harvest_file["sites"][0]: rows})
+    values |= {"harvest": str(tmp_path / "data"), "out": str(tmp_path / "run")}
+    values |= {"device": "cpu", "plan": True}
+    config = from_dict(TrainConfig.specialise(values), values, where=name)
+    capsys.readouterr()
+    assert train(config) is None
+    assert "36864" in capsys.readouterr().out.replace(",", "")
