@@ -90,8 +90,10 @@ class FinishConfig(Config):
     def peak_lr(self, d_sae: int, optimiser: OptimiserKind) -> float:
         """The learning rate that it begins with.
 
-        >>> FinishConfig().peak_lr(2**14, "adam"), FinishConfig(lr=1e-3).peak_lr(2**14, "adam")
-        (0.0001, 0.001)
+        >>> FinishConfig(objective="kl").peak_lr(2**14, "adam")
+        0.0001
+        >>> FinishConfig(objective="kl", lr=1e-3).peak_lr(2**14, "adam")
+        0.001
         """
         return self.lr_multiplier * base_lr(d_sae, optimiser) if self.lr is None else self.lr
 
