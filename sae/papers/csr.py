@@ -291,12 +291,16 @@ PAPER = Paper(
         "time).",
     ),
     easier="The paper's comparison, with a few thousand rows to learn from instead of a million, "
-    "and an adaptor of frozen embeddings for Matryoshka truncation where the paper has models that "
-    "were trained for it, which are stronger. No labels are used; the paper's text classification "
-    "draws rows of one class together. Of one row there are no two views here, as in the paper's "
-    "code: the contrastive term only pushes codes apart. The dictionary for pictures is as wide as "
-    "the embedding, a quarter of the paper's. Times are in `benchmarks/results/sparse_index.csv`, "
-    "of drawn codes.",
+    "and an adaptor of frozen embeddings for Matryoshka truncation where the paper has "
+    "models that were trained for it, which may be stronger. No labels are used; the "
+    "paper's text classification draws rows of one class together. Of one row there are "
+    "no two views here, as in the paper's code: the contrastive term only pushes codes "
+    "apart. The dictionary for pictures is as wide as the embedding, a quarter of the "
+    "paper's. Of 100,000 drawn codes with 8, 16 and 32 of 1,536 features the index finds "
+    "the nearest in 0.11, 0.29 and 0.88 ms of processor time, an exact search in as many "
+    "dense rows of 384 in 1.35 (`benchmarks/results/sparse_index.csv`): 12, 5 and 1.5 "
+    "times faster, where the paper has 61 times on text, with embeddings ten times as "
+    "wide.",
     trials=trials,
     measure=measure,
     findings=findings,
