@@ -203,8 +203,8 @@ PAPER = Paper(
         "15 passes over 40,000 rows, 3 over 60,000. What is absorbed is told by the parents' true "
         "directions.",
         "The larger world was run first, and BatchTopK absorbs little in it; the smaller was "
-        "taken because a BatchTopK SAE of it, of a world of another seed, does absorb. All trials "
-        "of both are here.",
+        "taken, of three that were tried, because a BatchTopK SAE of it, of a world of another "
+        "seed, absorbs most; those tries are not kept. All trials of both are here.",
         "Both kinds see the same batches, and have the same k. Prefixes are a sixteenth, an "
         "eighth, a quarter, a half and all of the dictionary, and none of it, weighted equally.",
     ),
