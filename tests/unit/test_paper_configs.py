@@ -1,5 +1,6 @@
 """Configurations for papers' own scale: each loads, and reads a harvest of its layout."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,12 @@ SWEEPS = {
     for name, path in examples().items()
     if name.startswith("configs/papers/") and "grid" in read_toml(path)
 }
-SMALL = {"sae.d_sae": 64, "sae.k": 4, "trainer.batch_size": 16, "seed": [0]}
+SMALL = {"sae.d_sae": 64, "trainer.batch_size": 16, "seed": [0]}
+
+
+def _sparse(table: Mapping[str, object]) -> dict[str, object]:
+    """A small L0, by the name that a grid's table has for it."""
+    return {"trainer.target_l0": 4.0} if "trainer.target_l0" in table else {"sae.k": 4}
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -40,7 +46,7 @@ def test_a_sweep_reads_a_small_harvest_of_its_layout(
         out=str(tmp_path / "runs"),
         plan=True,
         base={**config.base, "device": "cpu"},
-        grid=tuple({**each, **SMALL} for each in config.grid),
+        grid=tuple({**each, **SMALL, **_sparse(each)} for each in config.grid),
     )
     sweep(small)
     assert "steps at the start" in capsys.readouterr().out
