@@ -115,6 +115,8 @@ class TrainConfig(Config):
                 )
         if self.outliers is not None:
             check_range("outliers", self.outliers, above=1)
+        if self.trainer.target_l0_start is not None and self.trainer.target_l0 is None:
+            raise InputError("is of no use without target_l0", where="trainer.target_l0_start")
 
     @classmethod
     def specialise(cls, values: Mapping[str, Any]) -> type[Self]:

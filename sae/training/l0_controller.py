@@ -25,6 +25,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sae.core.base import SparseAutoencoder
+from sae.training.trainer_config import TrainerConfig
 from saescope.errors import InputError, check_range
 
 _INTEGRAL, _PROPORTIONAL = 25.0, 1.0
@@ -67,6 +69,8 @@ class L0Controller:
 
     Args:
         target: mean number of active features a row.
+        start: the one aimed at when the run begins, which falls by equal ratios to the target.
+        fraction: of the run, over which it falls.
         total_steps: steps of the run.
         warmup_fraction: fraction of the run before which nothing is moved: the architecture's own
             warm-up of the penalty, during which L0 says nothing (`SAEConfig.penalty_warmup`).
@@ -77,11 +81,20 @@ class L0Controller:
     True
     """
 
-    def __init__(self, target: float, *, total_steps: int, warmup_fraction: float = 0.05) -> None:
+    def __init__(
+        self,
+        target: float,
+        *,
+        total_steps: int,
+        warmup_fraction: float = 0.05,
+        start: float | None = None,
+        fraction: float = 0.0,
+    ) -> None:
         check_range("target_l0", target, above=0)
         check_range("training steps", total_steps, low=1)
         check_range("warmup_fraction", warmup_fraction, low=0, high=1)
         self.target, self.total_steps = target, total_steps
+        self._start, self._falling = start or target, fraction * total_steps
         self.first_step = round(warmup_fraction * total_steps)
         self.penalty = 1.0
         """what the sparsity coefficient is to be multiplied by"""
@@ -104,7 +117,8 @@ class L0Controller:
         """
         if not (math.isfinite(l0) and l0 >= 0):
             raise InputError("not an L0", where="L0Controller", given=l0)
-        error = math.log(max(l0, _FLOOR * self.target) / self.target)
+        aim = self.aim(step)
+        error = math.log(max(l0, _FLOOR * aim) / aim)
         if self._level is None:
             self._level = self._slower = error
         self._level += self._rate * (error - self._level)
@@ -127,6 +141,16 @@ class L0Controller:
         before, most = math.log(self.penalty), _SLEW / self.total_steps
         total = max(before - most, min(before + most, total))
         self.penalty = math.exp(max(-_LIMIT, min(_LIMIT, total)))
+
+    def aim(self, step: int) -> float:
+        """The L0 that is aimed at after a step (0-based).
+
+        >>> falling = L0Controller(8.0, total_steps=8, start=32.0, fraction=0.5)
+        >>> [round(falling.aim(step), 1) for step in range(6)]
+        [32.0, 22.6, 16.0, 11.3, 8.0, 8.0]
+        """
+        left = max(0.0, 1 - step / self._falling) if self._falling else 0.0
+        return self.target * (self._start / self.target) ** left
 
     def _adapt(self, error: float) -> None:
         """Cut the gain where swings about the target do not die away; let it recover after."""
@@ -165,6 +189,21 @@ class L0Controller:
         self.penalty = float(state["penalty"])
         for name in _STATE:
             setattr(self, name, state[name])
+
+
+def controller_for(
+    sae: SparseAutoencoder, config: TrainerConfig, total_steps: int
+) -> L0Controller | None:
+    """What moves the penalty towards the L0 asked for, where there are both."""
+    if config.target_l0 is None or not sae.penalised:
+        return None
+    return L0Controller(
+        config.target_l0,
+        start=config.target_l0_start,
+        fraction=config.target_l0_fraction,
+        total_steps=total_steps,
+        warmup_fraction=sae.config.penalty_warmup,
+    )
 
 
 _STATE = ("_integral", "_gain", "_level", "_slower", "_side", "_since", "_peak", "_last_peak")

@@ -21,7 +21,12 @@ _MAY_DIFFER = ("harvest", "out", "plan", "lens")
 lens counts by its hash"""
 _TRAINER_MAY_DIFFER = ("kernels", "deterministic")
 """the same of the trainer's; what was used is in the checkpoints"""
-_NEW = {"snapshots": (0, None), "snapshot_tokens": ((), [], None)}
+_NEW = {
+    "snapshots": (0, None),
+    "snapshot_tokens": ((), [], None),
+    "target_l0_start": (None,),
+    "target_l0_fraction": (0.7,),
+}
 """the trainer's settings that older runs have not, which did what these values say"""
 _SINKS = ("wandb", "tensorboard")
 """folders that measurements may go to before the manifest is written"""

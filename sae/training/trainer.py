@@ -20,7 +20,7 @@ from sae.kernels import gradient_buffers
 from sae.training import checkpoint, gradient_sums, process_group, sharded_checkpoint
 from sae.training.batch_maker import BatchMaker, check_first_rows
 from sae.training.held_out import HeldOutRows, measure, normalised_rows
-from sae.training.l0_controller import L0Controller, reached
+from sae.training.l0_controller import controller_for, reached
 from sae.training.numerics import Numerics
 from sae.training.optimisers import averaged, clear_rows, decays, make_optimiser
 from sae.training.schedules import FinishRate, lr_factor
@@ -99,7 +99,7 @@ class Trainer:
             config.kernels, deterministic=config.deterministic, like=sae.b_dec, d_in=sae.d_in
         )
         self.maker = BatchMaker(sae, config.loss)
-        self.controller = _controller(sae, config, total_steps)
+        self.controller = controller_for(sae, config, total_steps)
         self.generator = torch.Generator().manual_seed(seed)
         self.step = 0
         self.last_held_out: dict[str, Any] = {}
@@ -384,15 +384,4 @@ def _optimiser(sae: SparseAutoencoder, config: TrainerConfig, lr: float) -> torc
         beta2=config.beta2,
         eps=config.eps,
         unit_rows=sae.unit_rows,
-    )
-
-
-def _controller(
-    sae: SparseAutoencoder, config: TrainerConfig, total_steps: int
-) -> L0Controller | None:
-    """What moves the penalty towards the L0 asked for, where there are both."""
-    if config.target_l0 is None or not sae.penalised:
-        return None
-    return L0Controller(
-        config.target_l0, total_steps=total_steps, warmup_fraction=sae.config.penalty_warmup
     )

@@ -54,6 +54,11 @@ class TrainerConfig(Config):
     target_l0: float | None = None
     """Mean L0 to reach on held-out rows: k, for architectures that have it; else the sparsity
     coefficient is moved during training until L0 is this."""
+    target_l0_start: float | None = None
+    """Where that is a penalty: the L0 aimed at when the run begins, which falls by equal ratios to
+    target_l0; target_l0 throughout if not given. Features that begin with many learn more."""
+    target_l0_fraction: float = 0.7
+    """Fraction of the run over which it falls."""
     dead_after_tokens: int | None = None
     """A feature is dead when it has not fired for this many tokens; until so many have been seen
     it is not known which are. 10 million, or a 32nd of the run's tokens if that is less, if not
@@ -90,7 +95,9 @@ class TrainerConfig(Config):
         for name in ("lr", "lr_multiplier", "target_l0"):
             if getattr(self, name) is not None:
                 check_range(f"trainer.{name}", getattr(self, name), above=0)
-        for name in ("warmup_fraction", "decay_fraction"):
+        if self.target_l0_start is not None:
+            check_range("trainer.target_l0_start", self.target_l0_start, low=self.target_l0 or 0)
+        for name in ("warmup_fraction", "decay_fraction", "target_l0_fraction"):
             check_range(f"trainer.{name}", getattr(self, name), low=0, high=1)
         for name in ("beta1", "beta2"):
             check_range(f"trainer.{name}", getattr(self, name), low=0, below=1)

@@ -17,9 +17,11 @@ from sae.core.base import SparseAutoencoder, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.core.normaliser import Normaliser
 from sae.evaluation.planted import PlantedConfig, PlantedDictionary
+from sae.training.config import TrainConfig
 from sae.training.l0_controller import L0Controller
 from sae.training.optimisers import make_optimiser
 from sae.training.schedules import lr_factor
+from sae.training.trainer_config import TrainerConfig
 from saescope.errors import InputError
 
 
@@ -34,6 +36,7 @@ def simulate(
     dead_zone: float = 1.0,
     fastest: float = math.inf,
     drift: float = 0.0,
+    start: float | None = None,
 ) -> tuple[list[float], list[float]]:
     """L0 and penalty of a plant: L0 tends to first * (penalty / dead_zone)^-slope * e^drift.
 
@@ -41,7 +44,7 @@ def simulate(
     and ever slower over the last fifth, where the learning rate falls.
     """
     chance = random.Random(0)
-    controller = L0Controller(target, total_steps=steps)
+    controller = L0Controller(target, total_steps=steps, start=start, fraction=0.7)
     log_l0, found, penalties = math.log(first), [], []
     for step in range(steps):
         felt = (
@@ -116,6 +119,14 @@ def test_lowers_the_penalty_where_l0_is_too_small() -> None:
     assert penalties[-1] < 0.1
 
 
+@pytest.mark.parametrize("steps", [300, 20_000])
+@pytest.mark.parametrize("slope", [0.4, 1.0, 4.0])
+def test_follows_a_target_that_falls(steps: int, slope: float) -> None:
+    found, _ = simulate(steps, 16.0, slope=slope, lag=0.01 * steps, start=64.0)
+    assert 24 < found[round(0.35 * steps)] < 48, "about 32, half way by ratios"
+    assert found[-1] == pytest.approx(16, rel=0.05)
+
+
 def test_no_windup_at_the_limit() -> None:
     """L0 that never answers takes the penalty to its limit, from where it comes back at once."""
     controller = L0Controller(10.0, total_steps=300)
@@ -161,6 +172,10 @@ def test_bad_input() -> None:
             L0Controller(10.0, total_steps=10).update(l0, 0)
     with pytest.raises(InputError, match="target_l0"):
         L0Controller(0.0, total_steps=10)
+    with pytest.raises(InputError, match=r"trainer.target_l0_start: is of no use without"):
+        TrainConfig(harvest="h", out="o", trainer=TrainerConfig(target_l0_start=20.0))
+    with pytest.raises(InputError, match=r"trainer.target_l0_start"):
+        TrainerConfig(target_l0=30.0, target_l0_start=20.0)
 
 
 def train_to(cls: type[SparseAutoencoder], config: Any, target: float, steps: int) -> float:

@@ -194,6 +194,7 @@ def test_no_score_of_few_letters_and_means_by_hand() -> None:
     def row(method: str, number: int) -> dict[str, Any]:
         return {
             "method": method,
+            "letter": "abcdefghijklmnopqrst"[number],
             "main": [1, 2] if number % 2 else [1],
             "main_f1": 0.5,
             "fraction": number / 100,

@@ -326,16 +326,19 @@ def test_after_a_kill_kinds_that_are_done_are_read(
 
 def test_means_over_attributes_by_hand() -> None:
     methods = {"sae": 0.1, "random": 0.2, "untrained": 0.3, "activation": 0.4, "all": 0.5}
+    common = {"kind": "city", "isolation": 0.5, "pairs": 7}
     rows = [
-        {"method": name, "cause": each, "isolation": 0.5, "disentangle": each + shift, "pairs": 7}
-        for name, each in methods.items()
-        for shift in (0.0, 0.2)
+        {**common, "method": name, "cause": c, "attribute": attribute, "disentangle": c + shift}
+        for name, c in methods.items()
+        for attribute, shift in (("country", 0.0), ("language", 0.2))
     ]
     found = summary(rows)
     assert found["ravel_disentangle"] == pytest.approx(0.2)
     # t(0.975, 1) = 12.7062; the variance of 0.1 and 0.3 is 0.02
     assert found["ravel_disentangle_interval"] == pytest.approx(12.7062047 * 0.1)
     assert found["ravel_disentangle_random"] == pytest.approx(0.3)
+    assert found["ravel_disentangle_random_difference"] == pytest.approx(-0.1)
+    assert found["ravel_disentangle_random_difference_interval"] == pytest.approx(0, abs=1e-9)
     assert found["ravel_cause_activation"] == pytest.approx(0.4)
     assert (found["attributes"], found["pairs"]) == (2, 14)
 
