@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 
 import streamlit as st
 
 _BEHIND = 2.0
-"""seconds for which an address that a page wrote may still be the browser's, after others"""
+"""seconds for which an address may still be the browser's after the page has written another"""
 
 
 def arrived(page: str, names: Collection[str]) -> dict[str, str]:
@@ -33,10 +34,10 @@ def write(page: str, values: Mapping[str, str | None]) -> None:
 
 
 def _written(page: str) -> list[tuple[float, dict[str, str]]]:
-    """What the page wrote last, and what else in the last seconds, with the time."""
+    """What the page wrote last, and what it replaced in the last seconds, with the time."""
     every = st.session_state.get(_key(page), [])
     now = time.monotonic()
-    return [*(each for each in every[:-1] if now - each[0] < _BEHIND), *every[-1:]]
+    return [*(old for old, new in pairwise(every) if now - new[0] < _BEHIND), *every[-1:]]
 
 
 def complain(wrong: Collection[str]) -> None:
