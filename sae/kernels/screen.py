@@ -41,7 +41,7 @@ _chosen: list[str] = []
 _kept: list[str] = []
 """innermost last: what `keeping` asks for"""
 _LARGEST_D_IN = 2**16
-"""a sum of more 8-bit products may overflow"""
+"""a sum of more products of integers may overflow"""
 _SHARE = 1 / 12
 """candidates among the features up to which their float32 products cost less than all of them"""
 _DEVIATIONS = 2.5

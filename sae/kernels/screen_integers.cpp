@@ -1,5 +1,5 @@
-// Approximate products in integers: of 8 bits, four at a time (AVX512-VNNI), or of up to 16 bits, two
-// at a time (AVX2), on a grid as fine as sums of 32 bits allow.
+// Approximate products in integers: of 8 bits, four at a time (AVX512-VNNI), or of up to 16 bits,
+// two at a time (AVX2), on a grid as fine as sums of 32 bits allow.
 //
 // Coordinates are balanced (x_j / s_j, w_j s_j), their signs flipped at random, and rotated by a
 // Hadamard matrix, none of which changes a product; no coordinate then dominates a row, so one
@@ -198,7 +198,7 @@ class Packed {
   }
 };
 
-// A block of rows as 8-bit integers.
+// A block of rows as integers.
 bool round_block(const Job& job, const Packed& W, Lists& lists, int64_t first, int64_t step,
                  int64_t rows, std::vector<Number>& rounded, std::vector<float>& work) {
   for (int64_t r = 0; r < rows; r++) {

@@ -1,6 +1,6 @@
 """Faithfulness and completeness of circuits, against runs ablated by hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from activations import Model, load_model
 from sae.architectures.cross_layer_transcoder import CrossLayerTranscoder
 from sae.circuits.attribute import circuit
-from sae.circuits.faithfulness import faithfulness
+from sae.circuits.faithfulness import Curve, faithfulness
 from sae.circuits.graph import FEATURE, Graph
 from saescope.errors import InputError
 from tests.tiny import D_MODEL, N_LAYERS, make_tiny_model
@@ -64,25 +64,36 @@ def by_hand(model: Model, saes: list[Any], graph: Graph, gone: Callable[[Any], b
     return float(logits[40] - logits[50])
 
 
+def assert_ablated(
+    curve: Curve,
+    graph: Graph,
+    counts: Sequence[int],
+    logits: torch.Tensor,
+    by_hand: Callable[[Callable[[Any], bool]], float],
+) -> None:
+    """A curve's first prompt is what `by_hand` gives without the features that are gone."""
+    nodes = graph.nodes_of(FEATURE)
+    ranked = nodes[np.argsort(-graph.influence[nodes], kind="stable")].tolist()
+    names = [(int(graph.layer[n]), int(graph.position[n]), int(graph.number[n])) for n in ranked]
+    whole, empty = float(logits[40] - logits[50]), by_hand(lambda _: True)
+    assert curve.model[0] == pytest.approx(whole, abs=1e-4)
+    assert curve.empty[0] == pytest.approx(empty, abs=1e-4)
+    for index, count in enumerate(counts):
+        kept = set(names[:count])
+        alone = by_hand(lambda name, kept=kept: name not in kept)
+        without = by_hand(lambda name, kept=kept: name in kept)
+        shares = [(m - empty) / (whole - empty) for m in (alone, without)]
+        assert curve.faithfulness[0, index] == pytest.approx(shares[0], abs=1e-3)
+        assert curve.completeness[0, index] == pytest.approx(shares[1], abs=1e-3)
+
+
 def test_curves_are_those_of_runs_ablated_by_hand(
     model: Model, saes: list[Any], graphs: list[Graph]
 ) -> None:
     graph = graphs[0]
     curve = faithfulness(model, saes, graphs[:1], [3, 20], ablation="zero", draws=2)
-    nodes = graph.nodes_of(FEATURE)
-    ranked = nodes[np.argsort(-graph.influence[nodes], kind="stable")].tolist()
-    names = [(int(graph.layer[n]), int(graph.position[n]), int(graph.number[n])) for n in ranked]
     logits = model.logits(torch.tensor([graph.token_ids]))[0, -1]
-    whole, empty = float(logits[40] - logits[50]), by_hand(model, saes, graph, lambda _: True)
-    assert curve.model[0] == pytest.approx(whole, abs=1e-4)
-    assert curve.empty[0] == pytest.approx(empty, abs=1e-4)
-    for index, count in enumerate((3, 20)):
-        kept = set(names[:count])
-        alone = by_hand(model, saes, graph, lambda name, kept=kept: name not in kept)
-        without = by_hand(model, saes, graph, lambda name, kept=kept: name in kept)
-        shares = [(m - empty) / (whole - empty) for m in (alone, without)]
-        assert curve.faithfulness[0, index] == pytest.approx(shares[0], abs=1e-3)
-        assert curve.completeness[0, index] == pytest.approx(shares[1], abs=1e-3)
+    assert_ablated(curve, graph, (3, 20), logits, lambda gone: by_hand(model, saes, graph, gone))
 
 
 def across_by_hand(
@@ -122,19 +133,10 @@ def test_what_a_cross_layer_transcoders_feature_writes_goes_at_all_its_layers(mo
     graphs = [circuit(model, [sae], prompt, outputs=[(40, 50)]) for prompt in PROMPTS[:2]]
     graph = graphs[0]
     curve = faithfulness(model, [sae], graphs[:1], [3, 40], ablation="zero", draws=1)
-    nodes = graph.nodes_of(FEATURE)
-    ranked = nodes[np.argsort(-graph.influence[nodes], kind="stable")].tolist()
-    names = [(int(graph.layer[n]), int(graph.position[n]), int(graph.number[n])) for n in ranked]
     logits = model.logits(torch.tensor([graph.token_ids]))[0, -1]
-    whole, empty = float(logits[40] - logits[50]), across_by_hand(model, sae, graph, lambda _: True)
-    assert curve.empty[0] == pytest.approx(empty, abs=1e-4)
-    for index, count in enumerate((3, 40)):
-        kept = set(names[:count])
-        alone = across_by_hand(model, sae, graph, lambda name, kept=kept: name not in kept)
-        without = across_by_hand(model, sae, graph, lambda name, kept=kept: name in kept)
-        shares = [(m - empty) / (whole - empty) for m in (alone, without)]
-        assert curve.faithfulness[0, index] == pytest.approx(shares[0], abs=1e-3)
-        assert curve.completeness[0, index] == pytest.approx(shares[1], abs=1e-3)
+    assert_ablated(
+        curve, graph, (3, 40), logits, lambda gone: across_by_hand(model, sae, graph, gone)
+    )
     # a draw of all features is all features
     means = faithfulness(model, [sae], graphs, [10_000], draws=1)
     assert means.random_faithfulness == pytest.approx(means.faithfulness)
