@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -12,7 +13,9 @@ import torch
 import sae
 from activations import ActivationStore, load_model
 from activations.models.language import Model
+from benchmarks import effects_time
 from sae.architectures.topk import TopKConfig, TopKSAE
+from sae.bench import rows as results
 from sae.commands.effects import EffectsConfig, measure_effects
 from sae.commands.steer import SteerConfig, steer_text
 from sae.indexing import effects as measuring
@@ -282,3 +285,20 @@ def test_what_cannot_be_measured_is_said(folder: Path) -> None:
         measure_effects(config(folder, prompt="", replace=True))
     with pytest.raises(InputError, match="positions"):
         config(folder, positions=0)
+
+
+def test_the_benchmark_says_how_long_all_features_take(folder: Path, tmp_path: Path) -> None:
+    for budget, holds in ((60.0, "1"), (0.0, "0")):
+        copy = tmp_path / f"store-{holds}"
+        shutil.copytree(folder / "store", copy)
+        out = tmp_path / "rows.csv"
+        effects_time.measure(
+            effects_time.EffectsTimeConfig(
+                store=str(copy), positions=POSITIONS, seconds=budget, results=str(out)
+            )
+        )
+        row = results.read(out, effects_time.COLUMNS)[-1]
+        with FeatureStore.open(copy) as store:
+            assert row["live"] == str(len(store.live_features()))
+            assert (row["reached"] == row["live"]) == (holds == "1")
+        assert (row["holds"], row["done"] == row["planned"]) == (holds, holds == "1")
