@@ -139,7 +139,8 @@ def page_lines(table: Sequence[Mapping[str, str]]) -> list[str]:
     ]
     for name, row in last.items():
         mean, told = float(row["mean"]), float(row["told_from"])
-        share = f"{told / abs(mean):.1%}" if mean else "-"
+        # a mean about 0 is no scale to measure by
+        share = f"{told / abs(mean):.1%}" if told <= 10 * abs(mean) else "-"
         figures = [
             f"{float(row[key]):.3g}" if row[key] else "-"
             for key in ("seed_sd", "sample_sd", "paired_sd", "told_from")

@@ -91,7 +91,7 @@ def describe(runs: Sequence[Run], *, at_once: int = 1) -> list[str]:
     lines += [
         f"memory   about {needed / 1e9:.2f} GB beside the libraries' 0.6 GB",
         f"disk     {total_disk / 1e9:.2f} GB in checkpoints, SAEs; {free / 1e9:.0f} GB free",
-        f"time     {duration(total_time)}, from {_MEASURED} steps at the start; penalised "
+        f"time     {duration(total_time)}, from up to {_MEASURED} steps at the start; penalised "
         "architectures grow faster as they grow sparser",
     ]
     if total_disk > free:
@@ -129,16 +129,19 @@ def _windows(run: Run) -> float:
 def _measured(run: Run) -> _Step:
     """Time a few steps on the run's own batches, in a temporary folder."""
     again = Run(run.config, run.harvest)
+    last = run.finish_steps
+    count = min(_WARM + _MEASURED, run.total_steps - last)
     with tempfile.TemporaryDirectory() as folder:
         trainer = again.make_trainer(Path(folder))
-        waits, times, l0 = _timed(trainer, iter(again.stream), _WARM + _MEASURED)
+        waits, times, l0 = _timed(trainer, iter(again.stream), count)
         finish = 0.0
         if isinstance(again.stream, FinishStream):  # its batches are computed as they are asked for
-            found = _timed(trainer, iter(again.stream.sequences), _FINISH)
+            found = _timed(trainer, iter(again.stream.sequences), min(_FINISH, last))
             finish = min(wait + took for wait, took in zip(*found[:2], strict=True))
     # a window is computed, after the model is loaded, when its first batch is asked for
     window = max(waits) if _computes(run) else 0.0
-    seconds = sorted(times[_WARM:])[_MEASURED // 2]
+    warmed = times[min(_WARM, count - 1) :]
+    seconds = sorted(warmed)[len(warmed) // 2] if warmed else 0.0
     return _Step(seconds, _working(trainer.sae, trainer, l0), window, finish)
 
 

@@ -244,6 +244,8 @@ def test_the_estimate_counts_the_finish(
     said = capsys.readouterr().out
     assert f"in the finish: {steps} steps through the model" in said
     assert "ms each; learning rate 0.003\n" in said
+    train(config(store, tmp_path / "run", plan=True, finish={"fraction": 1.0}))
+    assert "; 0 ms a step" in capsys.readouterr().out  # there is no step but the finish's
     train(config(store, tmp_path / "run", plan=True, finish=NONE))
     assert "the finish" not in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """A sweep: members as configured, bit for bit as trained alone, through kills at any step."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,17 @@ def test_plan_writes_nothing(
     for word in ("memory", "disk", "time"):
         assert f"\n{word} " in printed
     assert not out.exists()
+
+
+@pytest.mark.parametrize("rows", [1024, 2048])
+def test_plan_of_a_run_shorter_than_what_is_timed(
+    harvest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int
+) -> None:
+    base = {"passes": 1.0, "sae": {"d_sae": 32}, "trainer": {**TRAINER, "batch_size": rows}}
+    sweep.sweep(config(harvest, tmp_path / "sweep", plan=True, base=base))
+    said = re.search(rf" (\d) steps of {rows:,} rows", capsys.readouterr().out)
+    assert said is not None
+    assert 1 <= int(said[1]) < 7
 
 
 def test_plan_measures_each_kind_of_step_once(
