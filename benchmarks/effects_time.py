@@ -29,10 +29,27 @@ from store import FeatureStore
 from store.measured import EFFECTS
 
 COLUMNS = (
-    "date", "store", "d_sae", "live", "reached", "positions", "done", "planned", "budget_s",
-    "seconds", "cpu_s", "holds", "peak_mb", "load", "seed", "threads", "processor", "torch",
-    "saescope", "commit",
-)  # fmt: skip
+    "date",
+    "store",
+    "d_sae",
+    "live",
+    "reached",
+    "positions",
+    "done",
+    "planned",
+    "budget_s",
+    "seconds",
+    "cpu_s",
+    "holds",
+    "peak_mb",
+    "load",
+    "seed",
+    "threads",
+    "processor",
+    "torch",
+    "saescope",
+    "commit",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
