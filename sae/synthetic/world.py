@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from sae.kernels.adam import adam_
 from sae.synthetic.config import PREFIX, WorldConfig, world_config
+from sae.synthetic.kept_directions import kept_directions
 from saescope.progress import Progress
 
 _LEAST_OWN_VARIANCE = 0.01
@@ -65,7 +66,9 @@ class World:
         self.drawn_probability = drawn
         """[features], how often each latent variable exceeds its threshold; float64"""
         start, self.bias = _random_directions(config)
-        self.directions = orthogonalised(start, config) if directions is None else directions
+        if directions is None:
+            directions = kept_directions(config, lambda: orthogonalised(start, config))
+        self.directions = directions
         """[features, d_in], unit rows"""
 
         own = (1 - self.causes.double().square().sum(1)).sqrt()
