@@ -1,5 +1,8 @@
 """KL divergence of next-token distributions, in nats: sum_v p_v (log p_v - log q_v)."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
@@ -25,3 +28,32 @@ def divergence_in_place(clean: Tensor, other: Tensor) -> Tensor:
     log_q = other.sub_(other.logsumexp(-1, keepdim=True))
     log_q.neg_().add_(log_p)
     return log_q.mul_(log_p.exp_()).sum(-1)
+
+
+class DivergenceOfLogits(torch.autograd.Function):
+    """KL(softmax(clean) || softmax(other)) of logits [rows, vocabulary]: [rows].
+
+    Differentiable in `other`, by q - p, which is all that is kept: written with log_softmax,
+    autograd keeps and goes through four tensors of this size.
+
+    >>> from torch import tensor
+    >>> other = tensor([[0.0, 0.0]], requires_grad=True)
+    >>> DivergenceOfLogits.apply(tensor([[0.0, 100.0]]), other).sum().backward()
+    >>> other.grad.tolist()
+    [[0.5, -0.5]]
+    """
+
+    @staticmethod
+    def forward(ctx: Any, clean: Tensor, other: Tensor) -> Tensor:
+        precision = torch.promote_types(other.dtype, torch.float32)
+        ratio = clean.to(precision).log_softmax(-1)
+        log_q = other.to(precision).log_softmax(-1)
+        p = ratio.exp()
+        ratio -= log_q
+        ctx.save_for_backward(log_q.exp_().sub_(p))
+        return torch.linalg.vecdot(p, ratio)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, Tensor]:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * upstream[0][:, None]

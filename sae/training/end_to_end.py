@@ -18,6 +18,7 @@ whole batch (rows x vocabulary) are never in memory.
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,9 +27,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from activations import Model
+from activations.models.blocks_below import BlocksBelow
 from sae.core.base import SparseAutoencoder, TrainingOutput
 from sae.core.batch import RawBatch, TrainingBatch
-from sae.evaluation.divergence import divergence_terms
+from sae.evaluation.divergence import DivergenceOfLogits
 from saescope.config import Config
 from saescope.errors import InputError, check_range
 
@@ -59,6 +61,9 @@ class Sequences:
     """positions that have a row; rows are in the order of positions"""
     later: dict[str, Float[Tensor, "rows d_model"]] = field(default_factory=dict)
     """clean activations of later sites at these positions"""
+    below: list[Any] = field(default_factory=list)
+    """of each few sequences that go through the model at once, what the blocks below the site
+    give; empty where they are run again"""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class EndToEnd:
     ) -> None:
         self.model, self.config, self.balanced = model, config, balanced
         (self.site,) = model.resolve([site])
+        self.below = BlocksBelow(model, self.site)
         self.later_sites = _later_sites(model, self.site) if config.downstream_weight else []
         if config.downstream_weight and not self.later_sites:
             raise InputError(
@@ -116,13 +122,14 @@ class EndToEnd:
         """The rows x float32 [rows, d_in] of kept positions, and what `loss` needs of them."""
         wanted, size = [self.site, *self.later_sites], self.config.sequences_at_once
         found: dict[str, list[Tensor]] = {site: [] for site in wanted}
-        for some, kept in zip(tokens.split(size), keep.split(size), strict=True):
-            for site, value in self.model.capture(some, wanted).items():
-                rows = value[kept.to(value.device)]
-                found[site].append(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+        with self.below.keeping() as below:
+            for some, kept in zip(tokens.split(size), keep.split(size), strict=True):
+                for site, value in self.model.capture(some, wanted).items():
+                    rows = value[kept.to(value.device)]
+                    found[site].append(rows.to(torch.promote_types(rows.dtype, torch.float32)))
         rows = {site: torch.cat(pieces) for site, pieces in found.items()}
         x = rows.pop(self.site)
-        return x, Sequences(tokens=tokens, keep=keep, later=rows)
+        return x, Sequences(tokens=tokens, keep=keep, later=rows, below=below)
 
     def loss(self, sequences: Sequences, x_hat: Float[Tensor, "rows d_in"]) -> EndToEndLoss:
         """The loss if x_hat, in the model's units, replaces the kept rows.
@@ -152,12 +159,13 @@ class EndToEnd:
         sums = torch.zeros(2, dtype=torch.float64)
         start = 0
         pieces = zip(sequences.tokens.split(size), sequences.keep.split(size), strict=True)
-        for tokens, keep in pieces:
+        for number, (tokens, keep) in enumerate(pieces):
             rows = slice(start, start + int(keep.sum()))
             start = rows.stop
             if rows.start == rows.stop:
                 continue
-            with torch.enable_grad():
+            below = self._below(sequences, number)
+            with torch.enable_grad(), below:
                 leaf = x_hat[rows].detach().requires_grad_()
                 kl, spliced = self._spliced(tokens, keep, leaf)
                 downstream = kl.new_zeros(())
@@ -172,6 +180,10 @@ class EndToEnd:
         if later:
             terms["downstream"] = sums[1].to(x_hat)
         return (sums[0] + self.config.downstream_weight * sums[1]).to(x_hat), gradient
+
+    def _below(self, sequences: Sequences, number: int) -> AbstractContextManager[None]:
+        """A context in which what is below the site is known, for some of the sequences."""
+        return self.below.skipping(sequences.below[number]) if sequences.below else nullcontext()
 
     def _spliced(
         self, tokens: Tensor, keep: Tensor, x_hat: Tensor
@@ -193,10 +205,8 @@ class EndToEnd:
         edits = {self.site: splice, **{site: watching(site) for site in self.later_sites}}
         with self.model.edit(edits):
             spliced = self.model.logits(tokens, gradient=True)[keep]
-        precision = torch.promote_types(spliced.dtype, torch.float32)
-        log_p = clean.to(precision).log_softmax(-1)
-        log_q = spliced.to(precision).log_softmax(-1)
-        return divergence_terms(log_p, log_q).sum().to(x_hat.device), found
+        divergence: Tensor = DivergenceOfLogits.apply(clean, spliced)  # type: ignore[assignment]
+        return divergence.sum().to(x_hat.device), found
 
     def batch(
         self, sae: SparseAutoencoder, raw: SequenceRows, batch: TrainingBatch

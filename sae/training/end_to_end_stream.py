@@ -1,6 +1,7 @@
 """What end-to-end training reads: whole training sequences of a harvest, in a random order."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from activations import ActivationStore
 from activations.loading.outliers import OutlierFilter
 from sae.core.batch import RawBatch
 from sae.data.streams import OneSite
-from sae.training.end_to_end import EndToEnd, SequenceRows, Sequences
+from sae.training.end_to_end import EndToEnd, SequenceRows
 from saescope.errors import InputError
 
 
@@ -84,7 +85,7 @@ class EndToEndStream(OneSite):
             keep = keep.clone()
             keep[keep.clone()] = whole.cpu()
             later = {site: rows[whole] for site, rows in sequences.later.items()}
-            x, sequences = x[whole], Sequences(tokens=tokens, keep=keep, later=later)
+            x, sequences = x[whole], replace(sequences, keep=keep, later=later)
         first = torch.tensor(chosen)[:, None] * self.store.context
         row_token = (first + torch.arange(keep.shape[1]))[keep]
         return SequenceRows(x, row_token=row_token, sequences=sequences), removed
