@@ -22,6 +22,8 @@ from benchmarks.charts import write_bars
 from benchmarks.effect_agreement import COLUMNS as AGREEMENT_COLUMNS
 from benchmarks.running import run
 from benchmarks.steering_page import FIGURE, figure, page
+from benchmarks.steering_texts_page import COLUMNS as TEXTS_COLUMNS
+from benchmarks.steering_texts_page import section
 from sae.bench import rows as results
 from sae.commands.dose import held_out_texts, own_words
 from sae.commands.effects import EffectsConfig, loaded
@@ -104,11 +106,27 @@ def bench(config: SteeringBenchConfig) -> None:
             results.append(path, written, COLUMNS)
             spots = ", ".join(f"{r['words']} {r['rate']} at KL {r['kl']}" for r in rows)
             say(f"{number + 1} of {len(features)}: feature {feature}: {spots}")
-    rows = [row for row in results.read(path, COLUMNS) if row["store"] == name]
-    agreement = results.read(Path(config.agreement), AGREEMENT_COLUMNS)
-    write_bars(Path(config.page).parent / FIGURE, figure(rows), x="share of features that succeed")
-    Path(config.page).write_text(page(rows, agreement), encoding="utf-8")
-    say(f"{config.page}: written")
+    write_page(name, config.page, bench=config.results, agreement=config.agreement)
+
+
+def write_page(
+    store: str,
+    page_path: str,
+    *,
+    bench: str = "benchmarks/results/steering_bench.csv",
+    texts: str = "benchmarks/results/steering_texts.csv",
+    agreement: str = "benchmarks/results/effect_agreement.csv",
+) -> None:
+    """Write the report of a store's features and its figure, from the rows in these files."""
+    rows = [row for row in results.read(Path(bench), COLUMNS) if row["store"] == store]
+    if not rows:
+        say(f"{page_path}: not written, as {bench} has no rows of {store}")
+        return
+    written = [row for row in results.read(Path(texts), TEXTS_COLUMNS) if row["store"] == store]
+    foretold = results.read(Path(agreement), AGREEMENT_COLUMNS)
+    write_bars(Path(page_path).parent / FIGURE, figure(rows), x="share of features that succeed")
+    Path(page_path).write_text(page(rows, foretold, section(written)), encoding="utf-8")
+    say(f"{page_path}: written")
 
 
 def _of_feature(

@@ -84,8 +84,8 @@ def figure(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return panels
 
 
-def page(rows: Sequence[Row], agreement: Sequence[Row]) -> str:
-    """The whole page in Markdown."""
+def page(rows: Sequence[Row], agreement: Sequence[Row], texts: Sequence[str] = ()) -> str:
+    """The whole page in Markdown. texts: lines of the section on generated text."""
     first = rows[0]
     by_set = {name: [row for row in rows if row["words"] == name] for name in SETS}
     lines = [
@@ -120,7 +120,7 @@ def page(rows: Sequence[Row], agreement: Sequence[Row]) -> str:
         "",
     ]
     lines += _by_score(by_set)
-    lines += ["", *_agreement(agreement)]
+    lines += ["", *texts, *_agreement(agreement)]
     return "\n".join(lines) + "\n"
 
 
@@ -169,12 +169,6 @@ def _by_score(by_set: dict[str, list[Row]]) -> list[str]:
         "cent with 95 % bootstrap intervals over features: " + "; ".join(ahead) + ". "
         "With so few features a quarter, a ratio of two or more is not established where the "
         "interval has 0 in it.",
-        "",
-        "The output score was published with another measure of success (Arad et al. 2025, arXiv "
-        "2505.20063): the mean number of tokens, in 20 new ones at temperature 0.7 after each of "
-        "50 neutral beginnings, that are among the 20 which a feature's decoder raises most. That "
-        "is twenty times as many tokens a feature as here, and no threshold, so it tells smaller "
-        "effects. It was not measured here.",
     ]
     return lines
 

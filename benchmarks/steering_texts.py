@@ -33,7 +33,8 @@ from torch import Tensor
 from activations.models.language import Model
 from activations.sites.kept import TokenPositions, prompt_of
 from benchmarks.running import run
-from benchmarks.steering_bench import chosen_features
+from benchmarks.steering_bench import chosen_features, write_page
+from benchmarks.steering_texts_page import COLUMNS
 from sae.bench import rows as results
 from sae.commands.dose import held_out_texts
 from sae.commands.effects import EffectsConfig, loaded
@@ -48,34 +49,6 @@ from saescope.progress import Progress, say
 from store import FeatureStore
 from store.measured import EFFECTS
 
-COLUMNS = (
-    "date",
-    "store",
-    "feature",
-    "words",
-    "output_score",
-    "confidence_change",
-    "measured_kl",
-    "largest",
-    "strength",
-    "kl",
-    "count",
-    "expected",
-    "unsteered_expected",
-    "random_count",
-    "random_expected",
-    "random_most",
-    "succeeds",
-    "prompts",
-    "new_tokens",
-    "temperature",
-    "nulls",
-    "seed",
-    "processor",
-    "threads",
-    "saescope",
-    "commit",
-)
 PROMPTS = (
     "On the way home,",
     "My neighbour says that",
@@ -137,6 +110,8 @@ class SteeringTextsConfig(Config):
     """Seed of all random choices."""
     results: str = "benchmarks/results/steering_texts.csv"
     """File that rows are added to."""
+    page: str = "docs/reports/steering.md"
+    """The page that is written, with the rows of `python -m benchmarks.steering_bench`."""
 
     def __post_init__(self) -> None:
         check_range("prompts", self.prompts, low=1, high=len(PROMPTS))
@@ -254,6 +229,7 @@ def bench(config: SteeringTextsConfig) -> None:
         left = [each for each in chosen if each not in done]
         if not left:
             say(f"{path}: has all of them")
+            write_page(name, config.page, texts=config.results)
             return
         sets = word_sets(store, model, sae, chosen)
         texts = held_out_texts(store, config.texts, config.text_tokens)
@@ -274,6 +250,7 @@ def bench(config: SteeringTextsConfig) -> None:
                     row |= {n: getattr(config, n) for n in ("temperature", "nulls", "seed")}
                 results.append(path, [{**row, **facts} for row in rows], COLUMNS)
                 progress.advance(len(some))
+    write_page(name, config.page, texts=config.results)
 
 
 def _null(

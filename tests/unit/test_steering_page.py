@@ -1,7 +1,9 @@
 """The page of the steering bench: shares, quarters and verdicts by hand."""
 
+import numpy as np
 import pytest
 
+from benchmarks import steering_page
 from benchmarks.steering_page import (
     BOTH,
     correlation,
@@ -9,10 +11,10 @@ from benchmarks.steering_page import (
     gain,
     page,
     quartiles,
-    ratio_words,
     wilson,
     with_both,
 )
+from benchmarks.steering_texts_page import quarters, ratio, ratio_words, section
 
 
 def row(number: int, words: str, succeeds: int) -> dict[str, str]:
@@ -33,10 +35,10 @@ def test_quarters_are_by_the_score() -> None:
     low, high = quartiles(ROWS[::2], "output_score")
     assert [each["feature"] for each in low] == ["0", "1"]
     assert [each["feature"] for each in high] == ["6", "7"]
-    assert ratio_words(low, high, "succeeds") == "reached"
-    assert ratio_words(high, low, "succeeds") == "0.0 times: not reached"
-    assert ratio_words(low, high, "target_succeeds") == "1.0 times: not reached"
-    assert ratio_words(low, low, "succeeds") == "neither succeeds"
+    assert steering_page.ratio_words(low, high, "succeeds") == "reached"
+    assert steering_page.ratio_words(high, low, "succeeds") == "0.0 times: not reached"
+    assert steering_page.ratio_words(low, high, "target_succeeds") == "1.0 times: not reached"
+    assert steering_page.ratio_words(low, low, "succeeds") == "neither succeeds"
 
 
 def test_shares_have_wilsons_interval() -> None:
@@ -76,3 +78,51 @@ def test_the_page_says_all_of_it() -> None:
     assert bars == {
         "top quarter": 1.0, "all features": 0.375, "bottom quarter": 0.0, "random direction": 0.0,
     }  # fmt: skip
+
+
+def text_row(number: int, words: str, features: int) -> dict[str, str]:
+    top = number >= features // 2
+    return {
+        "date": "2026-11-30", "feature": str(number), "words": words,
+        "output_score": str(number), "confidence_change": str(-number), "measured_kl": "0.1",
+        "kl": "0.6", "count": "3" if top else "1", "expected": "2.5" if top else "0.5",
+        "random_expected": "0.5", "unsteered_expected": "0.4", "succeeds": str(int(top)),
+        "prompts": "10", "new_tokens": "20", "temperature": "0.7", "nulls": "19",
+        "processor": "p", "threads": "1",
+    }  # fmt: skip
+
+
+TEXTS = [text_row(n, words, 40) for n in range(40) for words in ("direct", "measured")]
+
+
+def test_ratios_of_quarters_have_intervals_over_features() -> None:
+    own = TEXTS[::2]
+    assert quarters(np.array([3.0, 1, 2, 0]), np.array([5.0, 7, 6, 8])) == (8, 5)
+    assert ratio(own, "output_score", "count") == (3, 3, 3)
+    above, low, high = ratio(own, "output_score", "above")  # 2 over nothing
+    assert (above, low, high) == (np.inf, np.inf, np.inf)
+    assert ratio_words((above, low, high)) == "**∞** (∞ to ∞)"
+    down, low, high = ratio(own, "confidence_change", "count")
+    assert (down, low, high) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    value, low, high = ratio(own, "measured_kl", "count")  # all are equal: by the order of rows
+    assert low < value
+    assert ratio_words((2.0, 0.9, 3.0)) == "2.0 (0.9 to 3.0)"
+
+
+def test_the_section_has_each_score_and_tests_the_chosen_one_on_the_other_half() -> None:
+    lines = section(TEXTS)
+    assert section([]) == []
+    assert (
+        "| direct | 20 of 40 (35 to 65 %) | 2.00 (1.70 to 2.30) | 1.50 (1.20 to 1.80) | "
+        "0.50 (0.50 to 0.50) | 0.40 (0.40 to 0.40) |"
+    ) in lines
+    assert (
+        "| output score | direct | 1.00, 3.00 | **3.0** (3.0 to 3.0) | 0.00, 2.00 | "
+        "**∞** (∞ to ∞) | 0 of 10 (0 to 28 %) | 10 of 10 (72 to 100 %) | **∞** (∞ to ∞) |"
+    ) in lines
+    chosen = [line for line in lines if line.startswith("| direct | own words |")]
+    assert chosen == [
+        "| direct | own words | output score | **3.0** (3.0 to 3.0) | **3.0** (3.0 to 3.0) |"
+    ]
+    text = page(ROWS, [], lines)
+    assert text.index("In generated text") > text.index("Does a score say which")
