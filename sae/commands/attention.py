@@ -13,8 +13,9 @@ from sae.analysis.attention.head_table import NAMES, head_table
 from sae.analysis.attention.heads import HeadAttribution, attention_site, head_attribution
 from sae.analysis.attention.prefix import (
     PrefixCurve,
+    PrefixTest,
     prefix_attention,
-    prefix_test,
+    prefix_tests,
     prefix_texts,
 )
 from sae.analysis.attention.results_file import (
@@ -199,27 +200,32 @@ def _prefix(
     rest = np.flatnonzero(able & (families != _INDUCTION))
     draw = np.random.default_rng(config.seed)
     others = draw.choice(rest, min(len(induction), len(rest)), replace=False)
-    found = []
     tested = [("induction", f) for f in induction] + [("other", f) for f in others]
+    tokens = {int(f): int(sources.token[f]) for _, f in tested}
+    found: dict[int, PrefixTest] = {}
     with Progress("features on repeats", len(tested), "features") as progress:
-        for chosen, feature in tested:
-            token = int(sources.token[feature])
-            test = prefix_test(
+        for token in dict.fromkeys(tokens.values()):
+            own = [f for f in tokens if tokens[f] == token]
+            tests = prefix_tests(
                 model,
                 sae,
-                int(feature),
+                own,
                 token,
                 lengths=config.lengths,
                 texts=config.prefix_texts,
                 seed=config.seed,
                 site=site,
             )
-            named = {"chosen": chosen, "feature": int(feature), "next_token": token}
-            named["text"] = model.token_strings([token])[0]
-            curves = {"activation": curve(test.activation), "log_prob": curve(test.log_prob)}
-            found.append({**named, **curves})
-            progress.advance(1)
-    return found
+            found |= {test.feature: test for test in tests}
+            progress.advance(len(own))
+    rows = []
+    for chosen, feature in tested:
+        test = found[int(feature)]
+        named = {"chosen": chosen, "feature": int(feature), "next_token": test.next_token}
+        named["text"] = model.token_strings([test.next_token])[0]
+        curves = {"activation": curve(test.activation), "log_prob": curve(test.log_prob)}
+        rows.append({**named, **curves})
+    return rows
 
 
 def _prefix_heads(config: AttentionConfig, model: Model, layer: int) -> list[dict[str, Any]]:

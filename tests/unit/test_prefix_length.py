@@ -13,7 +13,7 @@ from sae.analysis.attention.encoder import read_at
 from sae.analysis.attention.prefix import prefix_texts
 from sae.architectures.relu import ReLUConfig, ReLUSAE
 from saescope.errors import InputError
-from tests.tiny import D_MODEL, make_tiny_model
+from tests.tiny import ARCHITECTURES, D_MODEL, make_tiny_model
 
 SITE = "blocks.1.hook_resid_post"
 LENGTHS = (1, 2, 4)
@@ -93,6 +93,7 @@ def test_a_feature_that_counts_repeats(model: Model, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(model, "logits", logits)
     place = read_at(model, made, SITE, True)
     monkeypatch.setattr(prefix, "read_at", lambda *_: place)
+    monkeypatch.setattr(prefix, "_goes_on", lambda *_: False)  # `known` wants whole texts
     with model.edit({SITE: known}):
         found = prefix_test(model, made, 0, NEXT, lengths=LENGTHS, texts=4, context=32)
     assert found.activation.repeated.tolist() == [[0.0] * 4, [1.0] * 4, [1.0] * 4]
@@ -105,6 +106,42 @@ def test_a_feature_that_counts_repeats(model: Model, monkeypatch: pytest.MonkeyP
         ids[:] = [torch.from_numpy(tokens[0, :1])]
         wanted = own(ids[0])[0, -1].double().log_softmax(-1)[NEXT]
     assert found.log_prob.repeated[0, 0] == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_lengths_share_is_read_once_and_changes_nothing(
+    tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = load_model(str(make_tiny_model(tmp_path, architecture)), dtype="float32")
+    assert isinstance(found, Model)
+    made = ReLUSAE(ReLUConfig(d_sae=6), D_MODEL).eval()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(made.W_enc_T)
+    torch.nn.init.constant_(made.b_enc, 4.0)
+    given = {"lengths": LENGTHS, "texts": 3, "context": 32, "site": SITE, "allow_other_model": True}
+    read: list[int] = []
+    found.hf.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: read.append(inputs[0].numel())
+    )
+    prefix.read_at(found, made, SITE, True)  # looks at the model, once
+    read.clear()
+    tests = prefix.prefix_tests(found, made, [0, 4], NEXT, **given)
+    in_pieces = sum(read)
+    monkeypatch.setattr(prefix, "_goes_on", lambda *_: False)
+    read.clear()
+    plain = prefix.prefix_tests(found, made, [0, 4], NEXT, **given)
+    assert sum(read) == 2 * 3 * 3 * 32
+    # tried on a text (32 + 28 + 4), then each text's 28 shared tokens once and 3 ends of 4
+    assert in_pieces == 64 + 2 * 3 * (28 + 3 * 4)
+    assert [test.feature for test in tests] == [0, 4]
+    for test, other in zip(tests, plain, strict=True):
+        assert other.activation.repeated.any()
+        for name in ("activation", "log_prob"):
+            for curve in ("repeated", "shuffled"):
+                one, two = (getattr(getattr(t, name), curve) for t in (test, other))
+                assert one == pytest.approx(two, rel=1e-4, abs=1e-4)
+    alone = prefix_test(found, made, 4, NEXT, **given)
+    assert (alone.activation.repeated == plain[1].activation.repeated).all()
 
 
 def test_attention_of_heads(model: Model, tmp_path: Path) -> None:

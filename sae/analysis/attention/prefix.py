@@ -17,7 +17,7 @@ length is the smallest n that has at least half of the largest effect: up to 2 i
 short-prefix induction, from 3 on long-prefix.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,9 +37,11 @@ LENGTHS = tuple(range(1, 9))
 SHORT = 2
 """the longest half length of short-prefix induction"""
 _LEVEL = 0.05
-_BATCH = 8
-"""texts run at once"""
+_BATCH = 24
+"""texts of all lengths run at once"""
 _TRIES = 100
+_AGREEMENT = 1e-3
+"""largest relative difference of logits at which texts are read in pieces"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +181,6 @@ def _shuffled(
     raise AssertionError("chance has it that two tokens stand side by side a hundred times")
 
 
-@torch.inference_mode()
 def prefix_test(
     model: Model,
     sae: SparseAutoencoder,
@@ -208,40 +209,125 @@ def prefix_test(
     >>> found.activation.half_length, found.activation.verdict                 # doctest: +SKIP
     (3, 'long-prefix')
     """
+    [found] = prefix_tests(
+        model,
+        sae,
+        [feature],
+        next_token,
+        lengths=lengths,
+        texts=texts,
+        context=context,
+        seed=seed,
+        site=site,
+        allow_other_model=allow_other_model,
+    )
+    return found
+
+
+@torch.inference_mode()
+def prefix_tests(
+    model: Model,
+    sae: SparseAutoencoder,
+    features: Sequence[int],
+    next_token: int,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    texts: int = 24,
+    context: int = 64,
+    seed: int = 0,
+    site: str | None = None,
+    allow_other_model: bool = False,
+) -> list[PrefixTest]:
+    """`prefix_test` of several features, read in the same texts before one token.
+
+    The beginning that texts of all lengths share is run once, if the model goes on from a cache of
+    keys and values as it reads a whole text.
+    """
     check_range("texts", texts, low=2)
     own, read, _, _ = read_at(model, sae, site, allow_other_model)
-    feature = as_index(feature, where="feature", low=0, high=own.d_sae - 1)
+    chosen = as_indices(list(features), where="feature", low=0, high=own.d_sae - 1)
     made = prefix_texts(model, [next_token] * texts, lengths=lengths, context=context, seed=seed)
+    shared = context - made.lengths[-1]
+    run = _run_ends if _goes_on(model, torch.from_numpy(made.tokens[0, :1]), shared) else _run
     found = {}
     for name, tokens in (("repeated", made.tokens), ("shuffled", made.shuffled)):
-        flat = torch.from_numpy(tokens).flatten(0, 1)
-        pieces = [_last(model, own, read, part, feature, next_token) for part in flat.split(_BATCH)]
-        found[name] = torch.cat(pieces).view(*tokens.shape[:2], 2).numpy()
-    activation, log_prob = (
-        PrefixCurve(lengths=made.lengths, **{name: each[..., n] for name, each in found.items()})
-        for n in (0, 1)
-    )
-    return PrefixTest(
-        feature=feature, next_token=next_token, activation=activation, log_prob=log_prob
-    )
+        by_text = torch.from_numpy(tokens).swapaxes(0, 1)
+        each_run = max(1, _BATCH // len(made.lengths))
+        pieces = [
+            _last(model, own, read, part, lambda some: run(model, some, shared), next_token)
+            for part in by_text.split(each_run)
+        ]
+        codes, log_prob = (
+            torch.cat(several).swapaxes(0, 1) for several in zip(*pieces, strict=True)
+        )
+        found[name] = codes[..., chosen].numpy(), log_prob.numpy()
+    curves = [
+        {name: codes[..., n] for name, (codes, _) in found.items()} for n in range(len(chosen))
+    ]
+    log_prob = PrefixCurve(lengths=made.lengths, **{name: x for name, (_, x) in found.items()})
+    return [
+        PrefixTest(
+            feature=number,
+            next_token=next_token,
+            activation=PrefixCurve(lengths=made.lengths, **curve),
+            log_prob=log_prob,
+        )
+        for number, curve in zip(chosen, curves, strict=True)
+    ]
+
+
+Run = Callable[[Tensor], Tensor]
+"""from texts [n, lengths, context] to their last logits [n * lengths, d_vocab]"""
 
 
 def _last(
-    model: Model, sae: SparseAutoencoder, site: str, tokens: Tensor, feature: int, following: int
-) -> Tensor:
-    """At the last token of each text [n, 2]: activation, log-probability of what follows."""
+    model: Model, sae: SparseAutoencoder, site: str, tokens: Tensor, run: Run, following: int
+) -> tuple[Tensor, Tensor]:
+    """At the last token of each text: activations [n, lengths, d_sae], and the log-probability of
+    what follows [n, lengths]."""
     seen: list[Tensor] = []
 
     def see(x: Tensor, position: Tensor) -> None:
         del position
-        seen.append(x[:, -1])
+        seen[:] = [x[:, -1]]  # of several passes the last one is over the texts' ends
 
     with model.edit({site: see}):
-        logits = model.logits(tokens)[:, -1]
+        logits = run(tokens)
     (x,) = seen
-    codes = sae.encode_sparse(x.to(sae.W_dec)).dense()[:, feature]
+    codes = sae.encode_sparse(x.to(sae.W_dec)).dense()
     log_prob = logits.double().log_softmax(-1)[:, following]
-    return torch.stack([codes.double().cpu(), log_prob.cpu()], dim=1)
+    shape = tokens.shape[:2]
+    return codes.double().cpu().unflatten(0, shape), log_prob.cpu().unflatten(0, shape)
+
+
+def _run(model: Model, tokens: Tensor, shared: int) -> Tensor:
+    """Last logits of texts [n, lengths, context], each read as a whole."""
+    del shared
+    return model.logits(tokens.flatten(0, 1))[:, -1]
+
+
+def _run_ends(model: Model, tokens: Tensor, shared: int) -> Tensor:
+    """Last logits of texts [n, lengths, context] that have so many tokens in common at all lengths:
+    these are read once, and each end goes on from their keys and values."""
+    tokens = tokens.to(model.device)
+    cache = model.hf.base_model(input_ids=tokens[:, 0, :shared], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(tokens.shape[1])
+    ends = tokens[..., shared:].flatten(0, 1)
+    return model.hf(input_ids=ends, past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+def _goes_on(model: Model, tokens: Tensor, shared: int) -> bool:
+    """Whether a text [1, context] read in two pieces ends as it does when read as a whole.
+
+    Tried, as some models keep no keys and values, or keep them otherwise.
+    """
+    plain = _run(model, tokens[None], shared)
+    try:
+        found = _run_ends(model, tokens[None], shared)
+    except Exception:  # whatever the model's own code makes of it
+        return False
+    same = found.shape == plain.shape
+    return same and bool((found - plain).norm() <= _AGREEMENT * plain.norm())
 
 
 @torch.inference_mode()
