@@ -131,7 +131,16 @@ class DiffusionModel(ModuleModel):
         """One pass of the denoiser, on the prompts alone."""
         return self._denoise(inputs, steps=1, guidance=0.0)
 
-    def _denoise(self, prompts: Sequence[Prompt], *, steps: int, guidance: float) -> object:
+    def pictures(self, inputs: Sequence[Prompt]) -> Float[Tensor, "batch channel height width"]:
+        """What prompts give at the end of all steps, in [0, 1], on the CPU, edits included."""
+        steps, guidance = self._denoising.steps, self._denoising.guidance
+        with torch.no_grad():
+            found: Any = self._denoise(inputs, steps=steps, guidance=guidance, output="pt")
+        return found.images.float().cpu()
+
+    def _denoise(
+        self, prompts: Sequence[Prompt], *, steps: int, guidance: float, output: str = "latent"
+    ) -> object:
         size = self._denoising.pixels
         return self._pipeline(
             prompt=[text for text, _, _ in prompts],
@@ -139,7 +148,7 @@ class DiffusionModel(ModuleModel):
             guidance_scale=guidance,
             # one of each, so that a prompt's noise does not depend on its batch
             generator=[torch.Generator().manual_seed(seed) for _, seed, _ in prompts],
-            output_type="latent",
+            output_type=output,
             **({} if size is None else {"height": size, "width": size}),
         )
 

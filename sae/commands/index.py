@@ -73,6 +73,9 @@ class IndexConfig(Config):
     """Tokens on which an SAE of several layers is measured at each of them; 0 for none."""
     allow_other_model: bool = False
     """Index a harvest of another model than the SAE was trained on."""
+    pictures: int = 1000
+    """Of a diffusion model: prompts that are drawn again as thumbnails, those on which features are
+    strongest first; 0 for none."""
     effects: int = 0
     """Positions of each feature at which its effect on the next token is measured, as `saescope
     effects` does; 0 for none."""
@@ -90,6 +93,7 @@ class IndexConfig(Config):
         check_range("logits", self.logits, low=1)
         check_range("neighbours", self.neighbours, low=1)
         check_range("layer_tokens", self.layer_tokens, low=0)
+        check_range("pictures", self.pictures, low=0)
         check_range("effects", self.effects, low=0)
 
 
@@ -217,7 +221,7 @@ def _inputs(config: IndexConfig, harvest: ActivationStore) -> tuple[Model | None
         )
     elif kind_of_model(harvest) == "language":
         model = load_harvested_model(harvest, "float32", trust_remote_code=trusted)
-    return model, inputs_of(harvest, model, texts, trust_remote_code=trusted)
+    return model, inputs_of(harvest, model, texts, draws=config.pictures, trust_remote_code=trusted)
 
 
 def _texts(vocabulary: str | None, harvest: ActivationStore) -> list[str]:

@@ -17,6 +17,7 @@ from activations.models.attention import HeadOutputs
 from sae.analysis.attention.heads import attention_site, head_norms
 from sae.analysis.similarity import cosines_with_others
 from sae.data.placement import Placement
+from sae.indexing.drawn import Strongest, drawn
 from sae.indexing.ends import Indexed, indexed
 from sae.indexing.groups import add_document_groups
 from sae.indexing.inputs import Inputs
@@ -87,8 +88,7 @@ def build_store(
     ):
         _add_inputs(writer, harvest, inputs)
         add_document_groups(writer, harvest, topic_field)
-        for piece in activations:
-            writer.add_activations(**piece)
+        _add_activations(writer, harvest, inputs, activations)
         decided = _add_logits(writer, sae, placement, model, logits)
         columns = {name: each.float().numpy() for name, each in sae.feature_columns().items()}
         writer.add_features({**columns, **decided})
@@ -113,6 +113,20 @@ def _add_inputs(writer: StoreWriter, harvest: ActivationStore, inputs: Inputs) -
             harvest.keep[rows],
             harvest.split[rows],
         )
+
+
+def _add_activations(
+    writer: StoreWriter, harvest: ActivationStore, inputs: Inputs, activations: Iterable[Arrays]
+) -> None:
+    """Write the activations, and pictures of prompts on which they are strongest."""
+    strongest = Strongest(writer.d_sae)
+    for piece in activations:
+        writer.add_activations(**piece)
+        if inputs.draws:
+            strongest.add(**piece)
+    sequences, trusted = strongest.sequences(harvest.context), inputs.trust_remote_code
+    for numbers, images in drawn(harvest, sequences, inputs.draws, trust_remote_code=trusted):
+        writer.add_pictures(numbers, images)
 
 
 def direct_logits(

@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 from activations import ActivationStore, Model
 from activations.corpora.pictures import thumbnail
 from sae.data.harvests import kind_of_model, token_texts
+from sae.indexing.drawn import SIDE
 from saescope.errors import InputError
 from saescope.progress import Progress, say
 from store.pictures import GRID, Grid
 
-_SIZE = 192
-"""pixels of a thumbnail's longer side"""
 _AT_ONCE = 256
 
 
@@ -28,6 +27,10 @@ class Inputs:
     grid: Grid | None = None
     """of feature maps: how positions lie on a picture"""
     has_pictures: bool = False
+    draws: int = 0
+    """how many pictures to draw again, of prompts"""
+    trust_remote_code: bool = False
+    """of the model that draws"""
 
     def tokens(self, harvest: ActivationStore, rows: slice) -> NDArray[Any]:
         """Token ids [sequence, position] of some sequences; of feature maps the positions."""
@@ -53,7 +56,7 @@ class Inputs:
         with Progress("thumbnails", len(numbers), "pictures") as progress:
             for number, key in zip(numbers, keys, strict=True):
                 try:
-                    images.append(thumbnail(key, marks[number], _SIZE))
+                    images.append(thumbnail(key, marks[number], SIDE))
                     ids.append(number)
                 except InputError as error:
                     missing.append(str(error))
@@ -82,12 +85,13 @@ def inputs_of(
     model: Model | None,
     texts: Sequence[str] | None,
     *,
+    draws: int = 0,
     trust_remote_code: bool = False,
 ) -> Inputs:
     """The inputs of a harvest.
 
     Args: model is that of a language model's harvest; texts those of token ids where nobody knows
-    the model.
+    the model; draws, how many pictures of a diffusion model's harvest to draw again.
 
     Raises InputError as `token_texts` does.
     """
@@ -100,4 +104,6 @@ def inputs_of(
         return Inputs(token_texts(harvest, trust_remote_code=trust_remote_code))
     grid = Grid.of(harvest.context)
     names = [grid.name(position) for position in range(harvest.context)]
-    return Inputs(names, grid, has_pictures=kind == "vision")
+    if kind == "vision":
+        return Inputs(names, grid, has_pictures=True)
+    return Inputs(names, grid, draws=draws, trust_remote_code=trust_remote_code)

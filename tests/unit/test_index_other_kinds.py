@@ -1,5 +1,6 @@
 """Feature stores of models that are no language models: pictures, texts of encoders, prompts."""
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -13,17 +14,27 @@ from PIL import Image
 
 import sae
 from activations import ActivationStore, CorpusConfig, HarvestConfig, ModelConfig, harvest
+from activations.models.config import DenoisingConfig
+from activations.models.diffusion import DiffusionModel
+from activations.models.load import load_model
 from dashboards.heat_maps import pictures_html
+from sae.indexing.drawn import Strongest
 from saescope.__main__ import main
 from saescope.config import from_dict
 from saescope.errors import ArtefactError, InputError
 from store import FeatureStore
 from store.pictures import Grid
 from tests.tiny import SENTENCES
-from tests.tiny_raw import make_pictures, make_tiny_encoder, make_tiny_resnet
+from tests.tiny_raw import (
+    make_pictures,
+    make_tiny_encoder,
+    make_tiny_pipeline,
+    make_tiny_resnet,
+)
 
 STAGE = "module:encoder.stages.1:output"
 LAYER = "module:encoder.layer.1:output"
+BLOCK = "module:down_blocks.1.attentions.0:update"
 D_SAE = 24
 
 
@@ -200,3 +211,74 @@ def test_texts_of_an_encoder_are_its_tokens(tmp_path: Path) -> None:
     (tmp_path / "model" / "model.safetensors").write_bytes(b"other")
     with pytest.raises(InputError):
         sae.index(sae.IndexConfig(run=str(run), out=str(tmp_path / "again")))
+
+
+def test_pictures_of_prompts_are_drawn_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers")
+    make_tiny_pipeline(tmp_path / "model")
+    prompts = [f"{SENTENCES[n][:9]} {n}" for n in range(6)]
+    lines = [json.dumps({"text": each}) for each in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    denoising = DenoisingConfig(steps=2, at=(0, 1))
+    spec = str(tmp_path / "model")
+    harvest(
+        HarvestConfig(
+            model=ModelConfig(spec=spec, kind="diffusion", dtype="float32", diffusion=denoising),
+            corpus=CorpusConfig(source=str(tmp_path / "prompts.jsonl")),
+            sites=(BLOCK,),
+            out=str(tmp_path / "harvest"),
+            context=16,
+            chunk_rows=32,
+            held_out_fraction=0.3,
+        )
+    )
+    run = trained(tmp_path, BLOCK, batch_size=16)
+    for name, most in (("store", 1000), ("two", 2), ("none", 0)):
+        sae.index(sae.IndexConfig(run=str(run), out=str(tmp_path / name), pictures=most))
+    model = load_model(spec, kind="diffusion", dtype="float32", diffusion=denoising)
+    assert isinstance(model, DiffusionModel)
+    with FeatureStore.open(tmp_path / "store") as store:
+        assert store.grid == Grid(4, 4)
+        shown = {
+            example.document: example.title
+            for number in range(D_SAE)
+            for example in store.examples(number)
+        }
+        assert shown
+        for document in shown:
+            text = prompts[document]
+            seed = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+            image = store.picture(document)
+            assert image is not None
+            with Image.open(io.BytesIO(image)) as found:
+                small = np.asarray(found.resize((8, 8), Image.Resampling.BOX), float) / 255
+            drawn = model.pictures([(text, seed, 0)])[0].permute(1, 2, 0).numpy()
+            assert np.abs(small - drawn).mean() < 0.1
+            other = model.pictures([(text, seed + 1, 0)])[0].permute(1, 2, 0).numpy()
+            assert np.abs(small - drawn).mean() < np.abs(small - other).mean()
+    for name, count in (("two", 2), ("none", 0)):
+        with FeatureStore.open(tmp_path / name) as store:
+            assert sum(store.picture(n) is not None for n in range(6)) == count
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines[1:] + lines[:1]))
+    capsys.readouterr()
+    sae.index(sae.IndexConfig(run=str(run), out=str(tmp_path / "store"), replace=True))
+    assert "prompts are not what they were" in capsys.readouterr().out
+    (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"other")
+    sae.index(sae.IndexConfig(run=str(run), out=str(tmp_path / "store"), replace=True))
+    assert "pictures: left out, as the model cannot draw them" in capsys.readouterr().out
+
+
+def test_the_strongest_positions_are_those_of_all_pieces() -> None:
+    chance = np.random.default_rng(0)
+    position = chance.permutation(4000)
+    feature, value = chance.integers(0, 3, 4000), chance.random(4000)
+    strongest = Strongest(4)
+    for piece in np.array_split(np.arange(4000), 7):
+        strongest.add(
+            position[piece], feature[piece].astype(np.int32), value[piece].astype(np.float32)
+        )
+    order = [np.argsort(-np.where(feature == n, value, 0))[:10] for n in range(3)]
+    by_rank = [int(position[order[n][rank]]) // 16 for rank in range(10) for n in range(3)]
+    assert strongest.sequences(16) == list(dict.fromkeys(by_rank))
