@@ -1,6 +1,7 @@
 """The folder of downloads, converted models, compiled libraries and locks: outside any project."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from saescope.errors import ArtefactError
@@ -20,3 +21,15 @@ def cache_dir() -> Path:
         raise ArtefactError(
             "this user has no home folder to keep a cache in; name a folder", where="SAESCOPE_CACHE"
         ) from None
+
+
+def note(path: Path, text: str) -> None:
+    """Write a small file of what was measured; nothing if the cache cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        return  # measured anew by the next process

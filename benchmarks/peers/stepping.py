@@ -57,7 +57,8 @@ class Worker:
         self.log = work / f"steps-{library}-{setting}.log".replace(" ", "-")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # nothing of ours on a peer's path
-        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        left_out = ("PYTHONPATH",) if peer else ()
+        inherited = {name: value for name, value in os.environ.items() if name not in left_out}
         environment = {**inherited, **ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
         answers, pipe = os.pipe()
         with self.log.open("w", encoding="utf-8") as log:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from sae import kernels
 from sae.bench.dense import LR, update
 from sae.bench.inputs import Inputs
-from sae.bench.steps import DENSE, Setting
-from sae.kernels import torch_backend
+from sae.bench.steps import AUTO, DENSE, Setting
+from sae.kernels import fastest, operations, torch_backend
 from sae.training.optimisers import Adam
 from saescope.errors import InputError
 
@@ -68,7 +68,9 @@ def make_operation(name: str, setting: Setting, problem: Problem) -> Callable[[]
         raise InputError("no such operation", where="operations", given=name, allowed=OPERATIONS)
     if name == "optimiser_step":
         return _optimiser(setting, problem)
-    p, inputs, backend = problem, problem.inputs, kernels.module(setting.backend)
+    p, inputs = problem, problem.inputs
+    which = kernels.backend(p.x) if setting.name == AUTO else setting.backend
+    backend = kernels.module(which)
     dtype = p.x.dtype
     W_enc_T, W_dec, b_enc = (
         each.to(dtype) for each in (inputs.W_enc_T, inputs.W_dec, inputs.b_enc)
@@ -86,12 +88,17 @@ def make_operation(name: str, setting: Setting, problem: Problem) -> Callable[[]
         "decode_error": lambda: backend.decode_error(*codes, W_dec, b_dec, p.x),
         "weight_gradients": gradients,
     }
-    return _within(setting, p.x, calls[name])
+    return _within(setting, problem, calls[name])
 
 
-def _within(setting: Setting, like: Tensor, call: Callable[[], object]) -> Callable[[], object]:
+def _within(setting: Setting, problem: Problem, call: Callable[[], object]) -> Callable[[], object]:
+    like, W = problem.x, problem.inputs.W_dec
+    chosen: dict[str, str] = {}
+    if setting.name == AUTO and kernels.backend(like) == operations.OWN:
+        chosen = fastest.backends(fastest.Shape(len(like), *W.shape[::-1]))
+
     def run() -> None:
-        with setting.active(like):
+        with setting.active(like), operations.using(chosen):
             call()
 
     return run
@@ -111,4 +118,4 @@ def _optimiser(setting: Setting, problem: Problem) -> Callable[[], object]:
         squares = torch.stack(list(ours.gradient_squares().values()))
         ours.step(scale=min(1.0, 1.0 / (float(squares.sum().sqrt()) + 1e-6)))
 
-    return _within(setting, W_dec, step)
+    return _within(setting, problem, step)

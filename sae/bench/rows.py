@@ -48,6 +48,7 @@ COLUMNS: tuple[str, ...] = (
 """kind: operation or step; name: the operation's, or the architecture's; l0: what was reached;
 cpu_s: processor seconds (median); at threads * median_s the machine was this process' alone"""
 _LARGEST = 256 << 20
+_NARROW = "avx2"
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
@@ -58,7 +59,7 @@ def facts(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "processor": processor(),
-        "instructions": " ".join(name for name in _INSTRUCTIONS if name in _flags()),
+        "instructions": instructions(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "saescope": __version__,
@@ -69,6 +70,19 @@ def facts(device: str) -> dict[str, Any]:
 def processor() -> str:
     """The processor's name, and how many of them there are."""
     return f"{_cpuinfo('model name') or platform.machine()} x{os.cpu_count()}"
+
+
+def instructions() -> str:
+    """The processor's vector instructions; apart from them those that torch is kept from.
+
+    ATEN_CPU_CAPABILITY=avx2 does so, and SAESCOPE_CXXFLAGS=-march=x86-64-v3 for the C++: together
+    they show what a processor without AVX-512 would do.
+    """
+    there = [name for name in _INSTRUCTIONS if name in _flags()]
+    wide = [name for name in there if name != _NARROW]
+    if not wide or torch.backends.cpu.get_cpu_capability() != _NARROW.upper():
+        return " ".join(there)
+    return f"{_NARROW}; {' '.join(wide)} not used"
 
 
 def _flags() -> list[str]:

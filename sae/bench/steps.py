@@ -32,13 +32,16 @@ DENSE: dict[str, Products] = {
 }
 """settings of the baseline, and the encoder's product alone"""
 SCREENS = ("int8", "int16", "bf16")
+AUTO = "auto"
 SETTINGS = (
     *DENSE,
+    AUTO,
     *kernels.BACKENDS,
     *(f"cpu+{screen}" for screen in SCREENS),
 )
-"""what a step or an operation can run on: the dense baselines, or a backend of kernels; the exact
-float32 product chooses the features, or a screen of it in few bits"""
+"""what a step or an operation can run on: the dense baselines, what a run would choose here (auto),
+or a backend of kernels; the exact float32 product chooses the features, or a screen of it in few
+bits"""
 _KERNELS, _SCREEN = "SAESCOPE_KERNELS", "SAESCOPE_SCREEN"
 _STEPS = 1_000_000
 """length of the run that the steps are the first of"""
@@ -67,10 +70,11 @@ class Setting:
         """
         screen = self.name.partition("+")[2] if self.backend == "cpu" else ""
         before = {name: os.environ.get(name) for name in (_KERNELS, _SCREEN)}
-        os.environ.update({_KERNELS: self.backend, _SCREEN: screen or "none"})
+        auto = self.name == AUTO
+        os.environ.update({_KERNELS: self.backend, _SCREEN: AUTO if auto else screen or "none"})
         try:
             found = kernels.backend(like)
-            if found != self.backend:
+            if found != self.backend and not auto:
                 raise InputError(
                     f"these kernels cannot run here, on {like.dtype} on {like.device.type}",
                     where="settings",

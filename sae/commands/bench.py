@@ -34,8 +34,9 @@ class BenchConfig(Config):
     """Sizes, as BATCHxD_INxD_SAExK."""
     settings: tuple[str, ...] = ("dense", "product", "torch", "cpu", "cpu+int8", "cpu+int16")
     """What to time: dense (plain torch; of whole steps also dense+onednn, dense+bf16, and product:
-    the encoder's product alone, which no exact step can beat) or a backend of kernels (reference,
-    torch, cpu, triton); cpu multiplies exactly, cpu+int8, cpu+int16 and cpu+bf16 screen first."""
+    the encoder's product alone, which no exact step can beat), auto (what a run would choose here)
+    or a backend of kernels (reference, torch, cpu, triton); cpu multiplies exactly, cpu+int8,
+    cpu+int16 and cpu+bf16 screen first."""
     baseline: str = "dense"
     """The setting that the others' ratios are over."""
     what: Literal["all", "operations", "steps"] = "all"

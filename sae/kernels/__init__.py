@@ -8,8 +8,10 @@
 | reference | dense torch, the truth the others are held to | only where asked for             |
 
 SAESCOPE_KERNELS=NAME overrides the choice, and so does `using` (which a run's `kernels` field goes
-through). Shapes: x [batch, d_in]; W_enc_T [d_sae, d_in] and W_dec [d_sae, d_out], one feature a
-row; codes as CSR (row_ptr int64 [batch + 1], index int64 [entries], value [entries]).
+through). Within `cpu`, a run leaves to torch what torch is faster at on its machine (`fastest`).
+
+Shapes: x [batch, d_in]; W_enc_T [d_sae, d_in] and W_dec [d_sae, d_out], one feature a row; codes as
+CSR (row_ptr int64 [batch + 1], index int64 [entries], value [entries]).
 """
 
 import importlib

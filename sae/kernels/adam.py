@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from sae import kernels
-from sae.kernels import cpp_library
+from sae.kernels import cpp_library, operations
 from sae.kernels.fixed_order_sums import total
 
 _PIECE = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -30,7 +30,7 @@ def gradient_square(param: Tensor, grad: Tensor, unit_rows: bool) -> Tensor:
     unit_rows: param [rows, width] has rows of unit norm, and of each row's gradient counts only
     what is orthogonal to it. Summed in an order that does not depend on the number of threads.
     """
-    backend = kernels.backend(param)
+    backend = _backend(param, "gradient_square")
     if backend == "cpu":
         return _square_in_cpp(param.contiguous(), grad.contiguous(), unit_rows)
     own = getattr(kernels.module(backend), "gradient_square", None)
@@ -69,7 +69,7 @@ def adam_(
         "root_correction": (1 - beta2**step) ** -0.5,
         "scale": scale,
     }
-    backend = kernels.backend(param)
+    backend = _backend(param, "adam")
     own = getattr(kernels.module(backend), "adam_", None)
     if backend == "cpu":
         _adam_in_cpp(w, grad.contiguous(), m, v, unit_rows, **corrected)
@@ -92,6 +92,11 @@ def adam_(
     for stored, changed in zip(kept, (w, m, v), strict=True):
         if stored is not changed:  # was not contiguous
             stored.copy_(changed)
+
+
+def _backend(param: Tensor, operation: str) -> str:
+    found = kernels.backend(param)
+    return operations.OTHER if found == "cpu" and operations.by_torch(operation) else found
 
 
 def _square_in_cpp(param: Tensor, grad: Tensor, unit_rows: bool) -> Tensor:

@@ -14,7 +14,14 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from sae.kernels import cpp_library, gradient_buffers, matmul, screen, torch_backend
+from sae.kernels import (
+    cpp_library,
+    gradient_buffers,
+    matmul,
+    operations,
+    screen,
+    torch_backend,
+)
 from saescope.errors import InputError
 
 NAME = "cpu"
@@ -22,10 +29,10 @@ DENSE = 1 / 8
 """measured: there the sums of a training step cost what their dense products do"""
 _CHUNK_ELEMENTS, _CHUNK_ROWS = 2**24, 1024
 """pre-activations held at a time, and rows beyond which a product gains nothing"""
-_FEW = 4
+_FEW = 8
 """entries a feature below which rows of W are read one by one, not dealt with tile by tile"""
-_IN_CACHE = 2**18
-"""elements of W that stay in the second-level cache anyway"""
+_IN_CACHE = 2**21
+"""elements of W that stay in the caches anyway"""
 _SMALL = 2**18
 """multiplications, or pre-activations, that are not worth waking other threads for"""
 _MOST_ENTRIES = 2**31 - 1
@@ -41,8 +48,9 @@ def usable() -> bool:
 
 
 def _float32(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Leave to the torch backend what is not float32 on the CPU."""
-    other = getattr(torch_backend, function.__name__)
+    """Leave to the torch backend what is not float32 on the CPU, and what it was chosen for."""
+    name = function.__name__
+    other = getattr(torch_backend, name)
 
     @functools.wraps(function)
     def chosen(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -55,7 +63,7 @@ def _float32(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return other(*args, **kwargs)
         # autocast would turn products to bfloat16
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return function(*args, **kwargs)
+            return (other if operations.by_torch(name) else function)(*args, **kwargs)
 
     return chosen
 

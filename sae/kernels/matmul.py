@@ -6,18 +6,15 @@ round alike. Deterministic mode takes the default library and measures nothing.
 """
 
 import functools
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sae.kernels import cpp_library
-from saescope.cache import cache_dir
+from saescope.cache import cache_dir, note
 
 _DEFAULT, _ONEDNN = "default", "onednn"
 _ROWS, _WIDTH, _FEATURES = 256, 768, 2048
@@ -85,19 +82,8 @@ def _remembered(threads: int) -> str:
         known = ""
     if known not in (_DEFAULT, _ONEDNN):
         known = _measured()
-        _remember(path, known)
+        note(path, known + "\n")
     return known
-
-
-def _remember(path: Path, name: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(name + "\n")
-        os.replace(temporary, path)
-    except OSError:
-        return  # a cache that cannot be written: measured anew by the next process
 
 
 def _measured() -> str:

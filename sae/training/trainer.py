@@ -17,6 +17,7 @@ from sae.core.finite import check_finite
 from sae.core.gradients import check_trainable
 from sae.distributed import FEATURES, ROWS
 from sae.kernels import gradient_buffers
+from sae.kernels.fastest import Shape
 from sae.training import checkpoint, gradient_sums, process_group, sharded_checkpoint
 from sae.training.batch_maker import BatchMaker, check_first_rows
 from sae.training.held_out import HeldOutRows, measure, normalised_rows
@@ -96,7 +97,10 @@ class Trainer:
         self.lr = config.peak_lr(sae.config, total_steps)
         self.optimiser = _optimiser(sae, config, self.lr)
         self.numerics = Numerics(
-            config.kernels, deterministic=config.deterministic, like=sae.b_dec, d_in=sae.d_in
+            config.kernels,
+            deterministic=config.deterministic,
+            like=sae.b_dec,
+            shape=Shape(-(-config.batch_size // config.accumulate), sae.d_in, sae.d_sae),
         )
         self.maker = BatchMaker(sae, config.loss)
         self.controller = controller_for(sae, config, total_steps)

@@ -15,11 +15,13 @@ from benchmarks.performance import TARGETS, comparisons, page, verdicts
 from sae.bench import rows
 from sae.bench.dense import KINDS, DenseStep, _OneDNNLinear, has_onednn
 from sae.bench.inputs import Inputs, Shape, planted, prepare
-from sae.bench.operations import OPERATIONS
+from sae.bench.operations import OPERATIONS, make_operation, make_problem
 from sae.bench.steps import DENSE as DENSE_SETTINGS
 from sae.bench.steps import Setting, make_stepper
 from sae.bench.timing import interleaved
 from sae.commands.bench import BenchConfig, bench
+from sae.kernels import cpp_backend, fastest
+from sae.kernels.operations import by_torch
 from saescope.__main__ import main
 from saescope.errors import ArtefactError, InputError
 
@@ -388,3 +390,30 @@ def test_the_page_says_what_falls_short() -> None:
 def test_the_page_says_what_the_product_alone_would_reach() -> None:
     text = page([*FOUND, step_row(DENSE, "product", 0.15, dead=32)], [])
     assert "32 dead features; the encoder's product alone: 12.00x)" in text
+
+
+@pytest.mark.skipif(not cpp_backend.usable(), reason="no compiler here")
+def test_auto_is_what_a_run_would_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a step and for its operations."""
+    chosen = {"decode": "torch"}
+    monkeypatch.setattr(fastest, "backends", lambda shape: chosen)
+    given = inputs()
+    stepper = make_stepper(Setting("auto"), given, "topk", SHAPE.k)
+    assert stepper.trainer.numerics.operations == chosen  # type: ignore[attr-defined]
+    seen: list[bool] = []
+    monkeypatch.setattr(cpp_backend, "decode", lambda *_: seen.append(by_torch("decode")))
+    problem = make_problem(given, SHAPE.k)
+    for name in ("auto", "cpu"):
+        make_operation("decode", Setting(name), problem)()
+    assert seen == [True, False]
+
+
+def test_rows_name_the_instructions_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor has more than torch and the C++ may use, only those, and that it has."""
+    monkeypatch.setattr(rows, "_flags", lambda: ["sse", "avx2", "avx512f", "avx512_vnni"])
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert rows.instructions() == "avx2 avx512f avx512_vnni"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert rows.instructions() == "avx2; avx512f avx512_vnni not used"
+    monkeypatch.setattr(rows, "_flags", lambda: ["sse", "avx2"])
+    assert rows.instructions() == "avx2"

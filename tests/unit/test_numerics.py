@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from sae import kernels
+from sae import distributed, kernels
 from sae.architectures import architecture, list_architectures
-from sae.kernels import cpp_library, matmul, screen
+from sae.kernels import cpp_backend, cpp_library, fastest, matmul, screen
+from sae.kernels.operations import ALL_OWN
 from sae.training.numerics import Numerics
 from sae.training.telemetry import read_metrics
 from sae.training.trainer import METRICS, Trainer, TrainerConfig
@@ -37,7 +38,7 @@ def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def numerics(asked: Any = "auto", *, deterministic: bool = False) -> Numerics:
-    return Numerics(asked, deterministic=deterministic, like=LIKE, d_in=64)
+    return Numerics(asked, deterministic=deterministic, like=LIKE, shape=fastest.Shape(8, 64, 64))
 
 
 @needs_compiler
@@ -45,7 +46,7 @@ def test_auto_is_the_fastest_and_is_recorded() -> None:
     found = numerics()
     assert found.state_dict() == {
         "kernels": "cpu", "product": matmul.faster(), "screen": screen.best(64),
-        "deterministic": False, "threads": torch.get_num_threads(),
+        "operations": ALL_OWN, "deterministic": False, "threads": torch.get_num_threads(),
     }  # fmt: skip
     assert numerics("torch").state_dict().keys() == {"kernels", "deterministic", "threads"}
 
@@ -160,6 +161,94 @@ def test_a_run_uses_and_records_its_kernels(tmp_path: Path, name: str) -> None:
     found = bits(resumed.run())
     assert all(torch.equal(whole[key], found[key]) for key in whole)
     assert {line["kernels"] for line in read_metrics(tmp_path / "run" / METRICS)} == {name}
+
+
+MIXED = {**ALL_OWN, "topk": "torch", "decode_error": "torch", "weight_gradient": "torch"}
+
+
+@needs_compiler
+def test_operations_that_torch_does_faster_are_its_own_unless_cpp_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fastest, "backends", lambda shape: dict(MIXED))
+    found = numerics()
+    assert found.state_dict()["operations"] == MIXED
+    codes = torch.tensor([0, 2]), torch.tensor([1, 0]), torch.ones(2)
+    W = torch.randn(3, 4)
+    with found.running():
+        monkeypatch.setattr(cpp_backend, "_call", lambda *_: pytest.fail("C++"))
+        cpp_backend.weight_gradient(*codes, W[:1], 3)
+        cpp_backend.topk(W, W, None, 1)
+    assert numerics("cpu").state_dict()["operations"] == ALL_OWN
+
+
+@needs_compiler
+def test_a_run_goes_on_with_its_operations_wherever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped and gone on with on a machine with other times, it has the bits of one run."""
+    monkeypatch.setattr(fastest, "backends", lambda shape: dict(MIXED))
+    whole = bits(make_trainer(tmp_path / "whole").run())
+    stopped, batches = make_trainer(tmp_path / "run"), iter(Stream())
+    for _ in range(7):
+        stopped.advance(next(batches))
+    monkeypatch.setattr(fastest, "backends", lambda shape: dict(ALL_OWN))
+    assert make_trainer(tmp_path / "new").numerics.operations == ALL_OWN
+    resumed = make_trainer(tmp_path / "run")
+    assert (resumed.step, resumed.numerics.operations) == (7, MIXED)
+    resumed.batches.load_state_dict({"step": 7})
+    sae = resumed.run()
+    assert all(torch.equal(whole[key], found) for key, found in bits(sae).items())
+    assert resumed.release().metadata["numerics"]["operations"] == MIXED
+
+
+@needs_compiler
+def test_older_checkpoints_had_one_backend_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastest, "backends", lambda shape: dict(MIXED))
+    found = numerics()
+    state = found.state_dict()
+    del state["operations"]
+    found.load_state_dict(state, where="run")
+    assert found.operations == ALL_OWN
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", [{"decode": "amx"}, {"fold": "cpu"}])
+def test_an_operation_that_is_gone_is_refused(change: dict[str, str]) -> None:
+    state = {**numerics().state_dict(), "operations": {**ALL_OWN, **change}}
+    with pytest.raises(InputError, match=r"run: was trained with the operation (decode|fold)"):
+        numerics().load_state_dict(state, where="run")
+
+
+@needs_compiler
+def test_cpp_alone_may_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {**numerics().state_dict(), "operations": MIXED}
+    monkeypatch.setenv("SAESCOPE_KERNELS", "cpu")
+    found = numerics()
+    found.load_state_dict(state, where="run")
+    assert found.operations == ALL_OWN
+    said = capsys.readouterr().out
+    assert "run: goes on with the kernels cpu alone, where topk, decode_error, weight_gr" in said
+
+
+@needs_compiler
+def test_the_first_of_several_processes_chooses_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second measures nothing, and computes as the first does, or says that it cannot."""
+    monkeypatch.setattr(fastest, "backends", lambda shape: pytest.fail("measured"))
+    monkeypatch.setattr(distributed.ALL, "rank", 1)
+    kept = {"product": "default", "screen": "none"}
+
+    def first(value: Any) -> list[Any]:
+        return [("cpu", kept, MIXED), value]
+
+    monkeypatch.setattr(distributed, "everyones", first)
+    found = numerics()
+    assert (found.kept, found.operations) == (kept, MIXED)
+    kept["screen"] = "amx"
+    with pytest.raises(InputError, match="rank 1: the first process computes with a screen that"):
+        numerics()
 
 
 ROWS, D_IN, D_SAE = 400, 96, 384
