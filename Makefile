@@ -51,8 +51,8 @@ steer: $(STAMP) ## Continue a prompt with and without a steered feature.
 explore: $(STAMP) ## Open the feature explorer on stores/.
 	@$(SAESCOPE) explore $(dir $(STORE)) --port $(PORT)
 
-demo: $(STAMP) ## Text, activations, an SAE, its features, a steered model; QUICK=1: a small one.
-	@$(SAESCOPE) demo --port $(PORT) $(if $(QUICK),--quick)
+demo: $(STAMP) ## Text, activations, an SAE, its features, a steered model; QUICK=1: a small one; TOKENS=N.
+	@$(SAESCOPE) demo --port $(PORT) $(if $(QUICK),--quick) $(if $(TOKENS),--tokens $(TOKENS))
 
 reproduce: $(STAMP) ## PAPER=NAME: a paper's experiment, into docs/papers/; without PAPER, the list.
 	@$(SAESCOPE) reproduce $(PAPER) $(if $(PAPER),--pages docs/papers)

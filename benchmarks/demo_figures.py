@@ -85,6 +85,8 @@ def record(demo: str, folder: Path) -> None:
     folder.mkdir(parents=True)
     folder = folder.resolve()
     words = [sys.executable, "-m", "saescope", "demo", *(["--quick"] if demo == "quick" else [])]
+    # all of them, on a slow machine too
+    words += ["--tokens", str(read_toml(examples()[SIZES[demo].harvest])["max_tokens"])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(

@@ -27,6 +27,8 @@ _STORED = 3.3e-5
 """seconds a row of the feature store, at 32 activations"""
 _LOADING = 10.0
 """seconds to load the model, in each step after the harvest"""
+_STEP = 1000
+"""tokens that the length of a shortened harvest is a multiple of"""
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,33 @@ class Machine:
     product: float
     """floating-point operations"""
 
+    def seconds(self, work: Work) -> float:
+        """Seconds that the work takes, about."""
+        return work.seconds + work.tokens / self.tokens + work.product / self.product
+
     def minutes(self, work: Work) -> int:
         """Minutes that the work takes, about; at least 1.
 
         >>> Machine(2000.0, 1e11).minutes(Work(tokens=6e5, product=6e12, seconds=60.0))
         7
         """
-        seconds = work.seconds + work.tokens / self.tokens + work.product / self.product
-        return max(1, round(seconds / 60))
+        return max(1, round(self.seconds(work) / 60))
+
+    def fitting(self, tokens: int, work: Work, seconds: float, *, fewest: int) -> int:
+        """Tokens to harvest, in thousands and at most those given, for the work to take so long.
+
+        Args:
+            tokens: that the work is for, from the beginning; all but the loading is in proportion.
+            seconds: that there are for the work.
+            fewest: tokens that are harvested however long it takes.
+
+        >>> work = Work(tokens=180_000, product=0, seconds=30)
+        >>> [Machine(n, 1e11).fitting(150_000, work, 210, fewest=20_000) for n in (50, 600, 2000)]
+        [20000, 90000, 150000]
+        """
+        each = (self.seconds(work) - 3 * _LOADING) / tokens
+        fits = int((seconds - 3 * _LOADING) / each) // _STEP * _STEP
+        return min(tokens, max(fits, fewest))
 
 
 def work_left(
@@ -90,6 +111,18 @@ def work_left(
         product += _ENCODED * planned * row
         seconds += _STORED * planned + _LOADING
     return Work(tokens, product, seconds)
+
+
+def tokens_before(harvesting: "HarvestConfig") -> int | None:
+    """The tokens that a harvest in the folder was begun with; None if there is none."""
+    from activations import ActivationStore
+    from saescope.artefact import MANIFEST
+    from saescope.paths import exists
+
+    out = as_path(harvesting.out)
+    if not exists(out / MANIFEST):
+        return None
+    return ActivationStore.open(out).manifest["config"]["max_tokens"]
 
 
 def measured_here(harvesting: "HarvestConfig") -> Machine:

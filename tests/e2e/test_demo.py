@@ -14,10 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from activations import ActivationStore, HarvestConfig
 from dashboards import demo_command, demo_time
 from dashboards.demo_time import Machine, Work
+from sae.training.config import TrainConfig
 from saescope.__main__ import main
+from saescope.config import load
 from saescope.errors import InputError
+from store.database import STORE_FILE
 from tests.interrupt import Interrupt
 from tests.tiny import D_MODEL, make_tiny_corpus, make_tiny_model
 
@@ -199,6 +203,65 @@ def test_minutes_add_up() -> None:
     assert machine.minutes(Work(tokens=0, product=3e13, seconds=0)) == 5
     assert machine.minutes(Work(tokens=60_000, product=6e12, seconds=60)) == 3
     assert machine.minutes(Work(tokens=0, product=0, seconds=5)) == 1
+
+
+def test_a_slow_machine_harvests_what_fits_into_the_time(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And goes on with that, however fast it has become."""
+    put_in_place(monkeypatch, files)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_command, "FEWEST", 640)
+    monkeypatch.setattr(demo_time, "measured_here", lambda _: Machine(tokens=60.0, product=1e12))
+    assert main(["demo", "--quick"]) == 0
+    said = capsys.readouterr().out
+    (line,) = (line for line in said.splitlines() if "instead of" in line)
+    assert line == (
+        "this machine harvests 60 tokens/s: 1,000 tokens are harvested instead of 6,400, to be "
+        "done within 4 minutes; --tokens 6400 harvests them all"
+    )
+    assert ActivationStore.open("data/tiny").manifest["config"]["max_tokens"] == 1000
+    (tmp_path / STORE / STORE_FILE).unlink()
+    monkeypatch.setattr(demo_time, "measured_here", lambda _: Machine(tokens=6e4, product=1e12))
+    assert main(["demo", "--quick"]) == 0
+    said = capsys.readouterr().out
+    assert "complete already" in said
+    assert "already trained" in said
+    assert "instead of" not in said
+
+
+@pytest.mark.parametrize(
+    ("speed", "asked", "tokens"),
+    [(6e4, None, 6400), (60.0, None, 1000), (1.0, None, 640), (1.0, 3200, 3200), (6e4, 3200, 3200)],
+)
+def test_tokens_follow_from_the_speed_unless_they_are_given(
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    speed: float,
+    asked: int | None,
+    tokens: int,
+) -> None:
+    put_in_place(monkeypatch, files)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_command, "FEWEST", 640)
+    monkeypatch.setattr(demo_time, "measured_here", lambda _: Machine(speed, product=1e12))
+    found = demo_command._fitted(
+        demo_command.QUICK,
+        load(HarvestConfig, files / "harvest.toml"),
+        load(TrainConfig, files / "train.toml"),
+        STORE,
+        asked,
+    )
+    assert found.max_tokens == tokens
+    assert ("instead of 6,400" in capsys.readouterr().out) == (asked is None and tokens < 6400)
+
+
+def test_what_is_evaluated_is_in_proportion() -> None:
+    assert demo_command.QUICK.evaluated(150_000, 150_000) == 2048
+    assert demo_command.FULL.evaluated(75_000, 750_000) == 819
+    assert demo_command.FULL.evaluated(20_000, 750_000) == 512
 
 
 @pytest.fixture
