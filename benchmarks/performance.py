@@ -12,6 +12,7 @@ from benchmarks.charts import write_bars
 from benchmarks.running import run
 from benchmarks.steps import (
     ADAM,
+    DENSE_TORCH,
     DICTIONARY,
     EXACT,
     LARGE,
@@ -38,6 +39,10 @@ Row = Mapping[str, str]
 OTHERS = (SAELENS, SPARSE, DICTIONARY)
 SPARSIFY = (SIGNUM, ADAM)
 TOPK, PENALISED = ("topk",), ("jumprelu", "batchtopk", "relu")
+_ONE_THREAD = (
+    "Other work ran on the machine, so steps of one thread are compared by their seconds of "
+    "processor, which is what they take on a core of their own."
+)
 NOTES = Path(__file__).parent / "performance_notes.md"
 
 
@@ -70,7 +75,7 @@ class Target:
     shapes: tuple[Shape, ...] = (SMALL, MID, LARGE)
 
 
-RESULTS = (EXACT, SCREENED[0])
+RESULTS = (EXACT, *SCREENED[:2])
 """Settings whose results are those of float32: every product in it, or those that may matter."""
 FASTER = "the faster of SAELens and dictionary_learning"
 TARGETS = (
@@ -93,6 +98,40 @@ TARGETS = (
     Target("TopK, the torch backend (no compiler)", FASTER, 5, (TORCH,), OTHERS),
 )  # fmt: skip
 
+NARROW_TARGETS = tuple(
+    Target(what, over, factor, RESULTS, theirs, kinds=kinds, shapes=shapes)
+    for what, kinds, shapes, compared in (
+        *(
+            (
+                f"TopK {shape}, exact",
+                TOPK,
+                (shape,),
+                (
+                    (FASTER, 4, OTHERS),
+                    ("sparsify", 2, SPARSIFY),
+                    ("the torch backend", 1.25, (TORCH,)),
+                    ("dense torch", 6, (DENSE_TORCH,)),
+                    ("1.15 encoder products", 1 / 1.15, PRODUCTS),
+                ),
+            )
+            for shape in (SMALL, MID)
+        ),
+        *((f"{kind}, exact", (kind,), (SMALL, MID), ((FASTER, 3, OTHERS),)) for kind in PENALISED),
+    )
+    for over, factor, theirs in compared
+)
+"""on processors without AVX-512"""
+
+
+def seconds_of(row: Row) -> float:
+    """Seconds of a step: of processor where it had one thread, which is what a free core takes."""
+    return float(row["cpu_s"] if row["threads"] == "1" else row["median_s"])
+
+
+def is_narrow(row: Row) -> bool:
+    """Whether a row was measured without AVX-512: where there is none, or it was not used."""
+    return "avx512f" not in row["instructions"].partition(";")[0]
+
 
 def latest(found: Sequence[Row]) -> list[Row]:
     """The last row of each comparison, library and setting."""
@@ -103,6 +142,8 @@ def latest(found: Sequence[Row]) -> list[Row]:
 def of_last_machine(found: Sequence[Row]) -> list[Row]:
     """The rows measured where, and with as many threads as, the last one was."""
     names = ("processor", "instructions", "threads", "torch")
+    if not found:
+        return []
     return [row for row in found if all(row[name] == found[-1][name] for name in names)]
 
 
@@ -141,13 +182,15 @@ def ceilings(target: Target, groups: Mapping[str, Sequence[Row]]) -> dict[str, f
 
 
 def _fastest(group: Sequence[Row], who: Sequence[Who]) -> float | None:
-    times = [float(r["median_s"]) for r in group if (r["library"], r["setting"]) in who]
+    times = [seconds_of(r) for r in group if (r["library"], r["setting"]) in who]
     return min(times, default=None)
 
 
-def verdicts(groups: Mapping[str, Sequence[Row]]) -> Iterator[tuple[Target, dict[str, float], str]]:
+def verdicts(
+    groups: Mapping[str, Sequence[Row]], targets: Sequence[Target] = TARGETS
+) -> Iterator[tuple[Target, dict[str, float], str]]:
     """Each target, what was measured for it, and whether it holds in all of that."""
-    for target in TARGETS:
+    for target in targets:
         found = ratios(target, groups)
         holds = "not measured"
         if found:
@@ -160,8 +203,12 @@ def page(
     operations: Sequence[Row],
     harvested: Sequence[Row] = (),
     read: Sequence[Row] = (),
+    narrow: Sequence[Row] = (),
 ) -> str:
-    """The whole page in Markdown; parts without rows are left out."""
+    """The whole page in Markdown; parts without rows are left out.
+
+    Args: narrow: steps and operations on a processor without AVX-512.
+    """
     groups = comparisons(steps)
     parts = [
         "# How long a training step takes",
@@ -182,8 +229,27 @@ def page(
     ]
     if operations:
         parts += ["## Operations", "\n".join(_operations(operations))]
+    if narrow:
+        parts += _narrow(narrow)
     parts += performance_data.section(harvested, read, most_consumed(steps))
     return "\n\n".join(parts) + "\n"
+
+
+def _narrow(found: Sequence[Row]) -> Iterator[str]:
+    """Paragraphs on a processor without AVX-512."""
+    steps = [row for row in found if row["kind"] == "step"]
+    operations = [row for row in found if row["kind"] == "operation"]
+    yield "## Processors without AVX-512"
+    if steps:
+        groups = comparisons(steps)
+        yield f"{_machine(steps[-1])} {_ONE_THREAD if steps[-1]['threads'] == '1' else ''}".strip()
+        yield "\n".join(_targets(groups, NARROW_TARGETS))
+        yield _short(groups, NARROW_TARGETS)
+        for title, group in groups.items():
+            yield f"**{title}**\n\n" + "\n".join(_table(group))
+    if operations:
+        yield f"Operations, {_machine(operations[-1])[:1].lower()}{_machine(operations[-1])[1:]}"
+        yield "\n".join(_operations(operations))
 
 
 def most_consumed(steps: Sequence[Row], width: int = 768) -> float | None:
@@ -207,13 +273,15 @@ def _machine(row: Row) -> str:
     )
 
 
-def _targets(groups: Mapping[str, Sequence[Row]]) -> Iterator[str]:
+def _targets(
+    groups: Mapping[str, Sequence[Row]], targets: Sequence[Target] = TARGETS
+) -> Iterator[str]:
     yield "| step | over | target | measured | holds | every product in fp32 |"
     yield "|---|---|---|---|---|---|"
-    for target, found, holds in verdicts(groups):
+    for target, found, holds in verdicts(groups, targets):
         plain = ratios(replace(target, ours=(EXACT,)), groups) if target.ours == RESULTS else {}
         yield (
-            f"| {target.what} | {target.over} | {target.factor:g}x | {_span(found)} | {holds} | "
+            f"| {target.what} | {target.over} | {target.factor:.3g}x | {_span(found)} | {holds} | "
             f"{_span(plain)} |"
         )
 
@@ -223,9 +291,9 @@ def _span(found: Mapping[str, float]) -> str:
     return " to ".join(f"{value:.2f}" for value in ends)
 
 
-def _short(groups: Mapping[str, Sequence[Row]]) -> str:
+def _short(groups: Mapping[str, Sequence[Row]], targets: Sequence[Target] = TARGETS) -> str:
     lines = []
-    for target, found, holds in verdicts(groups):
+    for target, found, holds in verdicts(groups, targets):
         if holds == "not measured":
             lines.append(f"- {target.what} over {target.over}: not measured.")
         most = {} if target.ours == SCREENED else ceilings(target, groups)
@@ -235,7 +303,7 @@ def _short(groups: Mapping[str, Sequence[Row]]) -> str:
             bound = f"; the encoder's product alone: {most[title]:.2f}x" if title in most else ""
             lines.append(
                 f"- {target.what} over {target.over}: {value:.2f}x instead of "
-                f"{target.factor:g}x ({title}{bound})."
+                f"{target.factor:.3g}x ({title}{bound})."
             )
     if not lines:
         return "Every target holds in every comparison."
@@ -253,12 +321,13 @@ def _table(group: Sequence[Row]) -> Iterator[str]:
         f"{l0.label} | rounds |"
     )
     yield "|---|---|---|---|---|---|---|---|"
-    for row in sorted(group, key=lambda row: float(row["median_s"])):
-        seconds = float(row["median_s"])
+    for row in sorted(group, key=seconds_of):
+        seconds = seconds_of(row)
         over = "" if exact is None else f"{seconds / exact:.2f}"
         options = f" ({row['options']})" if row["options"] else ""
         yield (
-            f"| {row['library']} {row['version']} | {row['setting']}{options} | {seconds:.3f} | "
+            f"| {row['library']} {row['version']} | {row['setting']}{options} | "
+            f"{float(row['median_s']):.3f} | "
             f"{float(row['least_s']):.3f} | {float(row['cpu_s']):.2f} | {over} | "
             f"{l0.shown(float(row['l0']))} | {row['rounds']} |"
         )
@@ -282,7 +351,7 @@ def _operations(found: Sequence[Row]) -> Iterator[str]:
 def panels(found: Sequence[Row], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
     """Bars of a chart: seconds by library and setting, where no feature is dead."""
     return {
-        title: {f"{r['library']} {r['setting']}": float(r["median_s"]) for r in group}
+        title: {f"{r['library']} {r['setting']}": seconds_of(r) for r in group}
         for title, group in comparisons(found).items()
         if group[0]["name"] in kinds and group[0]["dead"] == "0"
     }
@@ -293,16 +362,24 @@ def write(config: PerformanceConfig) -> None:
     steps, docs = rows.read(Path(config.steps)), Path(config.docs)
     if not steps:
         raise InputError("no rows; run python -m benchmarks.steps", where=config.steps)
-    steps = of_last_machine(steps)
+    operations = rows.read(Path(config.operations))
+    narrow = [
+        row
+        for found in (steps, operations)
+        for row in of_last_machine([row for row in found if is_narrow(row)])
+    ]
+    steps, operations = (
+        of_last_machine([row for row in found if not is_narrow(row)])
+        for found in (steps, operations)
+    )
     for name, kinds in (("topk", TOPK), ("others", PENALISED)):
         bars = panels(steps, kinds)
         if bars:
             write_bars(docs / "images" / f"performance_{name}.png", bars, x="seconds of a step")
-    operations = rows.read(Path(config.operations))
     text = page(
-        steps, of_last_machine(operations) if operations else (),
+        steps, operations,
         rows.read(Path(config.harvest), harvest.COLUMNS),
-        rows.read(Path(config.loader), loader.COLUMNS),
+        rows.read(Path(config.loader), loader.COLUMNS), narrow,
     )  # fmt: skip
     write_bytes(docs / "performance.md", text.encode())
     say(f"{docs / 'performance.md'}: {len(steps)} rows")

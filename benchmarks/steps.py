@@ -23,6 +23,7 @@ from benchmarks.running import run
 from benchmarks.steps_data import settled
 from sae.bench import rows
 from sae.bench.inputs import Shape, prepare
+from sae.bench.steps import Setting
 from sae.bench.timing import Times
 from saescope.config import Config
 from saescope.errors import ArtefactError, InputError, check_range
@@ -46,7 +47,15 @@ ALL: tuple[Who, ...] = (
     EXACT, *SCREENED, TORCH, SAELENS, SPARSE, DICTIONARY, SIGNUM, ADAM, DENSE_TORCH, ONEDNN, BF16,
     *PRODUCTS,
 )  # fmt: skip
-OTHERS: tuple[Who, ...] = (EXACT, SCREENED[0], TORCH, SAELENS, DICTIONARY, DENSE_TORCH, PRODUCTS[0])
+OTHERS: tuple[Who, ...] = (
+    EXACT,
+    *SCREENED[:2],
+    TORCH,
+    SAELENS,
+    DICTIONARY,
+    DENSE_TORCH,
+    PRODUCTS[0],
+)
 """that step other architectures than TopK"""
 _DEAD_PART = 256
 """one feature in so many is dead: 29 of 8192 were at the end of the default run"""
@@ -102,6 +111,8 @@ class StepsConfig(Config):
     """Which comparisons."""
     libraries: tuple[str, ...] = field(default_factory=lambda: tuple(dict(ALL)))
     """Which libraries."""
+    settings: tuple[str, ...] = field(default_factory=lambda: tuple({who[1]: 0 for who in ALL}))
+    """Which of their settings; screens that this machine lacks are left out."""
     rounds: int | None = None
     """Times that each is timed, if not the comparison's own number."""
     settle: int = 100
@@ -114,7 +125,12 @@ class StepsConfig(Config):
     """Seed of the data and the weights."""
 
     def __post_init__(self) -> None:
-        for name, known in (("scenarios", tuple(SCENARIOS)), ("libraries", tuple(dict(ALL)))):
+        known_settings = tuple({who[1]: 0 for who in ALL})
+        for name, known in (
+            ("scenarios", tuple(SCENARIOS)),
+            ("libraries", tuple(dict(ALL))),
+            ("settings", known_settings),
+        ):
             for each in getattr(self, name):
                 if each not in known:
                     raise InputError("not compared", where=name, given=each, allowed=known)
@@ -128,7 +144,13 @@ class StepsConfig(Config):
         return [self._changed(SCENARIOS[name]) for name in self.scenarios]
 
     def _changed(self, each: Scenario) -> Scenario:
-        who = tuple(one for one in each.who if one[0] in self.libraries)
+        who = tuple(
+            (library, setting)
+            for library, setting in each.who
+            if library in self.libraries
+            and setting in self.settings
+            and (library != OURS or Setting(setting).screened_here())
+        )
         each = replace(each, who=who, rounds=self.rounds or each.rounds)
         if not self.tiny:
             return each

@@ -20,6 +20,7 @@ from sae.bench.inputs import Inputs
 from sae.core.base import SparseAutoencoder, TrainingState
 from sae.core.batch import TrainingBatch
 from sae.core.normaliser import Normaliser
+from sae.kernels import screen
 from sae.training.trainer import Trainer, TrainerConfig
 from saescope.errors import InputError
 
@@ -62,16 +63,21 @@ class Setting:
         """The kernels that the setting uses; `reference` for the baseline."""
         return "reference" if self.name in DENSE else self.name.partition("+")[0]
 
+    def screened_here(self) -> bool:
+        """Whether the screen that is asked for, if one is, is there on this machine."""
+        name = self.name.partition("+")[2] if self.backend == "cpu" else ""
+        return not name or screen.usable(name)
+
     @contextmanager
     def active(self, like: Tensor) -> Iterator[None]:
         """Within the context kernels run on this, for tensors such as `like`.
 
         Raises InputError where they would run on something else.
         """
-        screen = self.name.partition("+")[2] if self.backend == "cpu" else ""
+        screened = self.name.partition("+")[2] if self.backend == "cpu" else ""
         before = {name: os.environ.get(name) for name in (_KERNELS, _SCREEN)}
         auto = self.name == AUTO
-        os.environ.update({_KERNELS: self.backend, _SCREEN: AUTO if auto else screen or "none"})
+        os.environ.update({_KERNELS: self.backend, _SCREEN: AUTO if auto else screened or "none"})
         try:
             found = kernels.backend(like)
             if found != self.backend and not auto:

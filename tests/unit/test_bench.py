@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from benchmarks import steps, steps_data
 from benchmarks.peers.stepping import DENSE, OURS, Worker
-from benchmarks.performance import TARGETS, comparisons, page, verdicts
+from benchmarks.performance import TARGETS, comparisons, is_narrow, page, verdicts
 from sae.bench import rows
 from sae.bench.dense import KINDS, DenseStep, _OneDNNLinear, has_onednn
 from sae.bench.inputs import Inputs, Shape, planted, prepare
@@ -330,7 +330,7 @@ def step_row(library: str, setting: str, seconds: float, **more: object) -> dict
     row = dict.fromkeys(rows.COLUMNS, "1") | {
         "kind": "step", "name": "topk", "library": library, "setting": setting, "dead": "0",
         "data": "synthetic", "median_s": str(seconds), "batch": "2048", "d_in": "768",
-        "d_sae": "8192", "k": "32",
+        "d_sae": "8192", "k": "32", "threads": "2",
     }  # fmt: skip
     return row | {name: str(value) for name, value in more.items()}
 
@@ -390,6 +390,33 @@ def test_the_page_says_what_falls_short() -> None:
 def test_the_page_says_what_the_product_alone_would_reach() -> None:
     text = page([*FOUND, step_row(DENSE, "product", 0.15, dead=32)], [])
     assert "32 dead features; the encoder's product alone: 12.00x)" in text
+
+
+def test_processors_without_avx512_have_a_section_and_targets_of_their_own() -> None:
+    """A step of one thread is compared by its seconds of processor."""
+    of_one = {"threads": 1, "instructions": "avx2; avx512f not used"}
+    narrow = [
+        step_row(OURS, "cpu+int16", 9.0, cpu_s=0.2, **of_one),
+        step_row(OURS, "cpu", 9.0, cpu_s=0.3, **of_one),
+        step_row(DENSE, "product", 0.1, cpu_s=0.18, **of_one),
+        step_row(DENSE, "dense", 0.1, cpu_s=1.0, **of_one),
+    ]
+    wide = [row | {"instructions": "avx2 avx512f"} for row in FOUND]
+    assert [is_narrow(row) for row in (narrow[0], wide[0])] == [True, False]
+    text = page(wide, [], narrow=narrow)
+    assert "## Processors without AVX-512" in text
+    shape = "TopK 2048x768x8192x32, exact"
+    assert f"| {shape} | 1.15 encoder products | 0.87x | 0.90 | yes | 0.60 |" in text
+    assert f"| {shape} | dense torch | 6x | 5.00 | **no** | 3.33 |" in text
+    assert "Processors without" not in page(wide, [])
+
+
+def test_screens_that_a_machine_lacks_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.kernels.screen.usable", lambda name: name == "int16")
+    (found,) = steps.StepsConfig(
+        scenarios=("small",), settings=("cpu", "cpu+int8", "cpu+int16")
+    ).chosen()
+    assert found.who == ((OURS, "cpu"), (OURS, "cpu+int16"))
 
 
 @pytest.mark.skipif(not cpp_backend.usable(), reason="no compiler here")
