@@ -24,7 +24,7 @@ class BlocksBelow:
     >>> below = BlocksBelow(model, "blocks.9.hook_resid_post")  # doctest: +SKIP
     >>> with below.keeping() as kept:  # doctest: +SKIP
     ...     model.logits(tokens)
-    >>> with below.skipping(kept[0]):  # doctest: +SKIP
+    >>> with below.skipping(kept[-1]):  # doctest: +SKIP
     ...     model.logits(tokens)  # the same, from the site's block on
     """
 
@@ -41,7 +41,10 @@ class BlocksBelow:
 
     @contextmanager
     def keeping(self) -> Iterator[list[Any]]:
-        """A list that gains, with each pass, what the last of the blocks gives."""
+        """A list that gains, with each pass, what the last of the blocks gives.
+
+        A model that looks at its sites for the first time runs some tokens of its own before.
+        """
         kept: list[Any] = []
 
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -73,7 +76,7 @@ class BlocksBelow:
         with self.keeping() as kept:
             whole = model.logits(tokens)
         try:
-            with self.skipping(kept[0]):
+            with self.skipping(kept[-1]):
                 found = model.logits(tokens)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             return False  # a later block looks for what one of these would have left

@@ -122,11 +122,14 @@ class EndToEnd:
         """The rows x float32 [rows, d_in] of kept positions, and what `loss` needs of them."""
         wanted, size = [self.site, *self.later_sites], self.config.sequences_at_once
         found: dict[str, list[Tensor]] = {site: [] for site in wanted}
-        with self.below.keeping() as below:
-            for some, kept in zip(tokens.split(size), keep.split(size), strict=True):
-                for site, value in self.model.capture(some, wanted).items():
-                    rows = value[kept.to(value.device)]
-                    found[site].append(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+        below: list[Any] = []
+        for some, kept in zip(tokens.split(size), keep.split(size), strict=True):
+            with self.below.keeping() as given:
+                values = self.model.capture(some, wanted)
+            below += given[-1:]
+            for site, value in values.items():
+                rows = value[kept.to(value.device)]
+                found[site].append(rows.to(torch.promote_types(rows.dtype, torch.float32)))
         rows = {site: torch.cat(pieces) for site, pieces in found.items()}
         x = rows.pop(self.site)
         return x, Sequences(tokens=tokens, keep=keep, later=rows, below=below)
