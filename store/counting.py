@@ -80,7 +80,9 @@ def _at(array: np.ndarray, dtype: type = np.int64) -> int:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None, after one line on standard error that says why."""
-    found = compiled.load(_built, "for counting", "NumPy counts, more slowly")
+    found = compiled.load(
+        "counting", Path(__file__).parent, what="for counting", instead="NumPy counts, more slowly"
+    )
     if found is None:
         return None
     kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64}
@@ -89,7 +91,3 @@ def library() -> ctypes.CDLL | None:
         function.argtypes = tuple(kinds[each] for each in arguments)
         function.restype = ctypes.c_int64 if name == "rows_in_marked" else None
     return found
-
-
-def _built() -> Path:
-    return compiled.build("counting", Path(__file__).parent)

@@ -103,7 +103,9 @@ def _is_as_stored(array: NDArray[Any], dtype: torch.dtype) -> bool:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None, after one line on standard error that says why."""
-    found = compiled.load(_built, "for batches", "numpy makes them")
+    found = compiled.load(
+        "gather", Path(__file__).parent, what="for batches", instead="numpy makes them"
+    )
     if found is None:
         return None
     pointer, count = ctypes.c_void_p, ctypes.c_int64
@@ -112,7 +114,3 @@ def library() -> ctypes.CDLL | None:
         function.argtypes = (pointer, pointer, pointer, count, count, pointer)
         function.restype = None
     return found
-
-
-def _built() -> Path:
-    return compiled.build("gather", Path(__file__).parent)

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "threads.h"
 
 namespace {
 
@@ -143,11 +144,9 @@ EXPORT double saescope_gradient_square(const float *grad, const float *unit, int
   if (unit == nullptr) width = kBlock;
   const int64_t rows = width > 0 ? blocks(total, width) : 0;
   std::vector<double> squares(static_cast<size_t>(rows));
-#pragma omp parallel num_threads(threads) if (total > kSmall)
-  {
+  in_parallel(total > kSmall ? threads : 1, [&](int64_t thread, int64_t of) {
     const FlushDenormals flush;
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = rows * thread / of; r < rows * (thread + 1) / of; ++r) {
       const float *g = grad + r * width;
       const int64_t n = std::min(width, total - r * width);
       double square;
@@ -159,7 +158,7 @@ EXPORT double saescope_gradient_square(const float *grad, const float *unit, int
       }
       squares[static_cast<size_t>(r)] = square;
     }
-  }
+  });
   double sum = 0.0;
   for (const double each : squares) sum += each;
   return sum;
@@ -178,11 +177,9 @@ EXPORT void saescope_adam(float *p, const float *grad, float *m, float *v, int64
       static_cast<float>(scale)};
   if (!unit_rows) width = kBlock;
   const int64_t rows = width > 0 ? blocks(total, width) : 0;
-#pragma omp parallel num_threads(threads) if (total > kSmall)
-  {
+  in_parallel(total > kSmall ? threads : 1, [&](int64_t thread, int64_t of) {
     const FlushDenormals flush;
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = rows * thread / of; r < rows * (thread + 1) / of; ++r) {
       const int64_t at = r * width, n = std::min(width, total - at);
       const float along = unit_rows ? static_cast<float>(dot(grad + at, p + at, n)) : 0.0f;
       adam(p + at, grad + at, m + at, v + at, n, along, constants);
@@ -191,5 +188,5 @@ EXPORT void saescope_adam(float *p, const float *grad, float *m, float *v, int64
         if (norm > FLT_MIN) scale_row(p + at, n, static_cast<float>(1.0 / norm));
       }
     }
-  }
+  });
 }

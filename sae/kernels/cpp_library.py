@@ -1,7 +1,7 @@
-"""The library of this folder's C++, loaded with ctypes.
+"""The library of this folder's C++, prebuilt or compiled here, loaded with ctypes.
 
-It has no OpenMP runtime of its own: it uses the one torch has loaded, hence torch's pool of
-threads.
+Compiled by GCC it uses the OpenMP runtime that torch has loaded, hence torch's pool of threads;
+otherwise it has threads of its own (`threads.h`).
 """
 
 import ctypes
@@ -16,26 +16,33 @@ from torch import Tensor
 
 from saescope import compiled
 
-FOLDER = Path(__file__).parent
-FLAGS = ("-fopenmp",)
-"""for the compiler alone: its runtime's symbols are left to the one already loaded"""
+NAME, FOLDER = "kernels", Path(__file__).parent
 _OPENMP = re.compile(r"lib(gomp|iomp5|omp)[-.]")
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None, after one line on standard error that says why."""
-
-    def built() -> Path:
-        _load_openmp()
-        return build()
-
-    return compiled.load(built, "kernels", "using torch's operators")
+    _load_openmp()
+    return compiled.load(
+        NAME,
+        FOLDER,
+        what="kernels",
+        instead="using torch's operators",
+        threads=True,
+        identity=torch.__version__,
+    )
 
 
 def build() -> Path:
     """The library's path, compiled if it is not in the cache; NotBuilt if it cannot be."""
-    return compiled.build("kernels", FOLDER, flags=FLAGS, identity=torch.__version__)
+    return compiled.build(NAME, FOLDER, threads=True, identity=torch.__version__)
+
+
+def path() -> Path | None:
+    """The file that the compiled kernels come from: in the wheel's `prebuilt`, or in the cache."""
+    found = library()
+    return None if found is None else Path(found._name)
 
 
 def machine() -> str:
@@ -54,14 +61,16 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def _load_openmp() -> None:
-    """Make the OpenMP runtime that torch has loaded visible to the library."""
+    """Make the OpenMP runtime that torch has loaded visible to the library.
+
+    Where there is none, loading the library says which of its functions is missing.
+    """
     for path in [*_openmp_runtimes(), "libgomp.so.1"]:
         try:
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
         return
-    raise compiled.NotBuilt("no OpenMP runtime was found")
 
 
 def _openmp_runtimes() -> list[str]:

@@ -1,14 +1,13 @@
 // Selection for `cpp_backend.py`: which pre-activations of a chunk of rows are kept.
 //
 // `pre` is x W^T [rows, width], contiguous; the bias b [width] (or null) is added on the way.
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 #include <functional>
 #include <limits>
 
 #include "lanes.h"
+#include "threads.h"
 
 namespace {
 
@@ -126,9 +125,8 @@ uint64_t rank_of(float compared, int64_t j) {
 EXPORT void saescope_top_of_rows(const float* pre, const float* b, int64_t rows, int64_t width,
                                  int64_t k, int64_t with_sign, int64_t groups, int64_t* index,
                                  float* value, uint64_t* work, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
-  for (int64_t r = 0; r < rows; r++) {
-    uint64_t* ranks = work + omp_get_thread_num() * (2 * width + groups);
+  for_each(rows, threads, 4, [&](int64_t r, int64_t thread) {
+    uint64_t* ranks = work + thread * (2 * width + groups);
     uint64_t* sorted = ranks + width;
     float* maxima = reinterpret_cast<float*>(sorted + width);
     const Row row{pre + r * width, b, width, with_sign != 0};
@@ -147,34 +145,32 @@ EXPORT void saescope_top_of_rows(const float* pre, const float* b, int64_t rows,
       value[at] = row.value(index[at]);
       at++;
     }
-  }
+  });
 }
 
 // counts [rows]: how many columns of each row are above their threshold [width].
 EXPORT void saescope_count_above(const float* pre, const float* b, const float* threshold,
                                  int64_t rows, int64_t width, int64_t* counts, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < rows; r++) {
+  for_each(rows, threads, 4, [&](int64_t r, int64_t) {
     int64_t count = 0;
     each_kept<Keep::ABOVE>(Row{pre + r * width, b, width, false}, threshold, false,
                            [&](int64_t) { count++; });
     counts[r] = count;
-  }
+  });
 }
 
 // index, value: those columns, row r's from begins[r] on, in rising order.
 EXPORT void saescope_fill_above(const float* pre, const float* b, const float* threshold,
                                 int64_t rows, int64_t width, const int64_t* begins,
                                 int64_t* index, float* value, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < rows; r++) {
+  for_each(rows, threads, 4, [&](int64_t r, int64_t) {
     const Row row{pre + r * width, b, width, false};
     int64_t at = begins[r];
     each_kept<Keep::ABOVE>(row, threshold, false, [&](int64_t j) {
       index[at] = j;
       value[at++] = row.value(j);
     });
-  }
+  });
 }
 
 // What is wrong with codes [batch, d_sae] of n entries: 0 nothing, 1 row_ptr, 2 an index.

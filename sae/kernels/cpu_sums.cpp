@@ -1,12 +1,11 @@
 // Sparse sums for `cpp_backend.py`: decoding, its errors and dot products, gradients of the weights.
 //
 // An output is summed by one thread, in an order that does not depend on the number of threads.
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "lanes.h"
+#include "threads.h"
 
 namespace {
 
@@ -175,14 +174,13 @@ EXPORT void saescope_deal(const int64_t* row_ptr, const int64_t* index, const fl
   const auto key_of = [=](int64_t row, int64_t feature) {
     return by_row ? feature / BLOCK * segments + row : row / BLOCK * segments + feature;
   };
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int64_t piece = 0; piece < threads; piece++) {
+  for_each(threads, threads, 1, [&](int64_t piece, int64_t) {
     int32_t* mine = counts + piece * keys;
     std::memset(mine, 0, keys * sizeof(int32_t));
     const int64_t last = share(row_ptr, batch, piece + 1, threads);
     for (int64_t row = share(row_ptr, batch, piece, threads); row < last; row++)
       for (int64_t e = row_ptr[row]; e < row_ptr[row + 1]; e++) mine[key_of(row, index[e])]++;
-  }
+  });
   int32_t total = 0;
   for (int64_t key = 0; key < keys; key++) {
     start[key] = total;
@@ -193,8 +191,7 @@ EXPORT void saescope_deal(const int64_t* row_ptr, const int64_t* index, const fl
     }
   }
   start[keys] = total;
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int64_t piece = 0; piece < threads; piece++) {
+  for_each(threads, threads, 1, [&](int64_t piece, int64_t) {
     int32_t* next = counts + piece * keys;
     const int64_t last = share(row_ptr, batch, piece + 1, threads);
     for (int64_t row = share(row_ptr, batch, piece, threads); row < last; row++)
@@ -202,7 +199,7 @@ EXPORT void saescope_deal(const int64_t* row_ptr, const int64_t* index, const fl
         const int64_t source = by_row ? index[e] : row;
         entries[next[key_of(row, index[e])]++] = {static_cast<int32_t>(source % BLOCK), value[e]};
       }
-  }
+  });
 }
 
 // out [segments, d] = for each segment the sum of weight times source row, from dealt entries.
@@ -221,33 +218,30 @@ EXPORT void saescope_segment_sum(const int32_t* start, const Entry* entries, con
   const bool aligned = d % SLICE == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(Lanes) == 0;
   const bool large = segments * d * static_cast<int64_t>(sizeof(float)) >= STREAMED;
   const bool stream = aligned && large && shape.blocks() == 1;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t task = 0; task < slices * pieces; task++) {
+  for_each(slices * pieces, threads, 1, [&](int64_t task, int64_t thread) {
     const int64_t piece = task % pieces;
     sum_slice(start, entries, rows, shape, task / pieces * SLICE, segments * piece / pieces,
-              segments * (piece + 1) / pieces, stream, tiles + omp_get_thread_num() * BLOCK * SLICE,
-              out);
-  }
+              segments * (piece + 1) / pieces, stream, tiles + thread * BLOCK * SLICE, out);
+  });
 }
 
 // out [batch, d] = for each row the sum of value times row of W, row by row.
 EXPORT void saescope_decode(const int64_t* row_ptr, const int64_t* index, const float* value,
                             const float* W, int64_t batch, int64_t d, float* out, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
-  for (int64_t row = 0; row < batch; row++) {
+  for_each(batch, threads, 8, [&](int64_t row, int64_t) {
     float* sum = out + row * d;
     std::memset(sum, 0, d * sizeof(float));
     add_rows(index, value, row_ptr[row], row_ptr[row + 1], row_ptr[batch], W, d, sum);
-  }
+  });
 }
 
 // dots [n] = for each entry the dot product of its row and its feature's row of W.
 EXPORT void saescope_entry_dots(const int64_t* row_ptr, const int64_t* index, const float* rows,
                                 const float* W, int64_t batch, int64_t d, float* dots,
                                 int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
-  for (int64_t row = 0; row < batch; row++)
+  for_each(batch, threads, 8, [&](int64_t row, int64_t) {
     dots_of_row(index, row_ptr[row], row_ptr[row + 1], rows + row * d, W, d, dots);
+  });
 }
 
 // error [batch, d] = decode + b - target; squared [batch] its norms; dots [n] as in `entry_dots`,
@@ -256,15 +250,14 @@ EXPORT void saescope_decode_error(const int64_t* row_ptr, const int64_t* index, 
                                   const float* W, const float* b, const float* target,
                                   int64_t batch, int64_t d, float* error, float* squared,
                                   float* dots, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
-  for (int64_t row = 0; row < batch; row++) {
+  for_each(batch, threads, 8, [&](int64_t row, int64_t) {
     float* sum = error + row * d;
     const int64_t begin = row_ptr[row], end = row_ptr[row + 1];
     std::memset(sum, 0, d * sizeof(float));
     add_rows(index, value, begin, end, row_ptr[batch], W, d, sum);
     squared[row] = finish_error(b, target + row * d, d, sum);
     dots_of_row(index, begin, end, sum, W, d, dots);
-  }
+  });
 }
 
 // sums [d_sae] += for each feature its values, in their order.

@@ -1,10 +1,11 @@
 // Exact encoding through an approximate product: lists of candidates, exact values, selection.
-#include "screen.h"
-
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <limits>
+
+#include "screen.h"
+#include "threads.h"
 
 namespace screen {
 
@@ -172,17 +173,19 @@ Status trial(const Job& job, const Collect& collect) {
   const int64_t sample = std::min(job.rows, std::clamp<int64_t>(job.rows / 32, 24, 96));
   const int64_t step = job.rows / sample;
   const int64_t pieces = std::min<int64_t>(job.threads, sample);
-  int64_t candidates = 0;
-  bool good = true;
-#pragma omp parallel for num_threads(job.threads) reduction(+ : candidates) reduction(&& : good)
-  for (int64_t piece = 0; piece < pieces; piece++) {
+  std::atomic<int64_t> candidates{0};
+  std::atomic<bool> good{true};
+  for_each(pieces, job.threads, 1, [&](int64_t piece, int64_t) {
     const int64_t from = sample * piece / pieces, rows = sample * (piece + 1) / pieces - from;
     Lists lists(job, rows);
-    good = good && collect(lists, from * step, step, rows);
-    for (const Row& row : lists.rows) candidates += row.overflown ? job.features : row.count;
-  }
+    if (!collect(lists, from * step, step, rows)) good = false;
+    int64_t found = 0;
+    for (const Row& row : lists.rows) found += row.overflown ? job.features : row.count;
+    candidates += found;
+  });
   if (!good) return UNFIT;
-  return candidates <= job.limit * static_cast<double>(sample) ? DONE : TOO_MANY;
+  const double allowed = job.limit * static_cast<double>(sample);
+  return static_cast<double>(candidates) <= allowed ? DONE : TOO_MANY;
 }
 
 }  // namespace
@@ -243,31 +246,33 @@ void run(Job& job, int64_t block, const Collect& collect) {
   if (job.status != DONE) return;
   const int64_t blocks = (job.rows + block - 1) / block;
   auto entries = std::make_unique<std::vector<Entries>>(job.k ? 0 : blocks);
-  int64_t computed = 0;
-  bool good = true;
-#pragma omp parallel num_threads(job.threads) reduction(+ : computed) reduction(&& : good)
-  {
+  std::atomic<int64_t> computed{0};
+  std::atomic<bool> good{true};
+  Tasks pieces(blocks);
+  in_parallel(job.threads, [&](int64_t, int64_t) {
     Scratch scratch;
     Pool pool;
     Lists lists(job, std::min(block, job.rows));
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t piece = 0; piece < blocks; piece++) {
+    pieces.each([&](int64_t piece) {
       const int64_t first = piece * block, rows = std::min(block, job.rows - first);
-      good = good && collect(lists, first, 1, rows);
-      if (!good) continue;
+      if (!good) return;
+      if (!collect(lists, first, 1, rows)) {
+        good = false;
+        return;
+      }
       if (job.upper) {
         for (int64_t r = 0; r < rows; r++) {
           const Row& row = lists.rows[r];
           float* out = job.upper + (first + r) * job.features;
           for (int32_t i = 0; i < row.count; i++) out[row.feature[i]] = row.u[i];
         }
-        continue;
+        return;
       }
       for (int64_t r = 0; r < rows; r++) pool.add(lists.rows[r], first + r);
       if (pool.full()) computed += settle(job, pool, scratch, *entries, block);
-    }
+    });
     computed += settle(job, pool, scratch, *entries, block);
-  }
+  });
   if (!good) {
     job.status = UNFIT;
     return;

@@ -12,6 +12,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "threads.h"
+
 namespace screen {
 namespace {
 
@@ -127,18 +129,19 @@ class Packed {
   // False if W is not fit for it, or the job's biases are not.
   bool pack(const Job& job) {
     if (!make_base(job, features, panels * PANEL)) return false;
-    bool good = true;
-    float most = 0;
-#pragma omp parallel num_threads(job.threads) reduction(&& : good) reduction(max : most)
-    {
+    std::atomic<bool> good{true};
+    std::vector<float> most(job.threads, 0.0f);  // of each thread
+    Tasks tasks(panels);
+    in_parallel(job.threads, [&](int64_t thread, int64_t) {
       std::vector<float> work(padded);
       std::vector<Number> rounded(padded * PANEL);
-#pragma omp for
-      for (int64_t p = 0; p < panels; p++) {
-        good = pack_panel(job, p, work.data(), rounded.data(), most) && good;
-      }
-    }
-    widest = most;
+      float mine = 0;
+      tasks.each([&](int64_t p) {
+        if (!pack_panel(job, p, work.data(), rounded.data(), mine)) good = false;
+      });
+      most[thread] = mine;
+    });
+    widest = *std::max_element(most.begin(), most.end());
     return good;
   }
 

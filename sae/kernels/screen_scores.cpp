@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "screen.h"
+#include "threads.h"
 
 namespace screen {
 namespace {
@@ -99,12 +100,11 @@ EXPORT int screen_bounds(const float* x, const uint16_t* half, int64_t rows, int
   using namespace screen;
   // of adding up d products in any order, there and here, in units of 2^-24, with room
   const float sums = static_cast<float>(2 * d + 64) / (1 << 24);
-  bool good = true;
-#pragma omp parallel num_threads(threads) reduction(&& : good)
-  {
+  std::atomic<bool> good{true};
+  Tasks tasks(rows, 16);
+  in_parallel(threads, [&](int64_t, int64_t) {
     std::vector<float> near(d), error(d);
-#pragma omp for
-    for (int64_t r = 0; r < rows; r++) {
+    tasks.each([&](int64_t r) {
       const float* row = x + r * d;
       for (int64_t j = 0; j < d; j++) {
         near[j] = half ? from_half(half[r * d + j]) : row[j];
@@ -112,10 +112,10 @@ EXPORT int screen_bounds(const float* x, const uint16_t* half, int64_t rows, int
       }
       const float size = std::sqrt(dot(row, row, d)) * SUMMED;
       const float lost = std::sqrt(dot(error.data(), error.data(), d)) * SUMMED;
-      good = good && fit(size);
+      if (!fit(size)) good = false;
       out[2 * r] = weights ? size : lost + sums * size;
       out[2 * r + 1] = weights ? lost : std::sqrt(dot(near.data(), near.data(), d)) * SUMMED;
-    }
-  }
+    });
+  });
   return good;
 }

@@ -3,8 +3,6 @@
 //
 // A row depends on the key and its number alone. Features without a parent are looked at in tiles of
 // 64 for several rows at once; a feature in a tree only where its parent fires.
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -12,6 +10,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "threads.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"
 
@@ -267,11 +266,12 @@ class Drawer {
 }  // namespace
 
 EXPORT void saescope_draw_synthetic(const Task* task) {
-#pragma omp parallel num_threads(static_cast<int>(task->threads))
-  {
+  Tasks tasks((task->rows + ROWS - 1) / ROWS);
+  in_parallel(task->threads, [&](int64_t, int64_t) {
     Drawer drawer(*task);
-#pragma omp for schedule(dynamic)
-    for (int64_t start = 0; start < task->rows; start += ROWS)
+    tasks.each([&](int64_t i) {
+      const int64_t start = i * ROWS;
       drawer.draw(start, static_cast<int>(std::min<int64_t>(ROWS, task->rows - start)));
-  }
+    });
+  });
 }

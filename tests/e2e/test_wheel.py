@@ -1,20 +1,15 @@
 """A wheel built from this tree, installed where there is no checkout, does all that one does."""
 
 import os
-import shutil
 import subprocess
-import sys
-import sysconfig
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests import wheels
 from tests.e2e.test_demo import STORE, write_tiny_demo
-
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("saescope", "activations", "sae", "store", "dashboards")
+from tests.wheels import PACKAGES, ROOT
 
 ALL_THE_WAY = """
 import importlib, pathlib, sys
@@ -44,61 +39,14 @@ for module in loaded:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of this tree, in which nothing built before is left."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in (*PACKAGES, "configs"):
-        shutil.copytree(
-            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-build-isolation",
-            "--no-deps",
-            "--wheel-dir",
-            out,
-            source,
-        ],
-        check=True,
-    )
-    (built,) = out.iterdir()
-    return built
+    """The wheel that is made without a compiler; tests/e2e/test_prebuilt.py has one."""
+    return wheels.build(tmp_path_factory.mktemp("wheel"), CXX="", PATH="")
 
 
 @pytest.fixture(scope="module")
 def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of an environment with the wheel and, on its path, the packages that it needs.
-
-    This environment's packages come as a folder on the path, so that what an editable install has
-    put there for Python's start does not run.
-    """
-    home = tmp_path_factory.mktemp("environment")
-    venv.create(home, with_pip=False, symlinks=True)
-    python = home / "bin" / "python"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            python,
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--no-index",
-            wheel,
-        ],
-        check=True,
-    )
-    (packages,) = home.glob("lib/python*/site-packages")
-    (packages / "needed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return python.parent
+    """Of an environment with the wheel."""
+    return wheels.install(wheel, tmp_path_factory.mktemp("environment"))
 
 
 def run(command: list[str | Path], folder: Path, **variables: str) -> subprocess.CompletedProcess:
@@ -115,6 +63,7 @@ def run(command: list[str | Path], folder: Path, **variables: str) -> subprocess
 
 
 def test_the_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         inside = {n for n in archive.namelist() if not n.startswith("saescope-")}
     files = {

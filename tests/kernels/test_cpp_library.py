@@ -13,7 +13,7 @@ import torch
 from activations.loading import gather
 from sae import kernels
 from sae.kernels import cpp_backend, cpp_library
-from saescope import compiled
+from saescope import compiled, compiler
 
 with_compiler = pytest.mark.skipif(
     not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
@@ -64,7 +64,7 @@ def test_whatever_matters_makes_another_library(
     paths.append(cpp_library.build())
     monkeypatch.setattr(compiled, "processor", lambda: "another")
     paths.append(cpp_library.build())
-    monkeypatch.setattr(compiled, "_version", lambda _: "another")
+    monkeypatch.setattr(compiler, "version", lambda _: "another")
     paths.append(cpp_library.build())
     assert len(set(paths)) == len(paths)
     assert all(path.exists() for path in paths)
@@ -134,7 +134,7 @@ def test_a_symbol_that_is_not_there(sources: Path, capsys: pytest.CaptureFixture
 def test_a_cache_that_cannot_be_written(
     sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compiled, "_version", lambda _: "any")
+    monkeypatch.setattr(compiler, "version", lambda _: "any")
     monkeypatch.setenv("CXX", "any")
     monkeypatch.setenv("SAESCOPE_CACHE", str(sources / "answer.cpp" / "below a file"))
     found, said = load(capsys)
@@ -177,16 +177,12 @@ def test_it_builds_without_warnings(target: str, folder: Path, tmp_path: Path) -
     """For this processor, and without the vectors of newer ones."""
     if target == "baseline" and platform.machine() != "x86_64":
         pytest.skip("the baseline is named for x86-64 only")
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
-    flags = [
-        *compiled.FLAGS,
-        *cpp_library.FLAGS,
-        "-Werror",
-        *(["-march=x86-64"] if target == "baseline" else []),
-    ]
+    own = ["-march=x86-64"] if target == "baseline" else compiler.native_flags()
+    command = compiler.find()
+    command += [*compiler.thread_flags(compiler.version(command)), *compiler.FLAGS, "-Werror", *own]
     running = [
         subprocess.Popen(
-            [*compiler.split(), *flags, "-c", str(source), "-o", str(tmp_path / source.stem)],
+            [*command, "-c", str(source), "-o", str(tmp_path / source.stem)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for source in sorted(folder.glob("*.cpp"))
@@ -200,6 +196,8 @@ def test_it_builds_without_warnings(target: str, folder: Path, tmp_path: Path) -
 @pytest.mark.skipif(not cpp_backend.usable(), reason="no C++ compiler")
 def test_it_shares_torchs_threads() -> None:
     """One OpenMP runtime in the process, and no threads beyond those torch has made."""
+    if "-fopenmp" not in compiler.thread_flags(compiler.version(compiler.find())):
+        pytest.skip("compiled by this compiler it has threads of its own")
     code = """
 import os, torch
 from sae.kernels import cpp_backend, cpp_library

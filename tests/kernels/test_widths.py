@@ -1,4 +1,7 @@
-"""The C++ on processors with other vectors: the same sums in the same order, whatever the width."""
+"""The C++ on processors with other vectors, by other compilers, with other threads.
+
+Sums have the same order, whatever the width of vectors and the number of threads.
+"""
 
 import platform
 import shutil
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 
 from sae.kernels import cpp_library
-from saescope import compiled
+from saescope import compiled, compiler
 
 HARNESS = Path(__file__).parent / "widths.cpp"
 ARM, ARM_COMPILER = "qemu-aarch64", "aarch64-linux-gnu-g++"
@@ -21,15 +24,26 @@ Printed = dict[str, str]
 """what the operations gave, by name"""
 
 
-def printed(folder: Path, compiler: str, *flags: str, runner: tuple[str, ...] = ()) -> Printed:
+def printed(
+    folder: Path,
+    command: str,
+    *flags: str,
+    openmp: bool = True,
+    threads: int = 1,
+    runner: tuple[str, ...] = (),
+) -> Printed:
     """What the operations give, by name, compiled with these flags."""
     sources = [*sorted(map(str, cpp_library.FOLDER.glob("*.cpp"))), str(HARNESS)]
-    own = [flag for flag in compiled.FLAGS if not flag.startswith(("-march", "-fPIC"))]
+    own = [flag for flag in compiler.FLAGS if flag != "-fPIC"]
     warnings = ["-Wno-psabi", "-Wno-unused-function"]
-    command = [compiler, *own, *cpp_library.FLAGS, *warnings, *flags, "-static", "-pthread"]
+    own += ["-fopenmp" if openmp else "-fopenmp-simd", "-pthread"]
+    with_flags = [command, *own, *warnings, *flags, "-static"]
     program = str(folder / "program")
-    subprocess.run([*command, "-I", str(cpp_library.FOLDER), *sources, "-o", program], check=True)
-    done = subprocess.run([*runner, program], capture_output=True, text=True, check=True)
+    built = [*with_flags, "-I", str(cpp_library.FOLDER), *sources, "-o", program]
+    subprocess.run(built, check=True)
+    done = subprocess.run(
+        [*runner, program, str(threads)], capture_output=True, text=True, check=True
+    )
     return {line.partition(" ")[0]: line.partition(" ")[2] for line in done.stdout.splitlines()}
 
 
@@ -79,12 +93,28 @@ def test_narrow_vectors_give_the_same_features(fused: Printed, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_threads_of_our_own_give_the_same_bits(fused: Printed, tmp_path: Path) -> None:
+    """Where a compiler has no OpenMP."""
+    assert printed(tmp_path, "g++", FUSED, openmp=False, threads=3) == fused
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("clang++"), reason="needs clang++")
+def test_by_clang(fused: Printed, tmp_path: Path) -> None:
+    other = printed(tmp_path, "clang++", FUSED, openmp=False, threads=3)
+    for name in ("top", "signed", "above", "scores", "integers"):
+        assert other[name] == fused[name]
+    close(other, fused)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (shutil.which(ARM) and shutil.which(ARM_COMPILER)),
     reason=f"needs {ARM} and {ARM_COMPILER}",
 )
-def test_on_arm(fused: Printed, tmp_path: Path) -> None:
-    arm = printed(tmp_path, ARM_COMPILER, runner=(ARM,))
+@pytest.mark.parametrize("openmp", [True, False])
+def test_on_arm(openmp: bool, fused: Printed, tmp_path: Path) -> None:
+    arm = printed(tmp_path, ARM_COMPILER, openmp=openmp, threads=2, runner=(ARM,))
     assert arm["scores_status"] == "0"
     for name in ("top", "signed", "above", "scores"):
         assert arm[name] == fused[name]

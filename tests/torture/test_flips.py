@@ -24,7 +24,7 @@ from sae.evaluation.written import EVALUATION_FILE, read_evaluation
 from sae.training import checkpoint
 from sae.training.run_folder import read_run
 from sae.training.telemetry import read_metrics
-from saescope import compiled
+from saescope import compiled, compiler
 from saescope.errors import ArtefactError
 from store import Annotations, FeatureStore
 from tests.artefacts import flip, make_everything
@@ -161,7 +161,7 @@ def test_flips_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sha
         (folder / name).write_bytes(files[name])
     try:
         library = compiled.build("gather", Path(gather.__file__).parent)
-    except compiled.NotBuilt:
+    except compiler.NotBuilt:
         pytest.skip("no compiler")
     content = library.read_bytes()
     for _ in range(2 if share == "few" else 12):
