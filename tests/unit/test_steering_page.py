@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import steering_page
+from benchmarks.quarters import quarters, ratio_words
 from benchmarks.steering_page import (
     BOTH,
     correlation,
@@ -14,7 +15,7 @@ from benchmarks.steering_page import (
     wilson,
     with_both,
 )
-from benchmarks.steering_texts_page import quarters, ratio, ratio_words, section
+from benchmarks.steering_texts_page import ratio, section
 
 
 def row(number: int, words: str, succeeds: int) -> dict[str, str]:
@@ -74,6 +75,9 @@ def test_the_page_says_all_of_it() -> None:
     assert "| output score | direct | 0 of 2 (0 to 66 %) | 2 of 2 (34 to 100 %) | reached |" in text
     assert "The command goes on with the other 42 of 50." in text
     assert "Which estimate foretells" not in text
+    assert "It has not been run yet" in text
+    assert "1.0 (1.0 to 1.0) with direct words by the output score" in text
+    assert "| direct | output score | 1.0 (1.0 to 1.0) | 1.0 (1.0 to 1.0) |" in text
     bars = figure(ROWS)["direct words, by rate"]
     assert bars == {
         "top quarter": 1.0, "all features": 0.375, "bottom quarter": 0.0, "random direction": 0.0,
@@ -125,4 +129,5 @@ def test_the_section_has_each_score_and_tests_the_chosen_one_on_the_other_half()
         "| direct | own words | output score | **3.0** (3.0 to 3.0) | **3.0** (3.0 to 3.0) |"
     ]
     text = page(ROWS, [], lines)
+    assert "It has not been run yet" not in text
     assert text.index("In generated text") > text.index("Does a score say which")
