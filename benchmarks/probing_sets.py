@@ -70,7 +70,7 @@ def rows_of(table: Mapping[str, Any], common: Mapping[str, Any]) -> list[dict[st
 
 def main(config: ProbingSetsConfig) -> None:
     """Evaluate, and add the rows."""
-    probing = ProbingConfig(sets=config.sets, cache=config.cache)
+    probing = ProbingConfig(sets=config.sets, texts=1000, cache=config.cache)
     found = evaluate(
         EvaluateConfig(
             run=config.sae, suite=("probing",), probing=probing, out=config.work, replace=True
