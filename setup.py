@@ -57,4 +57,5 @@ class PlatformWheel(bdist_wheel):
         return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
 
 
-setup(cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel})
+if __name__ == "__main__":
+    setup(cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel})

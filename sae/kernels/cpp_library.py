@@ -75,7 +75,7 @@ def _load_openmp() -> None:
 
 def _openmp_runtimes() -> list[str]:
     """Those that are loaded, torch's first; or those in torch's folder, where that is not told."""
-    packages = Path(torch.__file__).parent.parent
+    packages = Path(torch.__file__).resolve().parent.parent  # as they are loaded
     mine = (str(packages / "torch"), str(packages / "torch.libs"))
     maps = Path("/proc/self/maps")
     if maps.exists():
