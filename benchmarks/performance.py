@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks import harvest, loader, performance_data
+from benchmarks import harvest, loader, performance_choices, performance_data
 from benchmarks.charts import write_bars
 from benchmarks.running import run
 from benchmarks.steps import (
@@ -41,7 +41,8 @@ SPARSIFY = (SIGNUM, ADAM)
 TOPK, PENALISED = ("topk",), ("jumprelu", "batchtopk", "relu")
 _ONE_THREAD = (
     "Other work ran on the machine, so steps of one thread are compared by their seconds of "
-    "processor, which is what they take on a core of their own."
+    "processor, which is what they take on a core of their own. Where no other library is in a "
+    "table, `saescope bench --what steps` made it, on planted weights."
 )
 NOTES = Path(__file__).parent / "performance_notes.md"
 
@@ -141,10 +142,12 @@ def latest(found: Sequence[Row]) -> list[Row]:
 
 def of_last_machine(found: Sequence[Row]) -> list[Row]:
     """The rows measured where, and with as many threads as, the last one was."""
+    return [row for row in found if _same_machine(row, found[-1])]
+
+
+def _same_machine(row: Row, other: Row) -> bool:
     names = ("processor", "instructions", "threads", "torch")
-    if not found:
-        return []
-    return [row for row in found if all(row[name] == found[-1][name] for name in names)]
+    return all(row[name] == other[name] for name in names)
 
 
 def shape_of(row: Row) -> Shape:
@@ -207,7 +210,7 @@ def page(
 ) -> str:
     """The whole page in Markdown; parts without rows are left out.
 
-    Args: narrow: steps and operations on a processor without AVX-512.
+    Args: narrow: steps on a processor without AVX-512.
     """
     groups = comparisons(steps)
     parts = [
@@ -227,29 +230,24 @@ def page(
         "## Every comparison",
         *(f"**{title}**\n\n" + "\n".join(_table(group)) for title, group in groups.items()),
     ]
-    if operations:
-        parts += ["## Operations", "\n".join(_operations(operations))]
+    if of_machine := [row for row in operations if _same_machine(row, steps[-1])]:
+        parts += ["## Operations", "\n".join(_operations(of_machine))]
+    parts += performance_choices.section(operations)
     if narrow:
         parts += _narrow(narrow)
     parts += performance_data.section(harvested, read, most_consumed(steps))
     return "\n\n".join(parts) + "\n"
 
 
-def _narrow(found: Sequence[Row]) -> Iterator[str]:
+def _narrow(steps: Sequence[Row]) -> Iterator[str]:
     """Paragraphs on a processor without AVX-512."""
-    steps = [row for row in found if row["kind"] == "step"]
-    operations = [row for row in found if row["kind"] == "operation"]
+    groups = comparisons(steps)
     yield "## Processors without AVX-512"
-    if steps:
-        groups = comparisons(steps)
-        yield f"{_machine(steps[-1])} {_ONE_THREAD if steps[-1]['threads'] == '1' else ''}".strip()
-        yield "\n".join(_targets(groups, NARROW_TARGETS))
-        yield _short(groups, NARROW_TARGETS)
-        for title, group in groups.items():
-            yield f"**{title}**\n\n" + "\n".join(_table(group))
-    if operations:
-        yield f"Operations, {_machine(operations[-1])[:1].lower()}{_machine(operations[-1])[1:]}"
-        yield "\n".join(_operations(operations))
+    yield f"{_machine(steps[-1])} {_ONE_THREAD if steps[-1]['threads'] == '1' else ''}".strip()
+    yield "\n".join(_targets(groups, NARROW_TARGETS))
+    yield _short(groups, NARROW_TARGETS)
+    for title, group in groups.items():
+        yield f"**{title}**\n\n" + "\n".join(_table(group))
 
 
 def most_consumed(steps: Sequence[Row], width: int = 768) -> float | None:
@@ -363,15 +361,8 @@ def write(config: PerformanceConfig) -> None:
     if not steps:
         raise InputError("no rows; run python -m benchmarks.steps", where=config.steps)
     operations = rows.read(Path(config.operations))
-    narrow = [
-        row
-        for found in (steps, operations)
-        for row in of_last_machine([row for row in found if is_narrow(row)])
-    ]
-    steps, operations = (
-        of_last_machine([row for row in found if not is_narrow(row)])
-        for found in (steps, operations)
-    )
+    narrow = of_last_machine([row for row in steps if is_narrow(row)])
+    steps = of_last_machine([row for row in steps if not is_narrow(row)])
     for name, kinds in (("topk", TOPK), ("others", PENALISED)):
         bars = panels(steps, kinds)
         if bars:

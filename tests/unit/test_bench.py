@@ -12,6 +12,7 @@ from torch.nn import functional
 from benchmarks import steps, steps_data
 from benchmarks.peers.stepping import DENSE, OURS, Worker
 from benchmarks.performance import TARGETS, comparisons, is_narrow, page, verdicts
+from benchmarks.performance_choices import section, slower
 from sae.bench import rows
 from sae.bench.dense import KINDS, DenseStep, _OneDNNLinear, has_onednn
 from sae.bench.inputs import Inputs, Shape, planted, prepare
@@ -409,6 +410,33 @@ def test_processors_without_avx512_have_a_section_and_targets_of_their_own() -> 
     assert f"| {shape} | 1.15 encoder products | 0.87x | 0.90 | yes | 0.60 |" in text
     assert f"| {shape} | dense torch | 6x | 5.00 | **no** | 3.33 |" in text
     assert "Processors without" not in page(wide, [])
+
+
+def test_no_choice_of_a_run_was_slower_than_another_backend() -> None:
+    """On every machine with rows of both; a tenth is what timing cannot tell."""
+    found = rows.read(Path(__file__).parents[2] / "benchmarks" / "results" / "bench.csv")
+    machines = {row["instructions"] for row in found if row["setting"] == "auto"}
+    assert len(machines) >= 2
+    for machine in machines:
+        assert slower([row for row in found if row["instructions"] == machine], by=1.1) == []
+    changed = [
+        row | {"cpu_s": "9", "median_s": "9"} if row["setting"] == "auto" else row for row in found
+    ]
+    assert slower(changed, by=1.1)
+
+
+def test_the_page_shows_what_a_run_chooses() -> None:
+    of_one = {"kind": "operation", "name": "decode", "threads": 1, "instructions": "avx2"}
+    found = [
+        step_row(OURS, setting, 9.0, cpu_s=seconds, **of_one)
+        for setting, seconds in (("torch", 0.02), ("cpu", 0.01), ("auto", 0.0105))
+    ]
+    text = "\n".join(section(found))
+    assert "| operation | shape | torch | cpu | auto |" in text
+    assert "| decode | 2048x768x8192x32 | 20.0 | 10.0 | 10.5 |" in text
+    assert list(section(found[:2])) == []
+    assert slower(found, by=1.1) == []
+    assert slower(found, by=1.01) == ["decode 2048 768 8192 32"]
 
 
 def test_screens_that_a_machine_lacks_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
