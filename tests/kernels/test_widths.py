@@ -102,9 +102,9 @@ def test_threads_of_our_own_give_the_same_bits(fused: Printed, tmp_path: Path) -
 @pytest.mark.skipif(not shutil.which("clang++"), reason="needs clang++")
 def test_by_clang(fused: Printed, tmp_path: Path) -> None:
     other = printed(tmp_path, "clang++", FUSED, openmp=False, threads=3)
-    for name in ("top", "signed", "above", "scores", "integers"):
-        assert other[name] == fused[name]
     close(other, fused)
+    exact = fused.keys() - {"dots"}  # as above
+    assert {name: other[name] for name in exact} == {name: fused[name] for name in exact}
 
 
 @pytest.mark.slow
