@@ -157,3 +157,37 @@ def make_tiny_clip(folder: Path) -> Path:
     random_weights(config).save_pretrained(folder)
     _save_processor(folder, 16)
     return folder
+
+
+def make_tiny_xl_pipeline(folder: Path) -> Path:
+    """An SDXL of a few channels: its blocks by SDXL's names; latents of the pictures' size."""
+    import transformers
+
+    diffusers: Any = importlib.import_module("diffusers")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(folder.with_name("tokenizer-of-" + folder.name))
+    tokenizer.model_max_length = 16
+    kept: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "projection_dim": 16,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=64, block_out_channels=(4, 8, 8), layers_per_block=2, norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=32, attention_head_dim=4, transformer_layers_per_block=(1, 1, 2),
+            use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=4, projection_class_embeddings_input_dim=16 + 6 * 4,
+        )  # fmt: skip
+        text_encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(**kept))
+        other = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**kept))
+        vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    diffusers.StableDiffusionXLPipeline(
+        vae=vae, text_encoder=text_encoder, text_encoder_2=other, tokenizer=tokenizer,
+        tokenizer_2=tokenizer, unet=unet,
+        scheduler=diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing"),
+    ).save_pretrained(folder, safe_serialization=True)  # fmt: skip
+    return folder

@@ -78,6 +78,30 @@ def column(
     return [row[name] for row in sorted(found, key=lambda row: row[by])]
 
 
+def value_at(row: Mapping[str, Any], *path: str | int) -> float:
+    """What a row has under some keys and indices, one in the other.
+
+    >>> value_at({"fvu": {"late": [0.1, 0.2]}}, "fvu", "late", 1)
+    0.2
+    """
+    found: Any = row
+    for each in path:
+        found = found[each]
+    return found
+
+
+def by_seed(rows: Sequence[Mapping[str, Any]], *path: str | int) -> list[float]:
+    """The mean of a value over the rows of each seed, in the order of seeds.
+
+    >>> by_seed([{"seed": 1, "a": 2}, {"seed": 0, "a": 3}, {"seed": 1, "a": 4}], "a")
+    [3.0, 3.0]
+    """
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["seed"], []).append(value_at(row, *path))
+    return [sum(found[seed]) / len(found[seed]) for seed in sorted(found)]
+
+
 def spread(values: Sequence[float], form: str = ".3f") -> str:
     """A mean with half of its 95% interval, as tables have it.
 
