@@ -181,14 +181,21 @@ def _why(rows: Sequence[Row]) -> str:
     def mean(score: str, method: str, size: int) -> float:
         return float(np.mean(_of(rows, score, method, size)))
 
+    def bits(method: str, size: int) -> str:
+        own = column(rows, "code_bits", method=method, size=size, keys="rotated")
+        return f"{own[0]:.2g}"
+
     words = []
     for score, name in _SCORES.items():
         words.append(
-            f"On {name} 3 atoms, 0.84 bits a channel, cost {mean(score, 'sparse', 3):.2f} nats a "
+            f"On {name} 3 atoms, {bits('sparse', 3)} bits a channel, cost "
+            f"{mean(score, 'sparse', 3):.2f} nats a "
             f"token, one bit with fixed levels {mean(score, 'calibrated', 1):.2f}, KIVI's one "
-            f"bit, which is two, {mean(score, 'kivi', 1):.2f}, and no old cache but its mean "
-            f"{mean(score, 'mean', 0):.2f}; at 2.8 bits 10 atoms cost "
-            f"{mean(score, 'sparse', 10):.3f}, at 3 KIVI {mean(score, 'kivi', 2):.3f}."
+            f"bit, which is {bits('kivi', 1)} with its groups' ends, "
+            f"{mean(score, 'kivi', 1):.2f}, and no old cache but its mean "
+            f"{mean(score, 'mean', 0):.2f}; at {bits('sparse', 10)} bits 10 atoms cost "
+            f"{mean(score, 'sparse', 10):.3f}, at {bits('kivi', 2)} "
+            f"KIVI {mean(score, 'kivi', 2):.3f}."
         )
     return " ".join(words)
 
