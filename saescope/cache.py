@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from saescope.errors import ArtefactError
@@ -33,3 +34,20 @@ def note(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError:
         return  # measured anew by the next process
+
+
+def remembered(name: str, allowed: Collection[str], measure: Callable[[], str]) -> str:
+    """What was measured once on this machine, by the name of its file in the cache.
+
+    One of `allowed`: a file that says anything else is written anew. Timing decides differently on
+    a busy machine, and what it decides changes last bits, so it is asked once.
+    """
+    path = cache_dir() / name
+    try:
+        known = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        known = ""
+    if known not in allowed:
+        known = measure()
+        note(path, known + "\n")
+    return known

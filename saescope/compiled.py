@@ -7,6 +7,7 @@ SAESCOPE_PREBUILT=0, what a wheel carries is not used. SAESCOPE_CACHE names anot
 """
 
 import ctypes
+import hashlib
 import os
 import platform
 import shlex
@@ -123,3 +124,9 @@ def processor() -> str:
     lines = path.read_text(encoding="utf-8").splitlines()
     first = {line.partition(":")[0].strip(): line for line in reversed(lines)}
     return "\n".join(first[name] for name in wanted if name in first)
+
+
+def machine(*versions: str) -> str:
+    """Sixteen letters that stand for this processor, with versions of what runs on it."""
+    identity = (platform.machine(), processor(), *versions)
+    return hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]

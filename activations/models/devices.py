@@ -2,7 +2,7 @@
 
 import torch
 
-from activations.models.matmul_precision import seconds_of_product
+from activations.models.matmul_precision import faster_precision
 from saescope.errors import InputError
 from saescope.process_rank import this_rank
 
@@ -43,14 +43,13 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     """The precision that "auto" stands for on this machine; any other as it is.
 
     CPUs differ by a factor of ten in how fast their bfloat16 is against their float32, and no flag
-    tells which is faster, so a product of a small model's size is timed in both.
+    tells which is faster, so a product of a small model's size is timed in both, once a machine.
     """
     if dtype != "auto":
         return dtype
     if device.type != "cpu":
         return "bfloat16"
-    short, long = (seconds_of_product(kind) for kind in (torch.bfloat16, torch.float32))
-    return "bfloat16" if short < 0.9 * long else "float32"
+    return faster_precision()
 
 
 def one_device(kind: str, device: str) -> torch.device:

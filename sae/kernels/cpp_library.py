@@ -6,8 +6,6 @@ otherwise it has threads of its own (`threads.h`).
 
 import ctypes
 import functools
-import hashlib
-import platform
 import re
 from pathlib import Path
 
@@ -47,8 +45,7 @@ def path() -> Path | None:
 
 def machine() -> str:
     """Sixteen letters that stand for this processor and this torch."""
-    identity = (platform.machine(), compiled.processor(), torch.__version__)
-    return hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
+    return compiled.machine(torch.__version__)
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae.kernels import cpp_library
-from saescope.cache import cache_dir, note
+from saescope.cache import remembered
 
 _DEFAULT, _ONEDNN = "default", "onednn"
 _ROWS, _WIDTH, _FEATURES = 256, 768, 2048
@@ -75,15 +75,8 @@ def _has_onednn() -> bool:
 
 @functools.cache
 def _remembered(threads: int) -> str:
-    path = cache_dir() / f"product-{cpp_library.machine()}-{threads}"
-    try:
-        known = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        known = ""
-    if known not in (_DEFAULT, _ONEDNN):
-        known = _measured()
-        note(path, known + "\n")
-    return known
+    name = f"product-{cpp_library.machine()}-{threads}"
+    return remembered(name, (_DEFAULT, _ONEDNN), _measured)
 
 
 def _measured() -> str:

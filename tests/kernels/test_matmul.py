@@ -12,7 +12,7 @@ from tests.kernels.cases import Random
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("sae.kernels.matmul.cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("saescope.cache.cache_dir", lambda: tmp_path)
     remembered = matmul._remembered  # a test may put another in its place
     remembered.cache_clear()
     yield

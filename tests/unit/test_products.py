@@ -1,6 +1,6 @@
 """Products of 16-bit numbers made in float32: as near to the truth, chosen once, kept for good."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from activations import CorpusConfig, HarvestConfig, Model, ModelConfig, harvest
 from activations import load_model as load
 from activations.models import matmul_precision
+from activations.models.devices import resolve_dtype
 from activations.models.matmul_precision import faster_products, multiplied_in
 from sae.data.harvests import load_harvested_model
 from tests.interrupt import Interrupt
@@ -58,16 +59,54 @@ def test_what_is_left_alone(given: tuple[Tensor, ...]) -> None:
         assert torch.equal(linear(*given), found)
 
 
+@pytest.fixture
+def unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine of which nothing is known yet, and whose answers are forgotten."""
+    monkeypatch.setenv("SAESCOPE_CACHE", str(tmp_path / "cache"))
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    """As in a new process."""
+    matmul_precision._products.cache_clear()
+    matmul_precision._precision.cache_clear()
+
+
+@pytest.mark.usefixtures("unknown")
 @pytest.mark.parametrize(("own", "other", "chosen"), [(1.0, 0.7, "float32"), (0.7, 1.0, "own")])
-def test_the_faster_is_chosen(
+def test_the_faster_is_chosen_once(
     own: float, other: float, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A later process, on a machine that is busy by then, chooses as the first did."""
     times = iter([own, other])
     monkeypatch.setattr(
         "activations.models.matmul_precision.seconds_of_product", lambda _: next(times)
     )
     assert faster_products(torch.bfloat16, CPU) == chosen
     assert list(times) == []
+    forget()
+    assert faster_products(torch.bfloat16, CPU) == chosen
+
+
+@pytest.mark.usefixtures("unknown")
+@pytest.mark.parametrize(("short", "chosen"), [(0.5, "bfloat16"), (0.95, "float32")])
+def test_the_faster_precision_is_chosen_once(
+    short: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = [short, 1.0]
+    monkeypatch.setattr(
+        "activations.models.matmul_precision.seconds_of_product", lambda _: times.pop(0)
+    )
+    assert resolve_dtype("auto", CPU) == chosen
+    forget()
+    assert resolve_dtype("auto", CPU) == chosen
+    for path in (tmp_path / "cache").iterdir():
+        path.write_text("neither")
+    forget()
+    with pytest.raises(IndexError):  # measured anew
+        resolve_dtype("auto", CPU)
 
 
 def test_nothing_is_measured_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
