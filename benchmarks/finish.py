@@ -4,9 +4,11 @@
 
 Trains the run of a training file, fine-tunes its SAE through the model at some rates (`start_from`,
 `finish.fraction = 1`), and trains the run again with such a finish as its last part (`tokens`).
-Each is measured on all held-out tokens beside the run without a finish, and on training sequences
-that no finish has read, so that rates can be compared without the held-out ones. Every difference
-is of the same tokens; its interval is over documents. Run again, it goes on.
+The null of a fine-tuning is as much further training on stored rows, of the same batches and rate
+(`further`). Each is measured on all held-out tokens beside the run without a finish, and on
+training sequences that it has not read, where there are such, so that rates can be compared without
+the held-out ones. Every difference is of the same tokens; its interval is over documents. Run
+again, it goes on.
 """
 
 import time
@@ -68,6 +70,8 @@ class FinishBenchmark(Config):
     """Rows a step of these: few tokens want many steps."""
     lr_multipliers: tuple[float, ...] = (0.5, 1.0)
     """Rates that they begin with, each for each number of tokens."""
+    further: bool = False
+    """Whether as much further training on stored rows is measured instead of the fine-tunings."""
     tokens: tuple[int, ...] = ()
     """Lengths of the finish as the last part of the run, in tokens."""
     unread: int = 28
@@ -95,18 +99,30 @@ def configurations(config: FinishBenchmark) -> Iterator[TrainConfig]:
     yield replace(base, out=str(plain))
     for tokens in config.tuned_tokens:
         for multiplier in config.lr_multipliers:
-            yield replace(
+            longer = replace(
                 base,
-                out=str(work / f"fine-tuned-{tokens}-from-{multiplier:g}"),
                 passes=(tokens + config.tuned_batch / 2) / rows,
                 start_from=str(plain / SAE_FOLDER),
-                finish=FinishConfig(objective="kl", fraction=1.0, lr_multiplier=multiplier),
                 trainer=replace(base.trainer, batch_size=config.tuned_batch),
             )
+            if config.further:
+                yield _further(longer, multiplier, work / f"further-{tokens}-from-{multiplier:g}")
+            else:
+                out = work / f"fine-tuned-{tokens}-from-{multiplier:g}"
+                finish = FinishConfig(objective="kl", fraction=1.0, lr_multiplier=multiplier)
+                yield replace(longer, out=str(out), finish=finish)
     for tokens in config.tokens:
         finish = FinishConfig(objective="kl", tokens=tokens)
         name = f"finish-{tokens}-from-{finish.lr_multiplier:g}"
         yield replace(base, out=str(work / name), finish=finish)
+
+
+def _further(longer: TrainConfig, multiplier: float, out: Path) -> TrainConfig:
+    """A run on stored rows whose rate is that of a finish: from its own, linearly to 0."""
+    trainer = replace(
+        longer.trainer, lr_multiplier=multiplier, warmup_fraction=0.0, decay_fraction=1.0
+    )
+    return replace(longer, out=str(out), trainer=trainer)
 
 
 def work(config: FinishBenchmark) -> None:
@@ -133,7 +149,7 @@ def work(config: FinishBenchmark) -> None:
             "finish_lr_multiplier": each.finish.lr_multiplier if each.finish.objective else "",
             "trained_tokens": trained,
             "finish_tokens": trained - after,
-            **_measured(config, sae, Path(each.out), Path(plain.out)),
+            **_measured(config, sae, Path(each.out), Path(plain.out), trained - after),
             "cpu_s": round(took, 1) if fresh else "",
             **{key: value for key, value in facts("cpu").items() if key in FACTS},
         }
@@ -142,15 +158,22 @@ def work(config: FinishBenchmark) -> None:
 
 
 def _measured(
-    config: FinishBenchmark, sae: SparseAutoencoder, out: Path, plain: Path
+    config: FinishBenchmark, sae: SparseAutoencoder, out: Path, plain: Path, finish_tokens: int
 ) -> dict[str, Any]:
-    """The columns of an SAE: of all held-out rows and tokens, and of unread sequences."""
+    """The columns of an SAE: of all held-out rows and tokens, and of unread sequences.
+
+    A finish of so many tokens that it comes to these has no columns of them, nor has what is
+    trained further on stored rows of all sequences.
+    """
     harvest = open_complete(config.harvest)
+    left = unread(harvest, config.seed, config.unread)
+    others = harvest.n_rows("train") - int(harvest.keep[left].sum())
+    has_unread = out == plain or 0 < finish_tokens <= others
     found = asdict(measure_reconstruction(sae, held_out_rows(harvest, _site(sae), None)))
     columns = {name: found[name] for name in ("l0", "fvu", "fvu_interval", "rows")}
     for prefix, sequences in (
         ("", np.flatnonzero(harvest.split == 1)),
-        ("unread_", unread(harvest, config.seed, config.unread)),
+        *([("unread_", left)] if has_unread else []),
     ):
         file = f"{prefix}losses.pt"
         losses = token_losses(harvest, sae, sequences)
