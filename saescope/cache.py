@@ -24,8 +24,18 @@ def cache_dir() -> Path:
         ) from None
 
 
-def note(path: Path, text: str) -> None:
+def note_file(name: str) -> Path | None:
+    """Where what was measured is noted by this name; None for a user who has no cache."""
+    try:
+        return cache_dir() / name
+    except ArtefactError:
+        return None
+
+
+def note(path: Path | None, text: str) -> None:
     """Write a small file of what was measured; nothing if the cache cannot be written."""
+    if path is None:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
@@ -42,9 +52,9 @@ def remembered(name: str, allowed: Collection[str], measure: Callable[[], str]) 
     One of `allowed`: a file that says anything else is written anew. Timing decides differently on
     a busy machine, and what it decides changes last bits, so it is asked once.
     """
-    path = cache_dir() / name
+    path = note_file(name)
     try:
-        known = path.read_text(encoding="utf-8").strip()
+        known = "" if path is None else path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         known = ""
     if known not in allowed:

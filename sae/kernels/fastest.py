@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae.kernels import adam, cpp_backend, cpp_library, gradient_buffers, matmul, operations, screen
 from sae.kernels.operations import ALL_OWN, OPERATIONS, OTHER, OWN
-from saescope.cache import cache_dir, note
+from saescope.cache import note, note_file
 
 Times = dict[str, dict[str, float]]
 """seconds by operation and backend"""
@@ -61,8 +61,8 @@ def backends(shape: Shape) -> dict[str, str]:
     if shape.d_in * shape.d_sae < _SMALL or torch.are_deterministic_algorithms_enabled():
         return dict(ALL_OWN)
     near = shape.near()
-    path = cache_dir() / f"operations-{_key(near)}.json"
-    known = _read(path)
+    path = note_file(f"operations-{_key(near)}.json")
+    known = None if path is None else _read(path)
     if known is None:
         known = measured(near)
         note(path, json.dumps({"shape": near._asdict(), "seconds": known}, indent=1) + "\n")

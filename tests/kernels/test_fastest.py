@@ -35,7 +35,7 @@ def table(**seconds: tuple[float, float]) -> dict[str, dict[str, float]]:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("sae.kernels.fastest.cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("saescope.cache.cache_dir", lambda: tmp_path)
     return tmp_path
 
 

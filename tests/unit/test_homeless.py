@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from saescope import compiled
-from saescope.cache import cache_dir
+from saescope.cache import cache_dir, remembered
 from saescope.errors import ArtefactError
 
 
@@ -37,3 +37,8 @@ def test_it_goes_on_without_what_is_compiled(
     (tmp_path / "some.cpp").touch()
     assert compiled.load("some", tmp_path, what="kernels", instead="torch is used") is None
     assert "no home folder" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("homeless")
+def test_what_cannot_be_noted_is_measured() -> None:
+    assert remembered("some", ("fast", "slow"), lambda: "fast") == "fast"
