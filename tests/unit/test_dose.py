@@ -10,11 +10,12 @@ import torch
 
 import sae
 from activations import Model, load_model
-from sae.architectures.topk import TopKConfig, TopKSAE
+from sae.architectures.topk import TopKSAE
 from sae.steering.dose import DoseSettings, dose_response, gumbel
 from sae.steering.dose_result import DoseResponse
 from saescope.errors import InputError
 from tests.tiny import make_tiny_model
+from tests.tiny_steering import made_sae
 
 SITE = "blocks.0.hook_resid_post"
 TEXTS = [
@@ -33,12 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="module")
 def made() -> TopKSAE:
-    found = TopKSAE(TopKConfig(d_sae=24, k=3), 32)
-    torch.manual_seed(1)
-    for parameter in found.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    found.metadata = {"site": SITE}
-    return found.eval()
+    return made_sae(SITE)
 
 
 @pytest.fixture(scope="module")

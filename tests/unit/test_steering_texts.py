@@ -9,10 +9,11 @@ import sae
 from activations import Model, load_model
 from benchmarks import steering_texts
 from benchmarks.steering_texts import PROMPTS, SteeringTextsConfig, calibrated, collateral, written
-from sae.architectures.topk import TopKConfig, TopKSAE
+from sae.architectures.topk import TopKSAE
 from sae.steering.dose import gumbel
 from saescope.errors import InputError
 from tests.tiny import make_tiny_model
+from tests.tiny_steering import made_sae
 
 SITE = "blocks.0.hook_resid_post"
 TEXTS = [[1, 20, 33, 47, 52, 61, 75, 80], [1, 44, 91, 17, 60, 12, 99, 101]]
@@ -26,12 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="module")
 def made() -> TopKSAE:
-    found = TopKSAE(TopKConfig(d_sae=24, k=3), 32)
-    torch.manual_seed(1)
-    for parameter in found.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    found.metadata = {"site": SITE}
-    return found.eval()
+    return made_sae(SITE)
 
 
 def test_collateral_is_that_of_steering(model: Model, made: TopKSAE) -> None:
